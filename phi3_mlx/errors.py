@@ -1,0 +1,37 @@
+"""The errors a user can cause. Each message is one line: what you gave, why it fails, what to type."""
+
+
+class Phi3Error(Exception):
+    """A fault in what the user gave; the command line prints its message alone and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(Phi3Error):
+    """A config.json that contradicts itself or asks for something this package does not compute."""
+
+
+class CheckpointError(Phi3Error):
+    """A model directory that lacks a file, or whose weights do not fit its config."""
+
+
+class ModelNotFoundError(Phi3Error):
+    """No alias, directory or repository of that name, or no network to look for it."""
+
+
+class TokenizerError(Phi3Error):
+    """Tokenizer files that are missing, damaged or of an unknown kind."""
+
+
+class ChatError(Phi3Error):
+    """Messages that the chat template cannot render."""
+
+
+class PromptError(Phi3Error):
+    """A prompt that cannot be run: empty, not text, or longer than the model's context."""
+
+
+class OptionError(Phi3Error, ValueError):
+    """An option outside its range; a usage fault, so the exit code is 2."""
+
+    exit_code = 2

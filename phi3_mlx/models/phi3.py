@@ -1,0 +1,199 @@
+"""Dense Phi-3: mini, medium, Phi-3.5-mini, Phi-4, Phi-4-mini. Numbers as transformers' `Phi3ForCausalLM`.
+
+LongRoPE's rule (`longrope="auto"`): a sequence is *short* while its total length, cache included, is at most
+`original_max_position_embeddings`, and *long* after; all its keys belong to one regime. A call that changes the
+regime reads the cache's ids again first, so every caller gets the reference's numbers, whatever its loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import Phi3Config
+from .attention import Mask, attend, make_mask
+from .cache import KVCache, Sequence
+from .rope import Regime, Rope
+
+LongRopeRule = Literal["auto", "short", "long"]
+_REREAD_CHUNK = 512
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Phi3Config, rope: Rope):
+        super().__init__()
+        self._rope = rope
+        self._heads, self._kv_heads, self._dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        rows = (self._heads + 2 * self._kv_heads) * self._dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
+    ) -> mx.array:
+        batch, length, _ = x.shape
+        rows = self.qkv_proj(x).reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
+        q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
+        q = self._rope.query(q, offset, long)
+        k = self._rope.key(k, offset, long)
+        return self.o_proj(attend(q, k, v, cache, self._rope.scale, mask))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(_swiglu(gate, up))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Phi3Config, rope: Rope):
+        super().__init__()
+        self.self_attn = Attention(config, rope)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Phi3Model(nn.Module):
+    """Embedding, layers and final norm: ids (B, L) -> hidden states (B, L, hidden_size)."""
+
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self._config = config
+        self.longrope: LongRopeRule = "auto"
+        rope = Rope(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+        batch, length = ids.shape
+        if cache is None:
+            return self._read(ids, None, self.is_long(length))
+        offset, sequence = cache[0].offset, cache[0].sequence
+        padding = sequence.left_padding or (0,) * batch
+        totals = [offset + length - pad for pad in padding]
+        if sequence.prompt_length is not None:
+            declared = sequence.prompt_length
+            if all(total >= n for total, n in zip(totals, declared, strict=True)):
+                sequence.prompt_length = None  # read in full: from here on the cache itself tells
+            totals = [max(total, n) for total, n in zip(totals, declared, strict=True)]
+        long = tuple(self.is_long(total) for total in totals)
+        if offset:
+            self._reread(cache, long)
+        sequence.long = long
+        sequence.read(ids, offset)
+        return self._read(ids, cache, long)
+
+    def is_long(self, total: int) -> bool:
+        """The regime of a sequence of `total` tokens."""
+        if self._config.longrope is None or self.longrope == "short":
+            return False
+        return self.longrope == "long" or total > self._config.original_max_position_embeddings
+
+    def make_cache(self, sequence: Sequence) -> list[KVCache]:
+        return [KVCache(sequence, self._config.sliding_window) for _ in self.layers]
+
+    def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
+        """The layers, in a given regime."""
+        offset: int | mx.array = 0
+        if cache is not None:
+            padding = cache[0].sequence.padding_array
+            offset = cache[0].offset if padding is None else cache[0].offset - padding
+        mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
+        x = self.embed_tokens(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, cache[i] if cache else None, offset, long)
+        return self.norm(x)
+
+    def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
+        """Fill the rows of `cache` whose keys no longer serve by reading their ids again, in the new regime.
+
+        Rotating the old keys anew would not do: values and deeper keys came from the old regime's hidden states.
+        """
+        sequence, offset = cache[0].sequence, cache[0].offset
+        rows = [b for b, now in enumerate(long) if sequence.long is None or now != sequence.long[b]]
+        if cache[0].lost:
+            rows = list(range(len(long)))
+            for layer in cache:
+                layer.forget()
+        for row in rows:
+            padding = sequence.left_padding[row] if sequence.left_padding else 0
+            fresh = self.make_cache(Sequence())
+            for first in range(padding, offset, _REREAD_CHUNK):
+                last = min(first + _REREAD_CHUNK, offset)
+                self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
+                mx.eval([layer.state for layer in fresh])
+            if offset > padding:
+                for old, new in zip(cache, fresh, strict=True):
+                    old.write_row(row, new)
+
+
+class Model(nn.Module):
+    """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
+
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self._config = config
+        self.model = Phi3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+        """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
+        return self.logits(self.model(ids, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., hidden_size) -> (..., vocab_size); call it on the positions you need."""
+        if self._config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def config(self) -> Phi3Config:
+        return self._config
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    def make_cache(
+        self, prompt_length: int | Rows[int] | None = None, left_padding: Rows[int] | None = None
+    ) -> list[KVCache]:
+        """An empty cache, one entry a layer.
+
+        `prompt_length`: tokens the prompt will have in the end (one number, or one a row), if you know: a prompt
+        past the original length then starts in the long regime and nothing is read twice. `left_padding`: for a
+        ragged batch, how many padding ids stand in front of each row; they are never seen.
+        """
+        if isinstance(prompt_length, int):
+            prompt_length = (prompt_length,) * (len(left_padding) if left_padding is not None else 1)
+        sequence = Sequence(
+            left_padding=None if left_padding is None else tuple(left_padding),
+            prompt_length=None if prompt_length is None else tuple(prompt_length),
+        )
+        return self.model.make_cache(sequence)

@@ -1,0 +1,56 @@
+"""Rotary position embedding with LongRoPE's two regimes.
+
+Pairing is "rotate half" over the first `rotary_dim` dims of a head; angles are float32. The attention factor m
+multiplies cos and sin of queries and keys, so a score's rotated part grows by m^2: it is applied once, to the
+query, and where the whole head is rotated it costs nothing because it joins the softmax scale.
+Source: transformers `modeling_rope_utils._compute_longrope_parameters`, `modeling_phi3`.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import Phi3Config
+
+# One regime for every row, or one a row.
+Regime = bool | tuple[bool, ...]
+
+
+class Rope:
+    """Rotates queries and keys. Not a module: it holds no weights, and is shared by all layers."""
+
+    def __init__(self, config: Phi3Config):
+        self.dims = config.rotary_dim
+        exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
+        periods = (np.float32(config.rope_theta) ** exponents).astype(np.float32)
+        longrope = config.longrope
+        short = np.array(longrope.short_factor if longrope else 1.0, dtype=np.float32)
+        long = np.array(longrope.long_factor if longrope else 1.0, dtype=np.float32)
+        self._freqs = (mx.array(short * periods), mx.array(long * periods))
+        gain = longrope.attention_factor**2 if longrope else 1.0
+        whole = self.dims == config.head_dim
+        self.scale: float = config.head_dim**-0.5 * (gain if whole else 1.0)
+        self._query_gain: mx.array | None = None
+        if not whole and gain != 1.0:
+            rotated = np.arange(config.head_dim) < self.dims
+            self._query_gain = mx.array(np.where(rotated, gain, 1.0).astype(np.float32))
+
+    def query(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
+        """Rotate queries (B, H, L, D) whose first position is `offset` (an int, or one a row)."""
+        x = self.key(x, offset, long)
+        return x if self._query_gain is None else x * self._query_gain.astype(x.dtype)
+
+    def key(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
+        """Rotate keys (B, Hkv, L, D)."""
+        if isinstance(long, bool):
+            return self._rotate(x, offset, long)
+        if len(set(long)) == 1:
+            return self._rotate(x, offset, long[0])
+        rows = mx.array(long)[:, None, None, None]  # (B, 1, 1, 1)
+        return mx.where(rows, self._rotate(x, offset, True), self._rotate(x, offset, False))
+
+    def _rotate(self, x: mx.array, offset: int | mx.array, long: bool) -> mx.array:
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs[long]
+        )

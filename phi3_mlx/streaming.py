@@ -1,0 +1,106 @@
+"""Token ids in, text out as soon as it is certain: never half a character, and in sum exactly the full decode.
+
+Two ways from tokens to text occur in the family. Byte-level vocabularies (Phi-3-small, Phi-4) spell every token
+in bytes, so the text is one UTF-8 stream. SentencePiece vocabularies (Phi-3 mini, medium, 3.5) spell tokens in
+text with `▁` for the space, and characters they lack as runs of byte tokens `<0x..>`.
+"""
+
+import codecs
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+
+class StreamDecoder(ABC):
+    """Takes token ids one by one; the pieces of `add` and the last one of `finish` join to the full decode."""
+
+    @abstractmethod
+    def add(self, token_id: int) -> str:
+        """Take one more token; return the text that no later token can change (often one token's, maybe none)."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """Return what was held back; incomplete characters become U+FFFD. Call once, after the last token."""
+
+
+class ByteStream(StreamDecoder):
+    """Tokens that are bytes. `to_bytes` gives a token's bytes, or None where the token has no text."""
+
+    def __init__(self, to_bytes: Callable[[int], bytes | None]):
+        self._to_bytes = to_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        return self._decoder.decode(self._to_bytes(token_id) or b"")
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class PieceStream(StreamDecoder):
+    """Tokens that are SentencePiece pieces. `to_piece` gives a token's piece, or None where it has no text.
+
+    A run of byte tokens is UTF-8 as a whole or not at all: one bad byte anywhere turns every byte of the run into
+    U+FFFD (the rule of the `tokenizers` library). So a run is certain only when it has ended.
+    """
+
+    def __init__(self, to_piece: Callable[[int], str | None], strip: int):
+        self._to_piece = to_piece
+        self._strip = strip  # how many leading spaces of the whole text are still to be dropped
+        self._run = bytearray()
+
+    def add(self, token_id: int) -> str:
+        piece = self._to_piece(token_id)
+        if piece is None:
+            return ""
+        byte = fallback_byte(piece)
+        if byte is not None:
+            self._run.append(byte)
+            return ""
+        return self._stripped(self._end_run() + piece.replace("▁", " "))
+
+    def finish(self) -> str:
+        return self._stripped(self._end_run())
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode("utf-8")
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if not text.startswith(" "):
+                self._strip = 0
+            else:
+                self._strip -= 1
+                text = text[1:]
+        return text
+
+
+def fallback_byte(piece: str) -> int | None:
+    """The byte that a SentencePiece byte token such as `<0x0A>` stands for, or None for any other piece."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return int(piece[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """The alphabet of byte-level BPE: visible Latin-1 stands for its own byte, the others for U+0100 onwards."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+def symbols_to_bytes(token: str) -> bytes:
+    """A byte-level BPE token's bytes; a token outside that alphabet (an added one) is its own UTF-8."""
+    table = _byte_of_symbol()
+    try:
+        return bytes(table[symbol] for symbol in token)
+    except KeyError:
+        return token.encode("utf-8")

@@ -1,0 +1,17 @@
+"""What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """A folder with real configs, tokenizers and text: $PHI3_MLX_SHARED, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("PHI3_MLX_SHARED", ROOT.parent / "shared"))
+    if not (folder / "configs").is_dir():
+        pytest.skip("no shared material beside the checkout")
+    return folder

@@ -1,0 +1,124 @@
+"""Pairs of the same small model: transformers' Phi3ForCausalLM and ours. The reference of every parity test."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import released
+from mlx.utils import tree_flatten
+
+from phi3_mlx.config import parse_config
+from phi3_mlx.models import build
+
+ORIGINAL = 48  # original length of the scaled-down LongRoPE models
+WINDOW = 21
+
+BASE = {
+    "model_type": "phi3",
+    "vocab_size": 160,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LONG = {"original_max_position_embeddings": ORIGINAL, "max_position_embeddings": ORIGINAL * 32}
+
+# Head shapes, factor lists, ties and thetas are the released models'; widths, lengths and windows are scaled down.
+CONFIGS = {
+    "mini-4k": {**BASE, "sliding_window": WINDOW},
+    "mini-128k-april": {**BASE, **LONG, "rope_scaling": released.MINI_128K_APRIL},
+    "mini-128k-june": {**BASE, **LONG, "rope_scaling": released.MINI_128K_JUNE},
+    "3.5-mini": {**BASE, **LONG, "rope_scaling": released.PHI_3_5_MINI},
+    "medium-4k": {
+        **BASE,
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "sliding_window": WINDOW,
+    },
+    "phi-4": {**BASE, "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 250000},
+    "phi-4-mini": {
+        **BASE,
+        **LONG,
+        "hidden_size": 384,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        "rope_scaling": released.PHI_4_MINI,
+    },
+    # No released model has both; the rules must not care.
+    "long-and-window": {**BASE, **LONG, "rope_scaling": released.PHI_3_5_MINI, "sliding_window": WINDOW},
+}
+
+
+def ids_of(length: int, rows: int = 1, seed: int = 0) -> np.ndarray:
+    """Random token ids (rows, length), none of them the padding id 0."""
+    return np.random.default_rng(seed).integers(2, BASE["vocab_size"], (rows, length)).astype(np.int32)
+
+
+def make_ours(raw: dict, seed: int = 0):
+    """Our model with random weights of a spread that makes every position matter."""
+    model = build(parse_config(raw))
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith("norm.weight"):
+            values = 1 + 0.2 * rng.standard_normal(array.shape)
+        else:
+            spread = (0.12 if raw["tie_word_embeddings"] else 1.0) if "embed" in name else 1.2 / np.sqrt(array.shape[-1])
+            values = rng.standard_normal(array.shape) * spread
+        weights.append((name, mx.array(values.astype(np.float32))))
+    model.load_weights(weights)
+    return model
+
+
+def make_torch(raw: dict, model):
+    """transformers' model with the weights of ours, float32, eager attention on the CPU."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    raw = json.loads(json.dumps(raw))
+    if (raw["rope_scaling"] or {}).get("type") == "su":
+        raw["rope_scaling"]["type"] = "longrope"  # transformers 5.23 refuses "su", the same thing's first name
+    config = Phi3Config.from_dict(raw)
+    theirs = Phi3ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    weights = {name: torch.tensor(np.array(array)) for name, array in tree_flatten(model.parameters())}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs
+
+
+def torch_logits(theirs, ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.tensor(ids.astype(np.int64)), use_cache=False).logits.numpy()
+
+
+def logits_of(model, ids: np.ndarray, chunks=(), **cache_options) -> np.ndarray:
+    """Our logits (B, L, V) of `ids` read in pieces that end at `chunks`, through a cache if there are any."""
+    ids = mx.array(ids)
+    if not chunks and not cache_options:
+        return np.array(model(ids))
+    cache = model.make_cache(**cache_options)
+    edges = [0, *chunks, ids.shape[1]]
+    parts = []
+    for first, last in zip(edges, edges[1:], strict=False):
+        parts.append(model(ids[:, first:last], cache))
+        mx.eval(parts[-1])
+    return np.concatenate([np.array(part) for part in parts], axis=1)

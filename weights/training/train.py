@@ -1,0 +1,228 @@
+"""Train the bundled model: transformers' Phi3ForCausalLM in PyTorch, from scratch, by the clock.
+
+    python weights/training/train.py --corpus DIR --out DIR --minutes 100
+
+The learning rate follows the elapsed time, so the run ends where it should on a slow or a busy machine.
+A checkpoint is written every ten minutes; --resume continues one. Needs torch, transformers, sentencepiece.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import data
+import sentencepiece as spm
+import torch
+import torch.nn.functional as F
+import vocab
+from transformers import Phi3Config, Phi3ForCausalLM
+
+ORIGINAL, LONGEST = 512, 4096
+HALF = 32  # rotary dimensions / 2
+# Short: mild, as Phi-3.5's. Long: untouched where a period is seen often within 512 tokens, stretched up to
+# 10 times where it is not (wavelength of dimension k: 2 pi 10000^(k/32)).
+SHORT = [round(1 + 0.9 * (k / (HALF - 1)) ** 2, 2) for k in range(HALF)]
+LONG = [round(1.02 * math.exp(math.log(10) * min(max((k - 5) / 14, 0), 1)), 2) for k in range(HALF)]
+
+
+def make_config() -> Phi3Config:
+    return Phi3Config(
+        vocab_size=4032,  # 4,011 tokens and padding rows, as in the family
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=LONGEST,
+        original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": SHORT,
+            "long_factor": LONG,
+            "original_max_position_embeddings": ORIGINAL,
+        },
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=vocab.ENDOFTEXT,
+        pad_token_id=vocab.ENDOFTEXT,
+        use_cache=False,
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised by Newton-Schulz (Jordan et al. 2024), for the 2-D weights."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                m = state.setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(m, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix, roughly: the quintic iteration of the Muon paper."""
+    x = g if g.shape[0] <= g.shape[1] else g.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if g.shape[0] <= g.shape[1] else x.T
+
+
+def batches(args, sp, seed: int):
+    """Endless (ids, weights): mostly rows of ORIGINAL tokens, now and then fewer rows of more."""
+    train, _ = data.split_stories(args.corpus)
+    fables = [t for t in data.read_jsonl(args.corpus / "tinyfabulist.jsonl") if len(t) < 1800]
+    docs = data.Documents(train, fables, sp, seed)
+    rng = docs.rng
+
+    def short():
+        while True:
+            choice = rng.random()
+            if choice < 0.06:
+                yield docs.fable()
+            elif choice < 0.06 + args.exercises:
+                yield docs.exercise()
+            else:
+                yield docs.story()
+
+    def long(length):
+        while True:
+            yield docs.long(length)
+
+    tokens = args.batch * ORIGINAL
+    kinds = [ORIGINAL, 1024, 2048, 4096]
+    streams = [data.pack(short(), ORIGINAL, args.batch)]
+    streams += [data.pack(long(n), n, max(1, tokens // n)) for n in kinds[1:]]
+    while True:
+        ids, weights = next(rng.choices(streams, [1 - args.long, args.long * 0.5, args.long * 0.35, args.long * 0.15])[0])
+        yield torch.tensor(ids), torch.tensor(weights)
+
+
+def loss_of(model, ids, weights):
+    hidden = model.model(ids[:, :-1]).last_hidden_state
+    target, w = ids[:, 1:].reshape(-1), weights[:, 1:].reshape(-1)
+    logits = model.lm_head(hidden).flatten(0, 1).float()
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return (losses * w).sum() / w.sum()
+
+
+@torch.no_grad()
+def bits_per_character(model, sp, texts: list[str]) -> float:
+    """Held-out texts one by one, each after <|endoftext|> and with its own <|endoftext|> not counted."""
+    nats = chars = 0
+    for text in texts:
+        ids = torch.tensor([[vocab.ENDOFTEXT, *sp.encode(text.strip())]])
+        ids = ids[:, : ORIGINAL + 1].to(model.device)
+        logits = model(ids[:, :-1]).logits.float()
+        nats += F.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+        chars += len(sp.decode(ids[0, 1:].tolist()))
+    return nats / math.log(2) / chars
+
+
+def schedule(progress: float, warmup: float = 0.01, decay_from: float = 0.35) -> float:
+    """Warm-up, constant, then linear to zero over the last part of the time."""
+    if progress < warmup:
+        return (progress + 1e-4) / warmup
+    return 1.0 if progress < decay_from else max(0.0, (1 - progress) / (1 - decay_from))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--batch", type=int, default=12, help="rows of 512 tokens a step")
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--exercises", type=float, default=0.22, help="share of short documents")
+    parser.add_argument("--long", type=float, default=0.12, help="share of steps with long rows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    train_texts, held_out = data.split_stories(args.corpus)
+    if (args.out / "tokenizer.model").exists():
+        sp = spm.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
+    else:
+        sp = vocab.train([line for t in train_texts for line in t.splitlines() if line], args.out)
+
+    torch.set_float32_matmul_precision("high")
+    model = Phi3ForCausalLM._from_config(make_config(), attn_implementation="sdpa").to(args.device)
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    optimizers = [
+        Muon(hidden, args.muon_lr, weight_decay=args.weight_decay),
+        torch.optim.AdamW(rest, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    step, tokens, spent = 0, 0, 0.0
+    if args.resume:
+        state = torch.load(args.out / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        for o, s in zip(optimizers, state["optimizers"], strict=True):
+            o.load_state_dict(s)
+        step, tokens, spent = state["step"], state["tokens"], state["spent"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    objective = torch.compile(loss_of, dynamic=False)
+
+    def save():
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                 "step": step, "tokens": tokens, "spent": spent}  # fmt: skip
+        torch.save(state, args.out / "state.tmp")
+        (args.out / "state.tmp").rename(args.out / "state.pt")
+
+    started, saved, average = time.time() - spent, time.time(), None
+    for ids, weights in batches(args, sp, args.seed + step):
+        spent = time.time() - started
+        progress = spent / (60 * args.minutes)
+        if progress >= 1:
+            break
+        for o, rates in zip(optimizers, base, strict=True):
+            for group, rate in zip(o.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(progress)
+        loss = objective(model, ids.to(args.device), weights.to(args.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        step, tokens = step + 1, tokens + ids.shape[0] * (ids.shape[1] - 1)
+        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+        if step % 20 == 0 or step < 6:
+            line = {"step": step, "tokens": tokens, "minutes": round(spent / 60, 2), "loss": round(average, 4)}
+            print(json.dumps(line), flush=True)
+        if time.time() - saved > 600:
+            save()
+            saved = time.time()
+    spent = time.time() - started
+    save()
+    model.eval()
+    model = model.to("cpu")
+    print(f"{tokens:,} tokens in {spent / 60:.1f} minutes")
+    uncompiled = Phi3ForCausalLM._from_config(model.config, attn_implementation="sdpa")
+    uncompiled.load_state_dict(model.state_dict())
+    print(f"bits per character on the held-out stories: {bits_per_character(uncompiled, sp, held_out):.4f}")
+    uncompiled.to(torch.bfloat16).save_pretrained(args.out / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()
