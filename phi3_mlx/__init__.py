@@ -1,2 +1,55 @@
-"""phi3-mlx."""
+"""Run, quantize and fine-tune Microsoft's Phi-3 models with MLX.
+
+from phi3_mlx import load, generate
+
+model, tokenizer = load("tiny")
+print(generate(model, tokenizer, "Write a story about a rabbit who finds a key."))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0.dev0"
+
+# Every public name and the module it lives in: imported when first used, so `import phi3_mlx` costs nothing.
+_PUBLIC = {
+    "Chunk": "generation",
+    "Conversation": "conversation",
+    "Phi3Error": "errors",
+    "batch_generate": "generation",
+    "generate": "generation",
+    "load": "generation",
+    "load_model": "generation",
+    "load_tokenizer": "generation",
+    "stream_generate": "generation",
+    "unload": "generation",
+}
+
+if TYPE_CHECKING:
+    from .conversation import Conversation as Conversation
+    from .errors import Phi3Error as Phi3Error
+    from .generation import Chunk as Chunk
+    from .generation import batch_generate as batch_generate
+    from .generation import generate as generate
+    from .generation import load as load
+    from .generation import load_model as load_model
+    from .generation import load_tokenizer as load_tokenizer
+    from .generation import stream_generate as stream_generate
+    from .generation import unload as unload
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'phi3_mlx' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,82 @@
+"""The command `phi3-mlx`. One file a command, imported when it is called, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from .. import __version__
+from ..errors import Phi3Error
+
+# Command -> what it does, so that the list of commands imports none of them.
+_COMMANDS = {
+    "generate": "Answer one prompt.",
+    "chat": "Talk with a model; it remembers the conversation.",
+    "models": "List the models known by a short name, and what is on this disk.",
+}
+
+
+class _Commands(click.Group):
+    """Finds `phi3_mlx.cli.NAME.NAME` when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return getattr(import_module(f".{name}", __name__), name) if name in _COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="phi3-mlx", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run Microsoft's Phi-3 models with MLX: exact at every length, in bounded memory.
+
+    \b
+    phi3-mlx generate -p "Write a story about a rabbit who finds a key."
+    phi3-mlx generate -m phi-3.5-mini-4bit -f letter.txt -p "Answer this letter."
+    phi3-mlx chat -m phi-3.5-mini-4bit
+
+    Every command has -h. Text goes to stdout, everything else to stderr. PHI3_MLX_DEBUG=1 shows tracebacks.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 closed pipe."""
+    try:
+        code = cli.main(args=args, prog_name="phi3-mlx", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _say("the reader of the output went away, so the work was stopped", 141)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(err=True)
+        code = _say("stopped by Ctrl-C", 130)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "phi3-mlx"
+        code = _say(f"{error.format_message().rstrip('.')}; see {command} -h", error.exit_code)
+    except click.ClickException as error:
+        code = _say(error.format_message(), error.exit_code)
+    except Phi3Error as error:
+        if os.environ.get("PHI3_MLX_DEBUG") == "1":
+            raise
+        code = _say(str(error), error.exit_code)
+    except Exception as error:
+        if os.environ.get("PHI3_MLX_DEBUG") == "1":
+            raise
+        message = f"unexpected {type(error).__name__}: {error}".replace("\n", " ")
+        code = _say(f"{message}; PHI3_MLX_DEBUG=1 shows the traceback", 1)
+    sys.exit(code)
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"phi3-mlx: {message}", err=True)
+    return code

@@ -1,0 +1,136 @@
+"""phi3-mlx generate"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import PromptError
+from .options import SamplingOptions, model_option, read_text, sampling_options
+
+if TYPE_CHECKING:
+    from ..generation import Chunk
+
+
+@click.command()
+@model_option
+@click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
+@click.option("-f", "--file", metavar="FILE", help='A text file, put after the prompt if there is one; "-" is stdin.')
+@click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
+@click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
+@sampling_options(max_tokens=512)
+@click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
+def generate(
+    model: str,
+    prompt: str | None,
+    file: str | None,
+    system: str | None,
+    raw: bool,
+    sampling: SamplingOptions,
+    stats: bool,
+    as_json: bool,
+) -> None:
+    """Answer one prompt.
+
+    \b
+    phi3-mlx generate -p "Why is the sky blue?" -m phi-3.5-mini-4bit
+    phi3-mlx generate -f notes.txt -p "Summarise these notes."
+    git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
+    """
+    text = _prompt(prompt, file)
+    if raw and system:
+        raise click.UsageError("--raw sends no template, so it has no place for --system")
+    from ..generation import encode_prompt, load, stream_generate
+
+    loaded, tokenizer = load(model)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
+    ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
+    with _PrefillProgress(len(ids)) as progress:
+        chunks = stream_generate(
+            loaded, tokenizer, ids, on_prefill=progress.update, **dataclasses.asdict(sampling)
+        )
+        last = _print_json(model, chunks) if as_json else _print_text(chunks)
+    if stats:
+        click.echo(
+            f"prompt {last.prompt_tokens:,} tokens, {last.prompt_tps:,.1f} tok/s; answer {last.generation_tokens:,} "
+            f"tokens, {last.generation_tps:,.1f} tok/s; peak memory {last.peak_memory / 1e9:.2f} GB",
+            err=True,
+        )
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if prompt == "-" and file == "-":
+        raise click.UsageError("-p - and -f - both read stdin; give one of them")
+    if prompt is None and file is None:
+        if sys.stdin.isatty():
+            raise click.UsageError('nothing to answer; give -p "TEXT", -f FILE, or text on stdin')
+        file = "-"
+    parts = [read_text("-") if prompt == "-" else prompt or "", read_text(file) if file else ""]
+    text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
+    if not text:
+        raise PromptError("the prompt is empty; give some text")
+    return text
+
+
+def _print_text(chunks: Iterator[Chunk]) -> Chunk:
+    ended = True
+    try:
+        for chunk in chunks:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+            ended = chunk.text.endswith("\n") if chunk.text else ended
+            last = chunk
+    finally:
+        if not ended:
+            sys.stdout.write("\n")
+    return last
+
+
+def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
+    import json
+
+    seen = list(chunks)
+    last = seen[-1]
+    figures = dataclasses.asdict(last)
+    for key in ("text", "token", "logprob"):
+        del figures[key]
+    tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
+    answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
+    click.echo(json.dumps(answer, ensure_ascii=False))
+    return last
+
+
+class _PrefillProgress:
+    """A bar on the terminal while a long prompt is read; nothing in a pipe or for a short one."""
+
+    def __init__(self, total: int):
+        self._bar = None
+        if sys.stderr.isatty() and total > 2048:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> _PrefillProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+            if done == total:
+                self._bar.stop()

@@ -1,0 +1,121 @@
+"""A chat that keeps its cache: every turn reads only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from .chat import render_chat
+from .errors import PromptError
+from .generation import Chunk, _Run
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .models.cache import KVCache
+    from .models.phi3 import Model
+    from .tokenizer import Tokenizer
+
+
+class Conversation:
+    """Messages with a model, and the cache of what it has read of them.
+
+        conversation = Conversation(model, tokenizer, system="Answer in one sentence.")
+        for chunk in conversation.send("Who are you?"):
+            print(chunk.text, end="", flush=True)
+
+    An answer that is broken off (the iterator closed, Ctrl-C) is kept as far as it came.
+    `notify` gets a sentence if the model's template has no place for the system message.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        notify: Callable[[str], None] | None = None,
+    ):
+        self._model, self._tokenizer, self._notify = model, tokenizer, notify
+        self.messages: list[dict[str, str]] = []
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin anew, with this system message or none."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self._cache: list[KVCache] | None = None
+        # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
+        # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
+        # has read is how it was made.
+        self._rendered: list[int] = []
+        self._actual: list[int] = []
+        self._answer: list[int] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens the cache has read."""
+        return self._cache[0].offset if self._cache else 0
+
+    def send(
+        self,
+        text: str,
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Iterator[Chunk]:
+        """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
+        if not text.strip():
+            raise PromptError("the message is empty; give some text")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
+        actual = self._with_own_answers(rendered)
+        cache = self._reusable_cache(actual)
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        run = _Run(self._model, self._tokenizer, [actual], max_tokens, sampling, stop, raw=True, cache=cache)
+        return self._answered(run, messages, rendered, actual)
+
+    def _with_own_answers(self, rendered: list[int]) -> list[int]:
+        """`rendered` with the answers so far in the ids the model made, where the template only appends."""
+        before = len(self._rendered)
+        if not before or rendered[:before] != self._rendered:
+            return rendered
+        stop_ids = self._tokenizer.stop_ids
+        end = next((i for i in range(before, len(rendered)) if rendered[i] in stop_ids), None)
+        return rendered if end is None else [*self._actual, *self._answer, *rendered[end:]]
+
+    def _reusable_cache(self, ids: list[int]) -> list[KVCache] | None:
+        """The cache, trimmed to what it shares with `ids`."""
+        if self._cache is None or not self._cache[0].offset:
+            return None
+        if any(layer.offset != self._cache[0].offset or layer.empty() for layer in self._cache):
+            return None  # Ctrl-C fell between two layers
+        known: list[int] = self._cache[0].sequence.ids[0, : self._cache[0].offset].tolist()  # type: ignore[assignment]
+        shared = 0
+        for a, b in zip(known, ids[:-1], strict=False):
+            if a != b:
+                break
+            shared += 1
+        for layer in self._cache:
+            layer.trim(layer.offset - shared)
+        return self._cache if shared else None
+
+    def _answered(
+        self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int]
+    ) -> Iterator[Chunk]:
+        parts: list[str] = []
+        ids: list[int] = []
+        try:
+            for chunk in run.chunks():
+                parts.append(chunk.text)
+                if chunk.token not in self._tokenizer.stop_ids:
+                    ids.append(chunk.token)
+                yield chunk
+        finally:
+            self._cache = run.generation.cache
+            self._rendered, self._actual, self._answer = rendered, actual, ids
+            self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]

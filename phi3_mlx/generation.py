@@ -1,0 +1,282 @@
+"""Text in, text out: load a model, generate, stream, batch, chat."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .chat import render_chat
+from .engine import FinishReason, Generation, Statistics, Token
+from .errors import OptionError, Phi3Error, PromptError
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .models.cache import KVCache
+    from .models.phi3 import LongRopeRule, Model
+    from .tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One generated token and the text it made certain ("" while a character or a stop string is incomplete).
+
+    `finish_reason` is None until the last chunk: "stop" (the model ended its answer or a stop string came) or
+    "length". The other figures are those of the run so far: tokens (`prefilled_tokens` are those of the prompt that no
+    cache held), tokens a second, peak bytes.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    prefilled_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: int
+
+
+def load(
+    name: str, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
+) -> tuple[Model, Tokenizer]:
+    """A model and its tokenizer.
+
+    `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
+    with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
+    Raises ModelNotFoundError, CheckpointError, ConfigError or TokenizerError.
+    """
+    from .hub import resolve
+
+    directory = resolve(name, revision)
+    # The tokenizer first: it fails fast, and reads little.
+    tokenizer = load_tokenizer(str(directory))
+    from .checkpoint import load_model as load_directory
+
+    return load_directory(directory, dtype=dtype, longrope=longrope), tokenizer
+
+
+def load_model(
+    name: str, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
+) -> Model:
+    """The model of `load` alone."""
+    from .checkpoint import load_model as load_directory
+    from .hub import resolve
+
+    return load_directory(resolve(name, revision), dtype=dtype, longrope=longrope)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of `load` alone."""
+    from .hub import resolve
+    from .tokenizer import load_tokenizer as load_directory
+
+    return load_directory(resolve(name, revision))
+
+
+def unload(model: Model) -> None:
+    """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
+    model.clear()
+    gc.collect()
+    mx.clear_cache()
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    raw: bool = False,
+) -> str:
+    """The model's answer to `prompt`.
+
+    `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
+    list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
+    options are those of `phi3_mlx.sampling.Sampling`. Raises PromptError, ChatError or OptionError.
+    """
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw)
+    return "".join(text for _, text, _ in run)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    raw: bool = False,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Iterator[Chunk]:
+    """As `generate`, but yields a `Chunk` a token while the answer is made.
+
+    Faults in the arguments are raised at the call, before anything is computed. `on_prefill(done, total)` is
+    called while a long prompt is read.
+    """
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, on_prefill=on_prefill)
+    return run.chunks()
+
+
+def batch_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    raw: bool = False,
+) -> list[str]:
+    """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
+    if not prompts:
+        return []
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw)
+    texts: list[list[str]] = [[] for _ in prompts]
+    for token, text, _ in run:
+        texts[token.row].append(text)
+    return ["".join(parts) for parts in texts]
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False, notify: Callable[[str], None] | None = None
+) -> list[int]:
+    """The token ids of a prompt, as `generate` sends them. `notify` gets a sentence if a system message was moved."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; give some text")
+        if not raw:
+            return render_chat(tokenizer, [{"role": "user", "content": prompt}], notify=notify)
+        bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
+        ids = tokenizer.encode(prompt, special=True)
+        return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return render_chat(tokenizer, list(prompt), notify=notify)  # type: ignore[arg-type]
+    if not all(isinstance(item, int) for item in prompt):
+        raise PromptError("a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids")
+    return list(prompt)  # type: ignore[arg-type]
+
+
+class _Run:
+    """One or more prompts through the engine, and their text out of it: (token, text, finish reason) a token."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str] | None,
+        raw: bool,
+        cache: list[KVCache] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ):
+        if not model:
+            raise Phi3Error("this model was unloaded; load() it again")
+        if max_tokens < 1:
+            raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        if not all(stops):
+            raise OptionError("a stop string is empty; give at least one character")
+        self._decoders = [tokenizer.stream() for _ in prompts]
+        self._stops = [StopStrings(stops) for _ in prompts]
+        self._stop_ids = tokenizer.stop_ids
+        self.generation = Generation(
+            model,
+            [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=self._stop_ids,
+            cache=cache,
+            on_prefill=on_prefill,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Token, str, FinishReason | None]]:
+        for token in self.generation:
+            decoder, stops, reason = self._decoders[token.row], self._stops[token.row], token.finish_reason
+            text = "" if token.id in self._stop_ids else decoder.add(token.id)
+            if reason:
+                text += decoder.finish()
+            text, hit = stops.add(text)
+            if hit:
+                reason = "stop"
+                self.generation.finish(token.row)
+            elif reason:
+                text += stops.finish()
+            yield token, text, reason
+
+    def chunks(self) -> Iterator[Chunk]:
+        for token, text, reason in self:
+            s: Statistics = self.generation.statistics
+            yield Chunk(
+                text,
+                token.id,
+                token.logprob,
+                reason,
+                s.prompt_tokens,
+                s.prefilled_tokens,
+                s.prompt_tps,
+                s.generated_tokens,
+                s.decode_tps,
+                s.peak_memory,
+            )
+
+
+class StopStrings:
+    """Finds stop strings in a stream of text, across the edges of its pieces."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """(text that is certain to come before any stop string, whether one was met)."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return text, True
+        # Hold back the longest end that begins a stop string.
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, False
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        text, self._held = self._held, ""
+        return text

@@ -1,0 +1,233 @@
+"""The engine against the plainest loop there is, and rows together against rows alone."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
+
+from phi3_mlx.engine import Generation
+from phi3_mlx.errors import OptionError, PromptError
+from phi3_mlx.sampling import Sampler, Sampling, filter_scores
+
+GREEDY = Sampling()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_ours(CONFIGS["3.5-mini"])
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return make_ours(CONFIGS["mini-4k"])
+
+
+def prompt_of(length, seed=0):
+    return ids_of(length, seed=seed)[0].tolist()
+
+
+def plain_greedy(model, prompt, n):
+    """No cache, no chunks, no queue: the whole text through the model for every token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
+    return ids[len(prompt) :]
+
+
+def run(model, prompts, max_tokens=20, sampling=GREEDY, **options):
+    rows = [[] for _ in prompts]
+    generation = Generation(model, prompts, max_tokens=max_tokens, sampling=sampling, **options)
+    for token in generation:
+        rows[token.row].append(token)
+    return rows, generation
+
+
+def ids(tokens):
+    return [token.id for token in tokens]
+
+
+@pytest.mark.parametrize("length", [1, ORIGINAL - 5, ORIGINAL, ORIGINAL + 1])
+def test_greedy_is_the_plain_loop_across_the_boundary(model, length):
+    (tokens,), _ = run(model, [prompt_of(length)], 12, prefill_chunk=7)
+    assert ids(tokens) == plain_greedy(model, prompt_of(length), 12)
+    assert [token.finish_reason for token in tokens] == [None] * 11 + ["length"]
+
+
+def test_greedy_is_the_plain_loop_across_the_window(windowed):
+    (tokens,), _ = run(windowed, [prompt_of(15)], 20)
+    assert ids(tokens) == plain_greedy(windowed, prompt_of(15), 20)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, seed=3), Sampling(0.8, 0.9, 40, 0.02, 1.3, seed=5)])
+@pytest.mark.parametrize("name", ["3.5-mini", "mini-4k"])
+def test_rows_together_equal_rows_alone(name, sampling):
+    model = make_ours(CONFIGS[name])
+    prompts = [prompt_of(n, seed=n) for n in (40, 3, 47, 60)]
+    stops = set(range(20, 26))  # some rows end early, so the batch shrinks on the way
+    together, _ = run(model, prompts, 24, sampling, stop_ids=stops, prefill_chunk=16)
+    lengths = set()
+    for prompt, row in zip(prompts, together, strict=True):
+        (alone,), _ = run(model, [prompt], 24, sampling, stop_ids=stops)
+        assert ids(row) == ids(alone)
+        assert row[-1].finish_reason == alone[-1].finish_reason
+        assert np.allclose([t.logprob for t in row], [t.logprob for t in alone], atol=1e-3)
+        lengths.add(len(row))
+    assert len(lengths) > 1
+
+
+def test_stop_id_ends_the_row_and_is_reported(model):
+    expected = plain_greedy(model, prompt_of(9), 12)
+    stop = next(t for i, t in enumerate(expected) if i > 2 and t not in expected[:i])
+    (tokens,), generation = run(model, [prompt_of(9)], 12, stop_ids={stop})
+    assert ids(tokens) == expected[: expected.index(stop) + 1]
+    assert tokens[-1].finish_reason == "stop"
+    assert generation.statistics.generated_tokens == len(tokens)
+
+
+def test_logprob_is_the_models_own_whatever_the_sampling(model):
+    prompt = prompt_of(12)
+    (tokens,), _ = run(model, [prompt], 8, Sampling(1.5, top_k=5, repetition_penalty=1.5, seed=1))
+    for i, token in enumerate(tokens):
+        logits = np.array(model(mx.array([prompt + ids(tokens)[:i]]))[0, -1], dtype=np.float64)
+        assert token.logprob == pytest.approx(logits[token.id] - np.log(np.exp(logits).sum()), abs=1e-3)
+
+
+def test_the_context_ends_the_answer(model):
+    context = model.config.max_position_embeddings
+    (tokens,), _ = run(model, [prompt_of(context - 3)], 50)
+    assert len(tokens) == 3
+    assert tokens[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "empty"),
+        ([5, 160], "token id 160 is outside the model's vocabulary of 160"),
+        ([-1, 5], "token id -1"),
+        ([5] * 1536, "1,536 tokens and the model's context is 1,536"),
+    ],
+)
+def test_prompts_that_cannot_run_are_refused(model, prompt, words):
+    with pytest.raises(PromptError, match=words):
+        Generation(model, [prompt], max_tokens=1, sampling=GREEDY)
+
+
+def test_a_given_cache_is_extended_and_only_the_rest_is_read(model):
+    prompt = prompt_of(40)
+    _, first = run(model, [prompt], 1)
+    longer = [*prompt, *prompt_of(30, seed=1)]
+    (tokens,), second = run(model, [longer], 6, cache=first.cache)
+    assert second.statistics.prefilled_tokens == 30
+    assert ids(tokens) == plain_greedy(model, longer, 6)
+    with pytest.raises(ValueError, match="proper prefix"):
+        Generation(model, [prompt], max_tokens=1, sampling=GREEDY, cache=second.cache)
+
+
+def test_statistics_count_what_was_done(model):
+    seen = []
+    _, generation = run(model, [prompt_of(30), prompt_of(10)], 5, prefill_chunk=8, on_prefill=lambda *a: seen.append(a))
+    s = generation.statistics
+    assert (s.prompt_tokens, s.prefilled_tokens, s.generated_tokens, s.decoded_tokens) == (40, 40, 10, 8)
+    assert s.prompt_tps > 0
+    assert s.decode_tps > 0
+    assert s.peak_memory > 0
+    assert seen == [(8, 30), (16, 30), (24, 30), (30, 30)]
+
+
+def test_finish_stops_one_row_and_leaves_the_others(model):
+    generation = Generation(model, [prompt_of(5), prompt_of(8)], max_tokens=6, sampling=GREEDY)
+    rows = [[], []]
+    for token in generation:
+        rows[token.row].append(token.id)
+        if token.row == 0 and len(rows[0]) == 2:
+            generation.finish(0)
+    assert rows == [plain_greedy(model, prompt_of(5), 2), plain_greedy(model, prompt_of(8), 6)]
+
+
+# ------------------------------------------------------------------------------------------ sampling
+
+
+def naive_filter(logits, temperature, top_k, top_p, min_p):
+    """The probabilities transformers' warpers leave, one token at a time in float64."""
+    scores = logits.astype(np.float64) / temperature
+    kept = set(range(len(scores)))
+    by_score = sorted(kept, key=lambda i: -scores[i])
+    if top_k:
+        kept = set(by_score[:top_k])
+
+    def probabilities():
+        e = {i: np.exp(scores[i] - scores.max()) for i in kept}
+        return {i: e[i] / sum(e.values()) for i in kept}
+
+    p, total, nucleus = probabilities(), 0.0, set()
+    for i in (i for i in by_score if i in kept):
+        if total >= top_p:
+            break
+        nucleus.add(i)
+        total += p[i]
+    kept = nucleus if top_p < 1 else kept
+    p = probabilities()
+    kept = {i for i in kept if p[i] >= min_p * max(p.values())}
+    return probabilities()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), list(itertools.product([0, 1, 7, 500], [1.0, 0.9, 0.3, 1e-6], [0.0, 0.1, 1.0]))
+)
+def test_filters_keep_what_the_definition_keeps(top_k, top_p, min_p):
+    logits = np.random.default_rng(0).normal(size=(2, 50)).astype(np.float32) * 2
+    sampling = Sampling(0.7, top_p, top_k, min_p)
+    got = np.array(mx.softmax(filter_scores(mx.array(logits) / 0.7, sampling), axis=-1))
+    for row in range(2):
+        expected = naive_filter(logits[row], 0.7, min(top_k, 50), top_p, min_p)
+        assert set(np.flatnonzero(got[row] > 0)) == set(expected)
+        assert np.allclose([got[row][i] for i in expected], list(expected.values()), atol=1e-5)
+
+
+def test_draws_follow_the_distribution():
+    logits = mx.array(np.log([[0.5, 0.3, 0.15, 0.05]]).astype(np.float32))
+    sampler = Sampler(Sampling(1.0, seed=0), [[0]], 4)
+    draws = [int(sampler(logits)[0].item()) for _ in range(4000)]
+    counts = np.bincount(draws, minlength=4) / len(draws)
+    assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.03  # four standard deviations
+
+
+def test_the_same_seed_draws_the_same_and_no_seed_does_not(model):
+    draw = lambda seed: ids(run(model, [prompt_of(5)], 30, Sampling(1.0, seed=seed))[0][0])  # noqa: E731
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+def test_without_a_seed_equal_prompts_in_a_batch_differ(model):
+    (a, b), _ = run(model, [prompt_of(5)] * 2, 30, Sampling(1.0))
+    assert ids(a) != ids(b)
+
+
+def test_repetition_penalty_counts_prompt_and_answer():
+    sampler = Sampler(Sampling(repetition_penalty=2.0), [[0, 1]], 4)
+    logits = mx.array([[3.0, -1.0, 2.0, -1.5]])
+    # 3 -> 1.5, -1 -> -2: token 2 wins; then it is halved too and token 0 wins.
+    assert [int(sampler(logits)[0].item()) for _ in range(2)] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 1.1},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_options_outside_their_range_are_refused(options):
+    (name,) = options
+    with pytest.raises(OptionError, match=name):
+        Sampling(**options)
