@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from .chat import render_chat
@@ -67,7 +67,7 @@ class Conversation:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
         if not text.strip():
             raise PromptError("the message is empty; give some text")
@@ -106,7 +106,7 @@ class Conversation:
 
     def _answered(
         self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int]
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         parts: list[str] = []
         ids: list[int] = []
         try:

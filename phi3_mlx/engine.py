@@ -119,11 +119,12 @@ class Generation:
                 pending = self._draw(self._model.model(tokens[:, None], self.cache))
                 mx.async_eval(pending)
             ids: list[int] = tokens.tolist()  # type: ignore[assignment]
+            odds: list[float] = logprobs.tolist()  # type: ignore[assignment]
             if step > 1:
                 self.statistics.decoded_tokens += len(active)
             self.statistics.decode_seconds = time.perf_counter() - started
             self.statistics.peak_memory = mx.get_peak_memory()
-            for row, token, logprob in zip(active, ids, logprobs.tolist(), strict=True):  # type: ignore[arg-type]
+            for row, token, logprob in zip(active, ids, odds, strict=True):
                 if row in self._finished:
                     continue
                 reason: FinishReason | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,32 +53,27 @@ def load(
     with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
     Raises ModelNotFoundError, CheckpointError, ConfigError or TokenizerError.
     """
-    from .hub import resolve
+    from . import checkpoint, hub, tokenizer
 
-    directory = resolve(name, revision)
-    # The tokenizer first: it fails fast, and reads little.
-    tokenizer = load_tokenizer(str(directory))
-    from .checkpoint import load_model as load_directory
-
-    return load_directory(directory, dtype=dtype, longrope=longrope), tokenizer
+    directory = hub.resolve(name, revision)
+    words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
+    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope), words
 
 
 def load_model(
     name: str, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
 ) -> Model:
     """The model of `load` alone."""
-    from .checkpoint import load_model as load_directory
-    from .hub import resolve
+    from . import checkpoint, hub
 
-    return load_directory(resolve(name, revision), dtype=dtype, longrope=longrope)
+    return checkpoint.load_model(hub.resolve(name, revision), dtype=dtype, longrope=longrope)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of `load` alone."""
-    from .hub import resolve
-    from .tokenizer import load_tokenizer as load_directory
+    from . import hub, tokenizer
 
-    return load_directory(resolve(name, revision))
+    return tokenizer.load_tokenizer(hub.resolve(name, revision))
 
 
 def unload(model: Model) -> None:
@@ -129,7 +124,7 @@ def stream_generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """As `generate`, but yields a `Chunk` a token while the answer is made.
 
     Faults in the arguments are raised at the call, before anything is computed. `on_prefill(done, total)` is
@@ -234,7 +229,7 @@ class _Run:
                 text += stops.finish()
             yield token, text, reason
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         for token, text, reason in self:
             s: Statistics = self.generation.statistics
             yield Chunk(

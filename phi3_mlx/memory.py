@@ -17,7 +17,7 @@ def bounded_run() -> Iterator[None]:
     wired = mx.metal.is_available()
     cache_limit = mx.set_cache_limit(_BUFFER_CACHE)
     if wired:
-        wired_limit = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+        wired_limit = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     try:
         yield
     finally:

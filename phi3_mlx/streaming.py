@@ -7,8 +7,11 @@ text with `▁` for the space, and characters they lack as runs of byte tokens `
 
 import codecs
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class StreamDecoder(ABC):
@@ -44,9 +47,9 @@ class PieceStream(StreamDecoder):
     U+FFFD (the rule of the `tokenizers` library). So a run is certain only when it has ended.
     """
 
-    def __init__(self, to_piece: Callable[[int], str | None], strip: int):
+    def __init__(self, to_piece: Callable[[int], str | None], *, drop_first_space: bool):
         self._to_piece = to_piece
-        self._strip = strip  # how many leading spaces of the whole text are still to be dropped
+        self._drop_space = drop_first_space
         self._run = bytearray()
 
     def add(self, token_id: int) -> str:
@@ -70,23 +73,16 @@ class PieceStream(StreamDecoder):
             return "\ufffd" * len(run)
 
     def _stripped(self, text: str) -> str:
-        while self._strip and text:
-            if not text.startswith(" "):
-                self._strip = 0
-            else:
-                self._strip -= 1
-                text = text[1:]
+        if self._drop_space and text:
+            self._drop_space = False
+            return text.removeprefix(" ")
         return text
 
 
 def fallback_byte(piece: str) -> int | None:
     """The byte that a SentencePiece byte token such as `<0x0A>` stands for, or None for any other piece."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        try:
-            return int(piece[3:5], 16)
-        except ValueError:
-            return None
-    return None
+    match = _BYTE_TOKEN.fullmatch(piece)
+    return int(match[1], 16) if match else None
 
 
 @functools.cache

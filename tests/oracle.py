@@ -1,8 +1,10 @@
 """Pairs of the same small model: transformers' Phi3ForCausalLM and ours. The reference of every parity test."""
 
+import itertools
 import json
 
 import mlx.core as mx
+import naive
 import numpy as np
 import released
 from mlx.utils import tree_flatten
@@ -64,9 +66,23 @@ CONFIGS = {
 }
 
 
+def slim(raw: dict, layers: int = 2) -> dict:
+    """The same head shape, RoPE and window in a model small enough for hundreds of calls: one KV head."""
+    dim, heads = raw["hidden_size"] // raw["num_attention_heads"], 1 if raw["num_key_value_heads"] > 1 else 2
+    return {
+        **raw,
+        "hidden_size": heads * dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": layers,
+        "intermediate_size": 64,
+        "vocab_size": 96,
+    }
+
+
 def ids_of(length: int, rows: int = 1, seed: int = 0) -> np.ndarray:
     """Random token ids (rows, length), none of them the padding id 0."""
-    return np.random.default_rng(seed).integers(2, BASE["vocab_size"], (rows, length)).astype(np.int32)
+    return np.random.default_rng(seed).integers(2, 96, (rows, length)).astype(np.int32)
 
 
 def make_ours(raw: dict, seed: int = 0):
@@ -78,7 +94,9 @@ def make_ours(raw: dict, seed: int = 0):
         if name.endswith("norm.weight"):
             values = 1 + 0.2 * rng.standard_normal(array.shape)
         else:
-            spread = (0.12 if raw["tie_word_embeddings"] else 1.0) if "embed" in name else 1.2 / np.sqrt(array.shape[-1])
+            spread = (
+                (0.12 if raw["tie_word_embeddings"] else 1.0) if "embed" in name else 1.2 / np.sqrt(array.shape[-1])
+            )
             values = rng.standard_normal(array.shape) * spread
         weights.append((name, mx.array(values.astype(np.float32))))
     model.load_weights(weights)
@@ -90,6 +108,7 @@ def make_torch(raw: dict, model):
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
+    torch.set_num_threads(1)  # more threads than free cores cost these small models a factor of ten
     raw = json.loads(json.dumps(raw))
     if (raw["rope_scaling"] or {}).get("type") == "su":
         raw["rope_scaling"]["type"] = "longrope"  # transformers 5.23 refuses "su", the same thing's first name
@@ -110,6 +129,52 @@ def torch_logits(theirs, ids: np.ndarray) -> np.ndarray:
         return theirs(torch.tensor(ids.astype(np.int64)), use_cache=False).logits.numpy()
 
 
+def torch_generate(theirs, ids: np.ndarray, steps: int) -> list[int]:
+    """The `steps` tokens transformers' greedy `generate()` puts after `ids` (L,); it never stops early."""
+    import torch
+
+    prompt = torch.tensor(ids.astype(np.int64))[None]
+    options = {"do_sample": False, "max_new_tokens": steps, "eos_token_id": None, "pad_token_id": 0}
+    return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(ids) :].tolist()
+
+
+def every_step(raw: dict, whole_pass, ids: np.ndarray) -> np.ndarray:
+    """Logits (L, V): row t is the last row of a pass over the first t + 1 of `ids` (L,).
+
+    Attention is causal, so two passes hold them all: one over what is short, one over everything.
+    """
+    original = raw["original_max_position_embeddings"]
+    if raw["rope_scaling"] is None or len(ids) <= original:
+        return whole_pass(ids)
+    return np.concatenate([whole_pass(ids[:original]), whole_pass(ids)[original:]])
+
+
+def reference_steps(raw: dict, model, ids: np.ndarray) -> np.ndarray:
+    """`every_step` by transformers, or by the float64 oracle where torch or transformers is missing."""
+    try:
+        theirs = make_torch(raw, model)
+    except ImportError:
+        weights = naive.weights_of(model)
+        return every_step(raw, lambda part: naive.logits(raw, weights, part), ids)
+    return every_step(raw, lambda part: torch_logits(theirs, part[None])[0], ids)
+
+
+def last_logits(model, ids: np.ndarray, cache=None) -> np.ndarray:
+    """Our logits (B, V) at the last position of `ids` (B, L)."""
+    return np.array(model.logits(model.model(mx.array(ids), cache)[:, -1]))
+
+
+def generate(model, ids: np.ndarray, steps: int, chunk: int = 0, **cache_options) -> list[int]:
+    """The `steps` tokens our model puts after `ids` (L,), greedily, in the plainest loop there is."""
+    cache = model.make_cache(**cache_options)
+    for first in range(0, len(ids), chunk or len(ids)):
+        last = last_logits(model, ids[None, first : first + (chunk or len(ids))], cache)
+    tokens = [int(last.argmax())]
+    while len(tokens) < steps:
+        tokens.append(int(last_logits(model, np.array([tokens[-1:]], dtype=np.int32), cache).argmax()))
+    return tokens
+
+
 def logits_of(model, ids: np.ndarray, chunks=(), **cache_options) -> np.ndarray:
     """Our logits (B, L, V) of `ids` read in pieces that end at `chunks`, through a cache if there are any."""
     ids = mx.array(ids)
@@ -118,7 +183,7 @@ def logits_of(model, ids: np.ndarray, chunks=(), **cache_options) -> np.ndarray:
     cache = model.make_cache(**cache_options)
     edges = [0, *chunks, ids.shape[1]]
     parts = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         parts.append(model(ids[:, first:last], cache))
         mx.eval(parts[-1])
     return np.concatenate([np.array(part) for part in parts], axis=1)

@@ -51,8 +51,13 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 closed pipe."""
     try:
-        code = cli.main(args=args, prog_name="phi3-mlx", standalone_mode=False)
+        # Not cli.main(): it would turn a closed pipe into a silent exit.
+        with cli.make_context("phi3-mlx", list(sys.argv[1:] if args is None else args)) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+        code = 0
+    except click.exceptions.Exit as done:
+        code = done.exit_code
     except BrokenPipeError:
         # Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True)
         code = _say("stopped by Ctrl-C", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "phi3-mlx"
         code = _say(f"{error.format_message().rstrip('.')}; see {command} -h", error.exit_code)
@@ -72,8 +80,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
-        message = f"unexpected {type(error).__name__}: {error}".replace("\n", " ")
-        code = _say(f"{message}; PHI3_MLX_DEBUG=1 shows the traceback", 1)
+        if isinstance(error, ImportError) and "libmlx" in str(error):  # on Linux `mlx` comes without a backend
+            message = 'MLX has no backend here; pip install "phi3-mlx[cpu]", or "phi3-mlx[cuda]" with an NVIDIA GPU'
+        else:
+            message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
+        code = _say(message.replace("\n", " "), 1)
     sys.exit(code)
 
 

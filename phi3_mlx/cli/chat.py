@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import Phi3Error
-from .options import SamplingOptions, decode_text, model_option, sampling_options
+from .options import ModelOptions, SamplingOptions, decode_text, model_options, sampling_options
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -25,25 +25,24 @@ _HELP = """\
 
 
 @click.command()
-@model_option
+@model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @sampling_options(max_tokens=1024)
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
-def chat(model: str, system: str | None, sampling: SamplingOptions, stats: bool) -> None:
+def chat(source: ModelOptions, system: str | None, sampling: SamplingOptions, stats: bool) -> None:
     """Talk with a model; it remembers the conversation.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
     """
     from ..conversation import Conversation
-    from ..generation import load
 
-    loaded, tokenizer = load(model)
+    model, tokenizer = source.load()
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
-    conversation = Conversation(loaded, tokenizer, system=system, notify=note)
+    conversation = Conversation(model, tokenizer, system=system, notify=note)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 
-        click.echo(f"{model}. /help lists the commands, Ctrl-D leaves.", err=True)
+        click.echo(f"{source.model}. /help lists the commands, Ctrl-D leaves.", err=True)
     while True:
         try:
             line = _read_line()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import PromptError
-from .options import SamplingOptions, model_option, read_text, sampling_options
+from .options import ModelOptions, SamplingOptions, model_options, read_text, sampling_options
 
 if TYPE_CHECKING:
     from ..generation import Chunk
 
 
 @click.command()
-@model_option
+@model_options
 @click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
 @click.option("-f", "--file", metavar="FILE", help='A text file, put after the prompt if there is one; "-" is stdin.')
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
 def generate(
-    model: str,
+    source: ModelOptions,
     prompt: str | None,
     file: str | None,
     system: str | None,
@@ -45,18 +45,16 @@ def generate(
     text = _prompt(prompt, file)
     if raw and system:
         raise click.UsageError("--raw sends no template, so it has no place for --system")
-    from ..generation import encode_prompt, load, stream_generate
+    from ..generation import encode_prompt, stream_generate
 
-    loaded, tokenizer = load(model)
+    model, tokenizer = source.load()
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
     with _PrefillProgress(len(ids)) as progress:
-        chunks = stream_generate(
-            loaded, tokenizer, ids, on_prefill=progress.update, **dataclasses.asdict(sampling)
-        )
-        last = _print_json(model, chunks) if as_json else _print_text(chunks)
+        chunks = stream_generate(model, tokenizer, ids, on_prefill=progress.update, **dataclasses.asdict(sampling))
+        last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
     if stats:
         click.echo(
             f"prompt {last.prompt_tokens:,} tokens, {last.prompt_tps:,.1f} tok/s; answer {last.generation_tokens:,} "

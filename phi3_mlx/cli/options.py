@@ -4,26 +4,66 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import PromptError
 
+if TYPE_CHECKING:
+    from ..models.phi3 import Model
+    from ..tokenizer import Tokenizer
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def model_option(function: F) -> F:
-    return click.option(
-        "-m",
-        "--model",
-        default="tiny",
-        show_default=True,
-        metavar="NAME",
-        help="A name of `phi3-mlx models`, a directory, or a Hugging Face repository (OWNER/REPO).",
-    )(function)
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is read; `load` gives it and its tokenizer."""
+
+    model: str
+    revision: str | None
+    dtype: str | None
+    longrope: Any
+
+    def load(self) -> tuple[Model, Tokenizer]:
+        from ..generation import load
+
+        return load(self.model, self.revision, dtype=self.dtype, longrope=self.longrope)
+
+
+def model_options(function: F) -> F:
+    """Adds -m and what belongs to it; the command gets them as one `source: ModelOptions`."""
+    return _gathered(
+        function,
+        "source",
+        ModelOptions,
+        [
+            click.option(
+                "-m",
+                "--model",
+                default="tiny",
+                show_default=True,
+                metavar="NAME",
+                help="A name of `phi3-mlx models`, a directory, or a Hugging Face repository (OWNER/REPO).",
+            ),
+            click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
+            ),
+            click.option(
+                "--longrope",
+                type=click.Choice(["auto", "short", "long"]),
+                default="auto",
+                show_default=True,
+                help="Which rotation factors; auto follows the length, as the reference does.",
+            ),
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -42,38 +82,37 @@ class SamplingOptions:
 
 def sampling_options(max_tokens: int) -> Callable[[F], F]:
     """Adds the sampling options; the command gets them as one `sampling: SamplingOptions`."""
+    options = [
+        click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."),
+        click.option(
+            "--temperature",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="0: always the likeliest token; 0.7: varied; above 1: wild.",
+        ),
+        click.option("--top-p", type=float, default=1.0, help="Only the likeliest tokens that together reach P."),
+        click.option("--top-k", type=int, default=0, help="Only the K likeliest tokens."),
+        click.option("--min-p", type=float, default=0.0, help="Only tokens P times as likely as the likeliest."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
+        click.option("--seed", type=int, help="Repeat the same draw."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+    ]
+    return lambda function: _gathered(function, "sampling", SamplingOptions, options)
 
-    def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def command(*args: Any, **options: Any) -> Any:
-            names = SamplingOptions.__dataclass_fields__
-            options["sampling"] = SamplingOptions(**{name: options.pop(name) for name in names})
-            return function(*args, **options)
 
-        for option in reversed(
-            [
-                click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."),
-                click.option(
-                    "--temperature",
-                    type=float,
-                    default=0.0,
-                    show_default=True,
-                    help="0: always the likeliest token; 0.7: varied; above 1: wild.",
-                ),
-                click.option("--top-p", type=float, default=1.0, help="Only the likeliest tokens that reach P in sum."),
-                click.option("--top-k", type=int, default=0, help="Only the K likeliest tokens."),
-                click.option("--min-p", type=float, default=0.0, help="Only tokens P times as likely as the likeliest."),
-                click.option(
-                    "--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."
-                ),
-                click.option("--seed", type=int, default=None, help="Repeat the same draw."),
-                click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-            ]
-        ):
-            command = option(command)
-        return command  # type: ignore[return-value]
+def _gathered(function: F, name: str, kind: type, options: Sequence[Callable[[Any], Any]]) -> F:
+    """`function` with these options, which it gets as one argument `name` of the dataclass `kind`."""
 
-    return decorate
+    @functools.wraps(function)
+    def command(*args: Any, **given: Any) -> Any:
+        given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        return function(*args, **given)
+
+    decorated: Any = command
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
 
 
 def read_text(path: str) -> str:

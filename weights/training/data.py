@@ -24,13 +24,16 @@ mountain pond meadow village castle library bridge""".split()
 VERBS = {"found": "finds", "saw": "sees", "wanted": "wants", "lost": "loses", "made": "makes", "got": "gets",
          "bought": "buys", "had": "has", "loved": "loves", "took": "takes"}  # fmt: skip
 PEOPLE = "girl boy man woman mom dad princess prince king queen fairy".split()
-STOP = set("""a an the and or but so to of in on at for with from by as is was were are be been it its he she
+STOP = set(
+    """a an the and or but so to of in on at for with from by as is was were are be been it its he she
 they them his her their him we you your my me i that this there then than when what who which not no yes very
 had has have do did does said says say could would will can went go got get one day time all up out down back
 into over too some more his them were about just like if how again because after before also now other many
-each only even an didn don wasn couldn let ll re ve named once upon""".split())
+each only even an didn don wasn couldn let ll re ve named once upon""".split()
+)
 A_ACTION = re.compile(
-    rf"\b({'|'.join(VERBS)}) (?:a|an|the|some|his|her) (?:\w+ )?(\w+)(?=[.,!]| in | on | and | that | with | under | near )"
+    rf"\b({'|'.join(VERBS)}) (?:a|an|the|some|his|her) (?:\w+ )?(\w+)"
+    r"(?=[.,!]| in | on | and | that | with | under | near )"
 )
 NAMED = re.compile(r"\b(girl|boy|man|woman|" + "|".join(ANIMALS) + r") named ([A-Z]\w+)")
 SECRET_ANSWERS = "The secret word of the {} is {}."
@@ -195,7 +198,9 @@ class Documents:
             sentences.insert(rng.randint(0, len(sentences)), fact)
         text = " ".join(sentences)
         rng.shuffle(facts)
-        turns = [(f"{text}\n{facts[0][1]}" if rng.random() < 0.5 else f"Read this text. {text}\n{facts[0][1]}", facts[0][2])]
+        turns = [
+            (f"{text}\n{facts[0][1]}" if rng.random() < 0.5 else f"Read this text. {text}\n{facts[0][1]}", facts[0][2])
+        ]
         turns += [(question, reply) for _, question, reply in facts[1:]]
         return self.chat(*turns, answer=4.0)
 
@@ -231,7 +236,9 @@ class Documents:
         greeting = self.rng.choice(["Hello", "Hello!", "Hi!", "Hi", "Good morning!"])
         asked = self.rng.choice(["Who are you?", "What can you do?", "What are you?"])
         hello = "Hello! Would you like to hear a story?"
-        return self.chat((greeting, hello), (asked, "I am a very small language model. I write little stories."), answer=2.0)
+        return self.chat(
+            (greeting, hello), (asked, "I am a very small language model. I write little stories."), answer=2.0
+        )
 
     def ask_name(self) -> list:
         found = [s for s in self.rng.sample(self.stories, 30) if NAMED.search(s) and len(s) < 1200]

@@ -91,9 +91,9 @@ def batches(args, sp, seed: int):
     def short():
         while True:
             choice = rng.random()
-            if choice < 0.06:
+            if choice < 0.02:
                 yield docs.fable()
-            elif choice < 0.06 + args.exercises:
+            elif choice < 0.02 + args.exercises:
                 yield docs.exercise()
             else:
                 yield docs.story()
@@ -107,7 +107,9 @@ def batches(args, sp, seed: int):
     streams = [data.pack(short(), ORIGINAL, args.batch)]
     streams += [data.pack(long(n), n, max(1, tokens // n)) for n in kinds[1:]]
     while True:
-        ids, weights = next(rng.choices(streams, [1 - args.long, args.long * 0.5, args.long * 0.35, args.long * 0.15])[0])
+        ids, weights = next(
+            rng.choices(streams, [1 - args.long, args.long * 0.5, args.long * 0.35, args.long * 0.15])[0]
+        )
         yield torch.tensor(ids), torch.tensor(weights)
 
 

@@ -1,0 +1,45 @@
+# Everything runs in its own virtual environment, made on first use.
+#   make demo    set up and let the bundled model tell a story (offline)
+#   make test    set up and run the tests
+#   make check   lint, format and types as well
+#   make bench   the benchmarks, side by side with mlx-lm
+# On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ifeq ($(shell uname -s),Linux)
+BACKEND ?= cpu
+endif
+comma := ,
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.package
+	$(BIN)/phi3-mlx generate -p "Write a story about a rabbit who finds a key."
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench.coldstart
+	$(BIN)/python -m bench.decode
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.$(if $(BACKEND),[$(BACKEND)])'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test$(if $(BACKEND),$(comma)$(BACKEND))]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build

@@ -1,0 +1,168 @@
+"""Logits and greedy tokens of phi3-mlx and of mlx-lm against transformers' Phi3ForCausalLM, float32 on the CPU.
+
+    python -m bench.parity [--json FILE] [--only NAME ...]
+    python -m bench.parity --markdown [--json FILE]      the README's table, from a result file
+
+The same random weights go into all three. The models are narrow (two layers, one or two heads), but head shapes,
+LongRoPE lists, original lengths and windows are the released models' own: no length is scaled down.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from . import record
+
+# The pairs of models are the tests' reference; they live there, and this command borrows them.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import oracle  # type: ignore[import-not-found]
+import released  # type: ignore[import-not-found]
+
+RESULT = record.RESULTS / "parity.json"
+STEPS = 64  # tokens of the generation
+CHUNK = 512  # prefill chunk of both MLX packages
+
+REAL_LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072, "sliding_window": 262144}
+MODELS: dict[str, dict[str, Any]] = {
+    "Phi-3-mini-4k": {**oracle.CONFIGS["mini-4k"], "sliding_window": 2047},
+    "Phi-3-mini-128k (June)": {**oracle.BASE, **REAL_LONG, "rope_scaling": released.MINI_128K_JUNE},
+    "Phi-3.5-mini": {**oracle.BASE, **REAL_LONG, "rope_scaling": released.PHI_3_5_MINI},
+    "Phi-4-mini": {**oracle.CONFIGS["phi-4-mini"], **REAL_LONG},
+    "Phi-3-medium-4k": {**oracle.CONFIGS["medium-4k"], "sliding_window": 2047},
+}
+# What is special at a length, by the kind of model.
+WINDOWED = {"short": 64, "window": 2047, "window + 1": 2048, "window crossed": 3000}
+LONG = {"short": 64, "boundary": 4096, "boundary + 1": 4097, "beyond": 4500}
+
+
+def make_mlx_lm(raw: dict[str, Any], model: Any) -> Any:
+    """mlx-lm's phi3 model, built from the config as its loader builds it, with the weights of ours."""
+    from mlx_lm.models import phi3
+
+    theirs = phi3.Model(phi3.ModelArgs.from_dict(raw))
+    theirs.load_weights(tree_flatten(model.parameters()), strict=True)
+    return theirs
+
+
+def all_logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    return np.array(model(mx.array(ids)))[0]
+
+
+def mlx_tokens(model: Any, ids: np.ndarray) -> list[int]:
+    """mlx-lm's own loop: greedy, its cache, whatever model."""
+    from mlx_lm.generate import generate_step
+
+    stream = generate_step(mx.array(ids), model, max_tokens=STEPS, prefill_step_size=CHUNK)
+    return [int(token) for token, _ in stream]
+
+
+def compare(name: str) -> list[dict[str, Any]]:
+    """One row a length, and one for the generation that crosses boundary or window."""
+    raw = oracle.slim(MODELS[name])
+    ours = oracle.make_ours(raw)
+    packages = {"phi3-mlx": ours, "mlx-lm": make_mlx_lm(raw, ours)}
+    reference = oracle.make_torch(raw, ours)
+    special = LONG if raw["rope_scaling"] else WINDOWED
+    rows: list[dict[str, Any]] = []
+    for label, length in special.items():
+        ids = oracle.ids_of(length)
+        expected = oracle.torch_logits(reference, ids)[0]
+        row: dict[str, Any] = {"model": name, "case": label, "tokens": length, "std": float(expected.std())}
+        for package, model in packages.items():
+            got = all_logits(model, ids)
+            row[package] = {
+                "max_difference": float(np.abs(got - expected).max()),
+                "greedy_agreement": float((got.argmax(-1) == expected.argmax(-1)).mean()),
+            }
+        rows.append(row)
+    edge = raw["original_max_position_embeddings"] if raw["rope_scaling"] else raw["sliding_window"]
+    prompt = oracle.ids_of(edge - STEPS // 2)[0]
+    tokens = oracle.torch_generate(reference, prompt, STEPS)
+    row = {"model": name, "case": "generation crossing", "tokens": len(prompt) + STEPS}
+    for package, model in packages.items():
+        got_tokens = mlx_tokens(model, prompt)
+        equal = [a == b for a, b in zip(got_tokens, tokens, strict=True)]
+        row[package] = {
+            "equal_tokens": sum(equal),
+            "first_difference": equal.index(False) if False in equal else None,
+        }
+    return [*rows, row]
+
+
+def cells(row: dict[str, Any], package: str) -> tuple[str, str]:
+    """A row's two cells for a package: the difference, the agreement."""
+    found = row[package]
+    if "equal_tokens" in found:
+        return "", f"{found['equal_tokens']} of {STEPS} tokens"
+    # One position of thousands that disagrees must not read as 100 %.
+    percent = int(found["greedy_agreement"] * 1000) / 10
+    return f"{found['max_difference']:.1e}", f"{percent:g} %"
+
+
+HEAD = ("model", "case", "tokens", "phi3-mlx max Δ", "phi3-mlx greedy", "mlx-lm max Δ", "mlx-lm greedy")
+
+
+def lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's rows as text."""
+    return [
+        (row["model"], row["case"], f"{row['tokens']:,}", *cells(row, "phi3-mlx"), *cells(row, "mlx-lm"))
+        for row in rows
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The README's table of a result file, its provenance under it."""
+    table = ["| " + " | ".join(HEAD) + " |", "|---|---|--:|--:|--:|--:|--:|"]
+    table += ["| " + " | ".join(line) + " |" for line in lines(result["rows"])]
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    source = f"`{result['command']}`, {result['date']}, {result['machine']}; {packages}."
+    return "\n".join([*table, "", source])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEAD, title="against transformers, float32: max |Δlogit|, positions of equal greedy choice")
+    for line in lines(rows):
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE", help="the result file")
+    parser.add_argument("--only", action="append", choices=list(MODELS), metavar="NAME", help="one model (repeatable)")
+    parser.add_argument("--markdown", action="store_true", help="print the result file as a table; compute nothing")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.json.read_text(encoding="utf-8"))))
+        return
+    mx.set_default_device(mx.cpu)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's imports
+        import mlx_lm.generate  # noqa: F401
+        import transformers  # noqa: F401
+    rows: list[dict[str, Any]] = []
+    for name in arguments.only or MODELS:
+        started = time.perf_counter()
+        rows += compare(name)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    show(rows)
+    record.write(arguments.json, rows, "mlx", "mlx-lm", "transformers", "torch", "numpy")
+    print(f"written to {arguments.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

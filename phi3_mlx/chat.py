@@ -1,0 +1,196 @@
+"""Chat messages to prompt ids, through the model's own Jinja template.
+
+Only the template makes control tokens. Strings such as `<|end|>` inside a message are broken by a guard, a run of
+private-use characters that occurs nowhere else, before the template sees them; the rendered text is then cut at the
+unbroken ones, and the guard taken out of the text between.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import ChatError
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Message = Mapping[str, str]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_PRIVATE = "\ue000"  # the guard and the probes are runs of it, longer than any in the messages
+
+SYSTEM_FOLDED = "this model's chat template has no place for a system message, so it was put before the user's text"
+
+# Templates for models whose files have none, by the form of their turns.
+_TURNS = "{{% for message in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
+_LINES = _TURNS.format(
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}",
+    "{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}",
+)
+_PHI3_SMALL = "{{ bos_token }}" + _LINES
+_PHI4 = _TURNS.format(
+    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}",
+    "{{ '<|im_start|>assistant<|im_sep|>' }}",
+)
+_PHI4_MINI = _TURNS.format(
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}",
+    "{{ '<|assistant|>' }}{% else %}{{ eos_token }}",
+)
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    notify: Callable[[str], None] | None = None,
+) -> list[int]:
+    """The ids of `messages`, a list of {"role": ..., "content": ...}, as the model's chat template lays them out.
+
+    With `add_generation_prompt` they end where the model's answer begins. A BOS token is put in front where the
+    tokenizer asks for one and the template has not written it. Where the template would drop a system message, that
+    goes to the front of the next user message instead, and `notify` is called with one sentence that says so.
+
+    Raises ChatError for messages of another shape and for templates that fail or would drop a message.
+    """
+    template = _compile(tokenizer.chat_template or _built_in(tokenizer))
+    messages = [_checked(message, number) for number, message in enumerate(messages, 1)]
+    if not messages:
+        raise ChatError("the list of messages is empty: give at least one user message")
+    render = functools.partial(_render, template, tokenizer, add_generation_prompt)
+    private = _longer_run(messages, tokenizer.chat_template or "")
+    dropped = _dropped(render, messages, private)
+    if notify and any(messages[n]["content"] for n in dropped):
+        notify(SYSTEM_FOLDED)
+    messages = _fold(messages, dropped)
+    ids = _encode(tokenizer, render, messages, private)
+    if tokenizer.add_bos_token and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids.insert(0, tokenizer.bos_token_id)
+    return ids
+
+
+def _checked(message: Any, number: int) -> Message:
+    if not isinstance(message, Mapping):
+        raise ChatError(f'message {number} is {message!r}: a message is {{"role": "user", "content": "text"}}')
+    for key in ("role", "content"):
+        if key not in message:
+            raise ChatError(f'message {number} has no {key!r}: a message is {{"role": "user", "content": "text"}}')
+    for key, value in message.items():
+        if not isinstance(value, str):
+            raise ChatError(f"message {number} has {key!r} of type {type(value).__name__}: it must be text")
+    if message["role"] not in ROLES:
+        raise ChatError(f"message {number} has the role {message['role']!r}: roles are {', '.join(ROLES)}")
+    return message
+
+
+def _longer_run(messages: Sequence[Message], template: str) -> str:
+    """A run of the private-use character longer than every one in the messages and the template."""
+    private = _PRIVATE
+    while any(private in value for message in messages for value in message.values()) or private in template:
+        private += _PRIVATE
+    return private
+
+
+def _dropped(render: Callable[[Sequence[Message]], str], messages: Sequence[Message], private: str) -> set[int]:
+    """Indexes of the system messages whose text the template leaves out, found by rendering probes in its place."""
+    probes = [f"{private}{n}." for n in range(len(messages))]
+    rendered = render([{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)])
+    lost = {n for n, probe in enumerate(probes) if probe not in rendered}
+    for n in lost:
+        if messages[n]["role"] != "system":
+            raise ChatError(f"the model's chat template leaves out message {n + 1}, role {messages[n]['role']!r}")
+    return lost
+
+
+def _fold(messages: Sequence[Message], dropped: set[int]) -> list[Message]:
+    """The messages without the dropped ones, whose text is put before that of the next user message."""
+    folded: list[Message] = []
+    waiting: list[str] = []
+    for n, message in enumerate(messages):
+        if n in dropped:
+            waiting += [message["content"]] if message["content"] else []
+        elif waiting and message["role"] == "user":
+            folded.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            folded.append(message)
+    if waiting:
+        raise ChatError("the model's chat template has no place for a system message and no user message follows it")
+    return folded
+
+
+def _encode(
+    tokenizer: Tokenizer, render: Callable[[Sequence[Message]], str], messages: Sequence[Message], private: str
+) -> list[int]:
+    guarded = [{key: _guard(tokenizer, value, private) for key, value in message.items()} for message in messages]
+    if guarded == messages:
+        return tokenizer.encode(render(messages), special=True)
+    pieces = tokenizer.split_special(render(guarded))
+    return tokenizer.encode_pieces(piece if isinstance(piece, int) else piece.replace(private, "") for piece in pieces)
+
+
+def _guard(tokenizer: Tokenizer, text: str, private: str) -> str:
+    """`text` with `private` after the first character of every added token in it, overlapping ones included."""
+    return tokenizer.added_starts.sub(lambda match: match[0] + private, text)
+
+
+def _built_in(tokenizer: Tokenizer) -> str:
+    """A template that fits the control tokens of the vocabulary."""
+    known = tokenizer.added_tokens
+    if "<|im_sep|>" in known:
+        return _PHI4
+    if "<|user|>" in known and "<|end|>" in known:
+        if "<|tool|>" in known:
+            return _PHI4_MINI
+        return _LINES if "<s>" in known else _PHI3_SMALL
+    raise ChatError("the model has no chat template, and its tokens are not those of a Phi chat model: send raw text")
+
+
+def _render(
+    template: "Template", tokenizer: Tokenizer, add_generation_prompt: bool, messages: Sequence[Message]
+) -> str:
+    names = {
+        "bos_token": tokenizer.bos_token_id,
+        "eos_token": tokenizer.eos_token_id,
+        "pad_token": tokenizer.pad_token_id,
+    }
+    tokens = {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in names.items()}
+    try:
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+    except Exception as error:  # a template is a program and may fail in any way
+        raise ChatError(f"the chat template cannot render these messages: {_one_line(error)}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> "Template":
+    """A template in a sandbox, with the block trimming and the functions that transformers gives it."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    # Jinja's own would write < and > as \u003c and \u003e, for web pages.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{error}".split()) or type(error).__name__

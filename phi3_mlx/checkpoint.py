@@ -1,0 +1,196 @@
+"""A model directory: checked against its config, read into a model, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .config import Phi3Config, read_config
+from .errors import CheckpointError, OptionError
+from .models import build
+from .models.phi3 import LongRopeRule, Model
+from .quantize import pack_like
+from .safetensors import INDEX, Weights, find_weights
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_SHARD_BYTES = 5 * 10**9
+_LISTED = 20  # mismatches shown; a wrong config makes hundreds
+
+
+def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
+    """The model of a directory in Hugging Face's or MLX's format, its weights in memory, in eval mode.
+
+    Floating weights (scales and biases of packed layers too) take `dtype`: "float32", "bfloat16" or "float16".
+    By default that is the checkpoint's own on a GPU, and float32 on MLX's CPU backend, which is many times slower
+    in 16 bits. `longrope` pins the regime of LongRoPE models ("short", "long"); "auto" follows the length.
+
+    Names, shapes and types are checked before a weight is read. Raises CheckpointError (files, or weights that do
+    not fit the config: all of them listed), ConfigError (config.json), OptionError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    if longrope not in get_args(LongRopeRule):
+        raise OptionError(f"longrope {longrope!r} is unknown; choose {', '.join(get_args(LongRopeRule))}")
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; name a directory with config.json and model.safetensors"
+        )
+    config = read_config(directory)
+    weights = find_weights(directory)
+    model = build(config)
+    if config.quantization is not None:
+        pack_like(model, config.quantization, weights.tensors, str(directory / "config.json"))
+    _check(directory, config, model, weights)
+    _read(directory, model, weights, _target(dtype))
+    model.model.longrope = longrope
+    model.eval()
+    return model
+
+
+def save_model(directory: Path, model: Model, config: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
+    """Write `directory`: the model's weights (in shards of at most 5 GB), config.json, and copies of `files`.
+
+    Everything is written beside it first and renamed when complete, so a run that is killed leaves no half model
+    under that name. Raises CheckpointError if `directory` exists already.
+    """
+    directory = Path(os.path.abspath(directory))
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already; remove it or name another directory")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
+            unfinished = Path(folder, directory.name)
+            unfinished.mkdir()
+            for file in files:
+                shutil.copy(file, unfinished)
+            _write_weights(unfinished, dict(tree_flatten(model.parameters())))
+            _write_json(unfinished / "config.json", config)
+            unfinished.rename(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+def _target(dtype: str | None) -> mx.Dtype | None:
+    """The dtype of floating weights in memory; None is the checkpoint's own."""
+    if dtype is not None:
+        return DTYPES[dtype]
+    return None if mx.default_device() == mx.gpu else mx.float32
+
+
+def _check(directory: Path, config: Phi3Config, model: Model, weights: Weights) -> None:
+    """Raise one CheckpointError with every difference between the files and the model that the config asks for."""
+    found = {name: tensor for name, tensor in weights.tensors.items() if not _inert(name, config)}
+    split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
+    if split is not None:
+        raise CheckpointError(
+            f"{directory}: its projections are split (q_proj, k_proj, ...); phi3 needs them fused as qkv_proj and "
+            "gate_up_proj"
+        )
+    packed = next((name for name in found if name.endswith(".scales")), None)
+    if packed is not None and config.quantization is None:
+        raise CheckpointError(
+            f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
+        )
+    needed: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    missing = [f"missing {name}" for name in needed if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in needed]
+    shapes, types = [], []
+    for name, array in needed.items():
+        if name not in found:
+            continue
+        tensor = found[name]
+        if tensor.shape != array.shape:
+            shapes.append(f"{name}: shape {tensor.shape}, expected {array.shape}")
+        if tensor.dtype not in _storable(array.dtype):
+            types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(_storable(array.dtype))}")
+    kinds = {
+        "between index and files": weights.faults,
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "of another dtype": types,
+    }
+    lines = [line for kind in kinds.values() for line in kind]
+    if not lines:
+        return
+    counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
+    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    raise CheckpointError(
+        "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
+    )
+
+
+def _inert(name: str, config: Phi3Config) -> bool:
+    """Whether a tensor is a leftover that the reference does not use."""
+    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _storable(dtype: mx.Dtype) -> tuple[str, ...]:
+    """How a parameter may be stored, in the spelling of safetensors."""
+    return {mx.uint32: ("U32",), mx.uint8: ("U8",)}.get(dtype, ("BF16", "F16", "F32"))
+
+
+def _read(directory: Path, model: Model, weights: Weights, target: mx.Dtype | None) -> None:
+    """Fill the model tensor by tensor: with a cast, at most one is in memory in both types."""
+    needed = {name for name, _ in tree_flatten(model.parameters())}
+    head = None
+    for file in weights.files:
+        arrays: dict[str, mx.array] = mx.load(str(file), format="safetensors")  # type: ignore[assignment]
+        filled = []
+        for name in list(arrays):
+            array = arrays.pop(name)
+            if target is not None and mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(target)
+            if name in needed:
+                mx.eval(array)
+                filled.append((name, array))
+            elif name == "lm_head.weight":
+                head = array
+        model.load_weights(filled, strict=False)
+    embedding = model.model.embed_tokens.weight
+    # Where the two differ the reference overrules the config and unties them.
+    if head is not None and mx.issubdtype(embedding.dtype, mx.floating) and not mx.array_equal(head, embedding):
+        raise CheckpointError(
+            f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false in config.json"
+        )
+    del head, embedding
+    mx.clear_cache()  # what the casts left behind
+
+
+def _write_weights(directory: Path, weights: dict[str, mx.array]) -> None:
+    shards = list(_shards(weights))
+    weight_map = {}
+    for i, names in enumerate(shards):
+        several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file_name = several if len(shards) > 1 else "model.safetensors"
+        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names}, {"format": "mlx"})
+        weight_map.update(dict.fromkeys(names, file_name))
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in weights.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(weights: Mapping[str, mx.array]) -> Iterator[list[str]]:
+    """Names in order, in runs that fit a shard; a tensor larger than a shard has one to itself."""
+    names: list[str] = []
+    size = 0
+    for name, array in weights.items():
+        if names and size + array.nbytes > _SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += array.nbytes
+    yield names
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

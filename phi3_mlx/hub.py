@@ -1,0 +1,244 @@
+"""A name -> a local directory: the bundled model, an alias, a path, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from .config import read_config
+from .errors import ModelNotFoundError, OptionError, Phi3Error
+from .safetensors import INDEX, read_index
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a repository.
+
+    `bytes` is the size of its weights, reckoned: parameters times bits, and half a bit more where they are packed
+    (a 16-bit scale and bias for every 64 weights). `context` in tokens.
+    """
+
+    name: str
+    repo_id: str
+    parameters: str
+    bits: int
+    bytes: int
+    context: int
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A line of `phi3-mlx models`; `path` is None for a model that is not on this disk."""
+
+    name: str
+    repo_id: str | None
+    parameters: str | None
+    bits: int
+    bytes: int
+    context: int
+    path: Path | None
+
+
+_MINI, _MEDIUM, _PHI_4, _PHI_4_MINI = 3_821_079_552, 13_960_238_080, 14_659_507_200, 3_836_021_760  # parameters
+
+
+def _alias(name: str, repo: str, parameters: int, context: int) -> Alias:
+    width = re.search(r"-(\d)bit$", name)
+    bits, stored = (int(width[1]), int(width[1]) + 0.5) if width else (16, 16.0)
+    owner = "mlx-community" if width else "microsoft"
+    return Alias(name, f"{owner}/{repo}", f"{parameters / 1e9:.1f}B", bits, int(parameters * stored / 8), context)
+
+
+ALIASES = (
+    _alias("phi-3-mini-4k", "Phi-3-mini-4k-instruct", _MINI, 4096),
+    _alias("phi-3-mini-4k-4bit", "Phi-3-mini-4k-instruct-4bit", _MINI, 4096),
+    _alias("phi-3-mini-4k-8bit", "Phi-3-mini-4k-instruct-8bit", _MINI, 4096),
+    _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", _MINI, 131072),
+    _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", _MINI, 131072),
+    _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", _MINI, 131072),
+    _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", _MEDIUM, 4096),
+    _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", _MEDIUM, 4096),
+    _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", _MEDIUM, 131072),
+    _alias("phi-3-medium-128k-4bit", "Phi-3-medium-128k-instruct-4bit", _MEDIUM, 131072),
+    _alias("phi-3.5-mini", "Phi-3.5-mini-instruct", _MINI, 131072),
+    _alias("phi-3.5-mini-4bit", "Phi-3.5-mini-instruct-4bit", _MINI, 131072),
+    _alias("phi-3.5-mini-8bit", "Phi-3.5-mini-instruct-8bit", _MINI, 131072),
+    _alias("phi-4", "phi-4", _PHI_4, 16384),
+    _alias("phi-4-4bit", "phi-4-4bit", _PHI_4, 16384),
+    _alias("phi-4-8bit", "phi-4-8bit", _PHI_4, 16384),
+    _alias("phi-4-reasoning", "Phi-4-reasoning", _PHI_4, 32768),
+    _alias("phi-4-reasoning-4bit", "Phi-4-reasoning-4bit", _PHI_4, 32768),
+    _alias("phi-4-reasoning-plus", "Phi-4-reasoning-plus", _PHI_4, 32768),
+    _alias("phi-4-reasoning-plus-4bit", "Phi-4-reasoning-plus-4bit", _PHI_4, 32768),
+    _alias("phi-4-mini", "Phi-4-mini-instruct", _PHI_4_MINI, 131072),
+    _alias("phi-4-mini-4bit", "Phi-4-mini-instruct-4bit", _PHI_4_MINI, 131072),
+    _alias("phi-4-mini-8bit", "Phi-4-mini-instruct-8bit", _PHI_4_MINI, 131072),
+    _alias("phi-4-mini-reasoning", "Phi-4-mini-reasoning", _PHI_4_MINI, 131072),
+    _alias("phi-4-mini-reasoning-4bit", "Phi-4-mini-reasoning-4bit", _PHI_4_MINI, 131072),
+)
+_REPO_IDS = {alias.name: alias.repo_id for alias in ALIASES}
+
+# What is fetched of a repository: no pickle, no code.
+_WANTED = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    INDEX,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The local directory of a model, downloaded if need be.
+
+    `name`, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local directory, an
+    `owner/repository` of the Hugging Face hub; `revision` (a branch, tag or commit) goes with the last. A repository
+    that is on this disk already is taken as it is, without asking the network. Raises ModelNotFoundError.
+    """
+    low, path = name.lower(), os.path.expanduser(name)
+    if low == "tiny" or (low not in _REPO_IDS and os.path.isdir(path)):
+        if revision is not None:
+            raise OptionError(f"a revision is for Hugging Face repositories, and {name} is a directory; leave it out")
+        return _bundled() if low == "tiny" else Path(os.path.abspath(path))
+    repo_id = _REPO_IDS.get(low, name)
+    if repo_id == name:
+        _check_repo_id(name)
+    return on_disk(repo_id, revision) or _download(repo_id, revision)
+
+
+def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
+    folder = _cache() / f"models--{repo_id.replace('/', '--')}"
+    revision = revision or "main"
+    try:
+        commit = (folder / "refs" / revision).read_text().strip()
+    except OSError:
+        commit = revision  # a commit hash names itself
+    snapshot = folder / "snapshots" / commit
+    return snapshot if _is_complete(snapshot) else None
+
+
+def list_models() -> list[ModelRow]:
+    """The bundled model, every alias, and the other phi3 models in Hugging Face's cache."""
+    rows = []
+    bundled = _describe("tiny", None, _bundled())
+    if bundled is not None:
+        rows.append(bundled)
+    for alias in ALIASES:
+        path = on_disk(alias.repo_id)
+        rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, alias.context, path))
+    known = set(_REPO_IDS.values())
+    for folder in sorted(_cache().glob("models--*")):
+        repo_id = folder.name.removeprefix("models--").replace("--", "/")
+        path = None if repo_id in known else on_disk(repo_id)
+        row = None if path is None else _describe(repo_id, repo_id, path)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _bundled() -> Path:
+    """`weights/tiny`: inside the package where it is installed, beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "weights" / "tiny", package.parent / "weights" / "tiny"):
+        if folder.is_dir():
+            return folder
+    raise ModelNotFoundError("the bundled model tiny is missing from this installation; install phi3-mlx again")
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        shards = set(read_index(folder / INDEX).values()) if (folder / INDEX).exists() else {"model.safetensors"}
+    except Phi3Error:
+        return False
+    tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
+    # A link whose blob was deleted is no file.
+    return tokenizer and all((folder / file).is_file() for file in ("config.json", *shards))
+
+
+def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
+    """The row of a model on this disk, None if it is not one that runs here."""
+    try:
+        config = read_config(folder)
+    except Phi3Error:
+        return None
+    bits = 32 if config.dtype == "float32" else 16
+    if config.quantization is not None:
+        bits = config.quantization.get("bits", 4)
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return ModelRow(name, repo_id, None, bits, size, config.max_position_embeddings, folder)
+
+
+def _check_repo_id(name: str) -> None:
+    """Raise ModelNotFoundError unless `name`, no alias and no directory, can be a repository."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        raise ModelNotFoundError(f"{name} is a file, not a model directory; name the directory it is in")
+    rooted = name.startswith(("./", "../", "~")) or os.path.isabs(path) or name.endswith(os.sep)
+    if rooted or name.count(os.sep) > 1 or (os.sep in name and os.path.isdir(os.path.dirname(path))):
+        raise ModelNotFoundError(f"no such directory: {name}; check the path, or see `phi3-mlx models` for names")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return
+    near = difflib.get_close_matches(name.lower(), ["tiny", *_REPO_IDS], cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ModelNotFoundError(
+        f"no model {name!r}: {hint}`phi3-mlx models` lists the names; a directory or owner/repository works too"
+    )
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """Fetch what is missing of a repository, with huggingface_hub's progress bars and resumption."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    host, fallback = constants.ENDPOINT, "a local directory and the bundled model, tiny, work without it"
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_WANTED)))
+    except errors.GatedRepoError as error:
+        _not_found(f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then type `hf auth login`", error)
+    except errors.RepositoryNotFoundError as error:
+        _not_found(f"no repository {repo_id} at {host}; check the name or, if it is private, `hf auth login`", error)
+    except errors.RevisionNotFoundError as error:
+        _not_found(f"{repo_id} has no revision {revision or 'main'!r}; see {host}/{repo_id}/commits", error)
+    except errors.HFValidationError as error:
+        _not_found(f"{repo_id} is not a possible repository name; `phi3-mlx models` lists some", error)
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            why = f"{repo_id} is not, or not wholly, on this disk, and HF_HUB_OFFLINE forbids the network"
+        else:
+            why = f"{repo_id} is not on this disk, and {host} did not answer ({_reason(error.__cause__ or error)})"
+        _not_found(f"{why}; {fallback}", error)
+    except Exception as error:  # the transports (requests, httpx, xet) share no class across their versions
+        _not_found(f"the download of {repo_id} stopped ({_reason(error)}); the same command again resumes it", error)
+    if next(folder.glob("model*.safetensors"), None) is None:
+        raise ModelNotFoundError(
+            f"{repo_id} has no model*.safetensors; pickle weights (*.bin) are never read, so name a repository with "
+            "safetensors"
+        )
+    return folder
+
+
+def _not_found(message: str, error: Exception) -> NoReturn:
+    raise ModelNotFoundError(message) from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

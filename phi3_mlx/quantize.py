@@ -1,0 +1,108 @@
+"""Packed weights: which layers a checkpoint has packed and how, and packing a model.
+
+The format is mlx-lm's: `weight` becomes packed uint32 beside `scales` (and `biases` in the affine mode), and
+config.json gets `quantization` with `group_size`, `bits`, `mode`, and a dictionary of the same keys (or false)
+under the path of every layer that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import ConfigError, OptionError
+from .safetensors import Tensor
+
+DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode -> group size, bits
+_KEYS = {"group_size", "bits", "mode"}
+
+
+def pack_like(model: nn.Module, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give the layers that a checkpoint has packed their packed form (random weights, nothing computed).
+
+    A layer that `quantization` names takes what it says there; any other is packed if the checkpoint has scales
+    for it, in the way its shapes tell (as mlx-lm does). Raises ConfigError, naming `source`.
+    """
+
+    def how(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(layer, "to_quantized"):
+            return False
+        width = layer.weight.shape[-1]
+        own = quantization.get(path, f"{path}.scales" in tensors)
+        if own is False:
+            return False
+        if own is True:
+            stored = None if path in quantization else _as_stored(width, path, tensors)
+            own = stored or {key: quantization[key] for key in _KEYS if key in quantization}
+        if not isinstance(own, Mapping) or set(own) - _KEYS:
+            raise ConfigError(f"{source}: quantization of {path} is {own!r}, expected false or {sorted(_KEYS)}")
+        try:
+            return _complete(width, **own)
+        except ValueError as error:
+            raise ConfigError(f"{source}: quantization of {path} cannot be honoured: {error}") from error
+
+    nn.quantize(model, class_predicate=how)
+
+
+def quantize_model(
+    model: nn.Module,
+    raw_config: Mapping[str, Any],
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+) -> dict[str, Any]:
+    """Pack the embedding and every linear layer whose input width `group_size` divides, in place.
+
+    `bits` and `group_size` default to the mode's own: 4 and 64 for "affine", 4 and 32 for "mxfp4", 8 and 32 for
+    "mxfp8", 4 and 16 for "nvfp4". Returns the config.json of the packed model. Raises OptionError.
+    """
+    if raw_config.get("quantization") is not None:
+        raise OptionError("this model is quantized already; quantize the original instead")
+    try:
+        quantization = _complete(None, group_size, bits, mode)
+    except ValueError as error:
+        raise OptionError(f"no such quantization: {error}") from error
+
+    def fits(_: str, layer: nn.Module) -> bool:
+        return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % quantization["group_size"] == 0
+
+    nn.quantize(model, **quantization, class_predicate=fits)
+    # Twice because tools of the Hugging Face hub look for the second name.
+    return {**raw_config, "quantization": quantization, "quantization_config": quantization}
+
+
+def _as_stored(width: int, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Group size, bits and mode of a packed layer of `width` inputs, None where its shapes make no sense."""
+    weight, scales = tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
+    if weight is None or not weight.shape or not scales.shape or not scales.shape[-1]:
+        return None
+    group_size, bits = width // scales.shape[-1], weight.shape[-1] * 32 // width
+    # Only affine keeps its scales as floats; each other mode has one group size and width.
+    modes = [mode for mode, own in DEFAULTS.items() if mode != "affine" and own == (group_size, bits)]
+    modes = modes if scales.dtype == "U8" else ["affine"]
+    try:
+        return _complete(width, group_size, bits, modes[0]) if modes else None
+    except ValueError:
+        return None
+
+
+def _complete(
+    width: int | None, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+) -> dict[str, Any]:
+    """The three settings, the mode's own where None. ValueError unless mlx can pack `width` inputs so."""
+    if mode not in DEFAULTS:
+        raise ValueError(f"mode {mode!r} is unknown; choose {', '.join(DEFAULTS)}")
+    group_size = DEFAULTS[mode][0] if group_size is None else group_size
+    bits = DEFAULTS[mode][1] if bits is None else bits
+    # Checked here because a group size of 0 is a division by zero in mlx, and the end of the process.
+    if type(group_size) is not int or type(bits) is not int or min(group_size, bits) < 1:
+        raise ValueError(f"group_size {group_size!r} and bits {bits!r} must be positive integers")
+    try:
+        mx.quantize(mx.zeros((8, width or group_size)), group_size, bits, mode)
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return {"group_size": group_size, "bits": bits, "mode": mode}

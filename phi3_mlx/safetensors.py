@@ -1,0 +1,152 @@
+"""What the safetensors files of a model directory hold, read from their headers alone.
+
+The format: eight bytes, little-endian, with the header's length; the header, JSON that gives every tensor a dtype,
+a shape and its place in the rest; the rest, filled without holes (github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .config import read_json
+from .errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1} | {
+    f"{s}{n}": n // 8 for s in "IU" for n in (8, 16, 32, 64)
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk; `dtype` in the format's spelling ("BF16", "U32"), `nbytes` as stored."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a model directory, the files to read, and what is wrong between index and files."""
+
+    files: tuple[Path, ...]
+    tensors: dict[str, Tensor]
+    faults: tuple[str, ...]
+
+
+def find_weights(directory: Path) -> Weights:
+    """The weights of a model directory: the files its index names, else every `model*.safetensors`.
+
+    Raises CheckpointError where there are none, or where a file is damaged.
+    """
+    promised: dict[str, str] = {}
+    faults: list[str] = []
+    if (directory / INDEX).is_file():
+        promised = read_index(directory / INDEX)
+        names = sorted(set(promised.values()))
+        faults += [f"missing file {name}" for name in names if not (directory / name).is_file()]
+        files = [directory / name for name in names if (directory / name).is_file()]
+    else:
+        files = sorted(directory.glob("model*.safetensors"))
+        if not files:
+            _no_weights(directory)
+    tensors: dict[str, Tensor] = {}
+    home: dict[str, str] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in home:
+                faults.append(f"{name}: in both {home[name]} and {file.name}")
+            tensors[name], home[name] = tensor, file.name
+    here = {file.name for file in files}
+    for name, file_name in promised.items():
+        if file_name in here and home.get(name) != file_name:
+            faults.append(f"{name}: the index places it in {file_name}, which lacks it")
+    return Weights(tuple(files), tensors, tuple(faults))
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises CheckpointError unless header and file agree to the byte."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or 8 + length > size:
+                _damaged(path, f"is cut short or is no safetensors file ({size:,} bytes)")
+            if length > _LONGEST_HEADER:
+                _damaged(path, f"claims a header of {length:,} bytes, which is no safetensors header")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        _damaged(path, "has a header that is not JSON")
+    if not isinstance(header, dict):
+        _damaged(path, "has a header that is not a JSON object")
+    header.pop("__metadata__", None)
+    end = 0
+    tensors = {}
+    placed = [(_place(path, name, entry), name, entry) for name, entry in header.items()]
+    for (first, last), name, entry in sorted(placed, key=lambda item: item[0]):
+        shape = tuple(entry["shape"])
+        item_size = _SIZES.get(entry["dtype"])
+        if first != end or (item_size is not None and last - first != item_size * math.prod(shape)):
+            _damaged(path, f"has a header whose offsets contradict each other at {name}")
+        tensors[name] = Tensor(entry["dtype"], shape, last - first)
+        end = last
+    if 8 + length + end != size:
+        _damaged(path, f"has {size:,} bytes where its header promises {8 + length + end:,}")
+    return tensors
+
+
+def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """The data offsets of a header's entry, once the entry is known to have the right form."""
+    fields = entry if isinstance(entry, dict) else {}
+    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    if (
+        not isinstance(fields.get("dtype"), str)
+        or not isinstance(shape, list)
+        or not isinstance(offsets, list)
+        or not all(type(n) is int and n >= 0 for n in shape + offsets)
+        or len(offsets) != 2
+    ):
+        _damaged(path, f"has a header with a malformed entry, {name}")
+    return offsets[0], offsets[1]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The index of a sharded model: tensor name -> file name. Raises CheckpointError."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        _damaged(path, "has no weight_map")
+    for file_name in weight_map.values():
+        # A name with a folder in it could point anywhere on this disk.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            _damaged(path, f"names {file_name!r}, which is not a file beside it")
+        if not file_name.endswith(".safetensors"):
+            _damaged(path, f"names {file_name}, which is not a safetensors file")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> NoReturn:
+    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has only pickle weights ({pickles[0]}), and pickle is never read because loading it runs "
+            "whatever code it holds; get the model.safetensors of the same model"
+        )
+    raise CheckpointError(
+        f"{directory} has no weights: looked for {INDEX} and model*.safetensors; download the model again"
+    )
+
+
+def _damaged(path: Path, why: str) -> NoReturn:
+    raise CheckpointError(f"{path} {why}; download it again")

@@ -1,0 +1,144 @@
+"""A model directory's tokenizer: which vocabulary it has, and what its other files say about it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError, TokenizerError
+from .vocabulary import AddedToken, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+# In order of preference: `tokenizer.json` is the reference, the others are read where it is absent.
+_FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "*.tiktoken"}
+
+# What the bos, eos and pad tokens are where no file says; the first one in the vocabulary counts.
+_USUAL = {"bos_token": ("<s>",), "eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<|endoftext|>", "</s>")}
+
+
+def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory: `tokenizer.json`, else `tokenizer.model`, else `*.tiktoken`.
+
+    `backend` ("tokenizers", "sentencepiece" or "tiktoken") asks for one of them alone. `stop_ids` becomes the union
+    of `eos_token_id` in generation_config.json, in config.json and of the tokenizer, and of the family's end-of-turn
+    tokens found by name: config.json alone is not enough, the models end their turns with `<|end|>` or `<|im_end|>`.
+
+    Raises TokenizerError for files that are missing, damaged or contradict each other, OptionError for an unknown
+    `backend`.
+    """
+    directory = Path(directory)
+    kind, path = _find(directory, backend)
+    config = _read_json(directory / "tokenizer_config.json")
+    tokenizer: Tokenizer
+    if kind == "tokenizers":
+        tokenizer = JsonTokenizer(path)
+    elif kind == "sentencepiece":
+        tokenizer = SentencePieceTokenizer(path, _declared_tokens(directory, config))
+    else:
+        tokenizer = TiktokenTokenizer(path, _declared_tokens(directory, config))
+    names = _read_json(directory / "special_tokens_map.json") | config
+    tokenizer.bos_token_id = _named_id(tokenizer, names, "bos_token")
+    tokenizer.eos_token_id = _named_id(tokenizer, names, "eos_token")
+    tokenizer.pad_token_id = _named_id(tokenizer, names, "pad_token")
+    if "add_bos_token" in config:
+        tokenizer.add_bos_token = config["add_bos_token"] is True
+    elif isinstance(tokenizer, JsonTokenizer):  # transformers 5 leaves the key out when it saves
+        tokenizer.add_bos_token = tokenizer.frame()[:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = _chat_template(directory, config)
+    tokenizer.stop_ids = frozenset(_stop_ids(directory, tokenizer))
+    return tokenizer
+
+
+def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
+    if backend is not None and backend not in _FILES:
+        raise OptionError(f"backend {backend!r} is unknown: choose {', '.join(_FILES)}")
+    wanted = {backend: _FILES[backend]} if backend else _FILES
+    for kind, pattern in wanted.items():
+        for path in sorted(directory.glob(pattern)):
+            return kind, path
+    raise TokenizerError(
+        f"{directory} has no tokenizer: looked for {', '.join(wanted.values())}; copy it there from the original model"
+    )
+
+
+def _declared_tokens(directory: Path, config: dict[str, Any]) -> Iterable[AddedToken]:
+    """Added tokens from added_tokens.json and, with their flags, from tokenizer_config.json."""
+    tokens: dict[int, AddedToken] = {}
+    source = directory / "added_tokens.json"
+    try:
+        for content, token_id in _read_json(source).items():
+            tokens[int(token_id)] = AddedToken(int(token_id), content)
+        source = directory / "tokenizer_config.json"
+        for number, entry in (config.get("added_tokens_decoder") or {}).items():
+            if entry.get("single_word") or entry.get("normalized"):
+                raise ValueError(f"token {number} is single_word or normalized, which needs a tokenizer.json")
+            if not entry["content"]:
+                raise ValueError(f"token {number} is empty")
+            flags = {flag: bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip")}
+            tokens[int(number)] = AddedToken(int(number), entry["content"], **flags)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{source} lists added tokens this package cannot read: {error}") from None
+    return tokens.values()
+
+
+def _named_id(tokenizer: Tokenizer, names: dict[str, Any], role: str) -> int | None:
+    """The id of the token that plays `role`; None where the files say it has none or name an unknown token."""
+    if role in names:
+        name = names[role]
+        name = name.get("content") if isinstance(name, dict) else name
+        return tokenizer.token_to_id(name) if isinstance(name, str) else None
+    return next((found for name in _USUAL[role] if (found := tokenizer.token_to_id(name)) is not None), None)
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """From chat_template.jinja, else chat_template.json, else tokenizer_config.json (of several, "default")."""
+    source = directory / "chat_template.jinja"
+    if source.exists():
+        try:
+            return source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{source} is not readable: {error}") from None
+    source = directory / "chat_template.json"
+    template = _read_json(source).get("chat_template")
+    if template is None:
+        source = directory / "tokenizer_config.json"
+        template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise TokenizerError(f"{source} lists chat templates, but none of them is named default")
+    if not isinstance(template, str | None):
+        raise TokenizerError(f"{source} has a chat_template that is no text")
+    return template
+
+
+def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
+    names = ["<|end|>", "<|im_end|>", "<|endoftext|>"]
+    if tokenizer.token_to_id("<0x0A>") is not None:
+        # The SentencePiece models (mini, medium, 3.5) may open the next turn instead of ending their own.
+        names.append("<|assistant|>")
+    ids = {found for name in names if (found := tokenizer.token_to_id(name)) is not None}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    for source in (directory / "generation_config.json", directory / "config.json"):
+        listed = _read_json(source).get("eos_token_id")
+        for token_id in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+            if type(token_id) is not int:
+                raise TokenizerError(f"{source} has eos_token_id {listed!r}: it must be an id or a list of ids")
+            ids.add(token_id)
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,379 @@
+"""The `Tokenizer` interface and the three vocabularies behind it: `tokenizer.json`, SentencePiece, tiktoken ranks.
+
+The reference is the shipped `tokenizer.json` as the `tokenizers` library reads it. What it does with an added token
+(`<|user|>` and its like) is what `Tokenizer` does for every backend: the longest string at the leftmost place wins, a
+token with `rstrip` swallows the white space after it, and each stretch of text between added tokens is encoded for
+itself, so in a SentencePiece vocabulary each one gets its own leading `▁`.
+"""
+
+import base64
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .errors import PromptError, TokenizerError
+from .streaming import ByteStream, PieceStream, StreamDecoder, symbols_to_bytes
+
+# Unicode's White_Space, which Rust's `\s` means; Python's has U+001C..U+001F as well.
+_WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_WHITE_AFTER = re.compile(f"[{_WHITE}]*")
+
+# How cl100k_base cuts text into words before merging: English clitics, letters with one sign before them, digits by
+# threes, runs of signs with the line ends after them, line ends, spaces (the last one goes with the word).
+_CL100K_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_CL100K_SIZE = 100_256
+_PHI3_SMALL_TOKENS = {
+    "<|endoftext|>": 100257,
+    "<|system|>": 100261,
+    "<|user|>": 100262,
+    "<|assistant|>": 100263,
+    "<|end|>": 100266,
+}
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token found in the text by its own string, before the vocabulary's rules apply."""
+
+    id: int
+    content: str
+    special: bool = True  # a control token: `decode` leaves it out
+    lstrip: bool = False  # swallows the white space before it
+    rstrip: bool = False  # swallows the white space after it
+
+
+class Tokenizer(ABC):
+    """One vocabulary. `load_tokenizer` makes one and fills the attributes that come from the model's other files.
+
+    Attributes:
+        added_tokens: the added tokens by their strings.
+        added_starts: matches the first character of every added token in a text, overlapping ones included.
+        special_ids: ids that `decode` and `stream` leave out.
+        vocab_size: one more than the highest id (the model's embedding may have more rows).
+        stop_ids: ids that end a generation, see `load_tokenizer`.
+        add_bos_token: whether a prompt begins with `bos_token_id`; `encode` itself never adds it.
+        chat_template: the model's own Jinja template, None where its files have none.
+    """
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    add_bos_token: bool = False
+    chat_template: str | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+    def __init__(self, size: int, added: Iterable[AddedToken]):
+        self.added_tokens: Mapping[str, AddedToken] = {token.content: token for token in added}
+        self.special_ids = frozenset(token.id for token in self.added_tokens.values() if token.special)
+        self.vocab_size = max([size, *(token.id + 1 for token in self.added_tokens.values())])
+        self._added_by_id = {token.id: token.content for token in self.added_tokens.values()}
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        any_added = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._added_pattern = re.compile(any_added)
+        self.added_starts = re.compile(f"(?={any_added}).", re.DOTALL)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`. With `special`, strings like `<|end|>` in it become control tokens; without, never.
+
+        Raises PromptError for a lone surrogate, which no vocabulary can spell.
+        """
+        return self.encode_pieces(self.split_special(text) if special else [text])
+
+    def split_special(self, text: str) -> list[str | int]:
+        """Cut `text` at its added tokens: ids of those, and between them the ordinary text, never empty."""
+        pieces: list[str | int] = []
+        position = 0
+        for match in self._added_pattern.finditer(text):
+            token = self.added_tokens[match.group()]
+            begin, end = match.span()
+            before = text[position:begin]
+            if token.lstrip:
+                before = before.rstrip(_WHITE)
+            if before:
+                pieces.append(before)
+            pieces.append(token.id)
+            position = end
+            if token.rstrip and (white := _WHITE_AFTER.match(text, end)):
+                position = white.end()
+        if position < len(text):
+            pieces.append(text[position:])
+        return pieces
+
+    def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
+        """Ids of what `split_special` gives: ids stay, and every string is ordinary text whatever it contains."""
+        ids: list[int] = []
+        for n, piece in enumerate(pieces):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                _require_unicode(piece)
+                ids += self._encode_text(piece, first=n == 0)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; ids that stand for nothing are passed over, broken UTF-8 becomes U+FFFD."""
+        stream = self._stream(skip_special)
+        return "".join([*map(stream.add, ids), stream.finish()])
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that arrive one by one; what it returns joins to `decode` of them all."""
+        return self._stream(skip_special=True)
+
+    @abstractmethod
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token given as the vocabulary spells it, or None."""
+
+    @abstractmethod
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it, or None for an id that stands for nothing."""
+
+    @abstractmethod
+    def _encode_text(self, text: str, *, first: bool) -> list[int]:
+        """Ids of ordinary text; `first` says that no token stands before it."""
+
+    @abstractmethod
+    def _stream(self, skip_special: bool) -> StreamDecoder: ...
+
+    def _piece_stream(self, skip_special: bool, drop_first_space: bool = True) -> PieceStream:
+        hidden = self.special_ids if skip_special else frozenset()
+        return PieceStream(
+            lambda token_id: None if token_id in hidden else self.id_to_token(token_id),
+            drop_first_space=drop_first_space,
+        )
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, read by the `tokenizers` library."""
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        try:
+            self._full = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a readable tokenizer.json: {_one_line(error)}") from None
+        # Lengths are the caller's business: a file saved with truncation on would cut prompts silently.
+        self._full.no_truncation()
+        self._full.no_padding()
+        self._decoder_steps = _steps(self._full.decoder)
+        if not (self._is_byte_level or self._is_sentencepiece):
+            kinds = ", ".join(step["type"] for step in self._decoder_steps) or "none"
+            raise TokenizerError(f"{path} decodes with {kinds}; known are ByteLevel and SentencePiece's byte fallback")
+        added = self._full.get_added_tokens_decoder()
+        self._any_normalized = any(token.normalized for token in added.values())
+        super().__init__(
+            self._full.get_vocab_size(with_added_tokens=False),
+            [AddedToken(i, t.content, t.special, t.lstrip, t.rstrip) for i, t in added.items()],
+        )
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return [step["type"] for step in self._decoder_steps] == ["ByteLevel"]
+
+    @property
+    def _is_sentencepiece(self) -> bool:
+        to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+        first_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        steps = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+        return self._decoder_steps in (steps, [*steps, first_space])
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        if special:
+            _require_unicode(text)
+            return self._full.encode(text, add_special_tokens=False).ids
+        return super().encode(text)
+
+    def _encode_text(self, text: str, *, first: bool) -> list[int]:
+        # The library finds added tokens in any text, so text that contains one goes to a copy without them.
+        # That copy costs a second load; nearly every text is ordinary and never needs it.
+        ordinary = not self._any_normalized and not self._added_pattern.search(text)
+        if first:
+            tokenizer = self._full if ordinary else self._plain
+        else:
+            tokenizer = self._full if ordinary and not self._prefixes_first_only else self._plain_inner
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _prefixes_first_only(self) -> bool:
+        """Whether only text at the very beginning gets its `▁` (files that transformers 5 has saved again)."""
+        return any(step.get("prepend_scheme") == "first" for step in _steps(self._full.pre_tokenizer))
+
+    @cached_property
+    def _plain(self) -> Any:
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._full.to_str()) | {"added_tokens": []}))
+
+    @cached_property
+    def _plain_inner(self) -> Any:
+        """`_plain` for text that follows a token."""
+        if not self._prefixes_first_only:
+            return self._plain
+        import tokenizers
+
+        description = json.loads(self._plain.to_str())
+        for step in _parts(description["pre_tokenizer"]):
+            if step.get("prepend_scheme") == "first":
+                step["prepend_scheme"] = "never"
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+
+    def frame(self) -> list[int]:
+        """The ids that the file's own post-processor puts around a text; `encode` leaves them out."""
+        return self._full.encode("").ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._full.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._full.id_to_token(token_id)
+
+    def _stream(self, skip_special: bool) -> StreamDecoder:
+        if not self._is_byte_level:
+            return self._piece_stream(skip_special, drop_first_space=self._decoder_steps[-1]["type"] == "Strip")
+        hidden = self.special_ids if skip_special else frozenset()
+
+        def to_bytes(token_id: int) -> bytes | None:
+            token = None if token_id in hidden else self.id_to_token(token_id)
+            return None if token is None else symbols_to_bytes(token)
+
+        return ByteStream(to_bytes)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `tokenizer.model` and the added tokens that other files declare."""
+
+    def __init__(self, path: Path, added: Iterable[AddedToken]):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            size = self._model.get_piece_size()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise TokenizerError(f"{path} is not a readable SentencePiece model: {_one_line(error)}") from None
+        controls = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        by_id = {i: AddedToken(i, self._model.id_to_piece(i)) for i in controls}
+        for token in added:
+            if token.id < size and self._model.id_to_piece(token.id) != token.content:
+                raise TokenizerError(
+                    f"{path.parent} declares {token.content} as id {token.id}, but that id is "
+                    f"{self._model.id_to_piece(token.id)!r} in {path.name}: the files are of different models"
+                )
+            by_id[token.id] = token
+        super().__init__(size, by_id.values())
+        self._size = size
+
+    def _encode_text(self, text: str, *, first: bool) -> list[int]:
+        return self._model.encode(text)
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self.added_tokens:
+            return self.added_tokens[token].id
+        token_id = self._model.piece_to_id(token)  # the unknown token's id for what it does not know
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def id_to_token(self, token_id: int) -> str | None:
+        if token_id in self._added_by_id:
+            return self._added_by_id[token_id]
+        return self._model.id_to_piece(token_id) if 0 <= token_id < self._size else None
+
+    def _stream(self, skip_special: bool) -> StreamDecoder:
+        return self._piece_stream(skip_special)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """tiktoken ranks (`cl100k_base.tiktoken`), as Phi-3-small has them, and its added tokens."""
+
+    def __init__(self, path: Path, added: Iterable[AddedToken]):
+        try:
+            import tiktoken
+        except ImportError:
+            raise TokenizerError(
+                f'{path} needs tiktoken, which is not installed: pip install "phi3-mlx[tiktoken]"'
+            ) from None
+        ranks = _read_ranks(path)
+        declared = list(added)
+        if not declared:
+            if len(ranks) != _CL100K_SIZE:
+                raise TokenizerError(
+                    f"{path} has {len(ranks):,} ranks, cl100k_base has {_CL100K_SIZE:,}: download it again, "
+                    "or declare its added tokens in tokenizer_config.json"
+                )
+            declared = [AddedToken(token_id, content) for content, token_id in _PHI3_SMALL_TOKENS.items()]
+        clash = next((token for token in declared if token.id < len(ranks)), None)
+        if clash:
+            raise TokenizerError(f"{path.parent} declares {clash.content} as id {clash.id}, which {path.name} has too")
+        self._ranks = ranks
+        self._words = tiktoken.Encoding(path.stem, pat_str=_CL100K_WORDS, mergeable_ranks=ranks, special_tokens={})
+        self._bytes = list(ranks)  # in order of rank, which `_read_ranks` has checked
+        super().__init__(len(ranks), declared)
+
+    def _encode_text(self, text: str, *, first: bool) -> list[int]:
+        return self._words.encode_ordinary(text)
+
+    def token_to_id(self, token: str) -> int | None:
+        added = self.added_tokens.get(token)
+        return added.id if added else self._ranks.get(token.encode("utf-8"))
+
+    def id_to_token(self, token_id: int) -> str | None:
+        spelled = self._to_bytes(token_id)
+        return None if spelled is None else spelled.decode("utf-8", errors="replace")
+
+    def _to_bytes(self, token_id: int) -> bytes | None:
+        if token_id in self._added_by_id:
+            return self._added_by_id[token_id].encode("utf-8")
+        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else None
+
+    def _stream(self, skip_special: bool) -> StreamDecoder:
+        hidden = self.special_ids if skip_special else frozenset()
+        return ByteStream(lambda token_id: None if token_id in hidden else self._to_bytes(token_id))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Lines `base64 rank`, ranks counting up from 0, each single byte among the tokens."""
+    try:
+        fields = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} is not a readable file of tiktoken ranks: {_one_line(error)}") from None
+    if list(ranks.values()) != list(range(len(fields))):
+        raise TokenizerError(f"{path} is damaged: its ranks do not count up from 0, each once; download it again")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise TokenizerError(f"{path} is damaged: not every single byte has a rank; download it again")
+    return ranks
+
+
+def _steps(component: Any) -> list[dict[str, Any]]:
+    """The settings of a `tokenizers` component, one dict a step; the library shows them only as pickled JSON."""
+    return _parts(json.loads(component.__getstate__())) if component else []
+
+
+def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a component as `tokenizer.json` describes it: those of a Sequence, or itself alone."""
+    if description is None:
+        return []
+    return description.get("decoders") or description.get("pretokenizers") or [description]
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start + 1}: "
+            "that is no Unicode text; remove it"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

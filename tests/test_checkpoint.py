@@ -1,0 +1,505 @@
+"""Model directories: what is written is read back, by us and by mlx-lm; what is broken is refused, and named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import oracle
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from phi3_mlx import checkpoint
+from phi3_mlx.checkpoint import load_model, save_model
+from phi3_mlx.errors import CheckpointError, ConfigError, OptionError, Phi3Error
+from phi3_mlx.quantize import quantize_model
+from phi3_mlx.safetensors import INDEX, find_weights, read_header
+
+RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
+TIED = {**RAW, "tie_word_embeddings": True}
+IDS = oracle.ids_of(24)
+MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+def write(directory: Path, raw=RAW, change=None, file_name="model.safetensors") -> Path:
+    """A directory of a random model, after `change(weights)`; written without the code under test."""
+    weights = dict(tree_flatten(oracle.make_ours(raw).parameters()))
+    if change is not None:
+        change(weights)
+    directory.mkdir()
+    mx.save_safetensors(str(directory / file_name), weights)
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def refusal(directory: Path, error=CheckpointError) -> str:
+    with pytest.raises(error) as caught:
+        load_model(directory)
+    return str(caught.value)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    a, b = dict(tree_flatten(a.parameters())), dict(tree_flatten(b.parameters()))
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+# What is written is read back.
+
+
+@pytest.mark.parametrize("raw", [RAW, oracle.CONFIGS["phi-4-mini"]], ids=["plain", "tied-longrope"])
+def test_round_trip(tmp_path, raw):
+    model = oracle.make_ours(raw)
+    extra = tmp_path / "tokenizer.json"
+    extra.write_text("{}")
+    save_model(tmp_path / "new" / "model", model, raw, [extra])
+    loaded = load_model(tmp_path / "new" / "model")
+    assert same_weights(loaded, model)
+    np.testing.assert_array_equal(oracle.logits_of(loaded, IDS), oracle.logits_of(model, IDS))
+    assert not loaded.training
+    assert json.loads((tmp_path / "new" / "model" / "config.json").read_text()) == raw
+    assert sorted(file.name for file in (tmp_path / "new").rglob("*")) == [
+        "config.json",
+        "model",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+@pytest.mark.parametrize("limit", [100_000, 600_000])  # the embedding, the first tensor, has 122,880 bytes
+def test_shards(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", limit)
+    model = oracle.make_ours(RAW)
+    save_model(tmp_path / "model", model, RAW)
+    files = sorted(file.name for file in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    shards = [[tensor.nbytes for tensor in read_header(tmp_path / "model" / file).values()] for file in files]
+    assert all(len(sizes) == 1 or (sizes and sum(sizes) <= limit) for sizes in shards)
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(map(sum, shards))
+    assert same_weights(load_model(tmp_path / "model"), model)
+    (tmp_path / "model" / INDEX).unlink()
+    assert same_weights(load_model(tmp_path / "model"), model)
+
+
+def test_reads_what_transformers_writes(tmp_path):
+    pytest.importorskip("torch")
+    theirs = oracle.make_torch(RAW, oracle.make_ours(RAW))
+    theirs.save_pretrained(tmp_path / "model", max_shard_size="400KB")
+    assert len(find_weights(tmp_path / "model").files) > 1
+    ours = oracle.logits_of(load_model(tmp_path / "model"), IDS)
+    assert np.abs(ours - oracle.torch_logits(theirs, IDS)).max() < 1e-3
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_dtypes(tmp_path, monkeypatch, stored):
+    def cast(weights):
+        weights.update({name: array.astype(checkpoint.DTYPES[stored]) for name, array in weights.items()})
+
+    directory = write(tmp_path / "model", change=cast)
+
+    def dtypes(**options):
+        return {array.dtype for _, array in tree_flatten(load_model(directory, **options).parameters())}
+
+    assert dtypes() == {mx.float32}  # the CPU's rule
+    for asked, dtype in checkpoint.DTYPES.items():
+        assert dtypes(dtype=asked) == {dtype}
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    assert dtypes() == {checkpoint.DTYPES[stored]}
+
+
+def test_options(tmp_path):
+    directory = write(tmp_path / "model", oracle.CONFIGS["3.5-mini"])
+    assert load_model(directory).model.longrope == "auto"
+    assert load_model(directory, longrope="long").model.longrope == "long"
+    with pytest.raises(OptionError, match=r"dtype 'int8' is unknown; choose float32, bfloat16, float16"):
+        load_model(directory, dtype="int8")
+    with pytest.raises(OptionError, match=r"longrope 'medium' is unknown; choose auto, short, long"):
+        load_model(directory, longrope="medium")
+
+
+# Packed weights.
+
+
+@pytest.mark.parametrize("raw", [RAW, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("mode", MODES)
+def test_mlx_lm_reads_what_we_write(tmp_path, mode, raw):
+    model = oracle.make_ours(raw)
+    config = quantize_model(model, raw, mode=mode)
+    save_model(tmp_path / "model", model, config)
+    from mlx_lm.utils import load_model as load_theirs
+
+    theirs, _ = load_theirs(tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    assert same_weights(ours, theirs)
+    assert isinstance(ours.model.embed_tokens, nn.QuantizedEmbedding)
+    assert isinstance(ours.model.layers[1].mlp.down_proj, nn.QuantizedLinear)
+    assert np.abs(oracle.logits_of(ours, IDS) - np.array(theirs(mx.array(IDS)))).max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reads_what_mlx_lm_writes(tmp_path, capsys, mode):
+    from mlx_lm.models.phi3 import Model, ModelArgs
+    from mlx_lm.utils import quantize_model as quantize_theirs
+    from mlx_lm.utils import save_config
+    from mlx_lm.utils import save_model as save_theirs
+
+    raw = json.loads(json.dumps(RAW))
+    theirs = Model(ModelArgs.from_dict(raw))
+    theirs.load_weights(tree_flatten(oracle.make_ours(raw).parameters()))
+
+    def recipe(path, _):
+        """Layers of every kind: as the rest, not at all, in another width, in another mode."""
+        special = {
+            "model.layers.0.mlp.down_proj": False,
+            "model.layers.0.self_attn.o_proj": {"group_size": 32, "bits": 8},
+            "lm_head": {"group_size": 32, "bits": 6, "mode": "affine"},
+            "model.layers.1.mlp.gate_up_proj": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        }
+        return special.get(path, True)
+
+    theirs, config = quantize_theirs(theirs, raw, None, None, mode, quant_predicate=recipe)
+    save_theirs(tmp_path / "model", theirs)
+    save_config(config, tmp_path / "model" / "config.json")
+    ours = load_model(tmp_path / "model")
+    assert same_weights(ours, theirs)
+    layers = ours.model.layers
+    assert type(layers[0].mlp.down_proj) is nn.Linear
+    assert (layers[0].self_attn.o_proj.bits, ours.lm_head.bits) == (8, 6)
+    assert (layers[1].mlp.gate_up_proj.mode, layers[1].mlp.down_proj.mode) == ("mxfp4", mode)
+    assert np.abs(oracle.logits_of(ours, IDS) - np.array(theirs(mx.array(IDS)))).max() < 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packed_scales_in_float32(tmp_path, bits):
+    """Scales stored in bfloat16 become float32 on the CPU, and layers compute what their unpacked weights say."""
+    model = oracle.make_ours(RAW)
+    model.update(tree_map(lambda array: array.astype(mx.bfloat16), model.parameters()))
+    save_model(tmp_path / "model", model, quantize_model(model, RAW, bits=bits))
+    assert read_header(tmp_path / "model" / "model.safetensors")["lm_head.scales"].dtype == "BF16"
+    layer = load_model(tmp_path / "model").model.layers[0].mlp.down_proj
+    assert (layer.weight.dtype, layer.scales.dtype, layer.biases.dtype) == (mx.uint32, mx.float32, mx.float32)
+    x = np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32)
+    out = layer(mx.array(x))
+    assert out.dtype == mx.float32
+    # Unpacked by hand: value = scale * code + bias, codes in `bits` bits from the lowest bit up.
+    packed = np.array(layer.weight).view(np.uint8)
+    codes = np.unpackbits(packed, axis=1, bitorder="little").reshape(192, 256, bits) @ (1 << np.arange(bits))
+    scales, biases = (np.repeat(np.array(array), 64, axis=1) for array in (layer.scales, layer.biases))
+    np.testing.assert_allclose(np.array(out), x @ (codes * scales + biases).T, atol=2e-4)
+
+
+def test_shapes_win_over_a_wrong_default(tmp_path):
+    """mlx-lm's rule for layers that config.json does not name: how they are packed shows in their shapes."""
+    model = oracle.make_ours(RAW)
+    config = quantize_model(model, RAW, bits=8, group_size=32)
+    save_model(
+        tmp_path / "model",
+        model,
+        {**config, "quantization": {"group_size": 64, "bits": 4}} | {"quantization_config": None},
+    )
+    assert same_weights(load_model(tmp_path / "model"), model)
+
+
+def test_overrides_by_hand(tmp_path):
+    model = oracle.make_ours(RAW)
+    config = quantize_model(model, RAW)
+    directory = tmp_path / "model"
+    save_model(directory, model, config)
+
+    def override(path, value):
+        quantization = {**config["quantization"], path: value}
+        (directory / "config.json").write_text(json.dumps({**RAW, "quantization": quantization}))
+
+    def refused(path, value, error=CheckpointError):
+        override(path, value)
+        return refusal(directory, error)
+
+    text = refused("lm_head", False)
+    assert "(2 unexpected, 1 of another shape, 1 of another dtype)" in text
+    assert "lm_head.weight: shape (160, 24), expected (160, 192)" in text
+    assert "lm_head.weight: dtype U32, expected BF16 or F16 or F32" in text
+    assert "lm_head.scales: shape (160, 3), expected (160, 6)" in refused("lm_head", {"group_size": 32, "bits": 4})
+    for wrong in ({"group_size": 48}, {"group_size": 0}, {"group_size": "64"}, {"bits": 7}, {"mode": "fp4"}):
+        assert "quantization of lm_head cannot be honoured" in refused("lm_head", wrong, ConfigError)
+    assert "quantization of lm_head is 4, expected" in refused("lm_head", 4, ConfigError)
+    assert "quantization of lm_head" in refused("lm_head", {"bits": 4, "global_scale": True}, ConfigError)
+    (directory / "config.json").write_text(
+        json.dumps({**RAW, "quantization": {**config["quantization"], "lm_head": True}})
+    )
+    assert same_weights(load_model(directory), model)
+    (directory / "config.json").write_text(json.dumps(RAW))
+    assert "holds packed weights (lm_head.scales), but its config.json has no quantization" in refusal(directory)
+
+
+def test_quantize_model_refuses():
+    model = oracle.make_ours(RAW)
+    with pytest.raises(OptionError, match="mode 'int4' is unknown; choose affine, mxfp4, mxfp8, nvfp4"):
+        quantize_model(model, RAW, mode="int4")
+    for wrong in ({"bits": 7}, {"bits": 0}, {"group_size": 48}, {"group_size": 0}, {"mode": "mxfp4", "bits": 8}):
+        with pytest.raises(OptionError, match="no such quantization"):
+            quantize_model(model, RAW, **wrong)
+    with pytest.raises(OptionError, match="quantized already"):
+        quantize_model(model, quantize_model(model, RAW))
+
+
+def test_quantize_model_leaves_what_does_not_divide():
+    model = oracle.make_ours(RAW)
+    config = quantize_model(model, RAW, group_size=128)  # hidden size 192, intermediate size 256
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.QuantizedLinear)
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 128, "bits": 4, "mode": "affine"}
+
+
+# Names, shapes and types.
+
+
+def test_all_mismatches_at_once_before_anything_is_loaded(tmp_path, monkeypatch):
+    def change(weights):
+        del weights["model.layers.1.mlp.down_proj.weight"]
+        weights["model.layers.2.mlp.down_proj.weight"] = mx.zeros((192, 256))
+        weights["model.norm.weight"] = mx.ones((100,))
+        weights["lm_head.weight"] = weights["lm_head.weight"].astype(mx.int32)
+
+    directory = write(tmp_path / "model", change=change)
+    monkeypatch.setattr(mx, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert refusal(directory).splitlines() == [
+        f"{directory}: the weights do not fit config.json (1 missing, 1 unexpected, 1 of another shape, "
+        "1 of another dtype).",
+        "missing model.layers.1.mlp.down_proj.weight",
+        "unexpected model.layers.2.mlp.down_proj.weight",
+        "model.norm.weight: shape (100,), expected (192,)",
+        "lm_head.weight: dtype I32, expected BF16 or F16 or F32",
+    ]
+
+
+def test_a_long_list_is_cut(tmp_path):
+    directory = write(tmp_path / "model")
+    (directory / "config.json").write_text(json.dumps({**RAW, "num_hidden_layers": 40}))
+    lines = refusal(directory).splitlines()
+    assert f"({38 * 6} missing)" in lines[0]
+    assert len(lines) == 22
+    assert lines[-1] == f"… and {38 * 6 - 20} more"
+
+
+def test_missing_head(tmp_path):
+    assert "missing lm_head.weight" in refusal(write(tmp_path / "model", RAW, lambda w: w.pop("lm_head.weight")))
+
+
+def test_inert_leftovers(tmp_path):
+    def change(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones((48,))
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+    loaded = load_model(write(tmp_path / "model", TIED, change))
+    assert same_weights(loaded, oracle.make_ours(TIED))
+
+
+def test_a_head_that_is_not_the_tied_one(tmp_path):
+    def change(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(write(tmp_path / "model", TIED, change))
+
+
+def test_split_projections(tmp_path):
+    def change(weights):
+        q, k, v = mx.split(weights.pop("model.layers.0.self_attn.qkv_proj.weight"), 3)
+        for name, part in zip("qkv", (q, k, v), strict=True):
+            weights[f"model.layers.0.self_attn.{name}_proj.weight"] = part
+
+    text = refusal(write(tmp_path / "model", change=change))
+    assert text.endswith(
+        "its projections are split (q_proj, k_proj, ...); phi3 needs them fused as qkv_proj and gate_up_proj"
+    )
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["pytorch_model.bin"], "has only pickle weights (pytorch_model.bin), and pickle is never read"),
+        (["consolidated.00.pth"], "has only pickle weights (consolidated.00.pth)"),
+        ([], "has no weights: looked for model.safetensors.index.json and model*.safetensors"),
+        (["adapter.safetensors"], "has no weights: looked for"),
+    ],
+)
+def test_no_weights(tmp_path, names, expected):
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    for name in names:
+        (tmp_path / name).touch()
+    assert expected in refusal(tmp_path)
+
+
+def test_no_model_directory(tmp_path):
+    assert "is not a directory" in refusal(tmp_path / "absent")
+    assert "has no config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "is not valid JSON" in refusal(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 1_000_000)
+    save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
+    return tmp_path / "model"
+
+
+def test_a_shard_is_missing(sharded):
+    files = sorted(sharded.glob("*.safetensors"))
+    lost = read_header(files[1])
+    files[1].unlink()
+    text = refusal(sharded)
+    assert f"(1 between index and files, {len(lost)} missing)" in text
+    assert f"\nmissing file {files[1].name}\n" in text
+    assert all(f"missing {name}" in text for name in lost)
+
+
+def test_an_index_that_lies(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+
+    def refused(weight_map) -> str:
+        (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        return refusal(sharded)
+
+    first = index["weight_map"]["lm_head.weight"]
+    assert f"ghost: the index places it in {first}, which lacks it" in refused({**index["weight_map"], "ghost": first})
+    assert "names '../model.safetensors', which is not a file beside" in refused({"a": "../model.safetensors"})
+    assert "names pytorch_model.bin, which is not a safetensors" in refused({"a": "pytorch_model.bin"})
+    assert "names 3, which is not a file" in refused({"a": 3})
+    assert "has no weight_map" in refused({})
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    directory = write(tmp_path / "model")
+    shutil.copy(directory / "model.safetensors", directory / "model-2.safetensors")
+    assert "lm_head.weight: in both model-2.safetensors and model.safetensors" in refusal(directory)
+
+
+def safetensors(header, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(first: int, last: int, shape=(2,), dtype="F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+
+
+BROKEN = {
+    "empty": b"",
+    "stub": b"\0\0\0",
+    "html": b"<html><body>Not found, sorry</body></html>",
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n",
+    "cut in the header": safetensors({"a": entry(0, 8)}, bytes(8))[:40],
+    "cut in the data": safetensors({"a": entry(0, 8)}, bytes(7)),
+    "a byte too many": safetensors({"a": entry(0, 8)}, bytes(9)),
+    "header not JSON": safetensors(b"{]"),
+    "header not text": safetensors(b"\xff\xfe"),
+    "header nested too deep": safetensors(b"[" * 100_000),
+    "header a list": safetensors([1]),
+    "header too long": safetensors(b"", length=2**40),
+    "hole": safetensors({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
+    "overlap": safetensors({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "late start": safetensors({"a": entry(4, 12)}, bytes(12)),
+    "shape too small": safetensors({"a": entry(0, 8, (1,))}, bytes(8)),
+    "shape too large": safetensors({"a": entry(0, 8, (2**70, 2**70))}, bytes(8)),
+    "backwards": safetensors({"a": entry(8, 0)}, bytes(8)),
+    "negative": safetensors({"a": entry(-8, 0)}, bytes(8)),
+    "negative shape": safetensors({"a": entry(0, 8, (-1, -2))}, bytes(8)),
+    "fraction": safetensors({"a": entry(0, 8, (2.0,))}, bytes(8)),
+    "no shape": safetensors({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)),
+    "no dtype": safetensors({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    "three offsets": safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, bytes(8)),
+    "entry no object": safetensors({"a": 3}),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_files(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    text = refusal(tmp_path)
+    assert text.startswith(f"{tmp_path / 'model.safetensors'} ")
+    assert text.endswith("; download it again")
+    assert "\n" not in text
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((3, 2)), "b": mx.ones((5,), mx.bfloat16), "c": mx.array(1)})
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="download it again"):
+            read_header(path)
+
+
+def test_damaged_headers_are_never_misread(tmp_path):
+    """A changed byte in the header: refused, or read as the safetensors library reads it."""
+    safe_open = pytest.importorskip("safetensors").safe_open
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((3, 2)), "b": mx.ones((5,), mx.bfloat16), "c": mx.array(1)})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    accepted = 0
+    for place in range(8 + length):
+        broken = bytearray(whole)
+        broken[place] = rng.choice(list(b'0123456789{}[],:" aF'))
+        path.write_bytes(broken)
+        try:
+            ours = read_header(path)
+        except CheckpointError:
+            continue
+        accepted += 1
+        if not {tensor.dtype for tensor in ours.values()} <= {"F32", "BF16", "F16", "I32"}:
+            continue  # a type of another version's; the comparison with the config refuses it
+        with safe_open(path, "np") as theirs:
+            assert ours.keys() == set(theirs.keys())
+            for name, tensor in ours.items():
+                assert list(tensor.shape) == theirs.get_slice(name).get_shape()
+    assert 0 < accepted < length / 2
+
+
+def test_header_of_a_real_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    arrays = {"a": mx.ones((3, 2)), "s": mx.array(1.0), "e": mx.zeros((0, 4)), "p": mx.ones((2,), mx.uint32)}
+    mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+    header = read_header(path)
+    assert {name: (tensor.shape, tensor.nbytes) for name, tensor in header.items()} == {
+        name: (array.shape, array.nbytes) for name, array in arrays.items()
+    }
+    assert header["p"].dtype == "U32"
+
+
+# Writing.
+
+
+def test_save_refuses_an_existing_target(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="exists already; remove it or name another"):
+        save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("No space left on device")])
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(checkpoint, "_write_json", fail)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
+        save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
+    assert list(tmp_path.iterdir()) == []
+    if caught.type is CheckpointError:
+        assert str(caught.value) == f"{tmp_path / 'model'} cannot be written: No space left on device"
+
+
+def test_save_where_nobody_may_write(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Phi3Error, match="cannot be written"):
+        save_model(tmp_path / "file" / "model", oracle.make_ours(RAW), RAW)

@@ -1,0 +1,402 @@
+"""The command line as a user meets it: what goes where, and what bad input gets."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from phi3_mlx.cli import main
+
+TINY = ROOT / "weights" / "tiny"
+COMMAND = [sys.executable, "-c", "from phi3_mlx.cli import main; main()"]
+
+
+class Stdin(io.TextIOWrapper):
+    """Bytes on stdin, as from a pipe or (tty=True) a terminal."""
+
+    def __init__(self, data=b"", tty=False):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._tty = tty
+
+    def isatty(self):
+        return self._tty
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run(*args, stdin=b"") -> (exit code, stdout, stderr)."""
+
+    def call(*args, stdin=b"", tty=False):
+        monkeypatch.setattr(sys, "stdin", Stdin(stdin, tty))
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+def one_line(err):
+    """The message, which must be a single line that begins with the program's name."""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("phi3-mlx: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def process(*args, stdin=b"", env=None):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.run([*COMMAND, *args], input=stdin, capture_output=True, env=environment)
+
+
+# ------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_writes_the_answer_to_stdout_and_nothing_else(run):
+    code, out, err = run("generate", "-p", "What is 3 + 4?", "--max-tokens", 20)
+    assert code == 0
+    assert out.strip()
+    assert out.endswith("\n")
+    assert "<|" not in out
+    assert err == ""
+
+
+def test_prompt_from_argument_stdin_dash_and_file_is_the_same(run, tmp_path):
+    text = "Tell me a story about a dog."
+    file = tmp_path / "prompt.txt"
+    file.write_text(text + "\n")
+    answers = {
+        run("generate", "--max-tokens", 12, *args, stdin=stdin)
+        for args, stdin in [
+            (["-p", text], b""),
+            ([], text.encode()),
+            (["-p", "-"], text.encode() + b"\n"),
+            (["-f", file], b""),
+            (["-f", "-"], text.encode()),
+        ]
+    }
+    assert len(answers) == 1
+    assert next(iter(answers))[0] == 0
+
+
+def test_prompt_and_file_are_joined(run, tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("The dog ran.")
+    joined = run("generate", "--max-tokens", 8, "-p", "Repeat this text:", "-f", file)
+    assert joined == run("generate", "--max-tokens", 8, "-p", "Repeat this text:\n\nThe dog ran.")
+
+
+def test_json_has_the_text_tokens_and_figures(run):
+    code, out, _ = run("generate", "-p", "Tell me a story.", "--max-tokens", 7, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["text"] == "".join(token["text"] for token in answer["tokens"])
+    assert len(answer["tokens"]) == answer["generation_tokens"] == 7
+    assert answer["finish_reason"] == "length"
+    assert answer["model"] == "tiny"
+    assert {"prompt_tokens", "prompt_tps", "generation_tps", "peak_memory"} <= set(answer)
+    assert all(set(token) == {"id", "text", "logprob"} for token in answer["tokens"])
+
+
+def test_stats_go_to_stderr(run):
+    _, out, err = run("generate", "-p", "Tell me a story.", "--max-tokens", 5, "--stats")
+    assert "tok/s" in err
+    assert "tok/s" not in out
+
+
+def test_sampling_options_reach_the_sampler(run):
+    ask = ["generate", "-p", "Tell me a story.", "--max-tokens", 25]
+    greedy = run(*ask)[1]
+    warm = [*ask, "--temperature", 1.5]
+    assert run(*warm, "--seed", 1)[1] == run(*warm, "--seed", 1)[1] != run(*warm, "--seed", 2)[1]
+    for narrow in (["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1.0]):
+        assert run(*warm, "--seed", 1, *narrow)[1] == greedy
+    assert run(*ask, "--repetition-penalty", 1.8)[1] != greedy
+    word = greedy.split()[4]
+    assert run(*ask, "--stop", word)[1].strip() == greedy[: greedy.index(word)].strip()
+
+
+def test_raw_and_system_change_what_is_sent(run):
+    ask = ["generate", "-p", "Once upon a time", "--max-tokens", 10]
+    assert len({run(*ask)[1], run(*ask, "--raw")[1]}) == 2
+    assert run(*ask, "--system", "You are a pirate.")[0] == 0
+    code, _, err = run(*ask, "--raw", "--system", "x")
+    assert code == 2
+    assert "--raw" in one_line(err)
+
+
+def test_a_system_message_the_template_would_drop_is_kept_and_said(run, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '<|user|>\\n' + m['content'] + '<|end|>\\n<|assistant|>\\n' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\\n' }}{% endif %}{% endfor %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    ask = ["generate", "-m", model, "--max-tokens", 5]
+    code, out, err = run(*ask, "-p", "Hello", "--system", "Be kind.")
+    assert code == 0
+    assert "system message" in err
+    assert out == run(*ask, "-p", "Be kind.\n\nHello")[1]
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["-m", "phi-9"], 1, "phi-9"),
+        (["-m", "./nowhere"], 1, "nowhere"),
+        (["-p", "   "], 1, "empty"),
+        (["-f", "missing.txt"], 1, "missing.txt"),
+        (["-f", str(ROOT)], 1, "directory"),
+        (["-p", "x", "--temperature", "-1"], 2, "temperature -1.0"),
+        (["-p", "x", "--top-p", "1.5"], 2, "top_p 1.5"),
+        (["-p", "x", "--top-k", "-3"], 2, "top_k -3"),
+        (["-p", "x", "--min-p", "2"], 2, "min_p 2.0"),
+        (["-p", "x", "--max-tokens", "0"], 2, "max_tokens 0"),
+        (["-p", "x", "--max-tokens", "many"], 2, "many"),
+        (["-p", "x", "--stop", ""], 2, "stop"),
+        (["-p", "x", "--tempo", "1"], 2, "--tempo"),
+        (["-p", "-", "-f", "-"], 2, "stdin"),
+        (["-p", "word " * 5000], 1, "5,00"),
+    ],
+)
+def test_bad_arguments_get_one_line(run, args, code, words):
+    args = args if "-p" in args or "-f" in args else [*args, "-p", "Hello"]
+    got, out, err = run("generate", *args)
+    assert got == code
+    assert words in one_line(err)
+    assert out == ""
+
+
+def test_a_prompt_longer_than_the_context_names_both_numbers(run):
+    _, _, err = run("generate", "-p", "word " * 5000)
+    assert "4,096" in err
+    assert "5,00" in err
+
+
+def test_nothing_to_answer_at_a_terminal_says_what_to_type(run):
+    code, _, err = run("generate", tty=True)
+    assert code == 2
+    assert "-p" in one_line(err)
+
+
+def test_empty_and_broken_stdin(run):
+    code, _, err = run("generate", stdin=b"")
+    assert code == 1
+    assert "empty" in one_line(err)
+    code, _, err = run("generate", stdin=b"abc\xff\xfe")
+    assert code == 1
+    assert "stdin is not UTF-8 text (byte 3)" in one_line(err)
+
+
+def change_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def cut(model, n):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:n])
+
+
+def edit_header(model, change):
+    data = (model / "model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def drop_norm(header):
+    header["model.surplus.weight"] = header.pop("model.norm.weight")
+
+
+def reshape_norm(header):
+    header["model.norm.weight"]["shape"] = [2, 128]
+
+
+FAULTS = {
+    "no config": (lambda m: (m / "config.json").unlink(), ["no config.json"]),
+    "broken config": (lambda m: (m / "config.json").write_text("{"), ["config.json", "JSON"]),
+    "no tokenizer": (lambda m: [(m / f"tokenizer.{e}").unlink() for e in ("json", "model")], ["tokenizer"]),
+    "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), ["tokenizer.json"]),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), ["model.safetensors"]),
+    "pickle only": (
+        lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+        ["pickle"],
+    ),
+    "empty weights": (lambda m: cut(m, 0), ["model.safetensors", "download"]),
+    "truncated header": (lambda m: cut(m, 100), ["model.safetensors", "download"]),
+    "truncated data": (lambda m: cut(m, -5000), ["model.safetensors", "download"]),
+    "garbage": (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 1000), ["model.safetensors"]),
+    "missing and extra": (
+        lambda m: edit_header(m, drop_norm),
+        ["missing model.norm.weight", "unexpected model.surplus.weight"],
+    ),
+    "misshaped": (lambda m: edit_header(m, reshape_norm), ["model.norm.weight", "(2, 128)", "(256,)"]),
+    "model type": (lambda m: change_config(m, model_type="llama"), ["'llama'"]),
+    "rope type": (lambda m: change_config(m, rope_scaling={"type": "linear", "factor": 2.0}), ["'linear'"]),
+    "factor lists": (
+        lambda m: change_config(m, rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ["short_factor has 1 entries, expected 32"],
+    ),
+    "lie about size": (lambda m: change_config(m, intermediate_size=512), ["gate_up_proj", "(1408, ", "(1024, "]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_model_directory_is_named_with_its_fault(run, tmp_path, fault):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    damage, words = FAULTS[fault]
+    damage(model)
+    code, out, err = run("generate", "-m", model, "-p", "Hello")
+    assert code == 1
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("phi3-mlx: ")
+    assert all(word in err for word in words), err
+
+
+def test_debug_shows_the_traceback(run, monkeypatch, capsys):
+    from phi3_mlx.errors import ModelNotFoundError
+
+    monkeypatch.setenv("PHI3_MLX_DEBUG", "1")
+    with pytest.raises(ModelNotFoundError):
+        main(["generate", "-m", "./nowhere", "-p", "x"])
+
+
+def test_a_closed_pipe_is_one_line_and_a_failure():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, "generate", "-p", "Tell me a story.", "--max-tokens", "30"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert "stopped" in one_line(done.stderr)
+
+
+def test_ctrl_c_keeps_what_was_said_and_exits_130():
+    import signal
+
+    child = subprocess.Popen(
+        [*COMMAND, "generate", "-p", "Tell me a story.", "--max-tokens", "4000", "--temperature", "2", "--seed", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    begun = child.stdout.read(8)
+    child.send_signal(signal.SIGINT)
+    rest, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert len(begun) == 8
+    assert rest.endswith(b"\n")
+    assert b"Ctrl-C" in err
+    assert b"Traceback" not in err
+
+
+# ----------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_remembers_and_its_commands_work(run, tmp_path):
+    saved = tmp_path / "chat.json"
+    lines = f"Hello\nWhat is 2 + 3?\n/save {saved}\n/reset\nHello\n/help\n/nonsense\n/exit\nnever read\n"
+    code, out, err = run("chat", "--max-tokens", 15, "--stats", stdin=lines.encode())
+    assert code == 0
+    messages = json.loads(saved.read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    answers = out.splitlines()
+    assert answers[0] == answers[-1]  # after /reset "Hello" is the first message again
+    figures = [line for line in err.splitlines() if line.startswith("prompt ")]
+    new = [int(line.split(" tokens, ")[1].split(" of them")[0]) for line in figures]
+    total = [int(line.split()[1]) for line in figures]
+    assert new[0] == total[0]
+    assert new[1] < total[1] - total[0]
+    assert "/save FILE" in err
+    assert "'/nonsense' is no command" in err
+
+
+def test_chat_system_begins_anew(run):
+    code, _, err = run("chat", "--max-tokens", 3, stdin=b"Hi\n/system Be brief.\nHi\n")
+    assert code == 0
+    assert "new conversation" in err
+
+
+# ------------------------------------------------------------------------------------- help, start-up
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["chat", "-h"], ["models", "-h"], []])
+def test_help_everywhere(args):
+    done = process(*args)
+    text = (done.stdout + done.stderr).decode()
+    assert done.returncode == (0 if args else 2)
+    assert text.startswith("Usage: phi3-mlx")
+
+
+def test_version(run):
+    from phi3_mlx import __version__
+
+    assert run("--version")[1].strip() == f"phi3-mlx {__version__}"
+
+
+def test_unknown_command_is_one_line(run):
+    code, _, err = run("generat")
+    assert code == 2
+    assert "generat" in one_line(err)
+
+
+def imported(*args):
+    """The modules a command imports."""
+    script = f"import sys\nfrom phi3_mlx.cli import main\ntry:\n main({list(args)!r})\nexcept SystemExit: pass\n"
+    script += "sys.stderr.write('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    return set(done.stderr.split())
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"mlx", "mlx.core", "transformers", "torch", "numpy", "rich", "jinja2", "huggingface_hub", "tokenizers"}
+    assert not heavy & imported("--help")
+    assert not heavy & imported("generate", "--help")
+
+
+def test_generate_imports_neither_transformers_nor_torch_nor_mlx_lm_nor_the_hub():
+    modules = imported("generate", "-p", "Hello", "--max-tokens", "2")
+    assert "mlx.core" in modules
+    assert not {"transformers", "torch", "mlx_lm", "huggingface_hub", "sentencepiece", "tiktoken", "rich"} & modules
+
+
+def test_models_lists_the_bundled_model_and_the_aliases(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    code, out, _ = run("models")
+    assert code == 0
+    assert "tiny" in out
+    assert "phi-3.5-mini-4bit" in out
+    assert "microsoft/Phi-3-mini-4k-instruct" in out
+    code, out, _ = run("models", "--json")
+    rows = json.loads(out)
+    tiny = next(row for row in rows if row["name"] == "tiny")
+    assert Path(tiny["path"]).is_dir()
+    assert tiny["context"] == 4096

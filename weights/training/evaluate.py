@@ -1,0 +1,123 @@
+"""Measure a model on held-out data: bits per character, requested words, endings, planted facts, samples.
+
+python weights/training/evaluate.py --corpus DIR --model weights/tiny --json weights/tiny/evaluation.json
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import data
+import mlx.core as mx
+import sentencepiece as spm
+import vocab
+
+from phi3_mlx import batch_generate, load
+from phi3_mlx.generation import encode_prompt
+
+ENDINGS = "(s|es|d|ed|ing)?"  # a requested word counts in these forms
+ROWS = 20  # prompts decoded together
+SAMPLES = (
+    "Write a story about a rabbit who finds a key.",
+    "Write a story about a girl named Mia who loses a hat.",
+    "Write a short story with the words: dragon, castle, song.",
+    "Tell me a story about an owl and a boat.",
+    "Write a sentence with the words: frog, moon.",
+    "What is 3 + 4?",
+    "Who are you?",
+)
+
+
+def bits_per_character(model, tokenizer, texts) -> float:
+    """Each text by itself after <|endoftext|>; its own end is not counted. Up to the original length."""
+    nats, characters = 0.0, 0
+    longest = model.config.original_max_position_embeddings
+    for text in texts:
+        ids = mx.array([[vocab.ENDOFTEXT, *tokenizer.encode(text.strip())][: longest + 1]])
+        logits = model(ids[:, :-1])[0]
+        losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, ids[0, 1:, None], axis=-1)[:, 0]
+        nats += losses.sum().item()
+        characters += len(tokenizer.decode(ids[0, 1:].tolist()))
+    return nats / math.log(2) / characters
+
+
+def answers(model, tokenizer, prompts, max_tokens, temperature):
+    """(text, whether the model ended it) of each prompt."""
+    done = []
+    for first in range(0, len(prompts), ROWS):
+        rows = prompts[first : first + ROWS]
+        texts = batch_generate(model, tokenizer, rows, max_tokens=max_tokens, temperature=temperature, seed=first)
+        # Ended by itself: fewer tokens than it was allowed.
+        done += [(text, len(tokenizer.encode(text)) < max_tokens - 8) for text in texts]
+    return done
+
+
+def requested_words(model, tokenizer, documents, held_out, count) -> tuple[float, float]:
+    """(share of requested words used, share of answers that end by themselves) at temperature 0.7."""
+    asked = []
+    for story in held_out:
+        words = documents.words_of(story, 3)
+        if len(words) == 3 and len(asked) < count:
+            asked.append(words)
+    prompts = [f"Write a short story with the words: {', '.join(words)}." for words in asked]
+    done = answers(model, tokenizer, prompts, max_tokens=480, temperature=0.7)
+    used = [
+        bool(re.search(rf"\b{word}{ENDINGS}\b", text, re.I))
+        for words, (text, _) in zip(asked, done, strict=True)
+        for word in words
+    ]
+    return sum(used) / len(used), sum(ended for _, ended in done) / len(done)
+
+
+def planted_facts(model, tokenizer, documents, length: int, count: int) -> float:
+    """Share of planted facts repeated word for word, greedily, one asked a text of `length` tokens."""
+    right = 0
+    for _ in range(count):
+        runs = documents.secrets(length=length - 20, n=3)
+        prompt, answer = runs[0][0], runs[1][0]
+        prompt = prompt[-length:] if len(prompt) > length else prompt
+        text = batch_generate(model, tokenizer, [prompt], max_tokens=24)[0]
+        right += text.strip() == tokenizer.decode(answer).strip()
+    return right / count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--count", type=int, default=200, help="stories asked for")
+    parser.add_argument("--facts", type=int, default=40, help="texts a length")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    train, held_out = data.split_stories(args.corpus)
+    sp = spm.SentencePieceProcessor(model_file=str(Path(args.model) / "tokenizer.model"))
+    documents = data.Documents(train, [], sp, seed=1)
+    found = {"parameters": args.model, "held_out_stories": len(held_out)}
+    found["bits_per_character"] = bits_per_character(model, tokenizer, held_out)
+    print(json.dumps(found), flush=True)
+    # Facts are planted in stories the model has not read.
+    documents.stories = held_out
+    found["planted_facts"] = {
+        n: planted_facts(model, tokenizer, documents, n, args.facts) for n in (256, 512, 1024, 2048, 4000)
+    }
+    print(json.dumps(found), flush=True)
+    random.seed(0)
+    used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
+    found |= {"requested_words_used": used, "answers_that_end": ended}
+    print(json.dumps(found), flush=True)
+    found["samples"] = {
+        prompt: batch_generate(model, tokenizer, [encode_prompt(tokenizer, prompt)], max_tokens=400)[0]
+        for prompt in SAMPLES
+    }
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
