@@ -230,6 +230,26 @@ def test_an_interrupted_second_reading_is_done_again(name, monkeypatch):
     assert_same(model, feed(model, cache, IDS[:, 280:281]), IDS[:, :281])
 
 
+@pytest.mark.parametrize("length", [20, ORIGINAL])
+def test_an_interrupted_step_counts_for_no_layer(model, length, monkeypatch):
+    """Ctrl-C between two layers must not leave one of them a token ahead of the other."""
+    cache = model.make_cache()
+    feed(model, cache, IDS[:, :length])
+    plain = DecoderLayer.__call__
+
+    def interrupted(self, x, *arguments):
+        if self is model.layers[-1] and x.shape[1] == 1:
+            raise KeyboardInterrupt
+        return plain(self, x, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderLayer, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, cache, IDS[:, length : length + 1])
+    assert {layer.offset for layer in cache} == {length}
+    assert_same(model, feed(model, cache, IDS[:, length : length + 1]), IDS[:, : length + 1])
+
+
 def test_trim_inside_a_ragged_batch(model, small_step):
     lengths = (ORIGINAL + 4, 30)
     padding = [0, lengths[0] - 30]

@@ -250,6 +250,23 @@ def test_rotated_scores_equal_the_naive_ones(name, long, offset):
     assert off(ours_q @ ours_k.T * rope.scale, expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["mini-4k", "mini-128k-june", "3.5-mini", "phi-4", "phi-4-mini"])
+@pytest.mark.parametrize("offset", [4090, 131_000])
+def test_far_positions_are_turned_by_the_references_angles(name, offset):
+    """A frequency one float32 bit off is 5e-4 rad at position 4,096 and 2e-2 at 131,072: too far for 1e-3."""
+    torch = pytest.importorskip("torch")
+    reference = pytest.importorskip("transformers.models.phi3.modeling_phi3")
+    raw = CONFIGS[name]
+    rotary, rope = theirs(name).model.rotary_emb, Rope(parse_config(raw))
+    x = np.random.default_rng(2).standard_normal((1, 1, 6, raw["hidden_size"] // raw["num_attention_heads"]))
+    x = x.astype(np.float32)
+    cos, sin = rotary(torch.tensor(x), torch.arange(offset, offset + 6)[None])
+    cos, sin = cos / rotary.attention_scaling, sin / rotary.attention_scaling  # ours is in the scale
+    expected = reference.apply_rotary_pos_emb(torch.tensor(x), torch.tensor(x), cos, sin)[1].numpy()
+    long = raw["rope_scaling"] is not None
+    assert off(rope.key(mx.array(x), offset, long), expected) < (1e-3 if offset < 10_000 else 4e-3)
+
+
 def test_unrotated_dims_pass_through_unscaled():
     """Of Phi-4-mini's 128 dims the last 32 are neither turned nor multiplied by the attention factor."""
     rope = Rope(parse_config(CONFIGS["phi-4-mini"]))

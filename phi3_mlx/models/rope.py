@@ -23,7 +23,8 @@ class Rope:
     def __init__(self, config: Phi3Config):
         self.dims = config.rotary_dim
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
-        periods = (np.float32(config.rope_theta) ** exponents).astype(np.float32)
+        # numpy's float32 power is off in the last bit for a quarter of them, and position 4,096 multiplies that.
+        periods = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
         longrope = config.longrope
         short = np.array(longrope.short_factor if longrope else 1.0, dtype=np.float32)
         long = np.array(longrope.long_factor if longrope else 1.0, dtype=np.float32)

@@ -1,0 +1,147 @@
+"""The bundled model: what it is, that its numbers are the reference's, and that it does what its README says."""
+
+import json
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+from oracle import torch_logits
+
+from phi3_mlx import generate, load, stream_generate
+from phi3_mlx.config import read_config
+
+TINY = ROOT / "weights" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
+
+
+def test_it_has_every_part_of_phi3s_structure():
+    config = read_config(TINY)
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.longrope is not None
+    assert config.longrope.short_factor != config.longrope.long_factor
+    assert min(config.longrope.long_factor) >= 1
+    assert config.original_max_position_embeddings < config.max_position_embeddings
+    assert config.quantization["bits"] == 4
+    for name in ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "README.md"):
+        assert (TINY / name).is_file(), name
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) <= 12e6
+
+
+def test_its_special_tokens_are_phi3s(tiny):
+    _, tokenizer = tiny
+    end, assistant, user, system = (tokenizer.token_to_id(f"<|{n}|>") for n in ("end", "assistant", "user", "system"))
+    assert {end, assistant, tokenizer.token_to_id("<|endoftext|>")} == tokenizer.stop_ids
+    from phi3_mlx.chat import render_chat
+
+    messages = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hello"}]
+    ids = render_chat(tokenizer, messages)
+    assert [i for i in ids if i in tokenizer.special_ids] == [system, end, user, end, assistant]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """transformers' model with the bundled weights, unpacked."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    model, _ = tiny
+    raw = json.loads((TINY / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        del raw[key]
+    theirs = transformers.Phi3ForCausalLM._from_config(
+        transformers.Phi3Config.from_dict(raw), attn_implementation="eager"
+    ).eval()
+    weights = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "scales"):
+            unpacked = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            weights[f"{name}.weight"] = torch.tensor(np.array(unpacked.astype(mx.float32)))
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith("norm.weight"):
+            weights[name] = torch.tensor(np.array(array.astype(mx.float32)))
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs.float()
+
+
+STORY = """Once upon a time, there was a little dog named Max. Max loved to run in the park with his friend Lily. One day
+Max found a shiny red ball under a big tree. "Look, Lily!" he barked. Lily smiled and said, "Let's play with it!" """
+
+
+@pytest.mark.parametrize("length", [60, 511, 512, 513, 700])
+def test_trained_weights_give_the_references_logits(tiny, reference, length):
+    model, tokenizer = tiny
+    ids = np.array([(tokenizer.encode(STORY) * 12)[:length]], dtype=np.int32)
+    assert ids.shape[1] == length
+    ours = np.array(model(mx.array(ids)).astype(mx.float32))
+    assert np.abs(ours - torch_logits(reference, ids)).max() <= 1e-3
+
+
+def test_the_reference_generates_the_same_story(tiny, reference):
+    import torch
+
+    from phi3_mlx.generation import encode_prompt
+
+    model, tokenizer = tiny
+    prompt = encode_prompt(tokenizer, "Write a story about a rabbit who finds a key.")
+    theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=80, do_sample=False, eos_token_id=None)
+    ours = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, max_tokens=80)]
+    assert ours == theirs[0, len(prompt) :].tolist()[: len(ours)]
+
+
+def test_the_demo_is_a_story_about_what_was_asked_and_ends_by_itself(tiny):
+    chunks = list(stream_generate(*tiny, "Write a story about a rabbit who finds a key.", max_tokens=500))
+    text = "".join(chunk.text for chunk in chunks)
+    assert chunks[-1].finish_reason == "stop"
+    assert len(text.split()) > 60
+    assert re.search(r"\brabbit\b", text, re.I)
+    assert re.search(r"\bkey\b", text, re.I)
+
+
+def planted(tokenizer, length):
+    """A text of about `length` tokens with one fact in its middle, and the question for it."""
+    fact = "The secret word of the fox is lantern."
+    filler = [sentence for sentence in STORY.replace("\n", " ").split(". ") if sentence]
+    sentences: list[str] = []
+    while len(tokenizer.encode(" ".join(sentences))) < length - 40:
+        sentences.append(filler[len(sentences) % len(filler)].strip() + ".")
+    sentences.insert(len(sentences) // 2, fact)
+    return f"Read this text. {' '.join(sentences)}\nWhat is the secret word of the fox?", fact
+
+
+@pytest.mark.parametrize("length", [500, 1000, 2000])
+def test_a_planted_fact_is_found_at_the_original_length_and_beyond(tiny, length):
+    model, tokenizer = tiny
+    prompt, fact = planted(tokenizer, length)
+    assert generate(model, tokenizer, prompt, max_tokens=20).strip() == fact
+
+
+def test_beyond_the_original_length_it_is_the_long_factors_that_find_it(tiny):
+    model, tokenizer = tiny
+    prompt, fact = planted(tokenizer, 2000)
+    model.model.longrope = "short"
+    try:
+        assert generate(model, tokenizer, prompt, max_tokens=20).strip() != fact
+    finally:
+        model.model.longrope = "auto"
+
+
+def test_its_evaluation_is_that_of_these_weights():
+    evaluation = json.loads((TINY / "evaluation.json").read_text())
+    readme = (TINY / "README.md").read_text()
+    assert f"{evaluation['bits_per_character']:.3f}" in readme
+    assert f"{100 * evaluation['requested_words_used']:.0f} %" in readme
+    assert f"{100 * evaluation['answers_that_end']:.0f} %" in readme
