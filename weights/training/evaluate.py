@@ -31,9 +31,12 @@ SAMPLES = (
 )
 
 
-def bits_per_character(model, tokenizer, texts) -> float:
-    """Each text by itself after <|endoftext|>; its own end is not counted. Up to the original length."""
-    nats, characters = 0.0, 0
+def held_out_loss(model, tokenizer, texts) -> dict[str, float]:
+    """Bits a character and perplexity a token: each text by itself after <|endoftext|>, up to the original length.
+
+    The end of the text is not counted.
+    """
+    nats, characters, tokens = 0.0, 0, 0
     longest = model.config.original_max_position_embeddings
     for text in texts:
         ids = mx.array([[vocab.ENDOFTEXT, *tokenizer.encode(text.strip())][: longest + 1]])
@@ -41,7 +44,12 @@ def bits_per_character(model, tokenizer, texts) -> float:
         losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, ids[0, 1:, None], axis=-1)[:, 0]
         nats += losses.sum().item()
         characters += len(tokenizer.decode(ids[0, 1:].tolist()))
-    return nats / math.log(2) / characters
+        tokens += ids.shape[1] - 1
+    return {
+        "bits_per_character": nats / math.log(2) / characters,
+        "perplexity": math.exp(nats / tokens),
+        "characters_per_token": characters / tokens,
+    }
 
 
 def answers(model, tokenizer, prompts, max_tokens, temperature):
@@ -96,8 +104,7 @@ def main():
     train, held_out = data.split_stories(args.corpus)
     sp = spm.SentencePieceProcessor(model_file=str(Path(args.model) / "tokenizer.model"))
     documents = data.Documents(train, [], sp, seed=1)
-    found = {"parameters": args.model, "held_out_stories": len(held_out)}
-    found["bits_per_character"] = bits_per_character(model, tokenizer, held_out)
+    found = {"held_out_stories": len(held_out), **held_out_loss(model, tokenizer, held_out)}
     print(json.dumps(found), flush=True)
     # Facts are planted in stories the model has not read.
     documents.stories = held_out
