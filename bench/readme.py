@@ -1,6 +1,6 @@
 """Write the README's figures from bench/results/ and a real run of the demo: nothing in them is typed by hand.
 
-    python -m bench.readme [--check]
+python -m bench.readme [--check]
 """
 
 from __future__ import annotations

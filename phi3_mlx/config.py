@@ -52,10 +52,10 @@ class Phi3Config:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError if it cannot be read or is not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting beyond reason
         raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object; download the file again")
@@ -99,9 +99,13 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], source: str):
         self.raw, self.source = raw, source
         # transformers 5 writes `rope_parameters` with theta and friends inside; older files `rope_scaling`.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
+        if len(given) == 2 and raw[given[0]] != raw[given[1]]:
+            self.fail("rope_parameters and rope_scaling are both given and differ; remove one of them")
+        self.rope_key = given[0] if given else "rope_scaling"
+        rope = raw[self.rope_key] if given else {}
         if not isinstance(rope, Mapping):
-            self.fail(f"rope_scaling is {rope!r}, expected an object or null")
+            self.fail(f"{self.rope_key} is {rope!r}, expected an object or null")
         self.rope: Mapping[str, Any] = rope
 
     def fail(self, why: str) -> NoReturn:
@@ -112,8 +116,9 @@ class _Reader:
         value = default if value is None else value
         if value is None:
             self.fail(f"{key} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.fail(f"{key} is {value!r}, expected a number")
+        # The bound keeps what follows from overflowing; NaN fails it too.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
+            self.fail(f"{key} is {_shorten(value)}, expected a number")
         if value <= 0 or kind(value) != value:
             self.fail(f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}")
         return kind(value)
@@ -149,8 +154,8 @@ class _Reader:
             self.fail(f"partial_rotary_factor {partial} of head_dim {head_dim} gives {rotary_dim} rotated dims")
         longest = self.number("max_position_embeddings")
         # The top-level original length wins over the one inside rope_scaling, as in transformers.
-        inner = rope.get("original_max_position_embeddings")
-        original = self.number("original_max_position_embeddings", inner or min(longest, 4096))
+        inner = self.number("original_max_position_embeddings", min(longest, 4096), where=rope)
+        original = self.number("original_max_position_embeddings", inner)
         if original > longest:
             self.fail(f"original_max_position_embeddings {original} exceeds max_position_embeddings {longest}")
         theta = self.number("rope_theta", self.number("rope_theta", 10000.0, float), float, rope)
@@ -184,15 +189,21 @@ class _Reader:
 
     def longrope(self, rotary_dim: int, longest: int, original: int) -> LongRope | None:
         rope = self.rope
-        kinds = {rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
-        if not kinds and not rope.get("short_factor"):
+        kinds = {key: rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
+        if not kinds:
+            unread = set(rope) - {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+            if unread:
+                self.fail(f"{self.rope_key} has {', '.join(sorted(map(str, unread)))} but no type; known: longrope")
             return None
         # "su" is the name of April 2024; transformers reads Phi-3's "yarn" as longrope too.
-        spelled = {"longrope" if kind in ("su", "yarn") else kind for kind in kinds}
-        if spelled == {"default"}:
+        spelled = ["longrope" if kind in ("su", "yarn") else kind for kind in kinds.values()]
+        if all(kind == "default" for kind in spelled):
             return None
-        if spelled != {"longrope"}:
-            self.fail(f"rope type {' / '.join(map(repr, sorted(map(str, kinds))))} is not supported; known: longrope")
+        if any(kind != "longrope" for kind in spelled):
+            named = " / ".join(_shorten(kind) for kind in kinds.values())
+            self.fail(f"rope type {named} is not supported; known: longrope")
+        if original == 1:
+            self.fail("original_max_position_embeddings is 1, which leaves LongRoPE nothing to extend")
         factor = self.number("factor", longest / original, float, rope)
         automatic = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         return LongRope(
@@ -204,9 +215,9 @@ class _Reader:
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.rope.get(key)
         if not isinstance(values, list):
-            self.fail(f"rope_scaling.{key} is {_shorten(values)}, expected a list of {length} numbers")
+            self.fail(f"{self.rope_key}.{key} is {_shorten(values)}, expected a list of {length} numbers")
         if len(values) != length:
-            self.fail(f"rope_scaling.{key} has {len(values)} entries, expected {length} (half of the rotated dims)")
+            self.fail(f"{self.rope_key}.{key} has {len(values)} entries, expected {length} (half of the rotated dims)")
         return tuple(self.number(f"{key}[{i}]", kind=float, where={f"{key}[{i}]": v}) for i, v in enumerate(values))
 
 

@@ -59,7 +59,7 @@ class KVCache:
     """Keys and values of one layer, each (B, Hkv, slots, D).
 
     Without `window` every token keeps its slot. With it only the last `window - 1` do (a query sees itself and
-    `window - 1` before it), plus at most `step` more so that old ones are dropped in bulk.
+    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk.
     """
 
     step = 256
@@ -131,6 +131,11 @@ class KVCache:
         self.start = self.first_visible
         self._reserve(max(self.offset - self.start, 1), keys, values)
 
+    def narrow(self) -> None:
+        """Keep what the next query may see and nothing older, which `write_row` would not renew."""
+        if self.first_visible > self.start:
+            self._drop(self.first_visible - self.start, self.offset - self.start)
+
     def write_row(self, row: int, other: KVCache) -> None:
         """Overwrite one row with the newest tokens of a cache of one row, aligned at the end."""
         assert self.keys is not None
@@ -171,6 +176,8 @@ class KVCache:
         """Forget the last `n` tokens; returns how many were forgotten."""
         n = min(n, self.offset)
         self.offset -= n
+        if n:
+            self.sequence.prompt_length = None
         if self.offset == 0:
             self.keys = self.values = None
             self.start = 0

@@ -99,6 +99,8 @@ class Phi3Model(nn.Module):
         totals = [offset + length - pad for pad in padding]
         if sequence.prompt_length is not None:
             declared = sequence.prompt_length
+            if len(declared) == 1:
+                declared = declared * batch
             if all(total >= n for total, n in zip(totals, declared, strict=True)):
                 sequence.prompt_length = None  # read in full: from here on the cache itself tells
             totals = [max(total, n) for total, n in zip(totals, declared, strict=True)]
@@ -107,7 +109,12 @@ class Phi3Model(nn.Module):
             self._reread(cache, long)
         sequence.long = long
         sequence.read(ids, offset)
-        return self._read(ids, cache, long)
+        try:
+            return self._read(ids, cache, long)
+        except BaseException:
+            for layer in cache:
+                layer.trim(layer.offset - offset)
+            raise
 
     def is_long(self, total: int) -> bool:
         """The regime of a sequence of `total` tokens."""
@@ -139,8 +146,11 @@ class Phi3Model(nn.Module):
         rows = [b for b, now in enumerate(long) if sequence.long is None or now != sequence.long[b]]
         if cache[0].lost:
             rows = list(range(len(long)))
-            for layer in cache:
-                layer.forget()
+        if not rows:
+            return
+        sequence.long = None  # until every row is written: an interrupted reading is begun anew
+        for layer in cache:
+            layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
             fresh = self.make_cache(Sequence())
@@ -186,12 +196,12 @@ class Model(nn.Module):
     ) -> list[KVCache]:
         """An empty cache, one entry a layer.
 
-        `prompt_length`: tokens the prompt will have in the end (one number, or one a row), if you know: a prompt
-        past the original length then starts in the long regime and nothing is read twice. `left_padding`: for a
+        `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
+        row's own): a prompt past the original length then starts in the long regime and nothing is read twice. `left_padding`: for a
         ragged batch, how many padding ids stand in front of each row; they are never seen.
         """
         if isinstance(prompt_length, int):
-            prompt_length = (prompt_length,) * (len(left_padding) if left_padding is not None else 1)
+            prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
         sequence = Sequence(
             left_padding=None if left_padding is None else tuple(left_padding),
             prompt_length=None if prompt_length is None else tuple(prompt_length),
