@@ -6,7 +6,6 @@ python -m bench.readme [--check]
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,10 +71,11 @@ def versions(result: dict[str, Any]) -> str:
 def filled(text: str, blocks: dict[str, str]) -> str:
     """`text` with what stands between each pair of markers replaced."""
     for name, body in blocks.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
-        if found != 1:
-            raise click.ClickException(f"README.md has {found} places for {name}, expected 1")
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            raise click.ClickException(f"README.md must have {opening.strip()} and {closing} once each")
+        before, rest = text.split(opening)
+        text = f"{before}{opening}{body}\n{closing}{rest.split(closing)[1]}"
     return text
 
 

@@ -17,9 +17,10 @@ def calls(monkeypatch):
 
 def test_on_metal_weights_are_wired_and_both_limits_restored_after_a_failure(calls, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    with pytest.raises(RuntimeError), memory.bounded_run():
-        assert calls == [("cache", 1 << 30), ("wired", 333)]
-        raise RuntimeError
+    run = memory.bounded_run()
+    run.__enter__()
+    assert calls == [("cache", 1 << 30), ("wired", 333)]
+    assert not run.__exit__(RuntimeError, RuntimeError(), None)
     assert calls[2:] == [("cache", 111), ("wired", 222)]
 
 

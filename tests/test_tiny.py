@@ -77,8 +77,9 @@ def reference(tiny):
     return theirs.float()
 
 
-STORY = """Once upon a time, there was a little dog named Max. Max loved to run in the park with his friend Lily. One day
-Max found a shiny red ball under a big tree. "Look, Lily!" he barked. Lily smiled and said, "Let's play with it!" """
+STORY = """Once upon a time, there was a little dog named Max. Max loved to run in the park with his friend Lily.
+One day Max found a shiny red ball under a big tree. "Look, Lily!" he barked. Lily smiled
+and said, "Let's play with it!" """
 
 
 @pytest.mark.parametrize("length", [60, 511, 512, 513, 700])

@@ -197,8 +197,8 @@ class Model(nn.Module):
         """An empty cache, one entry a layer.
 
         `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
-        row's own): a prompt past the original length then starts in the long regime and nothing is read twice. `left_padding`: for a
-        ragged batch, how many padding ids stand in front of each row; they are never seen.
+        row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
+        `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
         """
         if isinstance(prompt_length, int):
             prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
