@@ -43,6 +43,7 @@ class Conversation:
         """Begin anew, with this system message or none."""
         self.messages = [{"role": "system", "content": system}] if system else []
         self._cache: list[KVCache] | None = None
+        self._open: Generator[Chunk, None, None] | None = None
         # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
         # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
         # has read is how it was made.
@@ -69,6 +70,8 @@ class Conversation:
         stop: str | Sequence[str] | None = None,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
+        if self._open is not None:
+            self._open.close()  # an answer nobody read to its end
         if not text.strip():
             raise PromptError("the message is empty; give some text")
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -77,16 +80,21 @@ class Conversation:
         cache = self._reusable_cache(actual)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         run = _Run(self._model, self._tokenizer, [actual], max_tokens, sampling, stop, raw=True, cache=cache)
-        return self._answered(run, messages, rendered, actual)
+        self._open = self._answered(run, messages, rendered, actual)
+        return self._open
 
     def _with_own_answers(self, rendered: list[int]) -> list[int]:
         """`rendered` with the answers so far in the ids the model made, where the template only appends."""
         before = len(self._rendered)
         if not before or rendered[:before] != self._rendered:
             return rendered
-        stop_ids = self._tokenizer.stop_ids
+        decode, stop_ids = self._tokenizer.decode, self._tokenizer.stop_ids
         end = next((i for i in range(before, len(rendered)) if rendered[i] in stop_ids), None)
-        return rendered if end is None else [*self._actual, *self._answer, *rendered[end:]]
+        # Only where both are the same text: a stop string was cut off the answer, `messages` may have been edited, and
+        # a template may rewrite old answers.
+        if end is None or decode(rendered[before:end]).strip() != decode(self._answer).strip():
+            return rendered
+        return [*self._actual, *self._answer, *rendered[end:]]
 
     def _reusable_cache(self, ids: list[int]) -> list[KVCache] | None:
         """The cache, trimmed to what it shares with `ids`."""

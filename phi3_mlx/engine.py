@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from .errors import PromptError
+from .errors import Phi3Error, PromptError
 from .memory import bounded_run
 from .models.cache import KVCache
 from .models.phi3 import Model
@@ -30,7 +31,10 @@ class Token(NamedTuple):
 
 @dataclass
 class Statistics:
-    """Counts and seconds of a run; tokens and rates are over all rows."""
+    """Counts and seconds of a run; tokens and rates are over all rows.
+
+    Seconds are the clock's, so they include what a reader of the stream does between two tokens.
+    """
 
     prompt_tokens: int = 0  # in the prompts
     prefilled_tokens: int = 0  # of those computed, the rest came from a cache
@@ -108,7 +112,7 @@ class Generation:
         mx.eval(pending)
         self.statistics.prompt_seconds = time.perf_counter() - started
         started, step = time.perf_counter(), 0
-        if len(active) < len(self._prompts):
+        if active and len(active) < len(self._prompts):
             pending = self._select(active, pending)
         while active:
             tokens, logprobs = pending
@@ -120,6 +124,8 @@ class Generation:
                 mx.async_eval(pending)
             ids: list[int] = tokens.tolist()  # type: ignore[assignment]
             odds: list[float] = logprobs.tolist()  # type: ignore[assignment]
+            if any(map(math.isnan, odds)):
+                raise Phi3Error("the model computed NaN, so its weights or its number type fail; try --dtype float32")
             if step > 1:
                 self.statistics.decoded_tokens += len(active)
             self.statistics.decode_seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+_PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
@@ -173,11 +174,23 @@ def encode_prompt(
         bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
         ids = tokenizer.encode(prompt, special=True)
         return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+    if not isinstance(prompt, Sequence):
+        raise PromptError(_PROMPT_KINDS)
     if len(prompt) and isinstance(prompt[0], Mapping):
         return render_chat(tokenizer, list(prompt), notify=notify)  # type: ignore[arg-type]
     if not all(isinstance(item, int) for item in prompt):
-        raise PromptError("a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids")
+        raise PromptError(_PROMPT_KINDS)
     return list(prompt)  # type: ignore[arg-type]
+
+
+def check_limits(max_tokens: int, stop: str | Sequence[str] | None) -> list[str]:
+    """The stop strings as a list; OptionError if one is empty or `max_tokens` is not positive."""
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if not all(stops):
+        raise OptionError("a stop string is empty; give at least one character")
+    return stops
 
 
 class _Run:
@@ -197,11 +210,7 @@ class _Run:
     ):
         if not model:
             raise Phi3Error("this model was unloaded; load() it again")
-        if max_tokens < 1:
-            raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
-        stops = [stop] if isinstance(stop, str) else list(stop or [])
-        if not all(stops):
-            raise OptionError("a stop string is empty; give at least one character")
+        stops = check_limits(max_tokens, stop)
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids

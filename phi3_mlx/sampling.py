@@ -11,6 +11,9 @@ import mlx.core as mx
 
 from .errors import OptionError
 
+_COLD = 1e-6  # below this temperature the likeliest token is all there is
+_LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,7 +41,7 @@ class Sampling:
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 or more")
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1")
 
 
 def _check(name: str, value: object, good: bool, expected: str) -> None:
@@ -67,10 +70,12 @@ class Sampler:
         if self._seen is not None:
             penalty = sampling.repetition_penalty
             scores = mx.where(self._seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
-        if sampling.temperature == 0:
+        if sampling.temperature < _COLD:
             tokens = mx.argmax(scores, axis=-1)
         else:
-            scores = filter_scores(scores / sampling.temperature, sampling)
+            # The largest is 0 first, so that nothing overflows at a low temperature.
+            scores = (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature
+            scores = filter_scores(scores, sampling)
             tokens = mx.argmax(scores + self._noise(scores.shape[-1]), axis=-1)
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, tokens[:, None], mx.array(True), axis=1)
@@ -103,7 +108,8 @@ def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:
         probabilities = mx.softmax(mx.take_along_axis(scores, order, axis=-1), axis=-1)
         # A token stays while those before it have not reached p yet.
         before = mx.cumsum(probabilities, axis=-1) - probabilities
-        out = mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, before >= sampling.top_p, axis=-1)
+        beyond = before >= max(sampling.top_p, _LEAST)
+        out = mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, beyond, axis=-1)
         scores = mx.where(out, -math.inf, scores)
     if sampling.min_p > 0:
         least = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)

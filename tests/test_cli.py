@@ -3,10 +3,13 @@
 import io
 import json
 import os
+import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +205,51 @@ def test_empty_and_broken_stdin(run):
     assert "stdin is not UTF-8 text (byte 3)" in one_line(err)
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "-1"), ("--top-p", "2"), ("--max-tokens", "0"), ("--stop", "")]
+)
+def test_options_are_checked_before_a_model_is_looked_for(run, command, option, value):
+    code, _, err = run(command, "-m", "nope", option, value, stdin=b"Hello")
+    assert code == 2
+    assert option[2:].replace("-", "_") in one_line(err)
+
+
+def test_raw_sends_the_text_as_it_is_and_crlf_is_a_newline_otherwise(run, tmp_path):
+    from phi3_mlx import load_tokenizer
+
+    def sent(*args, stdin):
+        answer = json.loads(run("generate", "--json", "--max-tokens", 1, *args, stdin=stdin)[1])
+        return answer["prompt_tokens"], answer["text"]
+
+    text = "Once upon a time.\n\n"
+    assert sent("--raw", stdin=text.encode())[0] == len(load_tokenizer("tiny").encode(text))
+    assert sent(stdin=b"Tell me.\r\nNow.\r\n") == sent(stdin=b"Tell me.\nNow.")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "generate", "-p", "Hi", "--max-tokens", "3"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert done.returncode == 1
+    assert "No space left" in one_line(done.stderr)
+
+
+def test_closed_stdin_and_stdout_are_survived():
+    script = f"{' '.join(map(shlex.quote, COMMAND))} generate -p Hi --max-tokens 3 "
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for closed in (">&-", "<&-"):
+        done = subprocess.run(["sh", "-c", script + closed], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0
+        assert done.stderr == ""
+
+
 def change_config(model, **changes):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
@@ -296,9 +344,24 @@ def test_a_closed_pipe_is_one_line_and_a_failure():
     assert "stopped" in one_line(done.stderr)
 
 
-def test_ctrl_c_keeps_what_was_said_and_exits_130():
-    import signal
+def test_ctrl_c_with_json_prints_what_was_said():
+    child = subprocess.Popen(
+        [*COMMAND, "generate", "-p", "Tell me.", "--max-tokens", "3900", "--temperature", "3", "--seed", "1", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    time.sleep(3)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 130
+    answer = json.loads(out)
+    assert 0 < answer["generation_tokens"] < 3900
+    assert answer["finish_reason"] is None
 
+
+def test_ctrl_c_keeps_what_was_said_and_exits_130():
     child = subprocess.Popen(
         [*COMMAND, "generate", "-p", "Tell me a story.", "--max-tokens", "4000", "--temperature", "2", "--seed", "1"],
         stdout=subprocess.PIPE,
@@ -335,6 +398,77 @@ def test_chat_remembers_and_its_commands_work(run, tmp_path):
     assert new[1] < total[1] - total[0]
     assert "/save FILE" in err
     assert "'/nonsense' is no command" in err
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (b"/save\n/system\n", ["/save needs a file name", "/system needs a text"]),
+        (b"/save /nowhere/x.json\n", ["/nowhere/x.json cannot be written"]),
+        (b"caf\xff\n", ["stdin is not UTF-8"]),
+    ],
+)
+def test_chat_says_what_is_wrong(run, lines, words):
+    _, _, err = run("chat", stdin=lines)
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    assert all(word in err for word in words)
+
+
+def test_save_leaves_an_older_file_whole_until_it_is_replaced(run, tmp_path, monkeypatch):
+    saved = tmp_path / "chat.json"
+    saved.write_text("precious")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    _, _, err = run("chat", stdin=f"/save {saved}\n".encode())
+    assert "No space left" in err
+    assert saved.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_keeps_the_chat(tmp_path):
+    import pty
+
+    saved = tmp_path / "chat.json"
+    parent, child_end = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    child = subprocess.Popen(
+        [*COMMAND, "chat", "--max-tokens", "3500", "--temperature", "3", "--seed", "1"],
+        stdin=child_end,
+        stdout=child_end,
+        stderr=child_end,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(child_end)
+
+    seen = ""
+
+    def read_until(word):
+        nonlocal seen
+        end = time.time() + 60
+        while word not in seen and time.time() < end:
+            seen += os.read(parent, 4096).decode("utf-8", "replace")
+        assert word in seen
+        seen = seen.split(word, 1)[1]
+
+    with child:
+        try:
+            read_until("> ")
+            os.write(parent, b"Tell me a story.\n")
+            read_until("story.")
+            time.sleep(1.5)
+            child.send_signal(signal.SIGINT)
+            read_until("[stopped]")
+            os.write(parent, f"/save {saved}\n".encode())
+            read_until("2 messages written")
+            os.write(parent, b"\x04")
+            assert child.wait(timeout=30) == 0
+        finally:
+            child.kill()
+            os.close(parent)
+    messages = json.loads(saved.read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert messages[1]["content"]
 
 
 def test_chat_system_begins_anew(run):

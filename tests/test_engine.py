@@ -8,7 +8,7 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
 from phi3_mlx.engine import Generation
-from phi3_mlx.errors import OptionError, PromptError
+from phi3_mlx.errors import OptionError, Phi3Error, PromptError
 from phi3_mlx.sampling import Sampler, Sampling, filter_scores
 
 GREEDY = Sampling()
@@ -147,6 +147,25 @@ def test_finish_stops_one_row_and_leaves_the_others(model):
     assert rows == [plain_greedy(model, prompt_of(5), 2), plain_greedy(model, prompt_of(8), 6)]
 
 
+def test_no_room_for_an_answer_yields_nothing(model):
+    assert run(model, [prompt_of(5), prompt_of(6)], 0)[0] == [[], []]
+
+
+def test_nan_is_an_error_not_text(model):
+    broken = make_ours(CONFIGS["3.5-mini"])
+    broken.model.norm.weight = broken.model.norm.weight * float("nan")
+    with pytest.raises(Phi3Error, match="NaN"):
+        run(broken, [prompt_of(5)])
+
+
+def test_the_next_step_is_queued_before_a_token_is_read(model, monkeypatch):
+    queued, order = mx.async_eval, []
+    monkeypatch.setattr(mx, "async_eval", lambda *a: (order.append("queued"), queued(*a)))
+    for token in Generation(model, [prompt_of(5)], max_tokens=3, sampling=GREEDY):
+        order.append(token.row)
+    assert order == ["queued", 0, "queued", 0, 0]
+
+
 # ------------------------------------------------------------------------------------------ sampling
 
 
@@ -205,6 +224,13 @@ def test_the_same_seed_draws_the_same_and_no_seed_does_not(model):
 def test_without_a_seed_equal_prompts_in_a_batch_differ(model):
     (a, b), _ = run(model, [prompt_of(5)] * 2, 30, Sampling(1.0))
     assert ids(a) != ids(b)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-40, seed=0), Sampling(1e-5, seed=0), Sampling(1.0, 1e-50, seed=0)])
+def test_the_narrowest_settings_take_the_likeliest(sampling):
+    logits = mx.array([[3.0, 5.0, 2.0, 4.9]])
+    sampler = Sampler(sampling, [[0]], 4)
+    assert {int(sampler(logits)[0].item()) for _ in range(20)} == {1}
 
 
 def test_repetition_penalty_counts_prompt_and_answer():

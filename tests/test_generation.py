@@ -121,6 +121,8 @@ def test_special_strings_of_a_user_stay_text(tiny):
         ("  \n", {}, PromptError),
         ([], {}, PromptError),
         (["a", "b"], {}, PromptError),
+        ({"role": "user", "content": "x"}, {}, PromptError),
+        (None, {}, PromptError),
         ([{"role": "user"}], {}, ChatError),
         (ASK, {"max_tokens": 0}, OptionError),
         (ASK, {"stop": ["", "a"]}, OptionError),
@@ -204,6 +206,54 @@ def test_a_cache_torn_between_two_layers_is_not_used(tiny):
     text, chunks = say(conversation, "Go on.", max_tokens=10)
     assert chunks[-1].prefilled_tokens == chunks[-1].prompt_tokens
     assert text == generate(model, tokenizer, conversation._actual, max_tokens=10)
+
+
+def seen_by_the_model(tokenizer, conversation):
+    return tokenizer.decode(conversation._actual, skip_special=False)
+
+
+def test_what_a_stop_string_cut_off_is_not_read_later(tiny):
+    model, tokenizer = tiny
+    conversation = Conversation(model, tokenizer)
+    whole, _ = say(conversation, ASK, max_tokens=30)
+    word = whole.split()[6]
+    conversation.reset()
+    cut, _ = say(conversation, ASK, max_tokens=30, stop=word)
+    assert cut == whole[: whole.index(word)]
+    say(conversation, "Go on.", max_tokens=5)
+    assert f" {word}" not in seen_by_the_model(tokenizer, conversation).split(ASK)[1]
+
+
+def test_an_edited_history_is_what_the_model_reads(tiny):
+    model, tokenizer = tiny
+    conversation = Conversation(model, tokenizer)
+    say(conversation, ASK, max_tokens=12)
+    conversation.messages[-1]["content"] = "The cat sat on a red mat."
+    text, _ = say(conversation, "Go on.", max_tokens=12)
+    assert "red mat" in seen_by_the_model(tokenizer, conversation)
+    assert text == generate(model, tokenizer, conversation.messages[:-1], max_tokens=12)
+
+
+def test_a_template_that_rewrites_old_answers_is_followed():
+    model, tokenizer = load("tiny")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' }}"
+        "{{ m['content'][:3] if m['role'] == 'assistant' else m['content'] }}{{ '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    conversation = Conversation(model, tokenizer)
+    say(conversation, ASK, max_tokens=12)
+    text, _ = say(conversation, "Go on.", max_tokens=12)
+    assert text == generate(model, tokenizer, conversation.messages[:-1], max_tokens=12)
+
+
+def test_a_new_message_ends_an_answer_nobody_read(tiny):
+    model, tokenizer = tiny
+    conversation = Conversation(model, tokenizer)
+    first = conversation.send(ASK, max_tokens=30)
+    begun = next(first).text
+    text, _ = say(conversation, "Go on.", max_tokens=10)
+    assert [m["content"] for m in conversation.messages] == [ASK, begun, "Go on.", text]
 
 
 def test_reset_forgets(tiny):

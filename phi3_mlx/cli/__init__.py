@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 closed pipe."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller (<&-, >&-)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         # Not cli.main(): it would turn a closed pipe into a silent exit.
         with cli.make_context("phi3-mlx", list(sys.argv[1:] if args is None else args)) as context:
@@ -77,6 +81,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
         code = _say(str(error), error.exit_code)
+    except OSError as error:
+        if os.environ.get("PHI3_MLX_DEBUG") == "1":
+            raise
+        code = _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
@@ -89,5 +97,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"phi3-mlx: {message}", err=True)
+    with contextlib.suppress(OSError):  # stderr may be the pipe that was closed
+        click.echo(f"phi3-mlx: {message}", err=True)
     return code

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import Phi3Error
-from .options import ModelOptions, SamplingOptions, decode_text, model_options, sampling_options
+from ..errors import Phi3Error, PromptError
+from .options import ModelOptions, SamplingOptions, check_text, decode_text, model_options, sampling_options
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -34,32 +35,36 @@ def chat(source: ModelOptions, system: str | None, sampling: SamplingOptions, st
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
     """
+    sampling.check()
     from ..conversation import Conversation
 
+    system = check_text(system, "--system") if system else None
     model, tokenizer = source.load()
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     conversation = Conversation(model, tokenizer, system=system, notify=note)
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (line editing and history for input())
-
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # some Pythons are built without it
+            import readline  # noqa: F401  (line editing and history for input())
         click.echo(f"{source.model}. /help lists the commands, Ctrl-D leaves.", err=True)
     while True:
         try:
             line = _read_line()
-        except KeyboardInterrupt:
-            click.echo(err=True)  # a line begun and given up
-            continue
-        if line is None or line.strip() == "/exit":
-            return
-        try:
+            if line is None or line.strip() == "/exit":
+                return
             if line.startswith("/"):
                 _command(conversation, line)
             elif line.strip():
                 _answer(conversation, line, sampling, stats)
-        except (Phi3Error, OSError) as error:
-            if not sys.stdin.isatty() or isinstance(error, BrokenPipeError):
+        except KeyboardInterrupt:
+            if not typed:
                 raise
-            click.echo(f"phi3-mlx: {error}", err=True)
+            click.echo(err=True)
+        except Phi3Error as error:
+            if not typed:
+                raise
+            hint = "; /reset begins anew" if isinstance(error, PromptError) and conversation.messages else ""
+            click.echo(f"phi3-mlx: {error}{hint}", err=True)
 
 
 def _read_line() -> str | None:
@@ -68,7 +73,12 @@ def _read_line() -> str | None:
         line = sys.stdin.buffer.readline()
         return decode_text(line, "stdin").rstrip("\r\n") if line else None
     try:
-        return input("> ")
+        if sys.stdout.isatty():
+            return check_text(input("> "), "that line")
+        click.echo("> ", err=True, nl=False)
+        return check_text(input(), "that line")
+    except UnicodeDecodeError as error:
+        raise PromptError("that line is not UTF-8 text; type it again") from error
     except EOFError:
         click.echo(err=True)
         return None
@@ -77,7 +87,7 @@ def _read_line() -> str | None:
 def _answer(conversation: Conversation, text: str, sampling: SamplingOptions, stats: bool) -> None:
     chunk = None
     try:
-        with closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks:
+        with contextlib.closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks:
             for chunk in chunks:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
@@ -100,15 +110,29 @@ def _command(conversation: Conversation, line: str) -> None:
         system = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
         conversation.reset(system)
         click.echo("The conversation is forgotten.", err=True)
-    elif name == "/system" and argument:
+    elif name in ("/system", "/save") and not argument:
+        click.echo(f"{name} needs {'a text' if name == '/system' else 'a file name'} after it", err=True)
+    elif name == "/system":
         conversation.reset(argument)
         click.echo("A new conversation with this system message.", err=True)
-    elif name == "/save" and argument:
-        with open(argument, "w", encoding="utf-8") as file:
-            json.dump(conversation.messages, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+    elif name == "/save":
+        _save(conversation, os.path.expanduser(argument))
         click.echo(f"{len(conversation.messages)} messages written to {argument}.", err=True)
     elif name == "/help":
         click.echo(_HELP, err=True)
     else:
         click.echo(f"{line!r} is no command here; /help lists them", err=True)
+
+
+def _save(conversation: Conversation, path: str) -> None:
+    """Write the messages; a file that is there already is replaced only by a whole one."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump(conversation.messages, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise Phi3Error(f"{path} cannot be written: {error.strerror}; name another file") from error

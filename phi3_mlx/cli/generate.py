@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import PromptError
-from .options import ModelOptions, SamplingOptions, model_options, read_text, sampling_options
+from .options import ModelOptions, SamplingOptions, check_text, model_options, read_text, sampling_options
 
 if TYPE_CHECKING:
     from ..generation import Chunk
@@ -42,13 +42,14 @@ def generate(
     phi3-mlx generate -f notes.txt -p "Summarise these notes."
     git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
     """
-    text = _prompt(prompt, file)
+    sampling.check()
+    text = _prompt(prompt, file, raw)
     if raw and system:
         raise click.UsageError("--raw sends no template, so it has no place for --system")
     from ..generation import encode_prompt, stream_generate
 
     model, tokenizer = source.load()
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
@@ -63,16 +64,19 @@ def generate(
         )
 
 
-def _prompt(prompt: str | None, file: str | None) -> str:
+def _prompt(prompt: str | None, file: str | None, raw: bool) -> str:
     if prompt == "-" and file == "-":
         raise click.UsageError("-p - and -f - both read stdin; give one of them")
     if prompt is None and file is None:
         if sys.stdin.isatty():
             raise click.UsageError('nothing to answer; give -p "TEXT", -f FILE, or text on stdin')
         file = "-"
-    parts = [read_text("-") if prompt == "-" else prompt or "", read_text(file) if file else ""]
-    text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
-    if not text:
+    parts = [read_text("-") if prompt == "-" else check_text(prompt or "", "--prompt"), read_text(file) if file else ""]
+    if raw:
+        text = "".join(parts)
+    else:
+        text = "\n\n".join(part.replace("\r\n", "\n").strip("\n") for part in parts if part.strip())
+    if not text.strip():
         raise PromptError("the prompt is empty; give some text")
     return text
 
@@ -94,15 +98,18 @@ def _print_text(chunks: Iterator[Chunk]) -> Chunk:
 def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
     import json
 
-    seen = list(chunks)
-    last = seen[-1]
-    figures = dataclasses.asdict(last)
-    for key in ("text", "token", "logprob"):
-        del figures[key]
-    tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
-    answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
-    click.echo(json.dumps(answer, ensure_ascii=False))
-    return last
+    seen: list[Chunk] = []
+    try:
+        seen.extend(chunks)
+    finally:
+        if seen:  # what was said before Ctrl-C too
+            figures = dataclasses.asdict(seen[-1])
+            for key in ("text", "token", "logprob"):
+                del figures[key]
+            tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
+            answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
+            click.echo(json.dumps(answer, ensure_ascii=False))
+    return seen[-1]
 
 
 class _PrefillProgress:

@@ -79,6 +79,14 @@ class SamplingOptions:
     seed: int | None
     stop: tuple[str, ...]
 
+    def check(self) -> None:
+        """OptionError for a value outside its range; called before a model is fetched or read."""
+        from ..generation import check_limits
+        from ..sampling import Sampling
+
+        check_limits(self.max_tokens, self.stop)
+        Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
+
 
 def sampling_options(max_tokens: int) -> Callable[[F], F]:
     """Adds the sampling options; the command gets them as one `sampling: SamplingOptions`."""
@@ -127,6 +135,15 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise PromptError(f"{name} cannot be read: {error.strerror}; give a readable text file") from error
     return decode_text(data, name)
+
+
+def check_text(text: str, name: str) -> str:
+    """`text`, or PromptError if it came from bytes that are not UTF-8 (Python keeps those as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{name} is not UTF-8 text (character {error.start + 1:,}); type it again") from error
+    return text
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -16,9 +16,12 @@ import sentencepiece as spm
 import vocab
 
 from phi3_mlx import batch_generate, load
+from phi3_mlx.engine import Generation
 from phi3_mlx.generation import encode_prompt
+from phi3_mlx.sampling import Sampling
 
 ENDINGS = "(s|es|d|ed|ing)?"  # a requested word counts in these forms
+LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
 SAMPLES = (
     "Write a story about a rabbit who finds a key.",
@@ -52,14 +55,20 @@ def held_out_loss(model, tokenizer, texts) -> dict[str, float]:
     }
 
 
-def answers(model, tokenizer, prompts, max_tokens, temperature):
+def answers(model, tokenizer, prompts, max_tokens, temperature) -> list[tuple[str, bool]]:
     """(text, whether the model ended it) of each prompt."""
     done = []
     for first in range(0, len(prompts), ROWS):
-        rows = prompts[first : first + ROWS]
-        texts = batch_generate(model, tokenizer, rows, max_tokens=max_tokens, temperature=temperature, seed=first)
-        # Ended by itself: fewer tokens than it was allowed.
-        done += [(text, len(tokenizer.encode(text)) < max_tokens - 8) for text in texts]
+        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[first : first + ROWS]]
+        ids: list[list[int]] = [[] for _ in rows]
+        ended = [False] * len(rows)
+        sampling = Sampling(temperature, seed=first)
+        for token in Generation(
+            model, rows, max_tokens=max_tokens, sampling=sampling, stop_ids=tokenizer.stop_ids, prefill_chunk=512
+        ):
+            ids[token.row].append(token.id)
+            ended[token.row] = token.finish_reason == "stop"
+        done += [(tokenizer.decode(row), end) for row, end in zip(ids, ended, strict=True)]
     return done
 
 
@@ -80,13 +89,15 @@ def requested_words(model, tokenizer, documents, held_out, count) -> tuple[float
     return sum(used) / len(used), sum(ended for _, ended in done) / len(done)
 
 
-def planted_facts(model, tokenizer, documents, length: int, count: int) -> float:
-    """Share of planted facts repeated word for word, greedily, one asked a text of `length` tokens."""
+def planted_facts(model, tokenizer, documents, target: int, count: int) -> float:
+    """Share of planted facts repeated word for word, greedily, in prompts of `target` tokens, 16 more or less."""
     right = 0
     for _ in range(count):
-        runs = documents.secrets(length=length - 20, n=3)
-        prompt, answer = runs[0][0], runs[1][0]
-        prompt = prompt[-length:] if len(prompt) > length else prompt
+        length, prompt = target, []
+        while abs(len(prompt) - target) > 16:
+            runs = documents.secrets(length=length, n=3)
+            prompt, answer = runs[0][0], runs[1][0]
+            length += target - len(prompt)
         text = batch_generate(model, tokenizer, [prompt], max_tokens=24)[0]
         right += text.strip() == tokenizer.decode(answer).strip()
     return right / count
@@ -108,9 +119,7 @@ def main():
     print(json.dumps(found), flush=True)
     # Facts are planted in stories the model has not read.
     documents.stories = held_out
-    found["planted_facts"] = {
-        n: planted_facts(model, tokenizer, documents, n, args.facts) for n in (256, 512, 1024, 2048, 4000)
-    }
+    found["planted_facts"] = {n: planted_facts(model, tokenizer, documents, n, args.facts) for n in LENGTHS}
     print(json.dumps(found), flush=True)
     random.seed(0)
     used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
