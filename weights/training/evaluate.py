@@ -6,14 +6,15 @@ python weights/training/evaluate.py --corpus DIR --model weights/tiny --json wei
 import argparse
 import json
 import math
-import random
 import re
 from pathlib import Path
 
 import data
 import mlx.core as mx
+import mlx.nn as nn
 import sentencepiece as spm
 import vocab
+from mlx.utils import tree_unflatten
 
 from phi3_mlx import batch_generate, load
 from phi3_mlx.engine import Generation
@@ -21,7 +22,7 @@ from phi3_mlx.generation import encode_prompt
 from phi3_mlx.sampling import Sampling
 
 ENDINGS = "(s|es|d|ed|ing)?"  # a requested word counts in these forms
-LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
+LENGTHS = (256, 496, 1024, 2048)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
 SAMPLES = (
     "Write a story about a rabbit who finds a key.",
@@ -32,6 +33,19 @@ SAMPLES = (
     "What is 3 + 4?",
     "Who are you?",
 )
+
+
+def unpack(model) -> None:
+    """Put the packed weights' own values in plain matrices: the same numbers, and a BLAS can multiply them."""
+    plain = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            packed = (module.weight, module.scales, module.biases, module.group_size, module.bits)
+            weight = mx.dequantize(*packed)
+            embedding = isinstance(module, nn.QuantizedEmbedding)
+            plain.append((name, nn.Embedding(1, 1) if embedding else nn.Linear(1, 1, bias=False)))
+            plain[-1][1].weight = weight
+    model.update_modules(tree_unflatten(plain))
 
 
 def held_out_loss(model, tokenizer, texts) -> dict[str, float]:
@@ -112,6 +126,7 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
+    unpack(model)
     train, held_out = data.split_stories(args.corpus)
     sp = spm.SentencePieceProcessor(model_file=str(Path(args.model) / "tokenizer.model"))
     documents = data.Documents(train, [], sp, seed=1)
@@ -119,9 +134,11 @@ def main():
     print(json.dumps(found), flush=True)
     # Facts are planted in stories the model has not read.
     documents.stories = held_out
-    found["planted_facts"] = {n: planted_facts(model, tokenizer, documents, n, args.facts) for n in LENGTHS}
+    found["planted_facts"] = {}
+    for target in LENGTHS:
+        found["planted_facts"][target] = planted_facts(model, tokenizer, documents, target, args.facts)
+        print(target, found["planted_facts"][target], flush=True)
     print(json.dumps(found), flush=True)
-    random.seed(0)
     used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
     found |= {"requested_words_used": used, "answers_that_end": ended}
     print(json.dumps(found), flush=True)
