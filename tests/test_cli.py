@@ -346,7 +346,19 @@ def test_a_closed_pipe_is_one_line_and_a_failure():
 
 def test_ctrl_c_with_json_prints_what_was_said():
     child = subprocess.Popen(
-        [*COMMAND, "generate", "-p", "Tell me.", "--max-tokens", "3900", "--temperature", "3", "--seed", "1", "--json"],
+        [
+            *COMMAND,
+            "generate",
+            "-p",
+            "Tell me.",
+            "--max-tokens",
+            "3900",
+            "--temperature",
+            "50",
+            "--seed",
+            "2",
+            "--json",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -432,7 +444,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_keeps_the_chat(tmp_path):
     parent, child_end = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
     child = subprocess.Popen(
-        [*COMMAND, "chat", "--max-tokens", "3500", "--temperature", "3", "--seed", "1"],
+        [*COMMAND, "chat", "--max-tokens", "3500", "--temperature", "50", "--seed", "2"],
         stdin=child_end,
         stdout=child_end,
         stderr=child_end,

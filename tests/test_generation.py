@@ -180,7 +180,7 @@ def test_a_later_turn_reads_only_what_is_new_and_says_the_same(tiny):
 def test_a_conversation_that_crosses_the_original_length_says_the_same(tiny):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
-    for n in range(4):
+    for n in range(6):
         text, _ = say(conversation, f"Tell me a story about {'a dog and ' * 20} a ball.", max_tokens=90, seed=n)
         assert text == generate(model, tokenizer, conversation._actual, max_tokens=90)
     assert conversation.cached_tokens > model.config.original_max_position_embeddings
