@@ -130,14 +130,14 @@ def planted(tokenizer, length, owner, word):
 def found(tiny, length):
     """How many of the facts come back word for word, each in a text of its own."""
     model, tokenizer = tiny
-    pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS[:4]]
+    pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS]
     return sum(generate(model, tokenizer, prompt, max_tokens=20).strip() == fact for prompt, fact in pairs)
 
 
 @pytest.mark.parametrize("length", [490, 1000])
 def test_planted_facts_are_found_at_the_original_length_and_beyond(tiny, length):
-    """By chance a word of about eighty is right, so two of four are no accident."""
-    assert found(tiny, length) >= 2
+    """By chance a word of about eighty is right, so three of eight are no accident."""
+    assert found(tiny, length) >= 3
 
 
 def test_its_evaluation_is_that_of_these_weights():
