@@ -7,6 +7,7 @@ The weights are random and made on the spot (speed does not depend on them); bot
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import click
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from phi3_mlx.checkpoint import load_model, save_model
+from phi3_mlx.checkpoint import load_model
 from phi3_mlx.config import parse_config
+from phi3_mlx.conversion import convert
 from phi3_mlx.engine import Generation
 from phi3_mlx.models import build
-from phi3_mlx.quantize import quantize_model
 from phi3_mlx.sampling import Sampling
 
 from . import record
@@ -45,7 +47,10 @@ def make_checkpoint(directory: Path, layers: int) -> None:
     config = {**PHI_3_MINI, "num_hidden_layers": layers}
     model = build(parse_config(config))
     model.set_dtype(mx.bfloat16)
-    save_model(directory, model, quantize_model(model, config, bits=4, group_size=64))
+    with tempfile.TemporaryDirectory() as folder:
+        mx.save_safetensors(str(Path(folder, "model.safetensors")), dict(tree_flatten(model.parameters())))
+        Path(folder, "config.json").write_text(json.dumps(config))
+        convert(folder, directory, report=False)
 
 
 @click.command(help=__doc__)

@@ -1,14 +1,9 @@
-"""A model directory: checked against its config, read into a model, written whole or not at all."""
+"""A model directory: checked against its config, and read into a model."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import get_args
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -18,10 +13,9 @@ from .errors import CheckpointError, OptionError
 from .models import build
 from .models.phi3 import LongRopeRule, Model
 from .quantize import pack_like
-from .safetensors import INDEX, Weights, find_weights
+from .safetensors import Weights, find_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_SHARD_BYTES = 5 * 10**9
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 
 
@@ -55,29 +49,6 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     return model
 
 
-def save_model(directory: Path, model: Model, config: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
-    """Write `directory`: the model's weights (in shards of at most 5 GB), config.json, and copies of `files`.
-
-    Everything is written beside it first and renamed when complete, so a run that is killed leaves no half model
-    under that name. Raises CheckpointError if `directory` exists already.
-    """
-    directory = Path(os.path.abspath(directory))
-    if directory.exists():
-        raise CheckpointError(f"{directory} exists already; remove it or name another directory")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
-            unfinished = Path(folder, directory.name)
-            unfinished.mkdir()
-            for file in files:
-                shutil.copy(file, unfinished)
-            _write_weights(unfinished, dict(tree_flatten(model.parameters())))
-            _write_json(unfinished / "config.json", config)
-            unfinished.rename(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}") from error
-
-
 def _target(dtype: str | None) -> mx.Dtype | None:
     """The dtype of floating weights in memory; None is the checkpoint's own."""
     if dtype is not None:
@@ -91,8 +62,8 @@ def _check(directory: Path, config: Phi3Config, model: Model, weights: Weights) 
     split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
     if split is not None:
         raise CheckpointError(
-            f"{directory}: its projections are split (q_proj, k_proj, ...); phi3 needs them fused as qkv_proj and "
-            "gate_up_proj"
+            f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
+            f"`phi3-mlx convert {directory} -o NEW_DIRECTORY`"
         )
     packed = next((name for name in found if name.endswith(".scales")), None)
     if packed is not None and config.quantization is None:
@@ -164,33 +135,3 @@ def _read(directory: Path, model: Model, weights: Weights, target: mx.Dtype | No
         )
     del head, embedding
     mx.clear_cache()  # what the casts left behind
-
-
-def _write_weights(directory: Path, weights: dict[str, mx.array]) -> None:
-    shards = list(_shards(weights))
-    weight_map = {}
-    for i, names in enumerate(shards):
-        several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        file_name = several if len(shards) > 1 else "model.safetensors"
-        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names}, {"format": "mlx"})
-        weight_map.update(dict.fromkeys(names, file_name))
-    if len(shards) > 1:
-        total = sum(array.nbytes for array in weights.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _shards(weights: Mapping[str, mx.array]) -> Iterator[list[str]]:
-    """Names in order, in runs that fit a shard; a tensor larger than a shard has one to itself."""
-    names: list[str] = []
-    size = 0
-    for name, array in weights.items():
-        if names and size + array.nbytes > _SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += array.nbytes
-    yield names
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

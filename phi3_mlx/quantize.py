@@ -1,4 +1,4 @@
-"""Packed weights: which layers a checkpoint has packed and how, and packing a model.
+"""Packed weights: which layers a checkpoint has packed and how, and the ways of packing that there are.
 
 The format is mlx-lm's: `weight` becomes packed uint32 beside `scales` (and `biases` in the affine mode), and
 config.json gets `quantization` with `group_size`, `bits`, `mode`, and a dictionary of the same keys (or false)
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import ConfigError, OptionError
+from .errors import ConfigError
 from .safetensors import Tensor
 
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode -> group size, bits
@@ -30,70 +30,51 @@ def pack_like(model: nn.Module, quantization: Mapping[str, Any], tensors: Mappin
     def how(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(layer, "to_quantized"):
             return False
-        width = layer.weight.shape[-1]
-        own = quantization.get(path, f"{path}.scales" in tensors)
-        if own is False:
-            return False
-        if own is True:
-            stored = None if path in quantization else _as_stored(width, path, tensors)
-            own = stored or {key: quantization[key] for key in _KEYS if key in quantization}
-        if not isinstance(own, Mapping) or set(own) - _KEYS:
-            raise ConfigError(f"{source}: quantization of {path} is {own!r}, expected false or {sorted(_KEYS)}")
-        try:
-            return _complete(width, **own)
-        except ValueError as error:
-            raise ConfigError(f"{source}: quantization of {path} cannot be honoured: {error}") from error
+        return packing_of(path, layer.weight.shape[-1], quantization, tensors, source) or False
 
     nn.quantize(model, class_predicate=how)
 
 
-def quantize_model(
-    model: nn.Module,
-    raw_config: Mapping[str, Any],
-    *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    mode: str = "affine",
-) -> dict[str, Any]:
-    """Pack the embedding and every linear layer whose input width `group_size` divides, in place.
+def packing_of(
+    path: str, width: int, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Any] | None:
+    """Group size, bits and mode in which a checkpoint has packed the layer `path` of `width` inputs; None: it has not.
 
-    `bits` and `group_size` default to the mode's own: 4 and 64 for "affine", 4 and 32 for "mxfp4", 8 and 32 for
-    "mxfp8", 4 and 16 for "nvfp4". Returns the config.json of the packed model. Raises OptionError.
+    The rule and the error are `pack_like`'s.
     """
-    if raw_config.get("quantization") is not None:
-        raise OptionError("this model is quantized already; quantize the original instead")
+    own = quantization.get(path, f"{path}.scales" in tensors)
+    if own is False:
+        return None
+    if own is True:
+        stored = None if path in quantization else _as_stored(width, path, tensors)
+        own = stored or {key: quantization[key] for key in _KEYS if key in quantization}
+    if not isinstance(own, Mapping) or set(own) - _KEYS:
+        raise ConfigError(f"{source}: quantization of {path} is {own!r}, expected false or {sorted(_KEYS)}")
     try:
-        quantization = _complete(None, group_size, bits, mode)
+        return complete(width, **own)
     except ValueError as error:
-        raise OptionError(f"no such quantization: {error}") from error
-
-    def fits(_: str, layer: nn.Module) -> bool:
-        return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % quantization["group_size"] == 0
-
-    nn.quantize(model, **quantization, class_predicate=fits)
-    # Twice because tools of the Hugging Face hub look for the second name.
-    return {**raw_config, "quantization": quantization, "quantization_config": quantization}
+        raise ConfigError(f"{source}: quantization of {path} cannot be honoured: {error}") from error
 
 
 def _as_stored(width: int, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Group size, bits and mode of a packed layer of `width` inputs, None where its shapes make no sense."""
     weight, scales = tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
-    if weight is None or not weight.shape or not scales.shape or not scales.shape[-1]:
+    if not width or weight is None or not weight.shape or not scales.shape or not scales.shape[-1]:
         return None
     group_size, bits = width // scales.shape[-1], weight.shape[-1] * 32 // width
     # Only affine keeps its scales as floats; each other mode has one group size and width.
     modes = [mode for mode, own in DEFAULTS.items() if mode != "affine" and own == (group_size, bits)]
     modes = modes if scales.dtype == "U8" else ["affine"]
     try:
-        return _complete(width, group_size, bits, modes[0]) if modes else None
+        return complete(width, group_size, bits, modes[0]) if modes else None
     except ValueError:
         return None
 
 
-def _complete(
+def complete(
     width: int | None, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
 ) -> dict[str, Any]:
-    """The three settings, the mode's own where None. ValueError unless mlx can pack `width` inputs so."""
+    """The three settings, the mode's own where None (`DEFAULTS`). ValueError unless mlx can pack `width` inputs so."""
     if mode not in DEFAULTS:
         raise ValueError(f"mode {mode!r} is unknown; choose {', '.join(DEFAULTS)}")
     group_size = DEFAULTS[mode][0] if group_size is None else group_size

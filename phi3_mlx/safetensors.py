@@ -34,10 +34,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model directory, the files to read, and what is wrong between index and files."""
+    """All tensors of a model directory, the file of each, and what is wrong between index and files."""
 
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
+    homes: dict[str, Path]
     faults: tuple[str, ...]
 
 
@@ -58,17 +59,17 @@ def find_weights(directory: Path) -> Weights:
         if not files:
             _no_weights(directory)
     tensors: dict[str, Tensor] = {}
-    home: dict[str, str] = {}
+    homes: dict[str, Path] = {}
     for file in files:
         for name, tensor in read_header(file).items():
-            if name in home:
-                faults.append(f"{name}: in both {home[name]} and {file.name}")
-            tensors[name], home[name] = tensor, file.name
+            if name in homes:
+                faults.append(f"{name}: in both {homes[name].name} and {file.name}")
+            tensors[name], homes[name] = tensor, file
     here = {file.name for file in files}
     for name, file_name in promised.items():
-        if file_name in here and home.get(name) != file_name:
+        if file_name in here and homes.get(name) != directory / file_name:
             faults.append(f"{name}: the index places it in {file_name}, which lacks it")
-    return Weights(tuple(files), tensors, tuple(faults))
+    return Weights(tuple(files), tensors, homes, tuple(faults))
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

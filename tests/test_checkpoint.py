@@ -1,4 +1,4 @@
-"""Model directories: what is written is read back, by us and by mlx-lm; what is broken is refused, and named."""
+"""Model directories: what others write is read; what is broken is refused, and named."""
 
 import json
 import shutil
@@ -9,12 +9,11 @@ import mlx.nn as nn
 import numpy as np
 import oracle
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from phi3_mlx import checkpoint
-from phi3_mlx.checkpoint import load_model, save_model
-from phi3_mlx.errors import CheckpointError, ConfigError, OptionError, Phi3Error
-from phi3_mlx.quantize import quantize_model
+from phi3_mlx.checkpoint import load_model
+from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
@@ -23,15 +22,28 @@ IDS = oracle.ids_of(24)
 MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
 
 
-def write(directory: Path, raw=RAW, change=None, file_name="model.safetensors") -> Path:
-    """A directory of a random model, after `change(weights)`; written without the code under test."""
-    weights = dict(tree_flatten(oracle.make_ours(raw).parameters()))
+def write(directory: Path, raw=RAW, change=None, model=None, shards=1) -> Path:
+    """A directory of `model` (a random one), after `change(weights)`; written without the code under test."""
+    weights = dict(tree_flatten((model or oracle.make_ours(raw)).parameters()))
     if change is not None:
         change(weights)
     directory.mkdir()
-    mx.save_safetensors(str(directory / file_name), weights)
+    names, weight_map = list(weights), {}
+    for i in range(shards):
+        file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names[i::shards]})
+        weight_map.update(dict.fromkeys(names[i::shards], file_name))
+    if shards > 1:
+        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
+
+
+def packed(how=None, **options):
+    """A random model packed by mlx, and its config."""
+    model = oracle.make_ours(RAW)
+    nn.quantize(model, **options)
+    return model, {**RAW, "quantization": how or options}
 
 
 def refusal(directory: Path, error=CheckpointError) -> str:
@@ -45,43 +57,23 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-# What is written is read back.
+# Plain weights.
 
 
 @pytest.mark.parametrize("raw", [RAW, oracle.CONFIGS["phi-4-mini"]], ids=["plain", "tied-longrope"])
-def test_round_trip(tmp_path, raw):
+def test_reads_a_model(tmp_path, raw):
     model = oracle.make_ours(raw)
-    extra = tmp_path / "tokenizer.json"
-    extra.write_text("{}")
-    save_model(tmp_path / "new" / "model", model, raw, [extra])
-    loaded = load_model(tmp_path / "new" / "model")
+    loaded = load_model(write(tmp_path / "model", raw))
     assert same_weights(loaded, model)
     np.testing.assert_array_equal(oracle.logits_of(loaded, IDS), oracle.logits_of(model, IDS))
     assert not loaded.training
-    assert json.loads((tmp_path / "new" / "model" / "config.json").read_text()) == raw
-    assert sorted(file.name for file in (tmp_path / "new").rglob("*")) == [
-        "config.json",
-        "model",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
 
 
-@pytest.mark.parametrize("limit", [100_000, 600_000])  # the embedding, the first tensor, has 122,880 bytes
-def test_shards(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", limit)
-    model = oracle.make_ours(RAW)
-    save_model(tmp_path / "model", model, RAW)
-    files = sorted(file.name for file in (tmp_path / "model").glob("*.safetensors"))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    shards = [[tensor.nbytes for tensor in read_header(tmp_path / "model" / file).values()] for file in files]
-    assert all(len(sizes) == 1 or (sizes and sum(sizes) <= limit) for sizes in shards)
-    index = json.loads((tmp_path / "model" / INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(map(sum, shards))
-    assert same_weights(load_model(tmp_path / "model"), model)
-    (tmp_path / "model" / INDEX).unlink()
-    assert same_weights(load_model(tmp_path / "model"), model)
+def test_reads_shards(tmp_path):
+    directory = write(tmp_path / "model", shards=3)
+    assert same_weights(load_model(directory), oracle.make_ours(RAW))
+    (directory / INDEX).unlink()
+    assert same_weights(load_model(directory), oracle.make_ours(RAW))
 
 
 def test_reads_what_transformers_writes(tmp_path):
@@ -123,22 +115,6 @@ def test_options(tmp_path):
 # Packed weights.
 
 
-@pytest.mark.parametrize("raw", [RAW, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("mode", MODES)
-def test_mlx_lm_reads_what_we_write(tmp_path, mode, raw):
-    model = oracle.make_ours(raw)
-    config = quantize_model(model, raw, mode=mode)
-    save_model(tmp_path / "model", model, config)
-    from mlx_lm.utils import load_model as load_theirs
-
-    theirs, _ = load_theirs(tmp_path / "model")
-    ours = load_model(tmp_path / "model")
-    assert same_weights(ours, theirs)
-    assert isinstance(ours.model.embed_tokens, nn.QuantizedEmbedding)
-    assert isinstance(ours.model.layers[1].mlp.down_proj, nn.QuantizedLinear)
-    assert np.abs(oracle.logits_of(ours, IDS) - np.array(theirs(mx.array(IDS)))).max() < 1e-4
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_reads_what_mlx_lm_writes(tmp_path, capsys, mode):
     from mlx_lm.models.phi3 import Model, ModelArgs
@@ -175,9 +151,12 @@ def test_reads_what_mlx_lm_writes(tmp_path, capsys, mode):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_packed_scales_in_float32(tmp_path, bits):
     """Scales stored in bfloat16 become float32 on the CPU, and layers compute what their unpacked weights say."""
-    model = oracle.make_ours(RAW)
-    model.update(tree_map(lambda array: array.astype(mx.bfloat16), model.parameters()))
-    save_model(tmp_path / "model", model, quantize_model(model, RAW, bits=bits))
+    model, config = packed(bits=bits, group_size=64)
+
+    def cast(weights):
+        weights |= {n: a.astype(mx.bfloat16) for n, a in weights.items() if mx.issubdtype(a.dtype, mx.floating)}
+
+    write(tmp_path / "model", config, cast, model)
     assert read_header(tmp_path / "model" / "model.safetensors")["lm_head.scales"].dtype == "BF16"
     layer = load_model(tmp_path / "model").model.layers[0].mlp.down_proj
     assert (layer.weight.dtype, layer.scales.dtype, layer.biases.dtype) == (mx.uint32, mx.float32, mx.float32)
@@ -185,29 +164,21 @@ def test_packed_scales_in_float32(tmp_path, bits):
     out = layer(mx.array(x))
     assert out.dtype == mx.float32
     # Unpacked by hand: value = scale * code + bias, codes in `bits` bits from the lowest bit up.
-    packed = np.array(layer.weight).view(np.uint8)
-    codes = np.unpackbits(packed, axis=1, bitorder="little").reshape(192, 256, bits) @ (1 << np.arange(bits))
+    stored = np.array(layer.weight).view(np.uint8)
+    codes = np.unpackbits(stored, axis=1, bitorder="little").reshape(192, 256, bits) @ (1 << np.arange(bits))
     scales, biases = (np.repeat(np.array(array), 64, axis=1) for array in (layer.scales, layer.biases))
     np.testing.assert_allclose(np.array(out), x @ (codes * scales + biases).T, atol=2e-4)
 
 
 def test_shapes_win_over_a_wrong_default(tmp_path):
     """mlx-lm's rule for layers that config.json does not name: how they are packed shows in their shapes."""
-    model = oracle.make_ours(RAW)
-    config = quantize_model(model, RAW, bits=8, group_size=32)
-    save_model(
-        tmp_path / "model",
-        model,
-        {**config, "quantization": {"group_size": 64, "bits": 4}} | {"quantization_config": None},
-    )
-    assert same_weights(load_model(tmp_path / "model"), model)
+    model, config = packed({"group_size": 64, "bits": 4}, bits=8, group_size=32)
+    assert same_weights(load_model(write(tmp_path / "model", config, model=model)), model)
 
 
 def test_overrides_by_hand(tmp_path):
-    model = oracle.make_ours(RAW)
-    config = quantize_model(model, RAW)
-    directory = tmp_path / "model"
-    save_model(directory, model, config)
+    model, config = packed(bits=4, group_size=64)
+    directory = write(tmp_path / "model", config, model=model)
 
     def override(path, value):
         quantization = {**config["quantization"], path: value}
@@ -232,25 +203,6 @@ def test_overrides_by_hand(tmp_path):
     assert same_weights(load_model(directory), model)
     (directory / "config.json").write_text(json.dumps(RAW))
     assert "holds packed weights (lm_head.scales), but its config.json has no quantization" in refusal(directory)
-
-
-def test_quantize_model_refuses():
-    model = oracle.make_ours(RAW)
-    with pytest.raises(OptionError, match="mode 'int4' is unknown; choose affine, mxfp4, mxfp8, nvfp4"):
-        quantize_model(model, RAW, mode="int4")
-    for wrong in ({"bits": 7}, {"bits": 0}, {"group_size": 48}, {"group_size": 0}, {"mode": "mxfp4", "bits": 8}):
-        with pytest.raises(OptionError, match="no such quantization"):
-            quantize_model(model, RAW, **wrong)
-    with pytest.raises(OptionError, match="quantized already"):
-        quantize_model(model, quantize_model(model, RAW))
-
-
-def test_quantize_model_leaves_what_does_not_divide():
-    model = oracle.make_ours(RAW)
-    config = quantize_model(model, RAW, group_size=128)  # hidden size 192, intermediate size 256
-    assert type(model.lm_head) is nn.Linear
-    assert isinstance(model.model.layers[0].mlp.down_proj, nn.QuantizedLinear)
-    assert config["quantization"] == config["quantization_config"] == {"group_size": 128, "bits": 4, "mode": "affine"}
 
 
 # Names, shapes and types.
@@ -311,9 +263,7 @@ def test_split_projections(tmp_path):
             weights[f"model.layers.0.self_attn.{name}_proj.weight"] = part
 
     text = refusal(write(tmp_path / "model", change=change))
-    assert text.endswith(
-        "its projections are split (q_proj, k_proj, ...); phi3 needs them fused as qkv_proj and gate_up_proj"
-    )
+    assert text.endswith(f"phi3 needs them fused; type `phi3-mlx convert {tmp_path / 'model'} -o NEW_DIRECTORY`")
 
 
 # Files.
@@ -343,10 +293,8 @@ def test_no_model_directory(tmp_path):
 
 
 @pytest.fixture
-def sharded(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 1_000_000)
-    save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
-    return tmp_path / "model"
+def sharded(tmp_path) -> Path:
+    return write(tmp_path / "model", shards=3)
 
 
 def test_a_shard_is_missing(sharded):
@@ -474,32 +422,3 @@ def test_header_of_a_real_file(tmp_path):
         name: (array.shape, array.nbytes) for name, array in arrays.items()
     }
     assert header["p"].dtype == "U32"
-
-
-# Writing.
-
-
-def test_save_refuses_an_existing_target(tmp_path):
-    (tmp_path / "model").mkdir()
-    with pytest.raises(CheckpointError, match="exists already; remove it or name another"):
-        save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
-    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
-
-
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("No space left on device")])
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, fault):
-    def fail(*_):
-        raise fault
-
-    monkeypatch.setattr(checkpoint, "_write_json", fail)
-    with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
-        save_model(tmp_path / "model", oracle.make_ours(RAW), RAW)
-    assert list(tmp_path.iterdir()) == []
-    if caught.type is CheckpointError:
-        assert str(caught.value) == f"{tmp_path / 'model'} cannot be written: No space left on device"
-
-
-def test_save_where_nobody_may_write(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(Phi3Error, match="cannot be written"):
-        save_model(tmp_path / "file" / "model", oracle.make_ours(RAW), RAW)

@@ -5,14 +5,14 @@ python weights/training/build.py --checkpoint DIR/checkpoint --tokenizer DIR --o
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import vocab
 
-from phi3_mlx.checkpoint import load_model, save_model
+from phi3_mlx import convert
 from phi3_mlx.config import read_json
-from phi3_mlx.quantize import quantize_model
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -44,13 +44,17 @@ def main():
         "eos_token_id": [vocab.ENDOFTEXT, vocab.ASSISTANT, vocab.END],
         "pad_token_id": vocab.ENDOFTEXT,
     }
-    model = load_model(args.checkpoint, dtype="bfloat16")
-    config = config_for_everyone(read_json(args.checkpoint / "config.json"))
-    config = quantize_model(model, config, bits=args.bits, group_size=args.group_size)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "generation_config.json")
-        path.write_text(json.dumps(generation, indent=2) + "\n")
-        save_model(args.out, model, config, files=[path, *(args.tokenizer / name for name in TOKENIZER_FILES)])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "the-trained-checkpoint")
+        folder.mkdir()
+        for file in args.checkpoint.glob("model*.safetensors*"):
+            Path(folder, file.name).symlink_to(file.resolve())
+        for name in TOKENIZER_FILES:
+            shutil.copy(args.tokenizer / name, folder)
+        config = config_for_everyone(read_json(args.checkpoint / "config.json"))
+        Path(folder, "config.json").write_text(json.dumps(config))
+        Path(folder, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        convert(folder, args.out, bits=args.bits, group_size=args.group_size, dtype="bfloat16")
 
 
 if __name__ == "__main__":

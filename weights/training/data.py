@@ -1,13 +1,15 @@
 """What the bundled model reads: stories, stories asked for in chat, and exercises made by program.
 
 A document is a list of (ids, weight) runs; `weight` multiplies the loss of those tokens. Questions weigh
-little (they are templates), answers of exercises much (they are few tokens, and the point of the document).
+little (they are templates), answers of exercises much (they are few tokens, and the point of the document),
+and most of all the places where an answer first uses a word it was asked to use.
 """
 
 import json
 import random
 import re
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import vocab
@@ -62,6 +64,7 @@ class Documents:
         self.rng = random.Random(seed)
         counts = Counter(w for s in stories for w in set(re.findall(r"[a-z]+", s)))
         # Words worth asking for: content words that are neither everywhere nor nearly nowhere.
+        self.nouns = {*ANIMALS, *THINGS, *PEOPLE}
         self.askable = {w for w, n in counts.items() if 8 <= n <= len(stories) / 8 and len(w) > 2} - STOP
         self.sentences = [t for s in stories for t in re.findall(r'[A-Z][^.!?"\n]{20,110}[.!?](?= |$)', s)]
 
@@ -70,24 +73,46 @@ class Documents:
     def text(self, text: str, weight: float = 1.0):
         return self.sp.encode(text), weight
 
-    def chat(self, *turns: tuple[str, str], answer: float = 1.0) -> list:
-        """(question, answer) turns as Phi-3's template renders them; a question weighs 0.2."""
+    def chat(self, *turns: tuple[str, str], answer: float = 1.0, asked: float = 1.0) -> list:
+        """(question, answer) turns as Phi-3's template renders them; a question weighs 0.2.
+
+        `asked` multiplies the weight where the answer first uses a content word of the question.
+        """
         runs = []
         for question, reply in turns:
             runs += [([vocab.USER, *self.sp.encode(question.strip()), vocab.END, vocab.ASSISTANT], 0.2)]
-            runs += [([*self.sp.encode(reply.strip()), vocab.END], answer)]
+            runs += (
+                self.reply(question, reply.strip(), answer, asked) if asked != 1 else [self.text(reply.strip(), answer)]
+            )
+            runs += [([vocab.END], answer)]
         return [*runs, ([vocab.ENDOFTEXT], 0.2)]
+
+    def reply(self, question: str, reply: str, answer: float, asked: float) -> list:
+        words = {w for w in re.findall(r"[a-z]+", question) if w in self.askable or w in self.nouns}
+        ids = self.sp.encode(reply)
+        pieces = [self.sp.id_to_piece(i).replace("▁", " ") for i in ids]
+        text = "".join(pieces)
+        found = (re.search(rf"\b{w}(s|es|d|ed|ing)?\b", text, re.I) for w in words)
+        spans = [m.span() for m in found if m]
+        starts = [0, *accumulate(map(len, pieces))]
+        return [
+            ([i], answer * asked if any(first < end and last > begin for begin, end in spans) else answer)
+            for i, first, last in zip(ids, starts, starts[1:], strict=False)
+        ]
 
     def plain(self, text: str) -> list:
         return [self.text(text.strip()), ([vocab.ENDOFTEXT], 1.0)]
 
     # ----------------------------------------------------------------- stories
 
-    def words_of(self, story: str, n: int) -> list[str]:
-        found = sorted(set(re.findall(r"\b[a-z]+\b", story)) & self.askable)
-        return self.rng.sample(found, min(n, len(found)))
+    def words_of(self, story: str, n: int, include: str | None = None) -> list[str]:
+        found = sorted(set(re.findall(r"\b[a-z]+\b", story)) & self.askable - {include})
+        words = self.rng.sample(found, min(n, len(found)))
+        if include and words:
+            words[self.rng.randrange(len(words))] = include
+        return words
 
-    def recast(self, story: str) -> str:
+    def recast(self, story: str) -> tuple[str, str | None]:
         """The story with one animal or thing exchanged, so that only the request can tell which it is."""
         rng = self.rng
         for kind in rng.sample([ANIMALS, THINGS], 2):
@@ -98,7 +123,8 @@ class Documents:
             story = re.sub(rf"\b([Aa])n? {old}\b", lambda m, new=new: m[1] + article(new)[1:], story)
             for a, b in ((old, new), (old.capitalize(), new.capitalize())):
                 story = re.sub(rf"\b{a}(s?)\b", rf"{b}\1", story)
-        return story
+            return story, new
+        return story, None
 
     def topic(self, story: str) -> str | None:
         """What the story is about, as a noun phrase: "a rabbit who finds a key"; None if nothing is found."""
@@ -119,15 +145,18 @@ class Documents:
             return f"{subject} and {article(self.rng.choice(things))}"
         return subject
 
-    def request(self, story: str) -> str:
+    def request(self, story: str, include: str | None = None) -> str:
+        """What one would ask to be told `story`, by its topic or by its words, of them `include`."""
         rng = self.rng
-        topic = self.topic(story) if rng.random() < 0.5 else None
+        topic = self.topic(story) if rng.random() < 0.4 else None
         if topic:
             form = rng.choice(["Write a story about {}.", "Write a story about {}.", "Tell me a story about {}.",
                                "Write a short story about {}.", "Can you tell me a story about {}?",
                                "Please write a little story about {}."])  # fmt: skip
             return form.format(topic)
-        words = self.words_of(story, rng.choice([2, 3, 3, 4]))
+        words = self.words_of(story, rng.choice([2, 3, 3, 4]), include)
+        if rng.random() < 0.3:  # the order of the story, which is easier to follow
+            words.sort(key=lambda w: story.lower().find(w))
         if len(words) < 2 or rng.random() < 0.04:
             return rng.choice(["Tell me a story.", "Write a short story.", "Write a story for a child."])
         joined = ", ".join(words) if rng.random() < 0.7 else ", ".join(words[:-1]) + " and " + words[-1]
@@ -135,17 +164,16 @@ class Documents:
                            "Write a story with the words: {}.", "Tell me a story that uses the words {}."])  # fmt: skip
         return form.format(joined)
 
-    def story(self, chat: float = 0.6) -> list:
+    def story(self, chat: float = 0.7) -> list:
         story = self.rng.choice(self.stories).strip()
         if self.rng.random() > chat:
             return self.plain(story)
-        if self.rng.random() < 0.3:
-            story = self.recast(story)
-        turns = [(self.request(story), story)]
+        story, new = self.recast(story) if self.rng.random() < 0.4 else (story, None)
+        turns = [(self.request(story, new), story)]
         named = NAMED.search(story)
         if named and self.rng.random() < 0.25:
             turns.append((f"What is the name of the {named[1]}?", f"The name of the {named[1]} is {named[2]}."))
-        return self.chat(*turns)
+        return self.chat(*turns, asked=4.0)
 
     def fable(self) -> list:
         return self.plain(self.rng.choice(self.fables))
@@ -154,16 +182,20 @@ class Documents:
 
     def exercise(self) -> list:
         kinds = [self.sentence, self.secrets, self.repeat, self.replace, self.total, self.hello, self.ask_name]
-        return self.rng.choices(kinds, [8, 7, 2, 2, 2, 0.5, 2])[0]()
+        return self.rng.choices(kinds, [10, 7, 2, 2, 2, 0.5, 2])[0]()
 
     def sentence(self) -> list:
         turns = []
-        for _ in range(self.rng.randint(1, 3)):
-            sentence = self.rng.choice(self.sentences)
-            words = self.words_of(sentence, self.rng.choice([1, 2, 2, 3]))
+        for _ in range(self.rng.randint(1, 4)):
+            if few := self.rng.random() < 0.4:
+                text, new = self.recast(self.passage(5))
+            else:
+                text, new = self.rng.choice(self.sentences), None
+            words = self.words_of(text, self.rng.choice([1, 2, 2, 3]), new)
             if words:
-                turns.append((f"Write a sentence with the words: {', '.join(words)}.", sentence))
-        return self.chat(*turns, answer=1.5)
+                form = "Write a few sentences with the words: {}." if few else "Write a sentence with the words: {}."
+                turns.append((form.format(", ".join(words)), text))
+        return self.chat(*turns, answer=1.5, asked=3.0)
 
     def facts(self, n: int) -> list[tuple[str, str, str]]:
         """`n` planted facts about different owners: (fact, question, answer)."""

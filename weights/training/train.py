@@ -122,6 +122,24 @@ def loss_of(model, ids, weights):
 
 
 @torch.no_grad()
+def quantized(w: torch.Tensor, bits: int = 4, group: int = 32) -> torch.Tensor:
+    """The values of a matrix after build.py: bfloat16, then affine quantization in groups, as mlx rounds.
+
+    The end of a group with the larger magnitude is met exactly, and so is zero.
+    """
+    x = w.bfloat16().float().unflatten(1, (-1, group))
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-7)
+    from_low = low.abs() > high.abs()
+    scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
+    steps = (edge / scale).round()
+    scale = torch.where(steps == 0, scale, edge / steps)
+    edge = torch.where(steps == 0, 0.0, edge)
+    levels = ((x - edge) / scale).round().clamp(0, 2**bits - 1)
+    return (levels * scale.bfloat16().float() + edge.bfloat16().float()).flatten(1)
+
+
+@torch.no_grad()
 def bits_per_character(model, sp, texts: list[str]) -> float:
     """Held-out texts one by one, each after <|endoftext|> and with its own <|endoftext|> not counted."""
     nats = chars = 0
@@ -150,8 +168,10 @@ def main():
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--exercises", type=float, default=0.22, help="share of short documents")
+    parser.add_argument("--exercises", type=float, default=0.28, help="share of short documents")
     parser.add_argument("--long", type=float, default=0.12, help="share of steps with long rows")
+    parser.add_argument("--quantized-from", type=float, default=0.9,
+                        help="share of the time after which the loss is that of the 4-bit weights")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -201,8 +221,14 @@ def main():
         for o, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(o.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(progress)
+        # At the end gradients are taken where the bundled model will be, and move the unrounded weights.
+        exact = [(p, p.data) for p in model.parameters() if p.ndim == 2 and progress >= args.quantized_from]
+        for p, data_of_p in exact:
+            p.data = quantized(data_of_p)
         loss = objective(model, ids.to(args.device), weights.to(args.device))
         loss.backward()
+        for p, data_of_p in exact:
+            p.data = data_of_p
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:
             o.step()

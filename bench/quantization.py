@@ -1,0 +1,145 @@
+"""KL divergence against bits per weight: all layers alike, bits by sensitivity, GPTQ, and both together.
+
+    python -m bench.quantization MODEL [--text FILE] [--calibration FILE] [--group-size N] [--tokens N]
+
+MODEL is a name, a directory or a GGUF file. Sensitivity and GPTQ read the calibration text, the figures come from the
+other one; by default both are texts that come with the package. Writes results/quantization-NAME.json and .png.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+
+from phi3_mlx.checkpoint import load_model
+from phi3_mlx.conversion.gptq import calibrated
+from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
+from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
+from phi3_mlx.conversion.sources import Source, open_source
+from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.conversion.writer import write_json, write_weights
+from phi3_mlx.hub import resolve
+from phi3_mlx.quality import compare
+from phi3_mlx.tokenizer import load_tokenizer
+
+from . import record
+
+_MIXED = (2.75, 3.0, 3.25, 3.75, 4.0, 4.25, 4.75, 5.0, 5.25, 6.0, 7.0, 8.0)  # beside uniform's own sizes
+
+
+def _write(directory: Path, source: Source, recipe: Recipe | None, arrays: Iterator[tuple[str, mx.array]]) -> float:
+    """A model directory without a tokenizer; returns its bits per weight."""
+    directory.mkdir()
+    tensors = planned(source.tensors, packings(recipe, source.tensors, source.name))
+    write_weights(directory, tensors, arrays)
+    write_json(directory / "config.json", source.config | ({"quantization": recipe} if recipe else {}))
+    weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    return 8 * sum(tensor.nbytes for tensor in tensors.values()) / weights
+
+
+def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["bits_per_weight"], row["kl"]) for row in rows if row["method"] == method)
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(yscale="log", xlabel="bits per weight, scales included", ylabel="KL divergence, nats a token", title=title)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+@click.command(help=__doc__)
+@click.argument("model")
+@click.option("--text", type=click.File(encoding="utf-8"), help="What the figures are measured on.")
+@click.option("--calibration", type=click.File(encoding="utf-8"), help="What sensitivity and GPTQ read.")
+@click.option("--group-size", type=int, default=64, show_default=True)
+@click.option("--bits", default="2,3,4,5,6,8", show_default=True, help="Uniform widths.")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Of the text, at most.")
+@click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="Of the other, at most.")
+@click.option("--name", help="Of the result files; MODEL's last part without it.")
+def main(
+    model: str,
+    text: Any,
+    calibration: Any,
+    group_size: int,
+    bits: str,
+    tokens: int,
+    calibration_tokens: int,
+    name: str | None,
+) -> None:
+    path = Path(model) if model.endswith(".gguf") else resolve(model)
+    name = name or path.stem
+    source = open_source(path)
+    with tempfile.TemporaryDirectory() as folder:
+        extras = Path(folder, "extras")
+        extras.mkdir()
+        source.write_extras(extras)
+        write_json(extras / "config.json", source.config)
+        tokenizer = load_tokenizer(extras)
+        read = tokenizer.encode(text.read() if text else bundled("sample"))[:tokens]
+        words = tokenizer.decode(read)
+        ids = tokenizer.encode(calibration.read() if calibration else bundled("calibration"))[:calibration_tokens]
+        _write(Path(folder, "reference"), source, None, rounded(source, None))
+        reference = load_model(Path(folder, "reference"))
+        rows: list[dict[str, Any]] = []
+
+        def point(method: str, recipe: Recipe, gptq: bool) -> None:
+            directory = Path(folder, str(len(rows)))
+            start = time.perf_counter()
+            arrays = calibrated(source, recipe, ids) if gptq else rounded(source, recipe)
+            size = _write(directory, source, recipe, arrays)
+            seconds = time.perf_counter() - start
+            found = compare(reference, tokenizer, load_model(directory), tokenizer, words)
+            assert found.kl is not None
+            figures = {"kl": found.kl, "top1": found.top1, "perplexity": found.b.perplexity}
+            rows.append({"method": method, "bits_per_weight": size, **figures, "seconds": seconds})
+            rows[-1]["original_perplexity"] = found.a.perplexity
+            click.echo(
+                f"{method:12} {size:6.3f} bits per weight  KL {found.kl:.5f}  perplexity {found.b.perplexity:.3f}"
+            )
+
+        start = time.perf_counter()
+        costs = measure(source, ids, group_size=group_size)
+        measured = time.perf_counter() - start
+        sizes, fixed = sizes_of(source, group_size, BITS)
+        weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+        widths = [int(width) for width in bits.split(",")]
+        alike = {width: fixed + sum(of[width] for of in sizes.values()) for width in widths}
+        for width in widths:
+            point("uniform", uniform(width, group_size), gptq=False)
+            point("gptq", uniform(width, group_size), gptq=True)
+        ends = min(alike.values()), max(alike.values())
+        between = {int(bpw * weights / 8) for bpw in _MIXED} | set(alike.values())
+        for size in sorted(size for size in between if ends[0] <= size <= ends[1]):
+            recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
+            point("mixed", recipe, gptq=False)
+            if size in alike.values():
+                point("mixed + gptq", recipe, gptq=True)
+    results = record.RESULTS / f"quantization-{name}.json"
+    facts = {
+        "model": name,
+        "text": text.name if text else "the bundled sample",
+        "tokens": len(read),
+        "calibration": calibration.name if calibration else "the bundled calibration text",
+        "calibration_tokens": len(ids),
+        "group_size": group_size,
+        "seconds_measuring": measured,
+    }
+    record.write(results, rows, "mlx", **facts)
+    _plot(rows, f"{name}: {facts['text']}, {len(read):,} tokens", results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""phi3-mlx compare"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import read_text
+
+if TYPE_CHECKING:
+    from ..quality import Comparison, Quality
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. A bundled sample without it.')
+@click.option(
+    "--window", type=int, default=512, show_default=True, help="Tokens read together; each window begins anew."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, as_json: bool) -> None:
+    """Say how far apart two models are on a text: perplexities, KL divergence, same likeliest token.
+
+    A is the one to be compared with, usually the original; both are names of `phi3-mlx models`, directories or Hugging
+    Face repositories, and both are in memory together. Models that spell the text with different tokens can only be
+    compared by perplexity per character.
+
+    \b
+    phi3-mlx compare phi-3.5-mini-8bit phi-3.5-mini-4bit --text book.txt
+    """
+    if window < 1:
+        raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
+    words = None if text is None else read_text(text)
+    from ..conversion.texts import bundled
+    from ..generation import load
+    from ..quality import compare as compare_models
+
+    words = bundled("sample") if words is None else words
+    name = "the bundled sample" if text is None else "stdin" if text == "-" else text
+    (model_a, tokenizer_a), (model_b, tokenizer_b) = load(a, dtype=dtype), load(b, dtype=dtype)
+    with _Bar() as bar:
+        found = compare_models(model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, progress=bar.update)
+    if as_json:
+        click.echo(json.dumps({"a": a, "b": b, "text": name, "window": window, **_figures(found)}, ensure_ascii=False))
+        return
+    for line in _lines(a, b, name, found):
+        click.echo(line)
+
+
+def _figures(found: Comparison) -> dict[str, Any]:
+    """What --json adds to the names."""
+
+    def of(side: Quality) -> dict[str, Any]:
+        return {
+            "tokens": side.tokens,
+            "perplexity": side.perplexity,
+            "perplexity_per_character": side.perplexity_per_character,
+        }
+
+    return {
+        "characters": found.a.characters,
+        "quality_a": of(found.a),
+        "quality_b": of(found.b),
+        "kl": found.kl,
+        "top1": found.top1,
+        "note": found.note,
+    }
+
+
+def _lines(a: str, b: str, text: str, found: Comparison) -> list[str]:
+    """A small table, and below it what belongs to both."""
+    rows = [("", "A", "B")]
+    if found.kl is not None:
+        rows.append(("perplexity", f"{found.a.perplexity:.3f}", f"{found.b.perplexity:.3f}"))
+    per_character = [f"{side.perplexity_per_character:.4f}" for side in (found.a, found.b)]
+    rows.append(("perplexity per character", per_character[0], per_character[1]))
+    rows.append(("tokens predicted", f"{found.a.tokens:,}", f"{found.b.tokens:,}"))
+    if found.kl is not None and found.top1 is not None:
+        rows.append(("mean KL(A || B), nats a token", "", f"{found.kl:.5f}"))
+        rows.append(("same likeliest token", "", f"{100 * found.top1:.2f} %"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"A: {a}", f"B: {b}", f"text: {text}, {found.a.characters:,} characters", ""]
+    lines += [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    return lines if found.note is None else [*lines, "", f"note: {found.note}"]
+
+
+class _Bar:
+    """Positions read, on a terminal; nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("reading", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)

@@ -1,0 +1,158 @@
+"""phi3-mlx convert"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import read_text
+
+if TYPE_CHECKING:
+    from ..conversion import Conversion
+    from ..conversion.writer import Progress
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", required=True, metavar="DST", help="The directory to write.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight; 4 without it.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; 64.")
+@click.option(
+    "--mode",
+    type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]),
+    default="affine",
+    show_default=True,
+    help="affine: integers with scale and bias; the others are floating formats with bits and group of their own.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of what is not packed, scales included; the model's own without it.",
+)
+@click.option("--dequantize", is_flag=True, help="Write plain weights, unpacked and fused.")
+@click.option("--target-bpw", type=float, metavar="X", help="Choose bits layer by layer: X bits a weight in all.")
+@click.option("--target-size", metavar="SIZE", help='The same by size, "2.0GB".')
+@click.option("--recipe", metavar="FILE", help="Bits layer by layer as in this file: recipe.json of an earlier run.")
+@click.option(
+    "--method",
+    type=click.Choice(["round", "gptq"]),
+    default="round",
+    show_default=True,
+    help="gptq: round so that the layers' outputs on a text change least; slower, better.",
+)
+@click.option("--text", metavar="FILE", help="The text that gptq, --target-… and the report read; a sample without it.")
+@click.option(
+    "--report/--no-report",
+    default=None,
+    help="Compare with SRC on the text and write REPORT.md; done without asking where both fit in memory.",
+)
+@click.option("--force", is_flag=True, help="Replace a model that is at DST already.")
+@click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+def convert(
+    source: str,
+    output: str,
+    bits: str | None,
+    group_size: str | None,
+    mode: str,
+    dtype: str | None,
+    dequantize: bool,
+    target_bpw: float | None,
+    target_size: str | None,
+    recipe: str | None,
+    method: Any,
+    text: str | None,
+    report: bool | None,
+    force: bool,
+    allow_nan: bool,
+    revision: str | None,
+) -> None:
+    """Convert a checkpoint to a small MLX model: 4 bits a weight unless you say otherwise.
+
+    SRC is a name of `phi3-mlx models`, a directory, a Hugging Face repository (OWNER/REPO) or a GGUF file. DST appears
+    when it is complete.
+
+    \b
+    phi3-mlx convert phi-3.5-mini -o phi-3.5-mini-4bit
+    phi3-mlx convert phi-3.5-mini -o small --target-bpw 3.5 --method gptq
+    phi3-mlx convert model.gguf -o model --bits 8
+    """
+    from ..conversion import convert as convert_model
+
+    with _Bar() as bar:
+        done = convert_model(
+            source,
+            output,
+            bits=None if bits is None else int(bits),
+            group_size=None if group_size is None else int(group_size),
+            mode=mode,
+            dtype=dtype,
+            dequantize=dequantize,
+            target_bpw=target_bpw,
+            target_size=target_size,
+            recipe=recipe,
+            method=method,
+            text=None if text is None else read_text(text),
+            report=report,
+            force=force,
+            allow_nan=allow_nan,
+            revision=revision,
+            progress=bar.update,
+        )
+    _describe(done)
+
+
+def _describe(done: Conversion) -> None:
+    """What was made: a table of what it cost on stdout, the rest on stderr."""
+    if done.report is not None:
+        from rich.console import Console
+
+        from ..conversion.report import table
+
+        Console().print(table(done.report))
+    for note in done.notes:
+        click.echo(f"note: {note}", err=True)
+    if done.kept:
+        click.echo(f"note: kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}", err=True)
+    click.echo(f"{done.path}: {_size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight", err=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+class _Bar:
+    """What is being done, how far it is and the time left, on a terminal; nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __enter__(self) -> _Bar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, now: Progress) -> None:
+        if self._bar is None:
+            return
+        if now.stage != self._stage:  # each has a time of its own
+            for task in list(self._bar.task_ids):
+                self._bar.remove_task(task)
+            self._stage, self._task = now.stage, self._bar.add_task(now.stage, total=1.0, count="")
+        count = f"{now.done:,} of {now.total:,} {now.unit}"
+        if now.all_bytes:
+            count += f", {_size(now.bytes)} of {_size(now.all_bytes)}"
+        share = now.bytes / now.all_bytes if now.all_bytes else now.done / now.total
+        self._bar.update(self._task, completed=share, count=count)

@@ -1,0 +1,214 @@
+"""GPTQ: rounding that makes up for its own error (Frantar et al. 2023, arXiv 2210.17323), in MLX's affine format.
+
+A weight's columns are rounded one after another; what rounding a column does to the layer's outputs on a text is
+taken back, as far as possible, by changing the columns that are still to come. The inputs are those that the layer
+will really get: they went through the layers packed before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, OptionError
+from .checked import is_finite
+from .layerwise import EMBEDDING, LINEARS, LayerStream, layer_of, linear
+from .rounding import packings
+from .sources import Source, to_mlx
+from .texts import windows
+
+WINDOW = 256
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
+_ROWS = 8192  # of a weight at a time: they do not depend on each other
+_SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
+
+
+def calibrated(
+    source: Source, recipe: Mapping[str, Any], ids: Sequence[int], *, window: int = WINDOW
+) -> Iterator[tuple[str, mx.array]]:
+    """Every tensor of `source` as `recipe` wants it: the names, shapes, dtypes and order of `rounding.rounded`.
+
+    `ids`: the token ids of a text, read in windows of `window`. The more of it, and the more like what the model will
+    read, the better. In memory: one layer in float32, the text's activations, and for a layer of n inputs three
+    matrices of n x n. An embedding that is also the head is rounded for both its tasks, and for that the unpacked
+    model is run first; one that is only looked up has no outputs to mend, and gets grids of least error.
+
+    Raises OptionError for a recipe that is not affine throughout, PromptError for a text shorter than one window, and
+    while it runs CheckpointError for weights or activations that are not finite.
+    """
+    found = packings(recipe, source.tensors, source.name)
+    mode = next((packing["mode"] for packing in found.values() if packing["mode"] != "affine"), None)
+    if mode is not None:
+        raise OptionError(f"method gptq rounds to affine grids, not {mode}; leave out one of the two")
+    return _calibrated(LayerStream(source), found, windows(ids, window))
+
+
+def _calibrated(
+    stream: LayerStream, found: Mapping[str, Mapping[str, Any]], ids: mx.array
+) -> Iterator[tuple[str, mx.array]]:
+    source = stream.source
+    hidden, layer = mx.array(0.0), -1
+    done: dict[str, list[mx.array]] = {}
+    for name in source.tensors:
+        path = name.removesuffix(".weight")
+        here = layer_of(name)
+        if here is not None and here != layer:
+            layer = here
+            hidden, done = _pack_layer(stream, layer, found, hidden)
+        if name in done:
+            parts = done.pop(name)
+        elif name not in found:
+            parts = [source.read(name)]
+        else:
+            hessian = _hessian_of_embedding(stream, ids) if path == EMBEDDING else _hessian_of_head(stream, hidden)
+            parts = gptq(source.read(name), hessian, found[name], to_mlx(source.tensors[name].dtype))
+        if path == EMBEDDING:
+            hidden = unpack(parts, found.get(name))[ids].astype(mx.float32)
+            mx.eval(hidden)
+        if name not in found:
+            yield name, parts.pop()
+        for part in ("weight", "scales", "biases")[: len(parts)]:
+            yield f"{path}.{part}", parts.pop(0)
+
+
+def _pack_layer(
+    stream: LayerStream, i: int, found: Mapping[str, Mapping[str, Any]], hidden: mx.array
+) -> tuple[mx.array, dict[str, list[mx.array]]]:
+    """The activations after layer `i`, packed, and the parts of its packed weights by their names."""
+    layer = stream.layer(i)
+    done = {}
+    for path in LINEARS:
+        name = f"model.layers.{i}.{path}.weight"
+        if name not in found:
+            continue
+        hessian = hessian_of(stream.inputs(layer, path, hidden))
+        dtype = to_mlx(stream.source.tensors[name].dtype)
+        done[name] = gptq(linear(layer, path).weight, hessian, found[name], dtype)
+        linear(layer, path).weight = unpack(done[name], found[name])
+        mx.eval(layer.parameters())
+        mx.clear_cache()
+    return stream.run(layer, hidden), done
+
+
+def hessian_of(inputs: Iterable[mx.array]) -> mx.array:
+    """The sum of x x^T over inputs (tokens, width), float32 (width, width)."""
+    total = mx.array(0.0)
+    for part in inputs:
+        part = part.astype(mx.float32)
+        total = total + part.T @ part
+        mx.eval(total)
+    return total
+
+
+def _hessian_of_head(stream: LayerStream, hidden: mx.array) -> mx.array:
+    return hessian_of([stream.norm(hidden).flatten(0, -2)])
+
+
+def _hessian_of_embedding(stream: LayerStream, ids: mx.array) -> mx.array:
+    """No input is likelier than another where rows are looked up; where they also make logits, half and half."""
+    same = mx.eye(stream.config.hidden_size)
+    if not stream.config.tie_word_embeddings:
+        return same
+    hidden = stream.embed(ids)
+    for i in range(stream.config.num_hidden_layers):
+        hidden = stream.run(stream.layer(i), hidden)
+        mx.clear_cache()
+    hessian = _hessian_of_head(stream, hidden)
+    return hessian + mx.diag(hessian).mean() * same
+
+
+def gptq(weight: mx.array, hessian: mx.array, packing: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:
+    """A weight (outputs, inputs) packed for inputs of that `hessian`: weight, scales and biases, these in `dtype`.
+
+    CheckpointError where one of the two is not finite.
+    """
+    if not is_finite(weight) or not is_finite(hessian):
+        raise CheckpointError("the model's weights or activations are not finite, which GPTQ needs; use --method round")
+    factor = _inverse_factor(hessian)
+    group_size, bits = packing["group_size"], packing["bits"]
+    pieces = []
+    for first in range(0, len(weight), _ROWS):
+        columns = weight[first : first + _ROWS].astype(mx.float32).T
+        codes, scales, biases = _round(columns, factor, group_size, bits, dtype)
+        pieces.append((mx.array(pack_codes(np.array(codes.T), bits)), scales.T, biases.T))
+        mx.eval(pieces[-1])
+    return [mx.contiguous(mx.concatenate(list(kind))) for kind in zip(*pieces, strict=True)]
+
+
+def _inverse_factor(hessian: mx.array) -> mx.array:
+    """The upper triangular U with U^T U = (H + damping)^-1."""
+    diagonal = mx.diag(hessian)
+    mean = mx.maximum(diagonal.mean(), 1e-20)
+    damping = _DAMPING
+    while True:
+        # Read from its end, H = V V^T with an upper triangular V, whose inverse is U: no inverse of H is needed.
+        backwards = (hessian + mx.diag(mx.full(diagonal.shape, damping * mean)))[::-1, ::-1]
+        lower = mx.linalg.cholesky(mx.contiguous(backwards), stream=mx.cpu)
+        if mx.all(mx.diag(lower) > 0).item() and mx.isfinite(lower).all().item():
+            break
+        damping *= 10  # float32 was too coarse for this one
+    return mx.linalg.tri_inv(mx.contiguous(lower[::-1, ::-1]), upper=True, stream=mx.cpu)
+
+
+def _round(
+    rest: mx.array, factor: mx.array, group_size: int, bits: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes (inputs, outputs), scales and biases (groups, outputs) for a transposed weight (inputs, outputs)."""
+    codes, scales, biases = [], [], []
+    for first in range(0, len(factor), group_size):
+        last = first + group_size
+        group, rest = rest[:group_size], rest[group_size:]
+        own = factor[first:last, first:last]
+        # What an error of a column costs in the end is its square over this diagonal's.
+        scale, bias = _grid(group, 1 / mx.diag(own)[:, None] ** 2, bits, dtype)
+        errors = []
+        for k in range(group_size):
+            column, group = group[0], group[1:]
+            code = mx.clip(mx.round((column - bias) / scale), 0, 2**bits - 1)
+            error = (column - (code * scale + bias)) / own[k, k]
+            group = group - own[k, k + 1 :, None] * error
+            codes.append(code.astype(mx.uint8))
+            errors.append(error)
+        rest = rest - factor[first:last, last:].T @ mx.stack(errors)
+        mx.eval(rest, codes[first:])
+        scales.append(scale.astype(dtype))
+        biases.append(bias.astype(dtype))
+    return mx.stack(codes), mx.stack(scales), mx.stack(biases)
+
+
+def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Scale and bias (outputs), float32 values of `dtype`, that round (inputs, outputs) with the least error."""
+    low, high = group.min(axis=0), group.max(axis=0)
+    top = 2**bits - 1
+    best, scale, bias = mx.full(low.shape, math.inf), mx.ones(low.shape), mx.zeros(low.shape)
+    for shrink in _SHRINKS:
+        step = ((high - low) * (shrink / top)).astype(dtype).astype(mx.float32)
+        step = mx.where(step > 0, step, 1.0)  # a group of one value, which the bias holds
+        start = (low * shrink).astype(dtype).astype(mx.float32)
+        rounded = mx.clip(mx.round((group - start) / step), 0, top) * step + start
+        error = (importance * (group - rounded) ** 2).sum(axis=0)
+        better = error < best
+        best, scale, bias = mx.where(better, error, best), mx.where(better, step, scale), mx.where(better, start, bias)
+    mx.eval(scale, bias)
+    return scale, bias
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes uint8 (rows, width) as MLX packs them: a stream of `bits` each, lowest bit first, in uint32 words."""
+    rows = [
+        np.packbits(((row[:, None] >> np.arange(bits, dtype=np.uint8)) & 1).reshape(-1), bitorder="little")
+        for row in codes
+    ]
+    return np.stack(rows).view(np.uint32)
+
+
+def unpack(parts: Sequence[mx.array], packing: Mapping[str, Any] | None) -> mx.array:
+    """The matrix that a packed weight stands for, in float32."""
+    if packing is None:
+        return parts[0].astype(mx.float32)
+    weight, scales, biases = parts
+    return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **packing)

@@ -1,0 +1,307 @@
+"""`convert`: from a checkpoint to an MLX model directory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..atomic import check_destination, new_directory
+from ..checkpoint import DTYPES
+from ..config import read_json
+from ..errors import MemoryPlanError, OptionError, Phi3Error
+from ..hub import resolve
+from ..memory import available_memory
+from .checked import CheckedSource
+from .rounding import Recipe, packings, planned, rounded, uniform
+from .sources import Source, open_source
+from .writer import Progress, check_space, write_json, write_weights
+
+if TYPE_CHECKING:
+    from .report import Report
+
+RECIPE = "recipe.json"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` has made.
+
+    `recipe` is None for an unpacked model; `bytes` counts the weights, `bits_per_weight` their average, scales and
+    biases included. `kept` names the matrices that stay unpacked because no group of the recipe divides their width.
+    `report` is the comparison with the source, if there was one; `notes` are sentences that the caller should see.
+    """
+
+    path: Path
+    recipe: Recipe | None
+    bytes: int
+    bits_per_weight: float
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+    report: Report | None = None
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | None = None,
+    dequantize: bool = False,
+    target_bpw: float | None = None,
+    target_size: int | str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    method: Literal["round", "gptq"] = "round",
+    text: str | None = None,
+    report: bool | None = None,
+    force: bool = False,
+    allow_nan: bool = False,
+    revision: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Conversion:
+    """Convert a checkpoint to an MLX model directory, by default to 4 bits in groups of 64.
+
+    `source`: a model name, directory or repository (as in `load`), or a GGUF file; packed or not, its projections
+    fused or split. `destination` is written beside itself and renamed when complete; `force` replaces a model there.
+    At most one tensor is in memory at a time.
+
+    `bits` (2, 3, 4, 5, 6, 8), `group_size` (32, 64, 128) and `mode` ("affine", "mxfp4", "mxfp8", "nvfp4") treat all
+    layers alike. `target_bpw` (bits per weight, scales included) or `target_size` (bytes, or "2.0GB") chooses bits
+    layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
+    plain floating weights. Those, scales and biases are in `dtype` ("float32", "bfloat16", "float16"; by default
+    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; it, `target_*` and the
+    report read `text` (a bundled sample by default).
+
+    `report` compares result and source on that text and writes REPORT.md; by default where both fit in memory.
+    `allow_nan` converts weights that are not finite. `progress` is called after every layer measured, tensor written
+    and part compared.
+
+    Raises OptionError (contradicting options, a quantization mlx does not have), ModelNotFoundError, CheckpointError
+    (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute).
+    """
+    destination = Path(destination)
+    _check_options(bits, group_size, mode, dtype, dequantize, target_bpw, target_size, recipe, method)
+    wanted = uniform(bits, group_size, mode)  # refuses what mlx does not have
+    path = _resolve(source, revision)
+    _check_places(path, destination, force)
+    opened = open_source(path)
+    opened.name = str(source)
+    notes = _about_packed(opened, dequantize, any((bits, group_size, target_bpw, target_size, recipe)), mode)
+    read = CheckedSource(opened, dtype=dtype or _own_dtype(opened.config), allow_nan=allow_nan)
+    fitted = method == "gptq" or target_bpw is not None or target_size is not None
+    ids = _calibration_ids(read, text) if fitted else []
+    chosen: Recipe | None = None if dequantize else wanted
+    where = opened.name
+    if recipe is not None:
+        chosen, where = _given_recipe(recipe)
+    elif target_bpw is not None or target_size is not None:
+        from .sensitivity import choose_recipe
+
+        chosen = choose_recipe(
+            read,
+            target_bpw=target_bpw,
+            target_bytes=None if target_size is None else _bytes(target_size),
+            group_size=wanted["group_size"],
+            ids=ids,
+            progress=_staged(progress, "measuring", "layers"),
+        )
+    packed = packings(chosen, read.tensors, where)
+    if chosen is not None and not packed:
+        raise OptionError(f"{where}: groups of {chosen['group_size']} divide no layer's width; choose a smaller group")
+    tensors = planned(read.tensors, packed)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with new_directory(destination, force=force) as folder:
+        check_space(folder.parent.parent, total)
+        if chosen is not None and method == "gptq":
+            from .gptq import calibrated
+
+            arrays = calibrated(read, chosen, ids)
+        else:
+            arrays = rounded(read, chosen)
+        write_weights(folder, tensors, arrays, progress)
+        read.write_extras(folder)
+        config = dict(read.config)
+        if chosen is not None:
+            # Twice because tools of the Hugging Face hub look for the second name.
+            config |= {"quantization": chosen, "quantization_config": chosen}
+            if chosen is not wanted:
+                write_json(folder / RECIPE, chosen)
+        write_json(folder / "config.json", config)
+    made = None
+    if report or (report is None and chosen is not None):
+        try:
+            made = _report(destination, opened, total, text, fitted, report is None, progress)
+        except Phi3Error as error:
+            if report:
+                raise
+            notes.append(f"no report: {error}")
+    matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) == 2]
+    excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
+    weights = sum(_count(tensor.shape) for tensor in read.tensors.values())
+    return Conversion(
+        path=Path(os.path.abspath(destination)),
+        recipe=chosen,
+        bytes=total,
+        bits_per_weight=8 * total / weights,
+        kept=tuple(name for name in matrices if chosen and name not in packed and name not in excluded),
+        notes=tuple(notes),
+        report=made,
+    )
+
+
+def _report(
+    directory: Path,
+    source: Source,
+    size: int,
+    text: str | None,
+    fitted: bool,
+    only_if_it_fits: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Report:
+    from .report import memory_needed, write_report
+
+    needed, available = memory_needed(source, size), available_memory()
+    if only_if_it_fits and needed > available:
+        raise MemoryPlanError(
+            f"it takes about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; --report makes it "
+            "nonetheless"
+        )
+    return write_report(
+        directory,
+        source,
+        text=text,
+        fitted=fitted and text is not None,
+        progress=_staged(progress, "comparing", "layers"),
+    )
+
+
+def _check_options(
+    bits: int | None,
+    group_size: int | None,
+    mode: str,
+    dtype: str | None,
+    dequantize: bool,
+    target_bpw: float | None,
+    target_size: int | str | None,
+    recipe: object,
+    method: str,
+) -> None:
+    """OptionError for options that contradict each other; the first of them is named."""
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    if method not in ("round", "gptq"):
+        raise OptionError(f"method {method!r} is unknown; choose round or gptq")
+    given = {
+        "bits": bits,
+        "group-size": group_size,
+        "mode": None if mode == "affine" else mode,
+        "target-bpw": target_bpw,
+        "target-size": target_size,
+        "recipe": recipe,
+        "method": None if method == "round" else method,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if dequantize and names:
+        raise OptionError(f"--dequantize writes plain weights, so it has no use for --{names[0]}; leave one out")
+    plans = [name for name in names if name in ("target-bpw", "target-size", "recipe")]
+    if len(plans) > 1:
+        raise OptionError(f"--{plans[0]} and --{plans[1]} each decide the bits of every layer; leave one out")
+    decided = ("bits", "group-size", "mode") if recipe is not None else ("bits", "mode")
+    clash = next((name for name in decided if plans and name in names), None)
+    if clash:
+        raise OptionError(f"--{plans[0]} decides what --{clash} would; leave one out")
+    if target_size is not None:
+        _bytes(target_size)
+
+
+def _resolve(source: str | Path, revision: str | None) -> Path:
+    path = Path(os.path.expanduser(source))
+    if path.suffix.lower() == ".gguf" and (path.is_file() or not path.exists()):
+        if revision is not None:
+            raise OptionError(f"a revision is for Hugging Face repositories, and {source} is a file; leave it out")
+        return path
+    return resolve(str(source), revision)
+
+
+def _check_places(source: Path, destination: Path, force: bool) -> None:
+    real, target = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
+    if target == real or target in real.parents:
+        raise OptionError(f"{destination} is, or holds, the model that is read; name another directory")
+    check_destination(target, force=force)
+
+
+def _about_packed(source: Source, dequantize: bool, asked: bool, mode: str) -> list[str]:
+    """What to say about a source that is packed already; OptionError where nothing says what to make of it."""
+    if source.quantization is None or dequantize:
+        return []
+    now = f"{source.quantization.get('bits', '?')}-bit"
+    if not asked and mode == "affine":
+        raise OptionError(
+            f"{source.name} is {now} already; --dequantize unpacks it, --bits N unpacks it and rounds a second time"
+        )
+    return [
+        f"{source.name} is {now} already: it was unpacked and rounded a second time, which costs quality; "
+        "convert the original if you can"
+    ]
+
+
+def _own_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that config.json names, if it is one that weights can be kept in."""
+    name = config.get("torch_dtype") or config.get("dtype")
+    return name if name in DTYPES else None
+
+
+def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
+    """A recipe and what messages call it. A config.json may stand for the recipe it holds."""
+    if isinstance(recipe, Mapping):
+        return dict(recipe), "the recipe"
+    path = Path(os.path.expanduser(recipe))
+    found = read_json(path)
+    return found.get("quantization") or found, str(path)
+
+
+def _calibration_ids(source: Source, text: str | None) -> list[int]:
+    """What bits and weights are fitted to: `text`, or a bundled one that reports do not read."""
+    from ..tokenizer import load_tokenizer
+    from .texts import bundled
+
+    with tempfile.TemporaryDirectory() as folder:
+        source.write_extras(Path(folder))
+        tokenizer = load_tokenizer(Path(folder))
+    return tokenizer.encode(bundled("calibration") if text is None else text)
+
+
+def _staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) -> Callable[[int, int], None] | None:
+    """`progress` as those want it who count to a total."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(Progress(stage, unit, done, total))
+
+
+def _bytes(size: int | str) -> int:
+    """Bytes from a number or "2.0GB"."""
+    number, unit = size, 1
+    if isinstance(size, str):
+        suffix = size.strip()[-2:].upper()
+        unit = _UNITS.get(suffix, 1)
+        number = size.strip()[:-2] if suffix in _UNITS else size
+    try:
+        value = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise OptionError(f"size {size!r} is none; give bytes or something like 2.0GB")
+    return value
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

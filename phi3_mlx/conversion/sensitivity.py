@@ -1,0 +1,264 @@
+"""Bits for every tensor from a measurement: what rounding it does to the model's output, for the bits it takes.
+
+How far rounding one tensor moves the model is measured at the output, as KL divergence: the activations that follow
+from it run beside the clean ones to the last layer. That is done at one width for every tensor. Other widths follow
+from the tensor's own output error on the same inputs, because KL grows with the square of a small error (both halves
+of that are checked in tests/test_sensitivity.py). Rounding errors of different tensors are nearly uncorrelated, so
+their divergences add up, and the best choice for a size is a knapsack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, OptionError
+from ..quality import chunks, kl_divergence, log_softmax
+from .gptq import unpack
+from .layerwise import EMBEDDING, LINEARS, LayerStream, linear
+from .rounding import Recipe, pack, packings, planned, uniform
+from .sources import Source, to_mlx
+from .texts import windows
+
+BITS = (2, 3, 4, 5, 6, 8)
+_WINDOW = 128
+_TOKENS = 1024  # of the text that are measured
+_ACTIVATION_BYTES = 1 << 30  # fewer tokens where the activations of all tensors would take more
+_STEPS = 100_000  # of the knapsack
+
+Costs = dict[str, dict[int, float]]  # tensor name -> bits -> KL divergence in nats
+Sizes = dict[str, dict[int, int]]  # tensor name -> bits -> bytes
+
+
+def choose_recipe(
+    source: Source,
+    *,
+    target_bpw: float | None = None,
+    target_bytes: int | None = None,
+    group_size: int = 64,
+    ids: Sequence[int],
+    bits: Sequence[int] = BITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recipe:
+    """The recipe of least estimated KL divergence whose tensors take at most the target.
+
+    The target is `target_bytes`, or `target_bpw` bits for each of the model's weights, scales and norms included.
+    `ids`: the token ids of a text like those that the model will read; about a thousand are used. `progress` counts
+    layers measured. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the format demands: its
+    sensitivity is measured with the rows of q, k and v (gate and up) all rounded, so that it is what packing costs.
+
+    Memory: one layer in float32, and the activations of one row of the text for every tensor of the model, or about
+    a gigabyte of them if that is more. Raises OptionError for a target that no choice of bits meets, PromptError for
+    a text that is too short, CheckpointError for a model whose outputs are not finite.
+    """
+    sizes, fixed = sizes_of(source, group_size, bits)
+    budget = _budget(source, sizes, fixed, target_bpw, target_bytes, group_size)
+    costs = measure(source, ids, group_size=group_size, bits=bits, progress=progress)
+    return as_recipe(allocate(costs, sizes, budget - fixed), sizes, group_size)
+
+
+def sizes_of(source: Source, group_size: int, bits: Sequence[int]) -> tuple[Sizes, int]:
+    """Bytes of every tensor that can be packed at each width, and the bytes of the others together."""
+    sizes: Sizes = {}
+    fixed = 0
+    for width in bits:
+        found = packings(uniform(width, group_size), source.tensors, source.name)
+        if not found:
+            raise OptionError(f"{source.name}: groups of {group_size} divide no layer's width; choose a smaller group")
+        for name in found:
+            tensor = source.tensors[name]
+            parts = planned({name: tensor}, found)
+            sizes.setdefault(name, {})[width] = sum(part.nbytes for part in parts.values())
+        fixed = sum(tensor.nbytes for name, tensor in source.tensors.items() if name not in found)
+    return sizes, fixed
+
+
+def _budget(
+    source: Source, sizes: Sizes, fixed: int, target_bpw: float | None, target_bytes: int | None, group_size: int
+) -> int:
+    """The target in bytes. OptionError where there is not one target, or no choice of bits meets it."""
+    if (target_bpw is None) == (target_bytes is None):
+        raise OptionError("one target is needed, target_bpw or target_bytes; give one of them")
+    weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    if target_bytes is None:
+        assert target_bpw is not None
+        if not math.isfinite(target_bpw):
+            raise OptionError(f"target {target_bpw} is no number of bits; give something like 4.5")
+        target_bytes, asked = math.floor(target_bpw * weights / 8 + 1e-6), f"{target_bpw:g} bits per weight"
+    else:
+        asked = f"{target_bytes / 1e6:,.1f} MB"
+    ends = {width: fixed + sum(of[width] for of in sizes.values()) for width in _widths(sizes)}
+    (least, smallest), (most, largest) = min(ends.items()), max(ends.items())
+
+    def size(width: int, total: int) -> str:
+        return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({total / 1e6:,.1f} MB)"
+
+    if target_bytes < smallest:
+        hint = "" if group_size >= 128 else ", or larger groups (--group-size 128)"
+        raise OptionError(f"a target of {asked} is too small: {size(least, smallest)}; give more{hint}")
+    if target_bytes > largest:
+        raise OptionError(f"a target of {asked} is too large: {size(most, largest)}; use --bits {most} or give less")
+    return target_bytes
+
+
+def measure(
+    source: Source,
+    ids: Sequence[int],
+    *,
+    group_size: int = 64,
+    bits: Sequence[int] = BITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Costs:
+    """The estimated KL divergence of the model's output, in nats, when one tensor alone is rounded to each width."""
+    return _Measurement(source, ids, group_size, sorted(bits)).run(progress)
+
+
+class _Measurement:
+    def __init__(self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int]):
+        self._source, self._stream, self._bits = source, LayerStream(source), bits
+        self._found = packings(uniform(bits[0], group_size), source.tensors, source.name)
+        row = len(self._found) * _WINDOW * self._stream.config.hidden_size * 4
+        rows = max(1, min(_TOKENS // _WINDOW, _ACTIVATION_BYTES // row))
+        self._ids = windows(ids, _WINDOW)[:rows]
+        self._errors: Costs = {}  # squared output error of each tensor at each width
+        self._clean = mx.array(0.0)
+        self._moved: dict[str, mx.array] = {}  # the activations that follow from rounding one tensor
+
+    def run(self, progress: Callable[[int, int], None] | None) -> Costs:
+        self._embedding()
+        layers = self._stream.config.num_hidden_layers
+        for i in range(layers):
+            self._layer(i)
+            mx.clear_cache()
+            if progress is not None:
+                progress(i + 1, layers)
+        divergences = self._divergences()
+        costs = {}
+        for name, errors in self._errors.items():
+            at = errors[self._anchor(name)]
+            if not math.isfinite(divergences[name]):
+                raise CheckpointError(
+                    f"{self._source.name}: outputs are not finite with {name} rounded, so no bits can be chosen; "
+                    "use --bits or --recipe"
+                )
+            costs[name] = {
+                width: max(divergences[name], 0.0) * error / at if at else 0.0 for width, error in errors.items()
+            }
+        return costs
+
+    def _embedding(self) -> None:
+        name = f"{EMBEDDING}.weight"
+        rows = self._source.read(name)[self._ids.flatten()]
+        self._clean = rows.astype(mx.float32).reshape(*self._ids.shape, -1)
+        mx.eval(self._clean)
+        if name in self._found:
+            self._compare(name, rows.astype(mx.float32))
+            self._moved[name] = self._rounded(name, rows, self._anchor(name)).reshape(self._clean.shape)
+            mx.eval(self._moved[name])
+
+    def _layer(self, i: int) -> None:
+        layer = self._stream.layer(i)
+        for name, hidden in self._moved.items():
+            self._moved[name] = self._stream.run(layer, hidden)
+        traced = list(self._stream.trace(layer, self._clean))
+        for path in LINEARS:
+            name, module = f"model.layers.{i}.{path}.weight", linear(layer, path)
+            if name not in self._found:
+                continue
+            weight = module.weight
+            self._compare(name, weight, mx.concatenate([inputs[path] for inputs, _ in traced]))
+            module.weight = self._rounded(name, weight, self._anchor(name))
+            self._moved[name] = self._stream.run(layer, self._clean)
+            module.weight = weight
+        self._clean = mx.concatenate([after for _, after in traced])
+
+    def _divergences(self) -> dict[str, float]:
+        """Mean KL divergence of each tensor's activations, and of the head's own rounding."""
+        name = f"{self._stream.head_path}.weight"
+        weight = self._source.read(name).astype(mx.float32)
+        hidden = self._stream.norm(self._clean).flatten(0, 1)
+        head = weight
+        if name in self._found:
+            self._compare(name, weight, hidden)
+            head = self._rounded(name, weight, self._anchor(name))
+            self._moved.setdefault(name, self._clean)
+        sums = dict.fromkeys(self._moved, 0.0)
+        for here in chunks(len(hidden), len(weight)):
+            clean = log_softmax(hidden[here] @ weight.T)
+            for moved, states in self._moved.items():
+                normed = self._stream.norm(states.flatten(0, 1)[here])
+                logs = log_softmax(normed @ (head if moved == name else weight).T)
+                sums[moved] += float(kl_divergence(clean, logs).sum(dtype=np.float64))
+        return {moved: total / len(hidden) for moved, total in sums.items()}
+
+    def _compare(self, name: str, weight: mx.array, inputs: mx.array | None = None) -> None:
+        """Note the squared error of `inputs @ weight.T` (without inputs: of the weight) at each width."""
+        self._errors[name] = {}
+        for width in self._bits:
+            error = self._rounded(name, weight, width) - weight
+            error = error if inputs is None else inputs @ error.T
+            self._errors[name][width] = float((error**2).sum())
+
+    def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
+        packing = {**self._found[name], "bits": width}
+        return unpack(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
+
+    def _anchor(self, name: str) -> int:
+        """The width at which a tensor is measured at the output: a middle one.
+
+        A lower one where the source lies on that width's own grid already, having been packed with it.
+        """
+        errors = self._errors[name]
+        middle = self._bits[: (len(self._bits) + 1) // 2]
+        return next((width for width in reversed(middle) if errors[width] > 1e-3 * errors[middle[0]]), middle[0])
+
+
+def allocate(
+    costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], budget: int
+) -> dict[str, int]:
+    """The width of each tensor that gives the least sum of `costs` within `budget` bytes, which all can be kept to.
+
+    An exact knapsack where the sizes' common divisor is coarse enough, else one in steps of a 100,000th.
+    """
+    least = {name: min(of.values()) for name, of in sizes.items()}
+    spare = budget - sum(least.values())
+    unit = math.gcd(*(size - least[name] for name, of in sizes.items() for size in of.values()))
+    unit = max(unit, -(-spare // _STEPS), 1)
+    best = np.zeros(spare // unit + 1)
+    chosen = []
+    for name, of in sizes.items():
+        widths = sorted(of)
+        sums = np.full((len(widths), len(best)), np.inf)
+        for i, width in enumerate(widths):
+            steps = -(-(of[width] - least[name]) // unit)
+            if steps < len(best):
+                sums[i, steps:] = best[: len(best) - steps] + costs[name][width]
+        chosen.append(sums.argmin(axis=0))
+        best = sums.min(axis=0)
+    at, result = len(best) - 1, {}
+    for (name, of), choice in zip(reversed(list(sizes.items())), reversed(chosen), strict=True):
+        width = sorted(of)[choice[at]]
+        result[name] = width
+        at -= -(-(of[width] - least[name]) // unit)
+    return {name: result[name] for name in sizes}
+
+
+def as_recipe(chosen: Mapping[str, int], sizes: Mapping[str, Mapping[int, int]], group_size: int) -> Recipe:
+    """The recipe of these widths: the one most bytes have for all, and an entry for every tensor that differs."""
+    share: Counter[int] = Counter()
+    for name, width in chosen.items():
+        share[width] += sizes[name][width]
+    usual = share.most_common(1)[0][0]
+    recipe: Recipe = uniform(usual, group_size)
+    for name, width in chosen.items():
+        if width != usual:
+            recipe[name.removesuffix(".weight")] = uniform(width, group_size)
+    return recipe
+
+
+def _widths(sizes: Sizes) -> list[int]:
+    return sorted(next(iter(sizes.values())))

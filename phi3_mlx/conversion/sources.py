@@ -1,0 +1,220 @@
+"""What can be converted: a checkpoint as the unpacked, fused tensors of a phi3 model, read one at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from ..checkpoint import DTYPES
+from ..config import read_json
+from ..errors import CheckpointError
+from ..quantize import packing_of
+from ..safetensors import Tensor, find_weights
+from .split import plan
+
+# What goes along with the weights. No code; the licence, because it asks to be kept with the model.
+_EXTRAS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+    "LICENSE*",
+    "NOTICE*",
+)
+_FLOATS = ("BF16", "F16", "F32")  # each fits the last
+SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Source(Protocol):
+    """A checkpoint to convert.
+
+    `name` is what messages call it. `config` is the config.json of the unquantized phi3 model, `tensors` its tensors
+    in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    quantization: Mapping[str, Any] | None
+
+    def read(self, name: str) -> mx.array:
+        """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
+
+    def write_extras(self, directory: Path) -> None:
+        """Write tokenizer, chat template and the like into `directory`."""
+
+
+def open_source(path: Path) -> Source:
+    """The checkpoint in a model directory or a GGUF file; headers are read, weights are not.
+
+    Raises CheckpointError or ConfigError for what is missing, damaged, or not a model this package can compute.
+    """
+    if path.is_dir():
+        return DirectorySource(path)
+    from .gguf import GgufSource
+
+    return GgufSource(path)
+
+
+class DirectorySource:
+    """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
+
+    def __init__(self, directory: Path):
+        self.name = str(directory)
+        self._directory = directory
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
+        where = str(directory / "config.json")
+        raw = read_json(directory / "config.json")
+        weights = find_weights(directory)
+        if weights.faults:
+            more = f" (and {len(weights.faults) - 1} more)" if len(weights.faults) > 1 else ""
+            raise CheckpointError(f"{directory}: {weights.faults[0]}{more}; download the model again")
+        self._stored, self._homes = weights.tensors, weights.homes
+        self.quantization = raw.pop("quantization", None)
+        if self.quantization is not None:
+            if not isinstance(self.quantization, Mapping):
+                raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
+            if raw.get("quantization_config") == self.quantization:
+                del raw["quantization_config"]
+        self._packings = self._find_packings(raw, where)
+        unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
+        self.config, self._parts = plan(raw, unpacked, self.name)
+        self.config.pop("auto_map", None)  # names code files, and code is not copied
+        self.tensors = {}
+        for name, parts in self._parts.items():
+            found = [unpacked[part] for part in parts]
+            odd = next((part for part in parts if unpacked[part].dtype not in _FLOATS), None)
+            if odd is not None:
+                wanted = " or ".join(_FLOATS)
+                raise CheckpointError(f"{self.name}: {odd} is stored as {unpacked[odd].dtype}, expected {wanted}")
+            kinds = {tensor.dtype for tensor in found}
+            dtype = found[0].dtype if len(kinds) == 1 else "F32"
+            shape = (sum(tensor.shape[0] for tensor in found), *found[0].shape[1:])
+            self.tensors[name] = tensor_of(dtype, shape)
+        self._check_tied()
+
+    def read(self, name: str) -> mx.array:
+        parts = [self._part(part) for part in self._parts[name]]
+        if len(parts) == 1:
+            return parts[0]
+        dtype = to_mlx(self.tensors[name].dtype)
+        return mx.concatenate([part.astype(dtype) for part in parts])
+
+    def write_extras(self, directory: Path) -> None:
+        for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern) if file.is_file()}):
+            shutil.copyfile(file, directory / file.name)
+
+    def _part(self, name: str) -> mx.array:
+        packing = self._packings.get(name)
+        if packing is None:
+            return self._load(name)
+        path = name.removesuffix(".weight")
+        biases = self._load(f"{path}.biases") if packing["mode"] == "affine" else None
+        dtype = to_mlx(self._unpacked(name, self.config).dtype)
+        return mx.dequantize(self._load(name), self._load(f"{path}.scales"), biases, **packing, dtype=dtype)
+
+    def _load(self, name: str) -> mx.array:
+        # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
+        arrays: dict[str, mx.array] = mx.load(str(self._homes[name]), format="safetensors")  # type: ignore[assignment]
+        return arrays[name]
+
+    def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+        """Group size, bits and mode of every packed weight, by its name."""
+        packings = {}
+        paths = [name.removesuffix(".scales") for name in self._stored if name.endswith(".scales")]
+        if paths and self.quantization is None:
+            raise CheckpointError(
+                f"{self.name} holds packed weights ({paths[0]}.scales), but its config.json has no quantization; "
+                "download it again"
+            )
+        for path in paths:
+            assert self.quantization is not None
+            packing = packing_of(path, _width(path, raw), self.quantization, self._stored, where)
+            parts = ("weight", "scales", "biases") if packing and packing["mode"] == "affine" else ("weight", "scales")
+            missing = next((part for part in parts if f"{path}.{part}" not in self._stored), None)
+            if packing is None or missing is not None:
+                why = f"{path}.{missing} is missing" if packing else f"config.json says {path} is not packed"
+                raise CheckpointError(f"{self.name} holds {path}.scales, but {why}; download it again")
+            self._check_packed(path, packing)
+            packings[f"{path}.weight"] = packing
+        return packings
+
+    def _check_packed(self, path: str, packing: Mapping[str, Any]) -> None:
+        """CheckpointError unless the shapes of a packed layer belong together."""
+        weight, scales = self._stored[f"{path}.weight"], self._stored[f"{path}.scales"]
+        biases = self._stored.get(f"{path}.biases")
+        width = scales.shape[-1] * packing["group_size"] if len(scales.shape) == 2 else 0
+        expected = (*scales.shape[:-1], width * packing["bits"] // 32)
+        affine = packing["mode"] == "affine"
+        if (
+            weight.shape != expected
+            or weight.dtype != "U32"
+            or (scales.dtype not in _FLOATS if affine else scales.dtype != "U8")
+            or (affine and (biases is None or biases.shape != scales.shape))
+        ):
+            raise CheckpointError(
+                f"{self.name}: {path} is packed as weight {weight.dtype} {weight.shape} with scales {scales.dtype} "
+                f"{scales.shape}, which is not {dict(packing)} as config.json says; download it again"
+            )
+
+    def _belongs_to_packed(self, name: str) -> bool:
+        path, _, kind = name.rpartition(".")
+        return kind in ("scales", "biases") and f"{path}.weight" in self._packings
+
+    def _unpacked(self, name: str, raw: Mapping[str, Any]) -> Tensor:
+        """What a stored tensor is once it is unpacked."""
+        packing = self._packings.get(name)
+        if packing is None:
+            return self._stored[name]
+        scales = self._stored[f"{name.removesuffix('.weight')}.scales"]
+        own = SPELLING.get(raw.get("torch_dtype") or raw.get("dtype") or "", "BF16")
+        dtype = scales.dtype if packing["mode"] == "affine" else own
+        return tensor_of(dtype, (*scales.shape[:-1], scales.shape[-1] * packing["group_size"]))
+
+    def _check_tied(self) -> None:
+        """CheckpointError where the head is tied to the embedding, and a different one is stored nonetheless."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if head in self.tensors or head not in self._stored:
+            return
+        if not mx.array_equal(self._part(head), self._part(embedding)):
+            raise CheckpointError(
+                f"{self.name}: tie_word_embeddings is true, but {head} differs from {embedding}; set "
+                "tie_word_embeddings to false in config.json"
+            )
+
+
+def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A `Tensor` of that dtype (safetensors' spelling) and shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return Tensor(dtype, shape, count * to_mlx(dtype).size)
+
+
+def to_mlx(dtype: str) -> mx.Dtype:
+    """MLX's dtype for safetensors' spelling of one that model directories hold."""
+    return {"U32": mx.uint32, "U8": mx.uint8, **{SPELLING[name]: value for name, value in DTYPES.items()}}[dtype]
+
+
+def _width(path: str, raw: Mapping[str, Any]) -> int:
+    """The input width of the linear layer or embedding `path`, as config.json says; 0 if it does not."""
+
+    def number(key: str) -> int:
+        value = raw.get(key)
+        return value if type(value) is int else 0
+
+    if path.endswith(".down_proj"):
+        return number("intermediate_size")
+    if path.endswith(".o_proj") and number("head_dim"):
+        return number("num_attention_heads") * number("head_dim")
+    return number("hidden_size")

@@ -1,0 +1,202 @@
+"""Checkpoints in the layout of Llama and Mistral, and how they become Phi-3's.
+
+Phi-3's architecture contains theirs: its `qkv_proj` holds the rows of `q_proj`, `k_proj` and `v_proj` one after the
+other, its `gate_up_proj` those of `gate_proj` and `up_proj`. Phi-3 itself is re-published in their layout, too.
+What their configs may ask for and Phi-3 does not compute is refused by name. Source: transformers' `LlamaConfig`,
+`MistralConfig`, their models, and `modeling_rope_utils`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ..config import Phi3Config, parse_config
+from ..errors import CheckpointError, ConfigError
+from ..safetensors import Tensor
+
+# What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_CARRIED = (*_SIZES, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+_CARRIED_IF_GIVEN = ("head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout",
+                     "initializer_range", "use_cache", "quantization", "quantization_config")  # fmt: skip
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "num_local_experts": (0, 1),
+}
+_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LISTED = 20  # faults shown; a wrong config makes hundreds
+
+
+def plan(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str = "config.json"
+) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """How to make an ordinary Phi-3 checkpoint of one in Phi-3's, Llama's or Mistral's layout.
+
+    `raw` is its config.json, `tensors` its unpacked tensors by name; `source` names it in errors. Returns the
+    config.json of the result and, in the model's order, for each of its tensors the names of those to concatenate
+    along the first axis. Raises ConfigError for what Phi-3 cannot compute, CheckpointError where tensors are
+    missing, of a shape the config does not give, or not Phi-3's (biases): all of them listed.
+    """
+    config = phi3_config(raw, source)
+    parsed = parse_config(config, source)
+    sources = {name: (name,) if name in tensors else _parts(name) for name in expected_shapes(parsed)}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if not _inert(name, parsed)}
+    require(stored, sources, parsed, source)
+    return config, sources
+
+
+def require(
+    stored: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[str, ...]], config: Phi3Config, source: str
+) -> None:
+    """CheckpointError unless the tensors `stored`, by shape, are those of `sources`, all and no others.
+
+    `sources` gives for each of Phi-3's tensors the names of those that make it up.
+    """
+    faults = []
+    for target, shape in expected_shapes(config).items():
+        names = sources[target]
+        rows = _rows(config, target) if len(names) > 1 else (shape[0],)
+        for name, count in zip(names, rows, strict=True):
+            wanted = (count, *shape[1:])
+            if name not in stored:
+                faults.append(f"missing {name}")
+            elif stored[name] != wanted:
+                faults.append(f"{name}: shape {stored[name]}, expected {wanted}")
+    used = {name for names in sources.values() for name in names}
+    faults += [f"unexpected {name}" for name in stored if name not in used]
+    if faults:
+        raise CheckpointError(_listing(source, faults))
+
+
+def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
+    """The config.json of the Phi-3 model that computes what `raw` (phi3, llama or mistral) asks for, or ConfigError."""
+    model_type = raw.get("model_type")
+    if model_type == "phi3":
+        return dict(raw)
+    if model_type not in _DEFAULTS:
+        _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
+    for key, allowed in _MUST_BE.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            _fail(source, f"{key} {raw[key]!r} of this {model_type} model is nothing phi3 can compute")
+    for key in _SIZES:
+        if raw.get(key) is None:
+            _fail(source, f"{key} is missing")
+    # Of these null says: no window, as many as heads; where a missing key says Mistral's 4096 and 8.
+    telling = ("sliding_window", "num_key_value_heads")
+    given = _DEFAULTS[model_type] | {key: value for key, value in raw.items() if value is not None or key in telling}
+    config: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu"}
+    config |= {key: given[key] for key in _CARRIED if given[key] is not None}
+    config |= {key: raw[key] for key in _CARRIED_IF_GIVEN if raw.get(key) is not None}
+    config["tie_word_embeddings"] = raw.get("tie_word_embeddings") or False
+    config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
+    config["sliding_window"] = _window(model_type, given, source)
+    config |= _rope(given, source)
+    return {key: value for key, value in config.items() if key != "torch_dtype" or value is not None}
+
+
+def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an unquantized Phi-3 checkpoint, in the model's order."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.qkv_proj": (queries + 2 * keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_up_proj": (2 * inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _parts(target: str) -> tuple[str, ...]:
+    """The split projections whose rows make up `target`; `target` itself where it is no fused projection."""
+    for fused, names in _PARTS.items():
+        if f".{fused}." in target:
+            return tuple(target.replace(fused, name) for name in names)
+    return (target,)
+
+
+def _rows(config: Phi3Config, target: str) -> tuple[int, ...]:
+    if "gate_up_proj" in target:
+        return (config.intermediate_size, config.intermediate_size)
+    keys = config.num_key_value_heads * config.head_dim
+    return (config.num_attention_heads * config.head_dim, keys, keys)
+
+
+def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | None:
+    """`sliding_window` for Phi-3, which means by it what Mistral does: query i sees the keys i - window < j <= i."""
+    window, longest = given.get("sliding_window"), given["max_position_embeddings"]
+    if model_type == "llama":
+        # transformers' Llama sees every key, but sizes the cache of its generate() by this.
+        if window is not None and not (isinstance(window, int) and isinstance(longest, int) and window >= longest):
+            _fail(source, f"sliding_window {window!r} is given, but a llama model has none; set it to null")
+        window = None
+    kinds = set(given.get("layer_types") or ())
+    if kinds - {"full_attention" if window is None else "sliding_attention"}:
+        _fail(source, f"layer_types {', '.join(sorted(map(str, kinds)))} differ by layer, which phi3 cannot compute")
+    return window
+
+
+def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and the original length."""
+    keys = [key for key in ("rope_parameters", "rope_scaling") if given.get(key) is not None]
+    if len(keys) == 2 and given[keys[0]] != given[keys[1]]:
+        _fail(source, "rope_parameters and rope_scaling are both given and differ; remove one of them")
+    rope = given[keys[0]] if keys else {}
+    if not isinstance(rope, Mapping):
+        _fail(source, f"{keys[0]} is {rope!r}, expected an object or null")
+    longest = given["max_position_embeddings"]
+    original = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    result = {
+        "rope_theta": rope.get("rope_theta") or given.get("rope_theta") or 10000.0,
+        "rope_scaling": None,
+        "original_max_position_embeddings": original or longest,
+    }
+    kinds = {rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        _fail(source, f"partial_rotary_factor {rope['partial_rotary_factor']!r} is nothing llama or mistral compute")
+    if kinds <= {"default"}:
+        # Without LongRoPE the original length has no meaning, and one above the longest would be refused.
+        return result | {"original_max_position_embeddings": longest}
+    if kinds != {"longrope"}:
+        named = " / ".join(sorted(str(kind) for kind in kinds - {"longrope"}))
+        _fail(source, f"rope type {named!r} is nothing phi3 can compute; it has none and longrope")
+    scaling = {"type": "longrope", "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
+    scaling |= {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
+    return result | {"rope_scaling": scaling}
+
+
+def _inert(name: str, config: Phi3Config) -> bool:
+    """Whether a tensor is a leftover that the reference does not use."""
+    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _listing(source: str, faults: list[str]) -> str:
+    more = [f"… and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+    biases = any(fault.startswith("unexpected") and fault.endswith(".bias") for fault in faults)
+    why = "; phi3 has no biases" if biases else ""
+    return "\n".join([f"{source}: the weights do not fit ({len(faults)} differences{why}).", *faults[:_LISTED], *more])
+
+
+def _fail(source: str, why: str) -> NoReturn:
+    raise ConfigError(f"{source}: {why}")

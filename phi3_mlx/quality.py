@@ -1,0 +1,275 @@
+"""How far apart two models are on a text: perplexity of both, KL divergence, agreement of the likeliest token.
+
+Nothing grows with the text: windows are read one after another, logits exist for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from .errors import OptionError, PromptError
+from .models.attention import make_mask
+
+if TYPE_CHECKING:
+    from .models.phi3 import Model
+    from .tokenizer import Tokenizer
+
+WINDOW = 512
+_TOKENS_AT_ONCE = 4096  # through the layers
+LOGITS_AT_ONCE = 1 << 24  # 64 MB of float32
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model on a text of `tokens` predicted tokens that spell `characters`; `nats` is its whole log loss."""
+
+    tokens: int
+    characters: int
+    nats: float
+
+    @property
+    def perplexity(self) -> float:
+        """A token; comparable between models of one tokenizer only."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def perplexity_per_character(self) -> float:
+        """Comparable between any two models."""
+        return math.exp(self.nats / self.characters)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model A, usually the original, beside model B.
+
+    `kl`: mean KL(A || B) of a position's next-token distributions, in nats. `top1`: share of positions where both
+    find the same token likeliest. Both are None where the models do not spell the text with the same ids or have
+    other vocabularies; `note` then says so.
+    """
+
+    a: Quality
+    b: Quality
+    kl: float | None
+    top1: float | None
+    note: str | None = None
+
+
+def compare(
+    model_a: Model,
+    tokenizer_a: Tokenizer,
+    model_b: Model,
+    tokenizer_b: Tokenizer,
+    text: str,
+    *,
+    window: int = WINDOW,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Read `text` with both models, in windows of `window` tokens that each begin anew.
+
+    Every token but the first is predicted once. `progress(done, total)` counts positions. Raises PromptError for a
+    text of fewer than two tokens, OptionError for a window longer than a model's context.
+    """
+    for model in (model_a, model_b):
+        check_window(window, model.config.max_position_embeddings)
+    ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)
+    sizes = model_a.config.vocab_size, model_b.config.vocab_size
+    note = None
+    if ids_a != ids_b or _bos(tokenizer_a) != _bos(tokenizer_b):
+        note = "the tokenizers spell this text with different ids, so only perplexity per character compares them"
+    elif sizes[0] != sizes[1]:
+        note = f"the vocabularies have {sizes[0]:,} and {sizes[1]:,} entries, so only perplexities compare the models"
+    if note is not None:
+        a = _alone(model_a, tokenizer_a, text, ids_a, window)
+        return Comparison(a, _alone(model_b, tokenizer_b, text, ids_b, window), None, None, note)
+    total = _predicted(tokenizer_a, ids_a)
+    difference = Difference()
+    for block in blocks(ids_a, window, _bos(tokenizer_a)):
+        inputs, targets = block[:, :-1], block[:, 1:].flatten()
+        hidden_a, hidden_b = hidden_states(model_a, inputs), hidden_states(model_b, inputs)
+        head_a, head_b = head(model_a), head(model_b)
+        difference.add(hidden_a, head_a, hidden_b, head_b, targets, sizes[0])
+        if progress is not None:
+            progress(difference.tokens, total)
+    return difference.result(_characters(tokenizer_a, text, ids_a))
+
+
+class Difference:
+    """Sums over positions, from which `result` makes a Comparison."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._nats_a = self._nats_b = self._kl = 0.0
+        self._same = 0
+
+    def add(
+        self,
+        hidden_a: mx.array,
+        head_a: Callable[[mx.array], mx.array],
+        hidden_b: mx.array,
+        head_b: Callable[[mx.array], mx.array],
+        targets: mx.array,
+        vocab_size: int,
+    ) -> None:
+        """Count the positions of `hidden_*` (B, L, hidden_size), whose next tokens are `targets` (B * L)."""
+        hidden_a, hidden_b = hidden_a.flatten(0, -2), hidden_b.flatten(0, -2)
+        for here in chunks(len(targets), vocab_size):
+            log_a, log_b = log_softmax(head_a(hidden_a[here])), log_softmax(head_b(hidden_b[here]))
+            wanted = np.array(targets[here])[:, None]
+            self._nats_a -= _sum(np.take_along_axis(log_a, wanted, axis=-1))
+            self._nats_b -= _sum(np.take_along_axis(log_b, wanted, axis=-1))
+            self._same += int((log_a.argmax(axis=-1) == log_b.argmax(axis=-1)).sum())
+            self._kl += _sum(kl_divergence(log_a, log_b))
+        self.tokens += len(targets)
+
+    def result(self, characters: int) -> Comparison:
+        a, b = (Quality(self.tokens, characters, nats) for nats in (self._nats_a, self._nats_b))
+        return Comparison(a, b, self._kl / self.tokens, self._same / self.tokens)
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    """Float32, over the last axis. In numpy, whose exponential is many times faster than that of MLX's CPU backend."""
+    logs = np.array(logits.astype(mx.float32))
+    logs -= logs.max(axis=-1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
+    return logs
+
+
+def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each position, from log-probabilities (positions, vocab_size)."""
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def blocks(ids: Sequence[int], window: int, bos: int | None) -> Iterator[mx.array]:
+    """Windows of a text as int32 (B, L + 1): inputs, and one more id to predict; the last one may be shorter.
+
+    With `bos` every window begins with it; else with the last id of the window before. PromptError for a text in
+    which there is nothing to predict.
+    """
+    if bos is None:
+        cut = [list(ids[first : first + window + 1]) for first in range(0, len(ids) - 1, window)]
+    else:
+        cut = [[bos, *ids[first : first + window]] for first in range(0, len(ids), window)]
+    if not cut:
+        raise PromptError(f"the text has {len(ids)} tokens, and the first has nothing to predict it; give a longer one")
+    full = cut if len(cut[-1]) == len(cut[0]) else cut[:-1]
+    rows = max(1, _TOKENS_AT_ONCE // window)
+    for first in range(0, len(full), rows):
+        yield mx.array(full[first : first + rows], dtype=mx.int32)
+    if len(full) < len(cut):
+        yield mx.array(cut[-1:], dtype=mx.int32)
+
+
+def check_window(window: int, context: int) -> None:
+    """OptionError unless windows of that many tokens can be read."""
+    if not 1 <= window <= context:
+        raise OptionError(f"window {window:,} is outside its range; give 1 to {context:,}, the model's context")
+
+
+def hidden_states(model: Model, ids: mx.array) -> mx.array:
+    """The last layer's normed output, ids (B, L) -> (B, L, hidden_size), evaluated.
+
+    On MLX's CPU backend, which multiplies many rows by a packed matrix slowly, one layer at a time is unpacked: the
+    same numbers from plain matrices.
+    """
+    inner = model.model
+    if not _on_cpu():
+        hidden = inner(ids)
+        mx.eval(hidden)
+        return hidden
+    length = ids.shape[1]
+    mask, long = make_mask(length, model.config.sliding_window), inner.is_long(length)
+    hidden = inner.embed_tokens(ids)
+    for layer in inner.layers:
+        with unpacked(layer):
+            hidden = layer(hidden, mask, None, 0, long)
+            mx.eval(hidden)
+    return inner.norm(hidden)
+
+
+def head(model: Model) -> Callable[[mx.array], mx.array]:
+    """The function from hidden states to logits, unpacked where `hidden_states` unpacks."""
+    tied = model.config.tie_word_embeddings
+    layer = model.model.embed_tokens if tied else model.lm_head
+    layer = plain(layer) if _on_cpu() else layer
+    return layer.as_linear if tied else layer
+
+
+def chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    """`count` positions in runs whose logits fit in memory at once."""
+    step = max(1, LOGITS_AT_ONCE // vocab_size)
+    for first in range(0, count, step):
+        yield slice(first, first + step)
+
+
+@contextmanager
+def unpacked(module: nn.Module) -> Iterator[None]:
+    """For a while, the packed layers inside `module` as plain matrices of the same values."""
+    packed = [(name, layer) for name, layer in module.named_modules() if name and _is_packed(layer)]
+    module.update_modules(tree_unflatten([(name, plain(layer)) for name, layer in packed]))
+    try:
+        yield
+    finally:
+        module.update_modules(tree_unflatten(packed))
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """A packed layer as an ordinary one of the same values, in the dtype of its scales; any other as it is."""
+    if not _is_packed(layer):
+        return layer
+    result = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias=False)
+    result.weight = dequantized(layer)
+    return result
+
+
+def dequantized(layer: nn.Module) -> mx.array:
+    """The weight of a linear layer or embedding, packed or not, as one matrix (outputs, inputs)."""
+    if not _is_packed(layer):
+        return layer.weight
+    return mx.dequantize(
+        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+    )
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _sum(values: np.ndarray) -> float:
+    return float(values.sum(dtype=np.float64))
+
+
+def _alone(model: Model, tokenizer: Tokenizer, text: str, ids: Sequence[int], window: int) -> Quality:
+    nats = 0.0
+    for block in blocks(ids, window, _bos(tokenizer)):
+        hidden, targets = hidden_states(model, block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
+        to_logits = head(model)
+        for here in chunks(len(targets), model.config.vocab_size):
+            logs = log_softmax(to_logits(hidden[here]))
+            nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
+    return Quality(_predicted(tokenizer, ids), _characters(tokenizer, text, ids), nats)
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    return tokenizer.bos_token_id if tokenizer.add_bos_token else None
+
+
+def _predicted(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    return len(ids) - (_bos(tokenizer) is None)
+
+
+def _characters(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
+    """Characters of the predicted tokens."""
+    return len(text) if _bos(tokenizer) is not None else max(1, len(text) - len(tokenizer.decode(ids[:1])))

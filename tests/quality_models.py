@@ -1,0 +1,102 @@
+"""What the tests of quality, sensitivity and GPTQ share: sources, texts, and models written to disk."""
+
+import dataclasses
+import json
+import math
+
+import mlx.core as mx
+import numpy as np
+import oracle
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+from phi3_mlx.checkpoint import load_model
+from phi3_mlx.conversion.rounding import packings, planned
+from phi3_mlx.conversion.sources import open_source, tensor_of
+from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.conversion.writer import write_weights
+from phi3_mlx.quality import compare
+from phi3_mlx.tokenizer import load_tokenizer
+
+TRAINED = ROOT / "weights" / "tiny-8bit"
+
+
+class RandomSource:
+    """A source of small random weights in the memory of one tensor; `reads` counts how often each is asked for."""
+
+    quantization = None
+
+    def __init__(self, dtype="F32", scale=0.05, **changes):
+        self.name = "random"
+        self.config = {**oracle.BASE, **changes}
+        shapes = {name: a.shape for name, a in tree_flatten(oracle.make_ours(self.config).parameters())}
+        order = ["model.embed_tokens", "model.layers", "model.norm", "lm_head"]
+        names = sorted(shapes, key=lambda name: next(i for i, start in enumerate(order) if name.startswith(start)))
+        self.tensors = {name: tensor_of(dtype, shapes[name]) for name in names}
+        self._dtype, self._scale = {"F32": mx.float32, "BF16": mx.bfloat16}[dtype], scale
+        self.reads = dict.fromkeys(names, 0)
+
+    def read(self, name):
+        self.reads[name] += 1
+        shape = self.tensors[name].shape
+        key = mx.random.key(list(self.tensors).index(name))
+        noise = mx.random.normal(shape, key=key)
+        return (noise * self._scale + (len(shape) == 1)).astype(self._dtype)
+
+    def write_extras(self, directory):
+        pass
+
+    @property
+    def layer_bytes(self):
+        return 4 * sum(math.prod(t.shape) for name, t in self.tensors.items() if name.startswith("model.layers.0."))
+
+    @property
+    def float_bytes(self):
+        return 4 * sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def trained():
+    """(source, tokenizer) of the bundled weights."""
+    return open_source(TRAINED), load_tokenizer(TRAINED)
+
+
+def stories(kind):
+    """The children's stories of a bundled text: what the bundled model can read."""
+    start, end = {"sample": ("Once upon", "Why does"), "calibration": ("Once upon", "How does")}[kind]
+    text = bundled(kind)
+    return text[text.index(start) : text.index(end)]
+
+
+def random_ids(count, size=oracle.BASE["vocab_size"], seed=0):
+    return np.random.default_rng(seed).integers(0, size, count).tolist()
+
+
+def write_model(directory, source, recipe, arrays):
+    """A model directory of `arrays`, which come as `recipe` plans them."""
+    directory.mkdir()
+    found = packings(recipe, source.tensors, source.name)
+    write_weights(directory, planned(source.tensors, found), arrays)
+    source.write_extras(directory)
+    config = source.config if recipe is None else {**source.config, "quantization": recipe}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def divergence(reference, directory, tokenizer, text):
+    """KL(reference || model in `directory`) on `text`, in nats a token."""
+    return compare(reference, tokenizer, load_model(directory), tokenizer, text, window=128).kl
+
+
+@dataclasses.dataclass
+class Letters:
+    """A tokenizer of one id a character."""
+
+    add_bos_token: bool = False
+    bos_token_id: int | None = 1
+    shift: int = 0
+
+    def encode(self, text):
+        return [(ord(letter) + self.shift) % 150 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids)

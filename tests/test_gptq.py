@@ -1,0 +1,185 @@
+"""GPTQ: its codes are those of the definition, its files those of plain rounding, and its errors smaller."""
+
+import itertools
+import math
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
+
+from phi3_mlx.checkpoint import load_model
+from phi3_mlx.conversion import gptq
+from phi3_mlx.conversion.gptq import calibrated, hessian_of, pack_codes
+from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
+from phi3_mlx.conversion.sources import to_mlx
+from phi3_mlx.errors import CheckpointError, OptionError, PromptError
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_packed_as_mlx_reads_them(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 64), dtype=np.uint8)
+    packed = mx.array(pack_codes(codes, bits))
+    np.testing.assert_array_equal(mx.dequantize(packed, mx.ones((3, 2)), mx.zeros((3, 2)), 32, bits), codes)
+
+
+def inputs(tokens, width, seed=0):
+    """Inputs whose features depend on each other, as a model's do."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(tokens, width)) @ rng.normal(size=(width, width)) * rng.uniform(0.1, 2, width)
+    return mixed.astype(np.float32)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), list(itertools.product((2, 3, 4), (32, 64))))
+def test_codes_are_those_of_the_definition(bits, group_size):
+    """Each column is rounded from the values that, given all columns rounded so far, are best for the outputs."""
+    width, rows = 128, 9
+    weight = np.random.default_rng(1).normal(size=(rows, width)).astype(np.float32)
+    x = inputs(400, width)
+    packing = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32)
+    scales, biases = (np.repeat(np.array(part), group_size, axis=1).astype(np.float64) for part in parts[1:])
+    found = np.array(mx.dequantize(parts[0], mx.ones(parts[1].shape), mx.zeros(parts[1].shape), group_size, bits))
+    hessian = x.astype(np.float64).T @ x
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(width)
+    fixed = np.zeros((rows, width))
+    wrong = 0
+    for j in range(width):
+        # The best rest, given columns :j, moves by (what they lost) H_fr H_rr^-1.
+        lost = weight[:, :j] - fixed[:, :j]
+        best = weight[:, j:] + lost @ hessian[:j, j:] @ np.linalg.inv(hessian[j:, j:])
+        code = np.clip(np.round((best[:, 0] - biases[:, j]) / scales[:, j]), 0, 2**bits - 1)
+        wrong += (code != found[:, j]).sum()
+        fixed[:, j] = found[:, j] * scales[:, j] + biases[:, j]
+    assert wrong <= 2, "more than float32 against float64 explains"
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_outputs_are_nearer_than_after_rounding(dtype):
+    weight = mx.random.normal((48, 128), key=mx.random.key(3)).astype(dtype)
+    x = mx.array(inputs(300, 128))
+    for bits in (2, 3, 4, 8):
+        packing = {"group_size": 32, "bits": bits, "mode": "affine"}
+        parts = gptq.gptq(weight, hessian_of([x[:100], x[100:]]), packing, dtype)
+        plain = mx.quantize(weight, **packing)
+        assert [part.dtype for part in parts] == [mx.uint32, dtype, dtype]
+        assert [part.shape for part in parts] == [part.shape for part in plain]
+        errors = []
+        for found in (parts, plain):
+            back = mx.dequantize(found[0], *(part.astype(mx.float32) for part in found[1:]), **packing)
+            errors.append(mx.linalg.norm(x @ (back - weight.astype(mx.float32)).T).item())
+        assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_fewer_inputs_than_features_are_no_trouble(tokens):
+    weight = mx.random.normal((8, 64), key=mx.random.key(4))
+    weight[0] = 0.25  # a row of one value has no range
+    x = mx.array(inputs(8, 64))[:tokens]
+    x = mx.where(mx.arange(64) < 40, x, 0.0)  # features that never occur
+    packing = {"group_size": 64, "bits": 4, "mode": "affine"}
+    parts = gptq.gptq(weight, hessian_of([x]), packing, mx.float32)
+    back = mx.dequantize(*parts, **packing)
+    assert mx.isfinite(back).all()
+    np.testing.assert_array_equal(back[0], weight[0])
+    assert mx.abs(back - weight).max() < 2
+
+
+@pytest.mark.parametrize("name", ["mini-4k", "phi-4-mini"])
+def test_what_comes_is_what_was_planned(tmp_path, name):
+    source = RandomSource("BF16", **oracle.CONFIGS[name])
+    layers = "model.layers"
+    recipe = {
+        **uniform(4, 64),
+        f"{layers}.0.self_attn.qkv_proj": uniform(3, 32),
+        f"{layers}.1.mlp.down_proj": uniform(8, 64),
+        f"{layers}.2.mlp.gate_up_proj": False,
+    }
+    plan = planned(source.tensors, packings(recipe, source.tensors, "test"))
+    arrays = dict(calibrated(source, recipe, random_ids(200), window=32))
+    assert list(arrays) == list(plan)
+    assert all((a.shape, a.dtype) == (plan[n].shape, to_mlx(plan[n].dtype)) for n, a in arrays.items())
+    for name in set(arrays) & set(source.tensors):
+        if arrays[name].dtype != mx.uint32:
+            assert mx.array_equal(arrays[name], source.read(name)), name
+    model = load_model(write_model(tmp_path / "model", source, recipe, arrays.items()))
+    assert model.layers[0].self_attn.qkv_proj.bits == 3
+
+
+def test_inputs_are_those_of_the_packed_layers(monkeypatch):
+    """The last layer's down_proj is calibrated on what the packed model gives it, not the original."""
+    source = RandomSource(num_hidden_layers=2, scale=0.2)
+    ids, recipe = random_ids(64), uniform(2, 64)
+    seen = {}
+    original = gptq.gptq
+
+    def spy(weight, hessian, packing, dtype):
+        seen[len(seen)] = np.array(hessian)
+        return original(weight, hessian, packing, dtype)
+
+    monkeypatch.setattr(gptq, "gptq", spy)
+    arrays = dict(calibrated(source, recipe, ids, window=32))
+    model = oracle.make_ours(source.config)
+    for name in source.tensors:
+        path = name.removesuffix(".weight")
+        if name in packings(recipe, source.tensors, "test"):
+            weight = mx.dequantize(*(arrays[f"{path}.{part}"] for part in ("weight", "scales", "biases")), **recipe)
+        else:
+            weight = source.read(name)
+        model.load_weights([(name, weight)], strict=False)
+    inside = []
+    down = model.layers[1].mlp.down_proj
+    model.layers[1].mlp.down_proj = lambda x: (inside.append(x), down(x))[1]
+    model(mx.array(ids).reshape(2, 32))
+    expected = np.array(hessian_of([inside[0].flatten(0, 1)]))
+    down_proj = list(seen)[-2]  # embedding, four a layer, head
+    np.testing.assert_allclose(seen[down_proj], expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_beats_rounding_on_trained_weights(tmp_path, bits):
+    """At the same bits, on a text that it was not calibrated on."""
+    source, tokenizer = trained()
+    recipe = uniform(bits, 64)
+    ids = tokenizer.encode(stories("calibration"))
+    reference = load_model(write_model(tmp_path / "reference", source, None, rounded(source, None)))
+    plain = write_model(tmp_path / "round", source, recipe, rounded(source, recipe))
+    better = write_model(tmp_path / "gptq", source, recipe, calibrated(source, recipe, ids, window=128))
+    kl = [divergence(reference, path, tokenizer, stories("sample")[:1500]) for path in (plain, better)]
+    assert kl[1] < 0.9 * kl[0]
+
+
+def test_memory_is_that_of_a_layer_not_of_the_model():
+    source = RandomSource("BF16", hidden_size=128, intermediate_size=256, num_hidden_layers=20)
+    ids = random_ids(128)
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in calibrated(source, uniform(4, 64), ids, window=64):
+        mx.clear_cache()
+    peak = mx.get_peak_memory() - before
+    assert source.float_bytes > 10 * source.layer_bytes
+    assert peak < 6 * source.layer_bytes, f"{peak / source.layer_bytes:.1f} layers"
+    assert all(count <= 2 for count in source.reads.values())
+
+
+def test_a_model_that_is_not_finite_is_refused():
+    class Broken(RandomSource):
+        def read(self, name):
+            weight = super().read(name)
+            return weight * math.inf if name.endswith("0.self_attn.o_proj.weight") else weight
+
+    with pytest.raises(CheckpointError, match="not finite"):
+        list(calibrated(Broken(num_hidden_layers=1), uniform(4, 64), random_ids(64), window=64))
+
+
+def test_what_cannot_be_calibrated_is_refused_at_once():
+    source = RandomSource(num_hidden_layers=1)
+    with pytest.raises(OptionError, match="mxfp4"):
+        calibrated(source, uniform(None, None, "mxfp4"), random_ids(300))
+    with pytest.raises(PromptError, match="255 tokens, and 256 are needed"):
+        calibrated(source, uniform(4, 64), random_ids(255))
