@@ -18,16 +18,20 @@ _PUBLIC = {
     "Conversation": "conversation",
     "Phi3Error": "errors",
     "batch_generate": "generation",
+    "compare": "quality",
+    "convert": "conversion",
     "generate": "generation",
     "load": "generation",
     "load_model": "generation",
     "load_tokenizer": "generation",
     "stream_generate": "generation",
+    "tune": "tuning",
     "unload": "generation",
 }
 
 if TYPE_CHECKING:
     from .conversation import Conversation as Conversation
+    from .conversion import convert as convert
     from .errors import Phi3Error as Phi3Error
     from .generation import Chunk as Chunk
     from .generation import batch_generate as batch_generate
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from .generation import load_tokenizer as load_tokenizer
     from .generation import stream_generate as stream_generate
     from .generation import unload as unload
+    from .quality import compare as compare
+    from .tuning import tune as tune
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

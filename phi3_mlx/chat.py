@@ -1,8 +1,9 @@
-"""Chat messages to prompt ids, through the model's own Jinja template.
+"""Chat messages to prompt ids, and to ids with a loss mask, through the model's own Jinja template.
 
 Only the template makes control tokens. Strings such as `<|end|>` inside a message are broken by a guard, a run of
 private-use characters that occurs nowhere else, before the template sees them; the rendered text is then cut at the
-unbroken ones, and the guard taken out of the text between.
+unbroken ones, and the guard taken out of the text between. Where the assistant's own words begin and end is found in
+the same way, by a second run of private-use characters around them.
 """
 
 import functools
@@ -22,6 +23,7 @@ Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant", "tool")
 
 _PRIVATE = "\ue000"  # the guard and the probes are runs of it, longer than any in the messages
+_EDGE = "\ue001"  # runs of it stand where an answer begins and where it ends
 
 SYSTEM_FOLDED = "this model's chat template has no place for a system message, so it was put before the user's text"
 
@@ -57,20 +59,103 @@ def render_chat(
 
     Raises ChatError for messages of another shape and for templates that fail or would drop a message.
     """
+    messages, render, private = _prepare(tokenizer, messages, add_generation_prompt, notify)
+    ids = _encode(tokenizer, render, messages, private)
+    if _lacks_bos(tokenizer, ids):
+        ids.insert(0, tokenizer.bos_token_id)  # type: ignore[arg-type]
+    return ids
+
+
+def render_training_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, notify: Callable[[str], None] | None = None
+) -> tuple[list[int], list[int]]:
+    """The ids of a whole conversation, and for each the number of the assistant turn it belongs to (0: to none).
+
+    Turns count from 1. A turn's ids are those that the model would generate: its words and the token that ends it, but
+    not the header before them, which a prompt already has. The ids are those of `render_chat` without a generation
+    prompt. Raises ChatError as that does, and where the template changes what the assistant said.
+    """
+    messages, render, private = _prepare(tokenizer, messages, False, notify)
+    edge = _longer_run(messages, tokenizer.chat_template or "", _EDGE)
+    guarded = [{key: _guard(tokenizer, value, private) for key, value in message.items()} for message in messages]
+    marked = [
+        {**message, "content": _between_edges(message["content"], edge)} if message["role"] == "assistant" else message
+        for message in guarded
+    ]
+    text = render(marked)
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if text.count(edge) != 2 * answers or text.replace(edge, "") != render(guarded):
+        raise ChatError("the model's chat template changes what the assistant said, so it cannot be trained on")
+    ids: list[int] = []
+    turns: list[int] = []
+    edges = 0  # met so far: an odd number says that we are inside an answer
+    said: int | None = None  # where the last answer's words ended, while the token that ends its turn may follow
+    for piece in tokenizer.split_special(text):
+        if isinstance(piece, int):
+            if said is not None and piece in tokenizer.stop_ids:
+                turns[said:] = [edges // 2] * (len(turns) - said + 1)  # white space before it is generated too
+            else:
+                turns.append((edges + 1) // 2 if edges % 2 else 0)
+            ids.append(piece)
+            said = None
+            continue
+        spans = piece.replace(private, "").split(edge)
+        words = _encode_after(tokenizer, ids, "".join(spans))
+        starts = [0]  # of the spans, in tokens: a span begins where what stands before it stops being encoded alike
+        for n in range(1, len(spans)):
+            starts.append(max(starts[-1], _common(_encode_after(tokenizer, ids, "".join(spans[:n])), words)))
+        for n, (start, end) in enumerate(zip(starts, [*starts[1:], len(words)], strict=True)):
+            edges += n > 0
+            if n and edges % 2 == 0:
+                said = len(turns)
+            turns += [(edges + 1) // 2 if edges % 2 else 0] * (end - start)
+        ids += words
+    if _lacks_bos(tokenizer, ids):
+        ids.insert(0, tokenizer.bos_token_id)  # type: ignore[arg-type]
+        turns.insert(0, 0)
+    return ids, turns
+
+
+def _prepare(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    notify: Callable[[str], None] | None,
+) -> tuple[list[Message], Callable[[Sequence[Message]], str], str]:
+    """The messages checked and folded, the function that renders them, and a guard that fits them."""
     template = _compile(tokenizer.chat_template or _built_in(tokenizer))
     messages = [_checked(message, number) for number, message in enumerate(messages, 1)]
     if not messages:
         raise ChatError("the list of messages is empty: give at least one user message")
     render = functools.partial(_render, template, tokenizer, add_generation_prompt)
-    private = _longer_run(messages, tokenizer.chat_template or "")
+    private = _longer_run(messages, tokenizer.chat_template or "", _PRIVATE)
     dropped = _dropped(render, messages, private)
     if notify and any(messages[n]["content"] for n in dropped):
         notify(SYSTEM_FOLDED)
-    messages = _fold(messages, dropped)
-    ids = _encode(tokenizer, render, messages, private)
-    if tokenizer.add_bos_token and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids.insert(0, tokenizer.bos_token_id)
-    return ids
+    return _fold(messages, dropped), render, private
+
+
+def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    return tokenizer.add_bos_token and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]
+
+
+def _between_edges(text: str, edge: str) -> str:
+    """`text` with an edge before and after it, inside the white space at its ends, which templates may strip."""
+    words = text.strip()
+    before = len(text) - len(text.lstrip())
+    return f"{text[:before]}{edge}{words}{edge}{text[before + len(words) :]}"
+
+
+def _encode_after(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
+    """Ids of ordinary text that stands after `ids`."""
+    if not text:
+        return []
+    return tokenizer.encode_pieces([ids[-1], text])[1:] if ids else tokenizer.encode_pieces([text])
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _checked(message: Any, number: int) -> Message:
@@ -87,12 +172,12 @@ def _checked(message: Any, number: int) -> Message:
     return message
 
 
-def _longer_run(messages: Sequence[Message], template: str) -> str:
-    """A run of the private-use character longer than every one in the messages and the template."""
-    private = _PRIVATE
-    while any(private in value for message in messages for value in message.values()) or private in template:
-        private += _PRIVATE
-    return private
+def _longer_run(messages: Sequence[Message], template: str, character: str) -> str:
+    """A run of the character longer than every one in the messages and the template."""
+    run = character
+    while any(run in value for message in messages for value in message.values()) or run in template:
+        run += character
+    return run
 
 
 def _dropped(render: Callable[[Sequence[Message]], str], messages: Sequence[Message], private: str) -> set[int]:

@@ -31,6 +31,22 @@ class PromptError(Phi3Error):
     """A prompt that cannot be run: empty, not text, or longer than the model's context."""
 
 
+class DataError(Phi3Error):
+    """Training data that cannot be read, or that is not of a form this package knows."""
+
+
+class AdapterError(Phi3Error):
+    """An adapter that is damaged, or that was trained on another model."""
+
+
+class MemoryPlanError(Phi3Error):
+    """A run that does not fit in memory, refused before anything is loaded."""
+
+
+class TrainingError(Phi3Error):
+    """A training run that cannot begin, be resumed or go on."""
+
+
 class OptionError(Phi3Error, ValueError):
     """An option outside its range; a usage fault, so the exit code is 2."""
 

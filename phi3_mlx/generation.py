@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -46,19 +47,31 @@ class Chunk:
 
 
 def load(
-    name: str, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    adapter: str | Path | Mapping[str, float] | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer.
 
     `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
     with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
-    Raises ModelNotFoundError, CheckpointError, ConfigError or TokenizerError.
+    `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
+    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError or AdapterError.
     """
     from . import checkpoint, hub, tokenizer
 
     directory = hub.resolve(name, revision)
     words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
-    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope), words
+    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+    if adapter is not None:
+        from .tuning import adapters
+
+        base = adapters.base_of(directory, name, revision)
+        adapters.apply(model, base, adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0})
+    return model, words
 
 
 def load_model(

@@ -1,9 +1,12 @@
-"""What a run does to the machine's memory."""
+"""What a run does to the machine's memory, and how much there is."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -42,3 +45,18 @@ def _set_limits() -> None:
         wired_limit = mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
         _restore.append(lambda: mx.set_wired_limit(wired_limit))
         _restore.append(mx.synchronize)
+
+
+def available_memory() -> int:
+    """Bytes that a run may use here: what Metal recommends, a GPU's memory, else what Linux calls available."""
+    device = mx.default_device()
+    if device.type == mx.DeviceType.gpu:
+        info = mx.device_info(device)
+        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+            if info.get(key):
+                return int(info[key])
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4

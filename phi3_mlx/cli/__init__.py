@@ -17,6 +17,11 @@ from ..errors import Phi3Error
 _COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model; it remembers the conversation.",
+    "convert": "Convert a checkpoint (Hugging Face, MLX, GGUF) to a small MLX model.",
+    "compare": "Say how far apart two models are on a text.",
+    "tune": "Fine-tune a model on your examples.",
+    "fuse": "Make one model of a model and its adapter.",
+    "adapter": "Take adapters from PEFT, or give them to it.",
     "models": "List the models known by a short name, and what is on this disk.",
 }
 

@@ -27,11 +27,22 @@ class ModelOptions:
     revision: str | None
     dtype: str | None
     longrope: Any
+    adapter: tuple[str, ...] = ()
 
     def load(self) -> tuple[Model, Tokenizer]:
         from ..generation import load
 
-        return load(self.model, self.revision, dtype=self.dtype, longrope=self.longrope)
+        adapter = dict(map(_weighted, self.adapter)) or None
+        return load(self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapter=adapter)
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    """DIR or DIR=WEIGHT."""
+    directory, equals, weight = given.rpartition("=")
+    try:
+        return (directory, float(weight)) if equals else (given, 1.0)
+    except ValueError:
+        return given, 1.0  # a folder with = in its name
 
 
 def model_options(function: F) -> F:
@@ -61,6 +72,12 @@ def model_options(function: F) -> F:
                 default="auto",
                 show_default=True,
                 help="Which rotation factors; auto follows the length, as the reference does.",
+            ),
+            click.option(
+                "--adapter",
+                multiple=True,
+                metavar="DIR[=WEIGHT]",
+                help="With the adapter of this folder; several add up, each by its weight (1).",
             ),
         ],
     )

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from ..config import Phi3Config
 from .attention import Mask, attend, make_mask
 from .cache import KVCache, Sequence
+from .packing import Packing
 from .rope import Regime, Rope
 
 LongRopeRule = Literal["auto", "short", "long"]
@@ -44,12 +45,22 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
     ) -> mx.array:
-        batch, length, _ = x.shape
-        rows = self.qkv_proj(x).reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
+        return self.o_proj(self._mix(self.qkv_proj(x), mask, cache, offset, long))
+
+    def packed(self, x: mx.array, packing: Packing) -> mx.array:
+        """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
+        rows = self.qkv_proj(x)
+        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in packing.blocks]
+        return self.o_proj(packing.scatter(blocks))
+
+    def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
+        """From queries, keys and values side by side (B, L, (H + 2 Hkv) * D) to what attention makes of them."""
+        batch, length, _ = rows.shape
+        rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
         q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
         q = self._rope.query(q, offset, long)
         k = self._rope.key(k, offset, long)
-        return self.o_proj(attend(q, k, v, cache, self._rope.scale, mask))
+        return attend(q, k, v, cache, self._rope.scale, mask)
 
 
 class MLP(nn.Module):
@@ -75,6 +86,10 @@ class DecoderLayer(nn.Module):
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
     ) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def packed(self, x: mx.array, packing: Packing) -> mx.array:
+        x = x + self.self_attn.packed(self.input_layernorm(x), packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -115,6 +130,19 @@ class Phi3Model(nn.Module):
             for layer in cache:
                 layer.trim(layer.offset - offset)
             raise
+
+    def packed(self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False) -> mx.array:
+        """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
+
+        Each comes out as it would alone: its positions begin at 0, it sees only itself, and its own length says its
+        LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
+        """
+        packing = Packing(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            forward = partial(layer.packed, packing=packing)
+            x = nn.utils.checkpoint(layer, forward)(x) if checkpoint else forward(x)
+        return self.norm(x)
 
     def is_long(self, total: int) -> bool:
         """The regime of a sequence of `total` tokens."""

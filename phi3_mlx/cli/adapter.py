@@ -1,0 +1,45 @@
+"""phi3-mlx adapter"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group()
+def adapter() -> None:
+    """Take adapters from PEFT, or give them to it."""
+
+
+@adapter.command("import")
+@click.argument("source", metavar="SRC")
+@click.option("-m", "--model", required=True, metavar="NAME", help="The model that it was trained on.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The adapter folder to write.")
+def take(source: str, model: str, revision: str | None, output: str) -> None:
+    """Make an adapter folder of one that PEFT has saved; fused or split projections, LoRA, rsLoRA or DoRA.
+
+    \b
+    phi3-mlx adapter import peft-adapter -m phi-3.5-mini -o adapter
+    """
+    from ..tuning.peft import import_peft
+
+    count = import_peft(source, output, model, revision=revision)
+    click.echo(f"{count:,} layers changed; the adapter is in {output}", err=True)
+
+
+@adapter.command("export")
+@click.argument("source", metavar="SRC")
+@click.option("-m", "--model", metavar="NAME", help="The model it was trained on; by default as the adapter names it.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The PEFT folder to write.")
+@click.option("--split", is_flag=True, help="For models that have q, k, v, gate and up apart.")
+def give(source: str, model: str | None, revision: str | None, output: str, split: bool) -> None:
+    """Make a folder that PEFT loads of an adapter folder.
+
+    \b
+    phi3-mlx adapter export adapter -o peft-adapter
+    """
+    from ..tuning.peft import export_peft
+
+    count = export_peft(source, output, model=model, revision=revision, split=split)
+    click.echo(f"{count:,} layers changed; PEFT's folder is {output}", err=True)

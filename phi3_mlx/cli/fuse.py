@@ -1,0 +1,47 @@
+"""phi3-mlx fuse"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import read_text
+
+
+@click.command()
+@click.option("-m", "--model", metavar="NAME", help="The model it was trained on; by default as the adapter names it.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@click.option("--adapter", required=True, metavar="DIR", help="The folder of the adapter.")
+@click.option("-o", "--output", required=True, metavar="DST", help="The model directory to write.")
+@click.option("--dequantize", is_flag=True, help="Write floats: all of the adapter is kept.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the floats; the model's own.")
+@click.option(
+    "--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Pack the changed layers so; as before."
+)
+@click.option("--text", metavar="FILE", help="What the measurement reads; a sample without it.")
+@click.option("--force", is_flag=True, help="Replace a model that is at DST already.")
+def fuse(adapter: str, output: str, bits: str | None, text: str | None, **options: Any) -> None:
+    """Make one model of a model and its adapter.
+
+    Into floats the adapter goes exactly. Into packed weights it may be rounded away, so how much of it is left is
+    measured on a text, and said.
+
+    \b
+    phi3-mlx fuse --adapter adapter -o fused
+    phi3-mlx fuse --adapter adapter -o fused --dequantize
+    """
+    from ..tuning import fuse as work
+
+    words = read_text(text) if text else None
+    done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)
+    kind = "packed" if done.packed else "in floats"
+    click.echo(f"{done.layers:,} arrays changed; {done.path} is {kind}", err=True)
+    if done.survived is not None:
+        click.echo(f"{max(0.0, done.survived):.0%} of what the adapter does survived the packing", err=True)
+        if done.survived < work.ENOUGH:
+            click.echo(
+                "warning: this is not the model you trained; keep the adapter beside the base (--adapter), or fuse "
+                "with --dequantize, or with --bits 8 for the changed layers",
+                err=True,
+            )

@@ -1,0 +1,205 @@
+"""phi3-mlx tune"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..tuning.run import Result
+    from ..tuning.settings import Settings
+    from ..tuning.trainer import StepReport
+
+# Metal ends kernels that hold the GPU for long, and steps of a long example do. It is read when MLX starts.
+_WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+_SHORT = {"model": "-m", "data": "-d", "output": "-o"}
+_METAVARS = {"model": "NAME", "data": "DATA", "output": "DIR", "revision": "REV", "valid": "FILE", "layers": "RANGE"}
+_MANY = {"targets": "--target", "samples": "--sample"}
+
+
+def relax_watchdog() -> bool:
+    """On a Mac, tell Metal to let long kernels be; to be called before MLX is imported. True if it was not told yet."""
+    if sys.platform != "darwin" or _WATCHDOG in os.environ:
+        return False
+    os.environ[_WATCHDOG] = "1"
+    return True
+
+
+class _TuneCommand(click.Command):
+    """Its options are the fields of `Settings`, read when they are needed."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not self.params:
+            ctx.meta[_WATCHDOG] = relax_watchdog()
+            self.params = [*_setting_options(), *_RUN_OPTIONS]
+        return super().get_params(ctx)
+
+
+def _setting_options() -> list[click.Parameter]:
+    from ..tuning.settings import Settings
+
+    options: list[click.Parameter] = []
+    for one in dataclasses.fields(Settings):
+        kind, help_text, flag = str(one.type), one.metadata["help"], f"--{one.name.replace('_', '-')}"
+        flag = _MANY.get(one.name, flag)
+        declarations = [_SHORT[one.name], flag] if one.name in _SHORT else [flag]
+        default = one.default
+        if (not kind.startswith("tuple") and default not in (None, "", False)) or one.name == "holdout":
+            help_text = (
+                f"{help_text} [default: {default:g}]"
+                if isinstance(default, float)
+                else f"{help_text} [default: {default}]"
+            )
+        choices = one.metadata.get("choices")
+        # No defaults here: what is not given may come from run.yaml or from the run that is resumed.
+        options.append(
+            click.Option(
+                [*declarations, one.name],
+                type=click.Choice(choices)
+                if choices
+                else {"int": int, "float": float}.get(kind.removesuffix(" | None"), str),
+                is_flag=kind == "bool",
+                default=None,
+                multiple=kind.startswith("tuple"),
+                metavar=_METAVARS.get(one.name),
+                help=help_text,
+            )
+        )
+    return options
+
+
+_RUN_OPTIONS: list[click.Parameter] = [
+    click.Option(
+        ["-c", "--config"], metavar="FILE", help="A YAML file of these settings (max_length: 512); options overrule it."
+    ),
+    click.Option(["--resume"], is_flag=True, help="Go on with the run in -o, with its settings."),
+    click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; train nothing."),
+]
+
+
+def _tune(config: str | None, resume: bool, dry_run: bool, **given: Any) -> None:
+    from ..errors import OptionError
+    from ..tuning import run
+    from ..tuning.settings import Settings, read_settings
+
+    chosen: dict[str, Any] = read_settings(Path(config)) if config else {}
+    chosen |= {name: value for name, value in given.items() if value not in (None, ())}
+    if resume:
+        if not chosen.get("output"):
+            raise click.UsageError("--resume needs -o, the folder of the run to go on with")
+        stored = run.stored_settings(Path(chosen["output"]))
+        settings = dataclasses.replace(stored, **chosen)
+        changed = [
+            name
+            for name in chosen
+            if name != "output" and run.comparable(settings, name) != run.comparable(stored, name)
+        ]
+        if changed:
+            raise OptionError(
+                f"--resume goes on with the settings of the run, and {changed[0]} was {getattr(stored, changed[0])!r}; "
+                "leave it out, or begin anew with another -o"
+            )
+    else:
+        for name in ("data", "output"):
+            if not chosen.get(name) and not (dry_run and name == "output"):
+                raise click.UsageError(f"{name} is missing; give it with {_SHORT[name]}")
+        settings = Settings(**{"output": "(dry run)", **chosen} if dry_run else chosen)
+    note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
+    if click.get_current_context().meta.get(_WATCHDOG):
+        note(f"{_WATCHDOG}=1 is set, so that macOS does not end long steps")
+    if dry_run:
+        from ..tuning.dryrun import describe
+
+        click.echo(describe(run.prepare(settings, fits=False), color=sys.stdout.isatty()))
+        return
+    with _Progress(settings) as progress:
+        result = run.start(
+            settings,
+            resume=resume,
+            notify=note,
+            on_step=progress.step,
+            on_validation=progress.validated,
+            on_sample=progress.sample,
+        )
+    if result.first_rank:
+        _summary(result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+def _summary(result: Result) -> None:
+    speed = result.tokens / result.seconds if result.seconds else 0
+    best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
+    click.echo(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}", err=True)
+    if result.interrupted:
+        click.echo(f"saved; go on with: phi3-mlx tune --resume -o {result.output}", err=True)
+
+
+class _Progress:
+    """A line on the terminal that follows the run; nothing in a pipe."""
+
+    def __init__(self, settings: Settings):
+        self._live = sys.stderr.isatty()
+        self._started: tuple[float, int] | None = None
+        self._tokens, self._seconds = 0, 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._started:
+            click.echo(err=True)
+
+    def step(self, report: StepReport) -> None:
+        if not self._live:
+            return
+        now = time.monotonic()
+        self._started = self._started or (now - report.seconds, report.step - 1)
+        # Averages that forget half in about 14 steps.
+        self._tokens = round(0.95 * self._tokens + report.tokens)
+        self._seconds = 0.95 * self._seconds + report.seconds
+        left = (now - self._started[0]) / (report.step - self._started[1]) * (report.steps - report.step)
+        line = (
+            f"step {report.step:,}/{report.steps:,}  epoch {report.epoch:.2f}  loss {report.loss:.4f}  "
+            f"{self._tokens / self._seconds:,.0f} tok/s  {report.peak_memory / 1e9:.2f} GB  {_duration(left)} left"
+        )
+        click.echo(f"\r\033[K{line}", err=True, nl=False)
+
+    def validated(self, step: int, loss: float, best: bool) -> None:
+        self._say(f"step {step:,}: validation loss {loss:.4f}{', the best so far' if best else ''}")
+
+    def sample(self, prompt: str, answer: str) -> None:
+        self._say(f"  {prompt!r} -> {answer!r}")
+
+    def _say(self, text: str) -> None:
+        if self._live:
+            click.echo(f"\r\033[K{text}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+tune = _TuneCommand(
+    "tune",
+    callback=_tune,
+    params=[],
+    help="""Fine-tune a model on your examples: LoRA (on packed weights too), DoRA, or all weights.
+
+    \b
+    phi3-mlx tune -m phi-3.5-mini-4bit -d my.jsonl -o adapter --dry-run
+    phi3-mlx tune -m phi-3.5-mini-4bit -d my.jsonl -o adapter
+    phi3-mlx generate -m phi-3.5-mini-4bit --adapter adapter -p "..."
+
+    A line of my.jsonl is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Ctrl-C saves;
+    --resume goes on to the very weights of an uninterrupted run.
+    """,
+)

@@ -1,0 +1,72 @@
+"""Sequences of several lengths end to end in one row, for training: no layer spends work on padding.
+
+All layers but attention treat every token for itself. For attention the sequences are taken apart into blocks, rows
+padded to one length, and what attention makes of them is put end to end again. Padding stands behind the tokens,
+where no causal query sees it, and nothing of it is taken back, so neither numbers nor gradients depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from itertools import accumulate
+
+import mlx.core as mx
+import numpy as np
+
+from .attention import Mask, make_mask
+
+# A sequence shares a block with others at most so much longer, so at most so much of a block's rows is padding.
+_STRETCH = 1.25
+_SLACK = 16  # tokens; short sequences would otherwise make many small blocks
+
+
+class Block:
+    """Some of the sequences as rows of one padded length."""
+
+    def __init__(self, index: np.ndarray, long: tuple[bool, ...], window: int | None):
+        self._index = mx.array(index.reshape(-1))  # place in the row of tokens, for each place in the block
+        self._shape = index.shape
+        self.long = long
+        self.mask: Mask = make_mask(index.shape[1], window)
+
+    def gather(self, row: mx.array) -> mx.array:
+        """(1, L, width) -> (B, longest, width)."""
+        return row[0][self._index].reshape(*self._shape, row.shape[-1])
+
+
+class Packing:
+    """How a row of tokens is taken apart for attention and put together again.
+
+    `lengths` of the sequences in the order they stand in the row; `long`, the LongRoPE regime of each.
+    """
+
+    def __init__(self, lengths: Rows[int], long: Rows[bool], window: int | None):
+        starts = [0, *accumulate(lengths)]
+        place = np.empty(starts[-1], dtype=np.int32)  # place among all blocks' places, for each token of the row
+        self.blocks: list[Block] = []
+        before = 0
+        for members in _blocks(lengths):
+            longest = lengths[members[0]]
+            index = np.empty((len(members), longest), dtype=np.int32)
+            for b, n in enumerate(members):
+                index[b] = starts[n] + np.minimum(np.arange(longest), lengths[n] - 1)
+                place[starts[n] : starts[n + 1]] = before + b * longest + np.arange(lengths[n])
+            self.blocks.append(Block(index, tuple(long[n] for n in members), window))
+            before += index.size
+        self._place = mx.array(place)
+
+    def scatter(self, blocks: Rows[mx.array]) -> mx.array:
+        """What `Block.gather` gave, one array (B, longest, width) a block -> (1, L, width)."""
+        flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
+        return (flat[0] if len(flat) == 1 else mx.concatenate(flat))[self._place][None]
+
+
+def _blocks(lengths: Rows[int]) -> list[list[int]]:
+    """Indexes of the sequences, longest first, in groups of about one length."""
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if groups and lengths[groups[-1][0]] <= lengths[n] * _STRETCH + _SLACK:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    return groups

@@ -1,0 +1,313 @@
+"""Adapter folders, in mlx-lm's format both ways, and adapters on a model: loaded, weighted, switched.
+
+A folder holds `adapters.safetensors` (`<layer>.lora_a`, `.lora_b` and for DoRA `.m`; for full fine-tuning the whole
+weights) and `adapter_config.json`: mlx-lm's `fine_tune_type`, `num_layers` and `lora_parameters`, and beside them
+`base_model`, which says what the adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config import read_json
+from ..errors import AdapterError, CheckpointError, OptionError
+from ..models.phi3 import Model
+from ..safetensors import find_weights, read_header
+from .lora import AdaptedLinear, Adapter, get_layer, set_layer
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+_SAMPLE = 4096  # bytes of a tensor that its fingerprint reads, at its beginning, middle and end
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model an adapter belongs to: the name it was given by, its revision, and a fingerprint of its weights."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def base_of(directory: Path, name: str, revision: str | None = None) -> Base:
+    """The base that a model directory is. The revision of a downloaded repository is its commit."""
+    if directory.parent.name == "snapshots":
+        revision = directory.name
+    return Base(name, revision, fingerprint(directory))
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of names, types, shapes and samples of all weights: the same however they are cut into files."""
+    parts = []
+    for file in find_weights(directory).files:
+        with file.open("rb") as data:
+            start = 8 + int.from_bytes(data.read(8), "little")
+            for name, tensor in read_header(file).items():  # in the order of their bytes, which have no holes
+                digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
+                for at in sorted({0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE)}):
+                    data.seek(start + at)
+                    digest.update(data.read(min(_SAMPLE, tensor.nbytes - at)))
+                parts.append((name, digest.digest()))
+                start += tensor.nbytes
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(parts))).hexdigest()[:32]
+
+
+def adapter_files(
+    adapters: Mapping[str, Adapter], layers: int, base: Base | None, **facts: Any
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors and the config of a folder. Ranks are filled up with zeros to the largest: mlx-lm knows one alone.
+
+    `layers` is the model's number of decoder layers; `facts` are further keys of the config.
+    """
+    rank = max(adapter.lora_a.shape[1] for adapter in adapters.values())
+    tensors = {}
+    for path, adapter in adapters.items():
+        missing = rank - adapter.lora_a.shape[1]
+        tensors[f"{path}.lora_a"] = mx.pad(adapter.lora_a, [(0, 0), (0, missing)])
+        tensors[f"{path}.lora_b"] = mx.pad(adapter.separated(), [(0, missing), (0, 0)])
+        if adapter.is_dora:
+            tensors[f"{path}.m"] = adapter.m
+    first = next(iter(adapters.values()))
+    config = {
+        "fine_tune_type": "dora" if first.is_dora else "lora",
+        **_places(list(adapters), layers),
+        **facts,
+        "base_model": None if base is None else asdict(base),
+    }
+    config["lora_parameters"] |= {"rank": rank, "scale": first.scale, "dropout": first.dropout}
+    return tensors, config
+
+
+def _places(paths: list[str], layers: int) -> dict[str, Any]:
+    """mlx-lm's way of saying which layers: names within the last `num_layers`, or whole paths."""
+    within: dict[int, set[str]] = {}
+    for path in paths:
+        number, _, name = path.removeprefix("model.layers.").partition(".")
+        within.setdefault(int(number), set()).add(name)
+    names = within[max(within)]
+    if sorted(within) == list(range(layers - len(within), layers)) and all(own == names for own in within.values()):
+        return {"num_layers": len(within), "lora_parameters": {"keys": sorted(names)}}
+    return {"num_layers": layers, "lora_parameters": {"keys": paths}}
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+    """Write the two files into `directory`, each whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    with tempfile.TemporaryDirectory(prefix=".writing.", dir=directory) as folder:
+        mx.save_safetensors(str(Path(folder, WEIGHTS)), dict(tensors), {"format": "mlx"})
+        sync(Path(folder, WEIGHTS))
+        os.replace(Path(folder, WEIGHTS), directory / WEIGHTS)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place in one step: a run killed meanwhile leaves the old one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    sync(beside)
+    os.replace(beside, path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors and the config of a folder. Raises AdapterError."""
+    config = read_config_of(directory)
+    tensors: dict[str, mx.array] = mx.load(str(directory / WEIGHTS))  # type: ignore[assignment]
+    return tensors, config
+
+
+def read_config_of(directory: Path) -> dict[str, Any]:
+    """The config of a folder whose two files are there and whole. Raises AdapterError."""
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            hint = (
+                "; phi3-mlx adapter import makes one of it"
+                if (directory / "adapter_model.safetensors").is_file()
+                else ""
+            )
+            raise AdapterError(f"{directory} has no {name}, so it is no adapter folder{hint or '; name one that has'}")
+    try:
+        config = read_json(directory / CONFIG)
+        read_header(directory / WEIGHTS)
+    except CheckpointError as error:
+        raise AdapterError(str(error).replace("; download it again", "; it is damaged")) from error
+    return config
+
+
+def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
+    """AdapterError if the adapter says that it was trained on other weights than `base`'s; mlx-lm's say nothing."""
+    trained = config.get("base_model")
+    if not isinstance(trained, Mapping) or trained.get("fingerprint") in (None, base.fingerprint):
+        return
+    revision = f" at {trained['revision']}" if trained.get("revision") else ""
+    weights = str(trained["fingerprint"])[:8]
+    raise AdapterError(
+        f"{directory} was trained on {trained.get('name')}{revision} (weights {weights}), and this is "
+        f"{base.name} (weights {base.fingerprint[:8]}); give the model it was trained on with -m"
+    )
+
+
+def trained_on(directory: Path, config: Mapping[str, Any], revision: str | None = None) -> tuple[str, str | None]:
+    """(name, revision) of the model that an adapter names as its base. Raises AdapterError if it names none."""
+    base = config.get("base_model")
+    name = base.get("name") if isinstance(base, Mapping) else config.get("model")
+    if not isinstance(name, str):
+        raise AdapterError(f"{directory} does not say what it was trained on; give the model with -m")
+    # A local directory has no revision, and a repository's is a commit.
+    stored = base.get("revision") if isinstance(base, Mapping) and "/" in name and not Path(name).is_dir() else None
+    return name, revision or stored
+
+
+class Adapters:
+    """Several adapters on one model, whose base stays in memory.
+
+        adapters = Adapters(model, base)
+        adapters.load("support", Path("adapters/support"))
+        adapters.load("brief", Path("adapters/brief"))
+        adapters.use({"support": 1.0, "brief": 0.5})    # or use("brief"), use(None)
+
+    `base`, of `base_of`, is what every adapter must have been trained on; None checks nothing.
+    """
+
+    def __init__(self, model: Model, base: Base | None = None):
+        self._model, self._base = model, base
+        self._paths: dict[str, list[str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._paths)
+
+    def load(self, name: str, directory: Path) -> None:
+        """Read a folder and keep it under `name`; it is not in use before `use`. Raises AdapterError."""
+        if not name or "." in name:
+            raise OptionError(f"{name!r} cannot name an adapter; give a name without dots")
+        tensors, config = read_adapter(directory)
+        if self._base is not None:
+            check_base(directory, config, self._base)
+        if config.get("fine_tune_type") == "full":
+            raise AdapterError(
+                f"{directory} holds whole weights (full fine-tuning): phi3-mlx fuse makes a model of them"
+            )
+        found = make_adapters(directory, tensors, config, self._model)
+        self.remove(name)
+        for path, adapter in found.items():
+            adapter.freeze()
+            adapter.eval()
+            layer = get_layer(self._model, path)
+            if not isinstance(layer, AdaptedLinear):
+                layer = AdaptedLinear(layer, {})
+                layer.eval()
+                set_layer(self._model, path, layer)
+            layer.adapters[name] = adapter
+        self._paths[name] = list(found)
+
+    def use(self, chosen: str | Mapping[str, float] | None) -> None:
+        """Put these adapters in use with these weights (a name alone has weight 1), and no other."""
+        weights = {} if chosen is None else {chosen: 1.0} if isinstance(chosen, str) else dict(chosen)
+        for name, weight in weights.items():
+            if name not in self._paths:
+                raise OptionError(f"no adapter {name!r} is loaded; loaded are {', '.join(self._paths) or 'none'}")
+            if not math.isfinite(weight):
+                raise OptionError(f"the weight of adapter {name!r} is {weight}; give a finite number")
+        for path in {path for paths in self._paths.values() for path in paths}:
+            get_layer(self._model, path).use(weights)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and give its memory back."""
+        for path in self._paths.pop(name, []):
+            layer = get_layer(self._model, path)
+            layer.use({other: weight for other, weight in layer._weights.items() if other != name})
+            del layer.adapters[name]
+            if not layer.adapters:
+                set_layer(self._model, path, layer.linear)
+
+
+def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None:
+    """Put the adapters of these folders in use, each with its weight. Raises AdapterError."""
+    adapters = Adapters(model, base)
+    names = {}
+    for n, (folder, weight) in enumerate(weights.items()):
+        directory = Path(folder).expanduser()
+        config = read_config_of(directory)
+        if config.get("fine_tune_type") == "full":
+            if len(weights) > 1 or weight != 1.0:
+                raise AdapterError(
+                    f"{directory} holds whole weights, which do not mix with other adapters; give it alone"
+                )
+            if base is not None:
+                check_base(directory, config, base)
+            load_full(model, directory, read_adapter(directory)[0])
+            return
+        names[f"adapter {n}"] = weight
+        adapters.load(f"adapter {n}", directory)
+    adapters.use(names)
+
+
+def make_adapters(
+    directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any], model: Model
+) -> dict[str, Adapter]:
+    """The adapters of a folder by layer path, checked against the model's shapes. Raises AdapterError."""
+    scale = (config.get("lora_parameters") or {}).get("scale")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        _refuse(directory, f"{CONFIG} has no number lora_parameters.scale")
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, array in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_a", "lora_b", "m"):
+            _refuse(directory, f"{WEIGHTS} has {name}, which is no part of a LoRA or DoRA adapter")
+        layers.setdefault(path, {})[leaf] = array.astype(mx.float32)
+    known = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
+    adapters = {}
+    for path, leaves in layers.items():
+        linear = known.get(path, known.get(f"{path}.linear"))
+        if linear is None:
+            _refuse(directory, f"it changes {path}, which this model does not have")
+        rows, columns = layer_shape(linear)
+        a, b, m = leaves.get("lora_a"), leaves.get("lora_b"), leaves.get("m")
+        if a is None or b is None:
+            _refuse(directory, f"{path} has no {'lora_a' if a is None else 'lora_b'}")
+        if a.shape != (columns, b.shape[0]) or b.shape[1:] != (rows,) or (m is not None and m.shape != (rows,)):
+            _refuse(
+                directory,
+                f"{path} has lora_a {a.shape} and lora_b {b.shape}, but the layer turns {columns} into {rows}",
+            )
+        adapters[path] = Adapter(a, b, float(scale), m=m)
+    if not adapters:
+        _refuse(directory, f"{WEIGHTS} is empty")
+    mx.eval([list(leaves.values()) for leaves in layers.values()])
+    return adapters
+
+
+def layer_shape(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, packed or not."""
+    rows, columns = linear.weight.shape
+    return rows, columns * 32 // linear.bits if "scales" in linear else columns
+
+
+def load_full(model: Model, directory: Path, tensors: Mapping[str, mx.array]) -> None:
+    """Put the whole weights of a full fine-tuning in place. Raises AdapterError."""
+    own = dict(tree_flatten(model.parameters()))
+    for name, array in tensors.items():
+        if name not in own or own[name].shape != array.shape:
+            _refuse(directory, f"it has {name} {array.shape}, which this model does not have in that shape")
+    model.load_weights([(name, array.astype(own[name].dtype)) for name, array in tensors.items()], strict=False)
+
+
+def _refuse(directory: Path, why: str) -> NoReturn:
+    raise AdapterError(f"{directory} does not fit: {why}")

@@ -1,0 +1,101 @@
+"""Which examples a step reads, and how they reach the model: end to end, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .examples import Example
+
+Order = Literal["shuffle", "bucket"]
+_POOL = 32  # batches that "bucket" sorts by length together: enough to be even, few enough to stay random
+
+
+class Plan:
+    """The batches of a whole run. The step's number and the seed give its examples, so nothing else need be stored.
+
+    `order`: "shuffle" draws every epoch anew; "bucket" does too, but puts examples of about one length into a batch.
+    Every epoch reads every example once; its last batch may be smaller.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, steps: int | None, epochs: float, order: str, seed: int
+    ):
+        self._lengths, self._batch_size, self._order, self._seed = np.array(lengths), batch_size, order, seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.steps = steps if steps is not None else max(1, round(epochs * self.steps_per_epoch))
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def batch(self, step: int) -> list[int]:
+        """Indexes of the examples of a step, counted from 0."""
+        epoch, n = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        return self._epoch[1][n]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self._seed, epoch])
+        order, size = rng.permutation(len(self._lengths)), self._batch_size
+        if self._order == "bucket":
+            pools = [order[i : i + _POOL * size] for i in range(0, len(order), _POOL * size)]
+            order = np.concatenate([pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools])
+        batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        if self._order == "bucket":
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+    def largest_part(self, parts: int) -> tuple[int, int]:
+        """(tokens, attention scores of a head) of the largest part of any batch; at most three epochs are looked at."""
+        tokens = scores = 0
+        for step in range(min(self.steps, 3 * self.steps_per_epoch)):
+            for part in split_parts(self.batch(step), self._lengths, parts):
+                lengths = [int(self._lengths[i]) for i in part]
+                tokens, scores = max(tokens, sum(lengths)), max(scores, sum(n * n for n in lengths))
+        return tokens, scores
+
+
+def split_parts(batch: Sequence[int], lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+    """A batch in `parts` parts of about the same number of tokens; some are empty if there are fewer examples."""
+    split: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in sorted(batch, key=lambda i: -lengths[i]):
+        smallest = sizes.index(min(sizes))
+        split[smallest].append(i)
+        sizes[smallest] += int(lengths[i])
+    return split
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples end to end, as the model reads them.
+
+    A sequence's last token is read by nobody, so `ids` (1, L) has one token fewer of each; `places` (N,) in it are
+    those from which `targets` (N,), the trained tokens, are predicted.
+    """
+
+    ids: mx.array
+    lengths: tuple[int, ...]
+    places: mx.array
+    targets: mx.array
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+
+def make_part(examples: Sequence[Example]) -> Part:
+    """Examples of at least two tokens each, ready for `loss.part_loss`."""
+    lengths = tuple(len(example) - 1 for example in examples)
+    starts = np.cumsum([0, *lengths])
+    places = [start + np.flatnonzero(example.trained[1:]) for start, example in zip(starts, examples, strict=False)]
+    targets = [example.ids[1:][example.trained[1:]] for example in examples]
+    return Part(
+        mx.array(np.concatenate([example.ids[:-1] for example in examples]))[None],
+        lengths,
+        mx.array(np.concatenate(places).astype(np.int32)),
+        mx.array(np.concatenate(targets)),
+    )

@@ -1,0 +1,113 @@
+"""What a run would do: counts, lengths, what is cut, examples with what is learnt, memory and time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .batches import Plan, make_part, split_parts
+from .examples import Example, histogram
+from .loss import part_loss
+from .run import Prepared, load_for_training
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+_SHOWN, _SHOWN_TOKENS = 3, 120
+_LEARNT, _PLAIN = "\033[1;32m", "\033[0m"
+
+
+def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -> str:
+    """The report of `--dry-run`. With `color` learnt tokens are bold and green, else they stand between ⟦ and ⟧.
+
+    `measure` loads the model, if it fits, and times one batch for the time estimate.
+    """
+    settings, train, valid = prepared.settings, prepared.train, prepared.valid
+    lengths = [len(example) - 1 for example in train.examples]
+    plan = Plan(
+        lengths,
+        settings.batch_size,
+        steps=settings.steps,
+        epochs=settings.epochs,
+        order=settings.order,
+        seed=settings.seed,
+    )
+    lines = [
+        f"Data      {len(train.lengths):,} training examples, {len(valid.lengths):,} to validate on",
+        f"          {sum(lengths):,} tokens an epoch, {train.trained_tokens:,} of them learnt; "
+        f"{plan.steps:,} steps, {plan.steps_per_epoch:,} an epoch",
+    ]
+    lines += [f"          {note}" for note in prepared.notes]
+    lines += ["", "Lengths   tokens        examples", *_bars(train.lengths, settings.max_length), ""]
+    for example in train.examples[:_SHOWN]:
+        lines += [f"Example   {example.source}", _rendered(example, prepared.tokenizer, color), ""]
+    memory = prepared.plan
+    limit = settings.memory * 1e9 if settings.memory is not None else prepared.available
+    verdict = "fits in" if memory.total <= limit else "does NOT fit in"
+    lines += [
+        f"Memory    about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, training "
+        f"{memory.trained / 1e9:.2f}, activations {(memory.activations + memory.logits) / 1e9:.2f} for "
+        f"{memory.part_tokens:,} tokens at once",
+        f"          {verdict} {limit / 1e9:.2f} GB",
+    ]
+    if measure and memory.total <= limit:
+        seconds, tokens = _time_a_batch(prepared, plan)
+        total = sum(sum(lengths[i] for i in plan.batch(step)) for step in range(plan.steps))
+        lines.append(
+            f"Time      about {_spell(seconds / tokens * total)} of training; "
+            f"{tokens / seconds:,.0f} tok/s in one batch"
+        )
+    return "\n".join(lines)
+
+
+def _bars(lengths: list[int], longest: int | None) -> list[str]:
+    rows = histogram(lengths)
+    most = max(count for _, _, count in rows)
+    lines = [
+        f"          {f'{first:,}-{last:,}':13} {count:6,}  {'#' * max(bool(count), round(30 * count / most))}"
+        for first, last, count in rows
+    ]
+    if longest is not None:
+        lines.append(f"          {sum(length > longest for length in lengths):,} are longer than {longest:,}")
+    return lines
+
+
+def _rendered(example: Example, tokenizer: Tokenizer, color: bool) -> str:
+    """The example's text, decoded in runs of learnt and other tokens."""
+    begin, end = (_LEARNT, _PLAIN) if color else ("⟦", "⟧")
+    pieces, first = [], 0
+    shown = min(len(example), _SHOWN_TOKENS)
+    for n in range(1, shown + 1):
+        if n == shown or example.trained[n] != example.trained[first]:
+            text = tokenizer.decode(example.ids[first:n].tolist(), skip_special=False)
+            pieces.append(f"{begin}{text}{end}" if example.trained[first] else text)
+            first = n
+    return "".join(pieces) + (f" … {len(example) - shown:,} more tokens" if shown < len(example) else "")
+
+
+def _time_a_batch(prepared: Prepared, plan: Plan) -> tuple[float, int]:
+    """(seconds, tokens) of one batch of middle size, forward and backward, after one that warms up."""
+    settings, examples = prepared.settings, prepared.train.examples
+    model, _ = load_for_training(prepared)
+    model.train()
+    lengths = [len(example) - 1 for example in examples]
+    batches = sorted(
+        (plan.batch(step) for step in range(min(plan.steps, plan.steps_per_epoch))),
+        key=lambda b: sum(lengths[i] for i in b),
+    )
+    parts = [part for part in split_parts(batches[len(batches) // 2], lengths, settings.accumulate) if part]
+    step = nn.value_and_grad(model, lambda part: part_loss(model, part, 1, checkpoint=settings.gradient_checkpointing))
+    for _ in range(2):
+        started = time.perf_counter()
+        for part in parts:
+            mx.eval(step(make_part([examples[i] for i in part])))
+    return time.perf_counter() - started, sum(lengths[i] for part in parts for i in part)
+
+
+def _spell(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

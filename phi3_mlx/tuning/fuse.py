@@ -1,0 +1,256 @@
+"""One model of a model and its adapter, and how much of the adapter is left in it.
+
+In floats the changed weight is computed in float32 and rounded once. Packed again it may not survive: an adapter's
+change is often smaller than half the step between two packed values, and rounding takes it away.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import hub
+from ..atomic import check_destination, new_directory
+from ..checkpoint import DTYPES, load_model
+from ..config import read_json
+from ..conversion.rounding import pack
+from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
+from ..conversion.writer import check_space, write_json, write_weights
+from ..errors import OptionError
+from ..models.phi3 import Model
+from ..quantize import complete, packing_of
+from ..safetensors import Tensor, find_weights
+from .adapters import Adapters, base_of, check_base, load_full, make_adapters, read_adapter, trained_on
+from .lora import Adapter, float_weight
+from .loss import number
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+ENOUGH = 0.9  # of an adapter's effect; below it the fused model is no longer what was trained
+_TOKENS = 512  # of text that the measurement reads
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fuse` has made. `survived` is the share of the adapter's effect on the text's log-probabilities that the
+    packed model has (1: all; 0: none; less: the noise is larger); None for a model in floats, which has it all."""
+
+    path: Path
+    packed: bool
+    layers: int
+    survived: float | None
+
+
+def fuse(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    bits: int | None = None,
+    text: str | None = None,
+    force: bool = False,
+) -> Fused:
+    """Write `output`: the model with the adapter's changes in its weights.
+
+    `model` is what the adapter was trained on, by default under the name that it was given then.
+    A model in floats is written in `dtype` (its own by default). A packed one is packed again as it was, the changed
+    layers in `bits` if given (5, 6 or 8 keep more of the adapter), or unpacked with `dequantize`. `text` is what the
+    measurement reads, a bundled sample by default. Raises AdapterError, OptionError and what `load` raises.
+    """
+    folder = Path(adapter).expanduser()
+    check_destination(Path(output), force=force)
+    tensors, config = read_adapter(folder)
+    if model is None:
+        model, revision = trained_on(folder, config, revision)
+    directory = hub.resolve(model, revision)
+    source = _Source(directory, dequantize, dtype, bits)
+    base = base_of(directory, model, revision)
+    check_base(folder, config, base)
+    loaded = load_model(directory)
+    if config.get("fine_tune_type") == "full":
+        load_full(loaded, folder, tensors)
+        source.replaced = tensors
+    else:
+        source.adapters = make_adapters(folder, tensors, config, loaded)
+    planned = source.planned()
+    kept = None
+    if source.is_packed and source.adapters:
+        kept = _Effect(loaded, Adapters(loaded, base), folder, _tokenizer(directory), text)
+    del loaded
+    gc.collect()
+    mx.clear_cache()
+    with new_directory(Path(output), force=force) as unfinished:
+        check_space(unfinished.parent.parent, sum(tensor.nbytes for tensor in planned.values()))
+        write_weights(unfinished, planned, source.arrays(planned))
+        source.unpacked.write_extras(unfinished)
+        write_json(unfinished / "config.json", source.config())
+        survived = None if kept is None else kept.survived(load_model(unfinished))
+    changed = len(source.adapters) or len(source.replaced)
+    return Fused(Path(os.path.abspath(output)), source.is_packed, changed, survived)
+
+
+class _Source:
+    """The tensors of the base, changed where the adapter changes them; at most one is in memory."""
+
+    def __init__(self, directory: Path, dequantize: bool, dtype: str | None, bits: int | None):
+        self.unpacked = DirectorySource(directory)  # for shapes; it checks the files, too
+        self._raw = read_json(directory / "config.json")
+        weights = find_weights(directory)
+        self._stored, self._homes, self._where = weights.tensors, weights.homes, str(directory / "config.json")
+        self._quantization = self._raw.get("quantization")
+        self.is_packed = self._quantization is not None and not dequantize
+        if bits is not None and not self.is_packed:
+            raise OptionError("bits are for packed models, and this one is written in floats; leave --bits out")
+        if dtype is not None and self.is_packed:
+            raise OptionError("dtype is for floats, and this model stays packed; give --dequantize as well")
+        own = self._raw.get("torch_dtype") or self._raw.get("dtype")
+        self._dtype = dtype or (own if own in DTYPES else None)
+        self._given_dtype = dtype
+        self._bits = bits
+        self.adapters: dict[str, Adapter] = {}
+        self.replaced: dict[str, mx.array] = {}
+
+    def planned(self) -> dict[str, Tensor]:
+        """What will be written, in the order of the base's files."""
+        result: dict[str, Tensor] = {}
+        for name, tensor in self._stored.items():
+            path, _, leaf = name.rpartition(".")
+            packed = self._packing(path)
+            if packed is None:
+                spelled = SPELLING[self._given_dtype] if self._given_dtype and not self.is_packed else tensor.dtype
+                result[name] = tensor_of(spelled, tensor.shape)
+            elif leaf != "weight":
+                continue
+            elif not self.is_packed:
+                result[name] = tensor_of(SPELLING[self._dtype or "bfloat16"], self.unpacked.tensors[name].shape)
+            else:
+                rows, width = self.unpacked.tensors[name].shape
+                result[name] = tensor_of("U32", (rows, width * self._new_packing(path)["bits"] // 32))
+                for part in ("scales", "biases"):
+                    if f"{path}.{part}" in self._stored:
+                        result[f"{path}.{part}"] = self._stored[f"{path}.{part}"]
+        return result
+
+    def arrays(self, planned: Mapping[str, Tensor]) -> Iterator[tuple[str, mx.array]]:
+        parts: dict[str, mx.array] = {}
+        for name, tensor in planned.items():
+            path, _, leaf = name.rpartition(".")
+            if name in parts:
+                yield name, parts.pop(name)
+            elif leaf != "weight" or (path not in self.adapters and (self.is_packed or self._packing(path) is None)):
+                array = self.replaced.get(name)
+                yield name, (self._load(name) if array is None else array).astype(to_mlx(tensor.dtype))
+            else:
+                layer = self._layer(path)
+                adapter = self.adapters.get(path)
+                weight = adapter.changed_weight(layer) if adapter else float_weight(layer)
+                if not self.is_packed or self._packing(path) is None:
+                    yield name, weight.astype(to_mlx(tensor.dtype))
+                    continue
+                # The scales' own type first: packing rounds to values that they can spell.
+                scales = to_mlx(planned[f"{path}.scales"].dtype)
+                new = pack(weight.astype(scales) if scales != mx.uint8 else weight, self._new_packing(path))
+                yield name, new[0]
+                parts |= dict(zip((f"{path}.scales", f"{path}.biases"), new[1:], strict=False))
+
+    def config(self) -> dict[str, Any]:
+        config = {
+            key: v for key, v in self._raw.items() if key not in ("quantization", "quantization_config", "auto_map")
+        }
+        if self.is_packed:
+            assert self._quantization is not None
+            recipe = dict(self._quantization)
+            if self._bits is not None:
+                recipe |= {path: self._new_packing(path) for path in self.adapters}
+            config |= {"quantization": recipe, "quantization_config": recipe}
+        elif self._dtype is not None:
+            config["torch_dtype"] = self._dtype
+            config.pop("dtype", None)
+        return config
+
+    def _packing(self, path: str) -> dict[str, Any] | None:
+        """How the base has packed a layer, or None."""
+        scales = self._stored.get(f"{path}.scales")
+        if self._quantization is None or scales is None:
+            return None
+        width = self.unpacked.tensors[f"{path}.weight"].shape[-1]
+        return packing_of(path, width, self._quantization, self._stored, self._where)
+
+    def _new_packing(self, path: str) -> dict[str, Any]:
+        packed = self._packing(path)
+        assert packed is not None
+        if self._bits is None or path not in self.adapters:
+            return packed
+        try:
+            return complete(None, packed["group_size"], self._bits, packed["mode"])
+        except ValueError as error:
+            raise OptionError(f"bits {self._bits} cannot be honoured: {error}") from error
+
+    def _layer(self, path: str) -> nn.Module:
+        """A linear layer's arrays as they are stored, read when they are used; scales in float32."""
+        layer = nn.Module()
+        layer.weight = self._load(f"{path}.weight")
+        packed = self._packing(path)
+        if packed is not None:
+            scales = self._load(f"{path}.scales")
+            layer.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
+            if f"{path}.biases" in self._stored:
+                layer.biases = self._load(f"{path}.biases").astype(mx.float32)
+            layer.group_size, layer.bits, layer.mode = packed["group_size"], packed["bits"], packed["mode"]
+        return layer
+
+    def _load(self, name: str) -> mx.array:
+        # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
+        arrays: dict[str, mx.array] = mx.load(str(self._homes[name]), format="safetensors")  # type: ignore[assignment]
+        return arrays[name]
+
+
+class _Effect:
+    """What the adapter does to the log-probabilities of a text, to find again in the fused model."""
+
+    def __init__(self, model: Model, adapters: Adapters, folder: Path, tokenizer: Tokenizer, text: str | None):
+        self._ids = _ids(tokenizer, text, model.config.max_position_embeddings)
+        self._base = _log_probabilities(model, self._ids)
+        adapters.load("adapter", folder)
+        adapters.use("adapter")
+        self._adapted = _log_probabilities(model, self._ids)
+
+    def survived(self, fused: Model) -> float:
+        """1 - |fused - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
+        effect = number(mx.sum(mx.square(self._adapted - self._base)))
+        lost = number(mx.sum(mx.square(_log_probabilities(fused, self._ids) - self._adapted)))
+        return 1.0 if effect == 0 else 1 - lost / effect
+
+
+def _log_probabilities(model: Model, ids: mx.array) -> mx.array:
+    """(L, vocab_size) float32."""
+    logits = model(ids)[0].astype(mx.float32)
+    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(result)
+    return result
+
+
+def _ids(tokenizer: Tokenizer, text: str | None, context: int) -> mx.array:
+    from ..conversion import texts
+
+    ids = tokenizer.encode(texts.bundled("sample") if text is None else text)[: min(_TOKENS, context)]
+    if not ids:
+        raise OptionError("the text to measure with is empty; give some, or leave it out")
+    return mx.array(ids)[None]
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    from ..tokenizer import load_tokenizer
+
+    return load_tokenizer(directory)

@@ -1,0 +1,277 @@
+"""Linear layers with adapters: LoRA (arXiv 2106.09685), rsLoRA's scale (2312.03732), DoRA (2402.09353), on any base.
+
+Shapes are mlx-lm's: `lora_a` (inputs, rank), `lora_b` (rank, outputs), `m` (outputs,). With r components and scale s
+LoRA adds s * (x @ lora_a) @ lora_b to the layer's output. DoRA gives every output row of the changed weight the
+length `m`; the length it is divided by counts as a constant in the gradient, as in the paper's section 4.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.phi3 import Model
+from .targets import Target
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What the low-rank product is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+class Adapter(nn.Module):
+    """The low-rank change of one linear layer. Its arrays are float32 whatever the layer computes in.
+
+    `blocks` ((rank, rows) of each part, ranks and rows adding up) keeps parts of a fused layer apart: component i of
+    `lora_b` then changes its own part's rows alone, so the file is still one mlx-lm reads.
+    """
+
+    def __init__(
+        self,
+        lora_a: mx.array,
+        lora_b: mx.array,
+        scale: float,
+        *,
+        m: mx.array | None = None,
+        dropout: float = 0.0,
+        mask: mx.array | None = None,
+    ):
+        super().__init__()
+        self.lora_a, self.lora_b = lora_a, lora_b
+        if m is not None:
+            self.m = m
+        self._scale, self._dropout, self._mask = scale, dropout, mask
+        self._gain: mx.array | None = None  # DoRA's m / length; outside training it is computed once
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @property
+    def is_dora(self) -> bool:
+        return "m" in self
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    def separated(self) -> mx.array:
+        """`lora_b` with parts kept apart."""
+        return self.lora_b if self._mask is None else self.lora_b * self._mask
+
+    def product(self) -> tuple[mx.array, mx.array]:
+        """`lora_a` and scaled `lora_b`."""
+        return self.lora_a, self.separated() * self._scale
+
+    def delta(self, x: mx.array, y: mx.array, linear: nn.Module) -> mx.array:
+        """What the adapter adds to the layer's output `y` (..., outputs) for its input `x` (..., inputs)."""
+        a, b = self.product()
+        dropped = x
+        if self._dropout and self.training:
+            keep = 1 - self._dropout
+            dropped = x * (mx.random.bernoulli(keep, x.shape) / keep).astype(x.dtype)
+        z = (dropped @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        if not self.is_dora:
+            return z
+        gain = self.gain(linear).astype(x.dtype)
+        return gain * (y + z) - y
+
+    def gain(self, linear: nn.Module) -> mx.array:
+        """DoRA's factor of every output row: m over the length of the changed row, (outputs,)."""
+        if self._gain is not None and not self.training:
+            return self._gain
+        gain = self.m / mx.stop_gradient(changed_lengths(linear, *self.product()))
+        self._gain = None if self.training else gain
+        return gain
+
+    def changed_weight(self, linear: nn.Module) -> mx.array:
+        """The layer's weight with this adapter in it, float32 (outputs, inputs)."""
+        a, b = self.product()
+        weight = float_weight(linear) + (a @ b).T
+        if self.is_dora:
+            weight = weight * (self.m / mx.linalg.norm(weight, axis=1))[:, None]
+        return weight
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer and the adapters on it; `weights` says how much of each is in use.
+
+    Several add up: y + sum of weight * (what the adapter alone would add).
+    """
+
+    def __init__(self, linear: nn.Module, adapters: Mapping[str, Adapter] | None = None):
+        super().__init__()
+        self.linear = linear
+        self.adapters = dict(adapters or {})
+        self._weights: dict[str, float] = dict.fromkeys(self.adapters, 1.0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = base_forward(self.linear, x)
+        deltas = [(w, self.adapters[name].delta(x, y, self.linear)) for name, w in self._weights.items() if w]
+        for weight, delta in deltas:
+            y = y + (delta if weight == 1.0 else weight * delta)
+        return y
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        self._weights = {name: weight for name, weight in weights.items() if name in self.adapters}
+
+
+def new_adapter(
+    linear: nn.Module, target: Target, rank: int, alpha: float, *, rslora: bool, dora: bool, dropout: float
+) -> Adapter:
+    """An adapter that changes nothing yet: `lora_a` uniform within 1 / sqrt(inputs), `lora_b` zero.
+
+    Each part of a fused layer gets `rank` components of its own.
+    """
+    bound = 1 / math.sqrt(target.columns)
+    components = rank * len(target.parts)
+    mask = None
+    if target.parts[0][1:] != (0, target.rows):
+        rows = mx.arange(target.rows)
+        mask = mx.concatenate(
+            [mx.broadcast_to((rows >= first) & (rows < last), (rank, target.rows)) for _, first, last in target.parts]
+        ).astype(mx.float32)
+    return Adapter(
+        mx.random.uniform(-bound, bound, (target.columns, components)),
+        mx.zeros((components, target.rows)),
+        scale_of(alpha, rank, rslora),
+        m=row_lengths(linear) if dora else None,
+        dropout=dropout,
+        mask=mask,
+    )
+
+
+def attach(
+    model: nn.Module,
+    targets: Iterable[Target],
+    rank: int,
+    alpha: float,
+    *,
+    rslora: bool = False,
+    dora: bool = False,
+    dropout: float = 0.0,
+) -> dict[str, Adapter]:
+    """Put a new adapter on every target, freeze all else; returns the adapters by their layers' paths.
+
+    Layers without an adapter are wrapped too where the device computes packed weights slowly.
+    """
+    model.freeze()
+    adapters = {}
+    for target in targets:
+        linear = get_layer(model, target.path)
+        adapter = new_adapter(linear, target, rank, alpha, rslora=rslora, dora=dora, dropout=dropout)
+        set_layer(model, target.path, AdaptedLinear(linear, {"default": adapter}))
+        adapters[target.path] = adapter
+    wrap_packed(model)
+    return adapters
+
+
+def wrap_packed(model: nn.Module) -> None:
+    """Give every packed linear layer the long-input form of `base_forward`, where that is faster."""
+    if not _unpack_first():
+        return
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.QuantizedLinear) and not path.endswith(".linear"):
+            set_layer(model, path, AdaptedLinear(layer))
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off again."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedLinear):
+            set_layer(model, path, layer.linear)
+
+
+def get_layer(model: nn.Module, path: str) -> Any:
+    """The module at a dotted path such as "model.layers.0.mlp.down_proj"."""
+    layer: Any = model
+    for step in path.split("."):
+        layer = layer[int(step)] if step.isdigit() else layer[step]
+    return layer
+
+
+def set_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(get_layer(model, parent) if parent else model, name, layer)
+
+
+# What adapters need of their base layer, packed or not
+
+
+def base_forward(linear: nn.Module, x: mx.array) -> mx.array:
+    """The layer's own output. Packed weights are unpacked first where the device multiplies them slowly."""
+    if not isinstance(linear, nn.QuantizedLinear) or not _unpack_first() or x.size < 8 * x.shape[-1]:
+        return linear(x)
+    return _unpacked_matmul(linear)(x)
+
+
+def _unpack_first() -> bool:
+    # On MLX's CPU backend a packed matmul of many rows takes 35 to 40 times as long as unpacking and a float one.
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _unpacked_matmul(linear: nn.Module) -> Any:
+    """x @ W.T with W unpacked for the moment, forward and backward, so that no unpacked copy is kept between."""
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        return x @ float_weight(linear).astype(x.dtype).T
+
+    @forward.vjp
+    def forward_vjp(primal: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return cotangent @ float_weight(linear).astype(primal.dtype)
+
+    return forward
+
+
+def float_weight(linear: nn.Module) -> mx.array:
+    """The layer's weight as float32 (outputs, inputs), unpacked if it is packed."""
+    if "scales" not in linear:
+        return linear.weight.astype(mx.float32)
+    weight = mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return weight.astype(mx.float32)
+
+
+def row_lengths(linear: nn.Module) -> mx.array:
+    """The length of every output row of the weight, float32 (outputs,)."""
+    return mx.linalg.norm(float_weight(linear), axis=1)
+
+
+def changed_lengths(linear: nn.Module, a: mx.array, b: mx.array) -> mx.array:
+    """Row lengths of W + (a @ b).T without making that matrix: |w|^2 + 2 w.d + |d|^2 a row, float32 (outputs,)."""
+    weight = float_weight(linear)
+    squares = mx.sum(weight * weight, axis=1)
+    crossed = mx.sum((weight @ a) * b.T, axis=1)
+    own = mx.sum(b * ((a.T @ a) @ b), axis=0)
+    return mx.sqrt(mx.maximum(squares + 2 * crossed + own, 1e-30))
+
+
+def trainable_size(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> int:
+    """Numbers that training changes."""
+    values = adapters.values() if isinstance(adapters, Mapping) else adapters
+    return sum(
+        array.size
+        for adapter in values
+        for array in (adapter.lora_a, adapter.lora_b, adapter.get("m"))
+        if array is not None
+    )
+
+
+def head_forward(model: Model, hidden: mx.array) -> mx.array:
+    """`model.logits`, a packed output layer unpacked first where that is faster."""
+    if model.config.tie_word_embeddings and _unpack_first():
+        embedding = model.model.embed_tokens
+        return _unpacked_matmul(embedding)(hidden) if "scales" in embedding else model.logits(hidden)
+    return model.logits(hidden)

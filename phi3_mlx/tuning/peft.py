@@ -1,0 +1,288 @@
+"""Adapters to and from PEFT, Hugging Face's library (its LoRA: A (rank, inputs), B (outputs, rank), DoRA's magnitudes).
+
+PEFT adapters may change the fused layers of Phi-3 as transformers has them, or q, k, v, gate and up apart, as models
+with split projections have them. Split ones are joined exactly: their components stand side by side, each changing its
+own rows alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+from .. import hub
+from ..checkpoint import load_model
+from ..config import Phi3Config, read_json
+from ..errors import AdapterError, CheckpointError, OptionError
+from ..models.phi3 import Model
+from ..safetensors import read_header
+from .adapters import (
+    adapter_files,
+    base_of,
+    check_base,
+    make_adapters,
+    read_adapter,
+    replace_file,
+    trained_on,
+    write_adapter,
+)
+from .lora import Adapter, get_layer, row_lengths, scale_of
+from .targets import HOME, PARTS, part_rows
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KEY = re.compile(
+    r"base_model\.model\.(?P<layer>model\.layers\.\d+\.(?:self_attn|mlp))\.(?P<name>\w+)\."
+    r"(?P<leaf>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?"
+)
+# Settings of PEFT that change the numbers in ways that a LoRA or DoRA layer here does not have.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+}
+
+
+def import_peft(source: str | Path, output: str | Path, model: str, *, revision: str | None = None) -> int:
+    """Make an adapter folder of a PEFT one, for `model`; returns how many layers it changes.
+
+    Raises AdapterError for settings that cannot be honoured and tensors that do not fit the model.
+    """
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    _must_be_new(output)
+    raw, tensors = _read(source)
+    directory = hub.resolve(model, revision)
+    loaded = load_model(directory)
+    adapters = adapters_of_peft(source, raw, tensors, loaded)
+    alpha, rank = raw.get("lora_alpha", 8), raw.get("r", 8)
+    facts = {"phi3_mlx": {"alpha": alpha, "rank": rank, "rslora": bool(raw.get("use_rslora")), "imported": "peft"}}
+    base = base_of(directory, model, revision)
+    files = adapter_files(adapters, loaded.config.num_hidden_layers, base, **facts, model=base.name)
+    write_adapter(output, *files)
+    return len(adapters)
+
+
+def adapters_of_peft(
+    source: Path, raw: Mapping[str, Any], tensors: Mapping[str, mx.array], model: Model
+) -> dict[str, Adapter]:
+    """The adapters, by layer path, of a PEFT folder's config and tensors."""
+    found: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
+    for name, array in tensors.items():
+        match = _KEY.fullmatch(name)
+        fused = None if match is None else _fused(match["name"])
+        if match is None or fused is None:
+            _refuse(source, f"it has {name}, which is no LoRA or DoRA tensor of a Phi-3 layer")
+        found.setdefault(f"{match['layer']}.{fused}", {}).setdefault(match["name"], {})[match["leaf"]] = array
+    if not found:
+        _refuse(source, f"{_WEIGHTS} is empty")
+    scales = {
+        (path, part): _scale(raw, f"{path.rpartition('.')[0]}.{part}")
+        for path, parts in found.items()
+        for part in parts
+    }
+    common = next(iter(scales.values()))  # one for all, as mlx-lm has it; B takes the difference
+    adapters = {}
+    for path in sorted(found, key=_order):
+        adapters[path] = _joined(
+            source, path, found[path], {part: scales[path, part] for part in found[path]}, common, model
+        )
+    mx.eval([adapter.parameters() for adapter in adapters.values()])
+    return adapters
+
+
+def _joined(
+    source: Path,
+    path: str,
+    parts: Mapping[str, Mapping[str, mx.array]],
+    scales: Mapping[str, float],
+    common: float,
+    model: Model,
+) -> Adapter:
+    """One adapter of a layer of the parts that PEFT has; its rank is the sum of theirs."""
+    name = path.rpartition(".")[2]
+    try:
+        linear = get_layer(model, path)
+    except (IndexError, KeyError, AttributeError):
+        _refuse(source, f"it changes {path}, which this model does not have")
+    spans = part_rows(model.config, name)
+    rows = max(end for _, end in spans.values())
+    if name in parts:
+        if len(parts) > 1:
+            _refuse(source, f"it changes {path} both whole and in parts")
+        spans = {name: (0, rows)}
+    a, b, m = [], [], None
+    for part, leaves in parts.items():
+        first, end = spans[part]
+        part_a, part_b = leaves.get("lora_A"), leaves.get("lora_B")
+        if part_a is None or part_b is None:
+            _refuse(source, f"{path}: {part} has no {'lora_A' if part_a is None else 'lora_B'}")
+        if part_b.shape != (end - first, part_a.shape[0]):
+            _refuse(source, f"{path}: lora_B of {part} is {part_b.shape}, and the layer has {end - first} rows there")
+        a.append(part_a.astype(mx.float32).T)
+        b.append(mx.pad(part_b.astype(mx.float32).T * (scales[part] / common), [(0, 0), (first, rows - end)]))
+        if "lora_magnitude_vector" in leaves:
+            # Rows that no part changes keep their length.
+            m = row_lengths(linear) if m is None else m
+            m[first:end] = leaves["lora_magnitude_vector"].astype(mx.float32).reshape(-1)
+    widths = {array.shape[0] for array in a}
+    if widths != {model_width(model.config, name)}:
+        _refuse(
+            source, f"{path}: lora_A reads {sorted(widths)} inputs, and the layer has {model_width(model.config, name)}"
+        )
+    return Adapter(mx.concatenate(a, axis=1), mx.concatenate(b, axis=0), common, m=m)
+
+
+def model_width(config: Phi3Config, name: str) -> int:
+    """Inputs of a layer."""
+    from .targets import shape
+
+    return shape(config, name)[1]
+
+
+def export_peft(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    split: bool = False,
+) -> int:
+    """Make a PEFT folder of an adapter folder; returns how many layers it changes.
+
+    `split` makes q, k, v, gate and up of the fused layers, for models that have them apart. `model` is the base, by
+    default the one that the adapter names. Raises AdapterError.
+    """
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    _must_be_new(output)
+    tensors, config = read_adapter(source)
+    if config.get("fine_tune_type") == "full":
+        raise AdapterError(f"{source} holds whole weights, which PEFT has no place for; fuse it and share the model")
+    if model is None:
+        model, revision = trained_on(source, config, revision)
+    directory = hub.resolve(model, revision)
+    check_base(source, config, base_of(directory, model, revision))
+    loaded = load_model(directory)
+    adapters = make_adapters(source, tensors, config, loaded)
+    arrays, ranks = peft_tensors(adapters, loaded.config, split)
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    rslora = bool((config.get("phi3_mlx") or {}).get("rslora"))
+    scale = next(iter(adapters.values())).scale
+    alpha = {path: scale * (math.sqrt(rank) if rslora else rank) for path, rank in ranks.items()}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "revision": revision,
+        "inference_mode": True,
+        "bias": "none",
+        "r": common,
+        "lora_alpha": scale * (math.sqrt(common) if rslora else common),
+        "lora_dropout": (config.get("lora_parameters") or {}).get("dropout") or 0.0,
+        "use_rslora": rslora,
+        "use_dora": any(adapter.is_dora for adapter in adapters.values()),
+        "target_modules": sorted(ranks),
+        "rank_pattern": {_exactly(path): rank for path, rank in ranks.items() if rank != common},
+        "alpha_pattern": {_exactly(path): alpha[path] for path, rank in ranks.items() if rank != common},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(output / _WEIGHTS), arrays, {"format": "pt"})
+    replace_file(output / _CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+    return len(adapters)
+
+
+def peft_tensors(
+    adapters: Mapping[str, Adapter], config: Phi3Config, split: bool
+) -> tuple[dict[str, mx.array], dict[str, int]]:
+    """(tensors by PEFT's names, rank of every layer it changes). Components that change nothing are left out."""
+    arrays: dict[str, mx.array] = {}
+    ranks = {}
+    for path, adapter in adapters.items():
+        home, _, name = path.rpartition(".")
+        spans = part_rows(config, name) if split else {name: (0, adapter.lora_b.shape[1])}
+        for part, (first, end) in spans.items():
+            b = adapter.lora_b[:, first:end]
+            used = mx.any(b != 0, axis=1) & mx.any(adapter.lora_a != 0, axis=0)
+            kept = [i for i, one in enumerate(used.tolist()) if one] or [0]  # type: ignore[arg-type]
+            if not any(used.tolist()) and not adapter.is_dora and len(spans) > 1:  # type: ignore[arg-type]
+                continue  # a part that was not adapted
+            stem = f"base_model.model.{home}.{part}"
+            arrays[f"{stem}.lora_A.weight"] = mx.contiguous(adapter.lora_a[:, mx.array(kept)].T)
+            arrays[f"{stem}.lora_B.weight"] = mx.contiguous(b[mx.array(kept)].T)
+            if adapter.is_dora:
+                arrays[f"{stem}.lora_magnitude_vector"] = mx.contiguous(adapter.m[first:end])
+            ranks[f"{home}.{part}"] = len(kept)
+    return arrays, ranks
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    for name in (_CONFIG, _WEIGHTS):
+        if not (source / name).is_file():
+            pickle = (
+                " (adapter_model.bin is pickle, which is never read)"
+                if (source / "adapter_model.bin").is_file()
+                else ""
+            )
+            raise AdapterError(f"{source} has no {name}{pickle}; name a folder that PEFT's save_pretrained has written")
+    try:
+        raw = read_json(source / _CONFIG)
+        read_header(source / _WEIGHTS)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    for key, allowed in _MUST_BE.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            _refuse(source, f"{key} is {raw[key]!r}, which a LoRA or DoRA layer here does not have")
+    tensors: dict[str, mx.array] = mx.load(str(source / _WEIGHTS))  # type: ignore[assignment]
+    return raw, tensors
+
+
+def _scale(raw: Mapping[str, Any], path: str) -> float:
+    """What PEFT multiplies B A by in the layer `path`: of its own pattern if one matches, as PEFT matches them."""
+
+    def of(patterns: str, default: str) -> float:
+        for pattern, value in (raw.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return float(value)
+        return float(raw.get(default) or 8)
+
+    rank = of("rank_pattern", "r")
+    return scale_of(of("alpha_pattern", "lora_alpha"), int(rank), bool(raw.get("use_rslora")))
+
+
+def _exactly(path: str) -> str:
+    """A pattern of PEFT that matches this layer alone."""
+    return f"^{re.escape(path)}"
+
+
+def _fused(name: str) -> str | None:
+    """The layer here that a name of PEFT's is, or is a part of."""
+    if name in HOME:
+        return name
+    return next((fused for fused, parts in PARTS.items() if name in parts), None)
+
+
+def _order(path: str) -> tuple[int, int]:
+    layer = int(path.split(".")[2])
+    return layer, list(HOME).index(path.rpartition(".")[2])
+
+
+def _must_be_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OptionError(f"{output} exists already; name another directory")
+
+
+def _refuse(source: Path, why: str) -> NoReturn:
+    raise AdapterError(f"{source} cannot be imported: {why}")

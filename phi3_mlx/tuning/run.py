@@ -1,0 +1,391 @@
+"""A fine-tuning run from its settings to an adapter folder.
+
+ADAPTER/
+  adapters.safetensors, adapter_config.json   the best adapter by validation, or the last without any
+  last/                                       the same of the last step
+  checkpoints/                                what --resume goes on from
+  metrics.jsonl  loss.png  samples.jsonl  run.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..config import read_config, read_json
+from ..errors import CheckpointError, OptionError, TrainingError
+from ..memory import available_memory, bounded_run
+from .adapters import Base, adapter_files, base_of, replace_file, write_adapter
+from .checkpoints import newest_checkpoint
+from .data import Splits, hold_out, read_data
+from .examples import Encoded, encode_records
+from .log import Log, plot_losses
+from .lora import Adapter, attach, wrap_packed
+from .plan import MemoryPlan, plan_memory, refuse_if_too_large
+from .settings import Settings, from_mapping
+from .targets import find_targets
+from .trainer import Listener, StepReport, Trainer
+
+if TYPE_CHECKING:
+    from ..models.phi3 import Model
+    from ..tokenizer import Tokenizer
+
+RUN = "run.json"
+Notify = Callable[[str], None]
+_MAX_LENGTH = 2048  # tokens of an example where nothing is said: most chats are shorter, and memory grows with it
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `finished` is False if it was stopped before its last step; losses are validation's."""
+
+    output: Path
+    finished: bool
+    interrupted: bool
+    step: int
+    best_step: int | None
+    best_loss: float | None
+    tokens: int
+    seconds: float
+    first_rank: bool = True  # False in the other processes of a distributed run, which write and print nothing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known of a run before its model is loaded."""
+
+    settings: Settings
+    directory: Path
+    base: Base
+    tokenizer: Tokenizer
+    train: Encoded
+    valid: Encoded
+    plan: MemoryPlan
+    available: int
+    notes: tuple[str, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its continuation."""
+        settings = {key: v for key, v in self.settings.as_dict().items() if key not in _FREE}
+        return {
+            "base model": self.base.fingerprint,
+            "training data": self.train.fingerprint(),
+            "validation data": self.valid.fingerprint(),
+            "setting": settings,
+        }
+
+
+_FREE = ("output", "model", "data", "valid", "revision", "memory", "tensorboard")  # by content, or of no consequence
+
+
+def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
+    """Check settings and data, encode the examples, plan the memory. Loads no weights.
+
+    With `fits` a run that does not fit is refused (MemoryPlanError).
+    """
+    from .. import hub, tokenizer
+
+    settings = _absolute(settings.check())
+    splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
+    directory = hub.resolve(settings.model, settings.revision)
+    config = read_config(directory)
+    if settings.method == "full" and config.quantization is not None:
+        raise OptionError(
+            f"{settings.model} is quantized, and packed weights cannot be trained; take --method lora, or convert it "
+            "with --dequantize first"
+        )
+    context = config.max_position_embeddings
+    if settings.max_length is None:
+        settings = dataclasses.replace(settings, max_length=min(_MAX_LENGTH, context))
+    elif settings.max_length > context:
+        raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
+    find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
+    if not splits.valid and settings.holdout:
+        splits = hold_out(splits.train, settings.holdout, settings.seed)
+    words = tokenizer.load_tokenizer(directory)
+    train, valid = _encode(splits, words, settings)
+    if not train.examples:
+        raise OptionError(
+            f"no example of {settings.data} is left to train on: {len(train.dropped):,} are longer than max_length "
+            f"{settings.max_length} or have nothing to learn; give --max-length {max(train.lengths)} or "
+            "--overflow truncate"
+        )
+    replan = lambda changed: plan_memory(directory, config, changed, _lengths(train, changed), ranks)  # noqa: E731
+    plan, available = replan(settings), available_memory()
+    base = base_of(directory, settings.model, settings.revision)
+    notes = (
+        *splits.notes,
+        *dict.fromkeys([*train.notes, *valid.notes]),
+        *_losses(train, "training", settings),
+        *_losses(valid, "validation", settings),
+    )
+    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes)
+    for note in notes:
+        if notify:
+            notify(note)
+    if fits:
+        refuse_if_too_large(plan, settings, available, replan)
+    return prepared
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Paths made independent of the working folder, so that a run can be resumed from another."""
+    paths = {
+        name: os.path.abspath(os.path.expanduser(v))
+        for name in ("data", "valid", "output")
+        if (v := getattr(settings, name))
+    }
+    if os.path.isdir(os.path.expanduser(settings.model)) and settings.model != "tiny":
+        paths["model"] = os.path.abspath(os.path.expanduser(settings.model))
+    return dataclasses.replace(settings, **paths)
+
+
+def _encode(splits: Splits, tokenizer: Tokenizer, settings: Settings) -> tuple[Encoded, Encoded]:
+    options: dict[str, Any] = {
+        "max_length": settings.max_length,
+        "overflow": settings.overflow,
+        "train_on": settings.train_on,
+    }
+    return encode_records(splits.train, tokenizer, **options), encode_records(splits.valid, tokenizer, **options)
+
+
+def _lengths(encoded: Encoded, settings: Settings) -> list[int]:
+    return [min(len(example), settings.max_length or len(example)) - 1 for example in encoded.examples]
+
+
+def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
+    """Sentences about examples that were too long."""
+    said = []
+    for sources, what in (
+        (encoded.dropped, "left out"),
+        (encoded.truncated, "cut at the end"),
+        (encoded.split, "split into pieces"),
+    ):
+        if sources:
+            named = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
+            said.append(
+                f"{len(sources):,} {kind} examples are longer than {settings.max_length:,} tokens and were {what}: "
+                f"{named}"
+            )
+    return said
+
+
+def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
+    """The model with new adapters on it (none for full fine-tuning), in training mode."""
+    from ..checkpoint import load_model
+
+    settings = prepared.settings
+    dtype = settings.dtype
+    if dtype is None and settings.method == "full":
+        dtype = "float32"  # updates of a full fine-tuning are smaller than the steps of 16-bit numbers
+    model = load_model(prepared.directory, dtype=dtype)
+    mx.random.seed(settings.seed)
+    if settings.method == "full":
+        model.unfreeze()
+        wrap_packed(model)
+        return model, {}
+    targets = find_targets(model.config, settings.targets, settings.layers)
+    adapters = attach(
+        model,
+        targets,
+        settings.rank,
+        settings.alpha,
+        rslora=settings.rslora,
+        dora=settings.method == "dora",
+        dropout=settings.dropout,
+    )
+    mx.eval(model.trainable_parameters())
+    return model, adapters
+
+
+def start(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    notify: Notify | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    on_validation: Callable[[int, float, bool], None] | None = None,
+    on_sample: Callable[[str, str], None] | None = None,
+) -> Result:
+    """Run to the end, or to Ctrl-C, which saves and stops. See `tune`."""
+    group = mx.distributed.init()
+    first = group.rank() == 0
+    output = Path(os.path.abspath(os.path.expanduser(settings.output)))
+    if settings.output and not resume and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise OptionError(f"{output} exists already; go on with it by --resume, or name another -o")
+    prepared = prepare(settings, notify if first else None, group.size())
+    settings = prepared.settings
+    checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
+    if resume and checkpoint is None:
+        raise TrainingError(f"{output} has no checkpoint to go on from; begin it without --resume")
+    model, adapters = load_for_training(prepared)
+    run = _Run(prepared, model, adapters, output, first)
+    listener = Listener()
+    trainer = Trainer(
+        model,
+        prepared.train.examples,
+        prepared.valid.examples,
+        settings,
+        output / "checkpoints",
+        prepared.identity,
+        listener,
+        group,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    started = time.perf_counter()
+    with run.writing(trainer, on_step, on_validation, on_sample, notify), _stop_on_signal() as stop, bounded_run():
+        listener.step, listener.validated, listener.stop = run.step, run.validated, stop.is_set
+        finished = trainer.run()
+    progress = trainer.progress
+    return Result(
+        output,
+        finished,
+        stop.is_set() and not finished,
+        progress.step,
+        progress.best_step,
+        progress.best_loss,
+        progress.tokens,
+        time.perf_counter() - started,
+        first,
+    )
+
+
+class _Run:
+    """What rank 0 writes while the trainer works."""
+
+    def __init__(self, prepared: Prepared, model: Model, adapters: dict[str, Adapter], output: Path, first: bool):
+        self._prepared, self._model, self._adapters = prepared, model, adapters
+        self._output, self._first = output, first
+
+    @contextmanager
+    def writing(
+        self, trainer: Trainer, on_step: Any, on_validation: Any, on_sample: Any, notify: Notify | None
+    ) -> Iterator[None]:
+        """The files of the run, open; at the end, however it comes, the last adapter and the plot are written."""
+        self._trainer, self._on_step, self._on_validation, self._on_sample = trainer, on_step, on_validation, on_sample
+        if not self._first:
+            yield
+            return
+        settings = self._prepared.settings
+        self._output.mkdir(parents=True, exist_ok=True)
+        self._log = Log(self._output, trainer.progress.step, settings.tensorboard)
+        facts = {"settings": settings.as_dict(), "base_model": dataclasses.asdict(self._prepared.base)}
+        replace_file(self._output / RUN, (json.dumps(facts, indent=2) + "\n").encode())
+        if trainer.progress.step == 0:
+            trainer.save()  # so that even a run killed in its first steps can be resumed
+        try:
+            yield
+        finally:
+            self._log.close()
+            self._write(self._output / "last")
+            if trainer.progress.best_step is None:
+                self._write(self._output)
+            if not plot_losses(self._output) and notify:
+                notify('no loss.png, which needs matplotlib: pip install "phi3-mlx[plot]"')
+
+    def step(self, report: StepReport) -> None:
+        if not self._first:
+            return
+        figures = dataclasses.asdict(report)
+        del figures["step"], figures["steps"]
+        self._log.add("train", report.step, **figures)
+        if self._on_step:
+            self._on_step(report)
+
+    def validated(self, step: int, loss: float, best: bool) -> None:
+        if not self._first:
+            return
+        self._log.add("valid", step, loss=loss)
+        if best:
+            self._write(self._output)
+        if self._on_validation:
+            self._on_validation(step, loss, best)
+        self._answer_samples(step)
+
+    def _write(self, directory: Path) -> None:
+        prepared, settings = self._prepared, self._prepared.settings
+        facts = {
+            "phi3_mlx": {
+                "alpha": settings.alpha,
+                "rank": settings.rank,
+                "rslora": settings.rslora,
+                "step": self._trainer.progress.step,
+            }
+        }
+        if self._adapters:
+            tensors, config = adapter_files(
+                self._adapters, self._model.config.num_hidden_layers, prepared.base, **facts
+            )
+        else:
+            tensors = self._trainer.weights()
+            base = dataclasses.asdict(prepared.base)
+            config = {
+                "fine_tune_type": "full",
+                "num_layers": self._model.config.num_hidden_layers,
+                "lora_parameters": {},
+                **facts,
+                "base_model": base,
+            }
+        config["model"] = prepared.base.name
+        write_adapter(directory, tensors, config)
+
+    def _answer_samples(self, step: int) -> None:
+        settings = self._prepared.settings
+        if not settings.samples:
+            return
+        from ..generation import generate
+
+        self._model.eval()
+        with (self._output / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for prompt in settings.samples:
+                answer = generate(self._model, self._prepared.tokenizer, prompt, max_tokens=settings.sample_tokens)
+                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
+                if self._on_sample:
+                    self._on_sample(prompt, answer)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stored_settings(output: Path) -> Settings:
+    """The settings of the run in a folder. Raises TrainingError."""
+    try:
+        return Settings(**from_mapping(read_json(output / RUN).get("settings") or {}, str(output / RUN)))
+    except CheckpointError as error:
+        raise TrainingError(f"{output} holds no run to go on with ({error})") from error
+
+
+def comparable(settings: Settings, name: str) -> Any:
+    """A setting in the form in which run.json keeps it."""
+    return getattr(_absolute(settings), name)

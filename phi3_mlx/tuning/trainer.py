@@ -1,0 +1,266 @@
+"""The training loop: steps, validation, checkpoints, and what is done when something goes wrong.
+
+It knows no files but checkpoints, no text and no terminal; `run.py` gives it all that, and hears of it by events.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import TrainingError
+from ..models.phi3 import Model
+from . import optimizers
+from .batches import Part, Plan, make_part, split_parts
+from .checkpoints import read_checkpoint, save_checkpoint
+from .examples import Example
+from .loss import number, part_loss
+from .settings import Settings
+
+
+@dataclass
+class Progress:
+    """Where a run is; what a checkpoint's state.json holds."""
+
+    step: int = 0  # steps done
+    tokens: int = 0  # read in them
+    trained_tokens: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    last_loss: float | None = None  # of the last validation
+    worse: int = 0  # validations since the best
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `loss` is the mean over its trained tokens, before the update; memory in bytes."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_memory: int
+
+
+@dataclass
+class Listener:
+    """What a run tells while it goes on; every function may be replaced."""
+
+    step: Callable[[StepReport], None] = field(default=lambda report: None)
+    validated: Callable[[int, float, bool], None] = field(default=lambda step, loss, best: None)
+    saved: Callable[[Path], None] = field(default=lambda path: None)
+    stop: Callable[[], bool] = field(default=lambda: False)  # asked after every step
+
+
+class Trainer:
+    """One run over `train`. `weights_of` names the trained arrays; ranks of a distributed group share every batch."""
+
+    def __init__(
+        self,
+        model: Model,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        settings: Settings,
+        checkpoints: Path,
+        identity: Mapping[str, Any],
+        listener: Listener | None = None,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.model, self.train, self.valid, self.settings = model, train, valid, settings
+        self.identity, self._checkpoints = identity, checkpoints
+        self._listener = listener or Listener()
+        self._group = group or mx.distributed.init()
+        self.rank, self._ranks = self._group.rank(), self._group.size()
+        self._lengths = [len(example) - 1 for example in train]
+        self.plan = Plan(
+            self._lengths,
+            settings.batch_size,
+            steps=settings.steps,
+            epochs=settings.epochs,
+            order=settings.order,
+            seed=settings.seed,
+        )
+        default = min(100, self.plan.steps_per_epoch)
+        self.validate_every = settings.validate_every or default
+        self.save_every = settings.save_every or self.validate_every
+        self.progress = Progress()
+        self._optimizer = optimizers.make_optimizer(settings)
+        self._optimizer.init(model.trainable_parameters())
+        self._gradients = nn.value_and_grad(model, self._loss)
+        self._saved_at: int | None = None
+
+    def _loss(self, part: Part, total: int) -> mx.array:
+        return part_loss(self.model, part, total, checkpoint=self.settings.gradient_checkpointing)
+
+    # State
+
+    def weights(self) -> dict[str, mx.array]:
+        """The trained arrays by name."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved_at == self.progress.step or self.rank:
+            return
+        state = {**vars(self.progress), "identity": dict(self.identity)}
+        arrays = optimizers.optimizer_arrays(self._optimizer)
+        path = save_checkpoint(self._checkpoints, self.progress.step, self.weights(), arrays, state)
+        self._saved_at = self.progress.step
+        self._listener.saved(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises TrainingError if it belongs to another run."""
+        weights, optimizer, state = read_checkpoint(path)
+        for key, value in self.identity.items():
+            if state.get("identity", {}).get(key) != value:
+                raise TrainingError(
+                    f"{path} is of a run with another {key}, so going on would not continue it; "
+                    f"restore what was used then, or begin anew with another -o"
+                )
+        if {name: a.shape for name, a in weights.items()} != {name: a.shape for name, a in self.weights().items()}:
+            raise TrainingError(f"{path} trains other arrays than these settings do; begin anew with another -o")
+        self.model.update(tree_unflatten(list(weights.items())))
+        optimizers.restore_optimizer(self._optimizer, optimizer)
+        self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
+        self._saved_at = self.progress.step
+
+    # Steps
+
+    def run(self) -> bool:
+        """Train to the end; False if `listener.stop` or the lack of improvement ended it before.
+
+        Raises TrainingError where loss or gradient is no number, after saving the last good state.
+        """
+        while self.progress.step < self.plan.steps:
+            self._listener.step(self._step())
+            step = self.progress.step
+            last = step == self.plan.steps
+            if self.valid and (last or step % self.validate_every == 0):
+                self._validate()
+            exhausted = self.settings.patience is not None and self.progress.worse >= self.settings.patience
+            stop = self._sum(float(self._listener.stop()))[0] > 0
+            if last or stop or exhausted or step % self.save_every == 0:
+                self.save()
+            if stop or exhausted:
+                return last
+        return True
+
+    def _step(self) -> StepReport:
+        started = time.perf_counter()
+        settings, step = self.settings, self.progress.step
+        self.model.train()
+        batch = self.plan.batch(step)
+        total = sum(int(self.train[i].trained.sum()) for i in batch)
+        parts = split_parts(batch, self._lengths, settings.accumulate * self._ranks)
+        loss, gradients = mx.array(0.0), tree_map(mx.zeros_like, self.model.trainable_parameters())
+        for n, members in enumerate(parts[self.rank :: self._ranks]):
+            if not members:
+                continue
+            # A key of its own for every part: dropout repeats when a run is resumed.
+            mx.random.seed((settings.seed << 32) + (step << 8) + n * self._ranks + self.rank)
+            value, new = self._gradients(make_part([self.train[i] for i in members]), total)
+            loss, gradients = loss + value, tree_map(mx.add, gradients, new)
+            mx.eval(loss, gradients)
+        if self._ranks > 1:
+            gradients = tree_map(lambda g: mx.distributed.all_sum(g, group=self._group), gradients)
+        length = optimizers.gradient_length(gradients)
+        value, norm = self._sum(loss)[0], number(length)
+        if not math.isfinite(value) or not math.isfinite(norm):
+            self._diverged(batch, value, norm)
+        if settings.clip and norm > settings.clip:
+            gradients = tree_map(lambda g: g * (settings.clip / norm), gradients)
+        rate = optimizers.learning_rate(settings, step, self.plan.steps)
+        self._optimizer.learning_rate = rate
+        self._optimizer.update(self.model, gradients)
+        mx.eval(self.model.trainable_parameters(), self._optimizer.state)
+        tokens = sum(self._lengths[i] for i in batch)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.trained_tokens += total
+        return StepReport(
+            self.progress.step,
+            self.plan.steps,
+            self.progress.step / self.plan.steps_per_epoch,
+            value,
+            rate,
+            norm,
+            tokens,
+            total,
+            time.perf_counter() - started,
+            mx.get_peak_memory(),
+        )
+
+    def _diverged(self, batch: Sequence[int], loss: float, norm: float) -> None:
+        """The update was not made, so the weights are the last good ones: keep them and name the batch."""
+        self.save()
+        sources = [self.train[i].source for i in batch]
+        named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+        raise TrainingError(
+            f"loss {loss} and gradient {norm} at step {self.progress.step + 1} are no numbers; the batch was {named}; "
+            f"the state before it is kept in {self._checkpoints}; lower learning_rate or look at these examples"
+        )
+
+    def _sum(self, *values: Any) -> list[float]:
+        """Numbers added up over all ranks."""
+        array = mx.stack([mx.array(value, dtype=mx.float32) for value in values])
+        if self._ranks > 1:
+            array = mx.distributed.all_sum(array, group=self._group)
+        return array.tolist()  # type: ignore[return-value]
+
+    # Validation
+
+    def validation_loss(self) -> float:
+        """Mean -log p over the trained tokens of the validation examples, dropout off."""
+        self.model.eval()
+        loss, count = 0.0, 0
+        size = self.settings.batch_size
+        in_order = sorted(range(len(self.valid)), key=lambda i: len(self.valid[i]))
+        groups = [in_order[i : i + size] for i in range(0, len(in_order), size)]
+        for members in groups[self.rank :: self._ranks]:
+            lengths = {i: len(self.valid[i]) - 1 for i in members}
+            for some in _within(members, lengths, self._largest):
+                part = make_part([self.valid[i] for i in some])
+                loss += number(part_loss(self.model, part, 1))
+                count += part.targets.size
+        total, tokens = self._sum(loss, count)
+        return total / tokens
+
+    @property
+    def _largest(self) -> int:
+        return max(self._lengths) * max(1, self.settings.batch_size // self.settings.accumulate)
+
+    def _validate(self) -> None:
+        loss, progress = self.validation_loss(), self.progress
+        best = progress.best_loss is None or loss < progress.best_loss
+        progress.last_loss = loss
+        if best:
+            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+        else:
+            progress.worse += 1
+        self._listener.validated(progress.step, loss, best)
+
+
+def _within(members: Iterable[int], lengths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Members in groups of at most `limit` tokens, or of one member."""
+    groups: list[list[int]] = []
+    size = 0
+    for i in members:
+        if not groups or size + lengths[i] > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += lengths[i]
+    return groups

@@ -1,0 +1,203 @@
+"""`phi3-mlx tune`, `fuse` and `adapter` at the command line; run.yaml; two processes under mlx.launch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from tuning_models import facts, make_directory, write_jsonl
+
+from phi3_mlx.cli import main
+from phi3_mlx.errors import OptionError
+from phi3_mlx.tuning.log import read_metrics
+from phi3_mlx.tuning.settings import read_settings
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return make_directory(tmp_path_factory.mktemp("model") / "packed", bits=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "facts.jsonl", facts(40))
+
+
+def call(capsys, *words):
+    """(exit code, stdout, stderr)"""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+def test_a_whole_walk(packed, data, tmp_path, capsys):
+    """Tune, use, export, import, fuse, use."""
+    adapter = tmp_path / "adapter"
+    code, out, err = call(
+        capsys,
+        *f"tune -m {packed} -d {data} -o {adapter} --rank 2 --steps 4 --target q_proj --target down_proj".split(),
+    )
+    assert (code, out) == (0, ""), err
+    assert "4 steps, best validation loss" in err
+    assert f"the adapter is in {adapter}" in err
+    ask = ["generate", "-m", packed, "-p", "Hi", "--max-tokens", "3"]
+    assert call(capsys, *ask, "--adapter", adapter)[0] == 0
+    assert call(capsys, *ask, "--adapter", f"{adapter}=0.5")[0] == 0
+    code, _, err = call(capsys, *ask[:2], "tiny", *ask[3:], "--adapter", adapter)
+    assert code == 1
+    assert err.startswith(f"phi3-mlx: {adapter} was trained on {packed}")
+    code, _, err = call(capsys, "adapter", "export", adapter, "-o", tmp_path / "peft")
+    assert code == 0, err
+    code, _, err = call(capsys, "adapter", "import", tmp_path / "peft", "-m", packed, "-o", tmp_path / "again")
+    assert code == 0, err
+    code, _, err = call(capsys, "fuse", "--adapter", tmp_path / "again", "-o", tmp_path / "fused")
+    assert code == 0, err
+    assert "survived the packing" in err
+    assert "--dequantize" in err  # four steps are a small change
+    assert call(capsys, *ask[:2], tmp_path / "fused", *ask[3:])[0] == 0
+
+
+def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert call(capsys, "tune", "-m", packed, "-d", data, "-o", out, "--steps", 2, "--rank", 2)[0] == 0
+    code, _, err = call(capsys, "tune", "--resume", "-o", out)
+    assert code == 0, err  # there is nothing left to do
+    code, _, err = call(capsys, "tune", "--resume", "-o", out, "--rank", 4)
+    assert code == 2
+    assert "rank was 2" in err
+    assert call(capsys, "tune", "--resume", "-o", out, "--rank", 2)[0] == 0
+    code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", out)
+    assert code == 2
+    assert "exists already; go on with it by --resume" in err
+    code, _, err = call(capsys, "tune", "--resume", "-o", tmp_path / "none")
+    assert code == 1
+    assert "no run to go on with" in err
+
+
+def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
+    lines = [*facts(20), {"prompt": "ball " * 80, "completion": "Yes."}]
+    path = write_jsonl(tmp_path / "my.jsonl", lines)
+    code, out, err = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--max-length", 60, "--holdout", 0)
+    assert (code, err) == (0, "")
+    for part in (
+        "21 training examples",
+        "tokens an epoch",
+        "65-128",
+        "1 are longer than 60",
+        "my.jsonl:21",
+        "were left out",
+    ):
+        assert part in out, part
+    assert out.count("Example ") == 3
+    first = lines[0]
+    assert f"<|assistant|>⟦ {first['completion']}<|end|>⟧" in out.replace(
+        "⟦" + first["completion"], "⟦ " + first["completion"]
+    )
+    assert "fits in" in out
+    assert "of training" in out
+    assert "tok/s" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["my.jsonl"]
+    code, out, _ = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--memory", 0.0001)
+    assert code == 0
+    assert "does NOT fit in" in out
+
+
+def test_settings_file(packed, data, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {packed}\ndata: {data}\nlearning_rate: 1e-3\ntargets: [o_proj]\nsteps: 3\nlayers: 1\n")
+    read = read_settings(file)
+    assert (read["learning_rate"], read["targets"], read["steps"], read["layers"]) == (1e-3, ("o_proj",), 3, "1")
+    assert call(capsys, "tune", "-c", file, "-o", tmp_path / "out", "--steps", 1)[0] == 0
+    stored = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert (stored["steps"], stored["learning_rate"], stored["targets"]) == (1, 1e-3, ["o_proj"])
+    for text, match in (
+        ("lerning_rate: 1", r"unknown setting 'lerning_rate'; did you mean learning_rate\?"),
+        ("zzz: 1", "unknown setting 'zzz'; known are model"),
+        ("rank: many", "rank is 'many'; expected a whole number"),
+        ("rank: 1.5", "expected a whole number"),
+        ("rslora: 1", "expected true or false"),
+        ("targets: 3", "expected a list of texts"),
+        ("learning_rate: fast", "expected a number"),
+        ("- a", "holds no settings"),
+        ("a: [", "not valid YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(OptionError, match=match) as caught:
+            read_settings(file)
+        assert str(caught.value).startswith(str(file))
+        assert "\n" not in str(caught.value)
+
+
+def test_usage_faults_are_one_line(packed, data, tmp_path, capsys):
+    for words in (
+        ["tune"],
+        ["tune", "-d", data],
+        ["tune", "--resume"],
+        ["tune", "-d", data, "-o", "x", "--rank", "many"],
+        ["tune", "-d", data, "-o", "x", "--target", "w_pack"],
+        ["tune", "-d", data, "-o", "x", "--no-such"],
+        ["fuse"],
+        ["adapter", "import", "x"],
+    ):
+        code, out, err = call(capsys, *words)
+        assert (code, out) == (2, ""), words
+        assert err.startswith("phi3-mlx: ")
+        assert err.count("\n") == 1
+    code, _, err = call(capsys, "tune", "-d", tmp_path / "none.jsonl", "-o", tmp_path / "x")
+    assert code == 1
+    assert "none.jsonl cannot be read" in err
+
+
+def test_watchdog_is_relaxed_before_mlx_starts():
+    """On macOS, unless the user has set it; nowhere else."""
+    script = (
+        "import os, sys; sys.platform = {platform!r}\n"
+        "from phi3_mlx.cli.tune import tune, relax_watchdog\n"
+        "assert 'mlx' not in sys.modules and 'mlx.core' not in sys.modules\n"
+        "print(relax_watchdog(), os.environ.get('AGX_RELAX_CDM_CTXSTORE_TIMEOUT'))"
+    )
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("AGX_")} | {"PYTHONPATH": str(ROOT)}
+    for platform, more, expected in (
+        ("darwin", {}, "True 1"),
+        ("linux", {}, "False None"),
+        ("darwin", {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "0"}, "False 0"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(platform=platform)],
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_two_processes_give_the_losses_of_one(packed, data, tmp_path):
+    """`mlx.launch -n 2`, ring backend: the same global batches; rank 0 alone writes and prints."""
+    launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if launch is None or not mx.distributed.is_available():
+        pytest.skip("MLX's launcher is not here")
+    program = tmp_path / "phi3.py"
+    program.write_text("from phi3_mlx.cli import main\nmain()\n")
+    words = (
+        f"tune -m {packed} -d {data} --rank 2 --steps 5 --batch-size 5 --learning-rate 1e-2 --validate-every 2".split()
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    one = [sys.executable, str(program), *words, "-o", str(tmp_path / "one")]
+    assert subprocess.run(one, env=environment, capture_output=True).returncode == 0
+    two = [launch, "-n", "2", "--python", sys.executable, "--backend", "ring", str(program)]
+    two += [*words, "-o", str(tmp_path / "two")]
+    done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("the adapter is in") == 1
+    losses = [[(m["kind"], m["step"], m["loss"]) for m in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert [line[:2] for line in losses[0]] == [line[:2] for line in losses[1]]
+    assert np.allclose([line[2] for line in losses[0]], [line[2] for line in losses[1]], atol=1e-4)
+    weights = [mx.load(str(tmp_path / name / "last" / "adapters.safetensors")) for name in ("one", "two")]
+    assert all(mx.allclose(weights[0][name], weights[1][name], atol=2e-3) for name in weights[0])
