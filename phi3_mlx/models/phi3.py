@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..config import Phi3Config
 from .attention import Mask, attend, make_mask
-from .cache import KVCache, Sequence
+from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
 from .rope import Regime, Rope
 
 LongRopeRule = Literal["auto", "short", "long"]
@@ -122,8 +122,11 @@ class Phi3Model(nn.Module):
             return False
         return self.longrope == "long" or total > self._config.original_max_position_embeddings
 
-    def make_cache(self, sequence: Sequence) -> list[KVCache]:
-        return [KVCache(sequence, self._config.sliding_window) for _ in self.layers]
+    def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
+        window = self._config.sliding_window
+        if bits is None:
+            return [KVCache(sequence, window) for _ in self.layers]
+        return [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
 
     def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
         """The layers, in a given regime."""
@@ -153,7 +156,7 @@ class Phi3Model(nn.Module):
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(Sequence())
+            fresh = self.make_cache(Sequence(), cache[0].bits)
             for first in range(padding, offset, _REREAD_CHUNK):
                 last = min(first + _REREAD_CHUNK, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
@@ -192,13 +195,17 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(
-        self, prompt_length: int | Rows[int] | None = None, left_padding: Rows[int] | None = None
+        self,
+        prompt_length: int | Rows[int] | None = None,
+        left_padding: Rows[int] | None = None,
+        bits: KVBits | None = None,
     ) -> list[KVCache]:
         """An empty cache, one entry a layer.
 
         `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
         row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
         `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
+        `bits`: pack keys and values.
         """
         if isinstance(prompt_length, int):
             prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
@@ -206,4 +213,4 @@ class Model(nn.Module):
             left_padding=None if left_padding is None else tuple(left_padding),
             prompt_length=None if prompt_length is None else tuple(prompt_length),
         )
-        return self.model.make_cache(sequence)
+        return self.model.make_cache(sequence, bits)
