@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .chat import render_chat
 from .errors import PromptError
-from .generation import Chunk, _Run
+from .generation import Chunk, _Run, make_kv_bits
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Conversation:
         for chunk in conversation.send("Who are you?"):
             print(chunk.text, end="", flush=True)
 
+    `kv_bits`, `kv_group_size` and `force` are `generate`'s.
     An answer that is broken off (the iterator closed, Ctrl-C) is kept as far as it came.
     `notify` gets a sentence if the model's template has no place for the system message.
     """
@@ -33,9 +34,13 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int = 32,
+        force: bool = False,
         notify: Callable[[str], None] | None = None,
     ):
         self._model, self._tokenizer, self._notify = model, tokenizer, notify
+        self._kv_bits, self._force = make_kv_bits(kv_bits, kv_group_size), force
         self.messages: list[dict[str, str]] = []
         self.reset(system)
 
@@ -79,7 +84,18 @@ class Conversation:
         actual = self._with_own_answers(rendered)
         cache = self._reusable_cache(actual)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        run = _Run(self._model, self._tokenizer, [actual], max_tokens, sampling, stop, raw=True, cache=cache)
+        run = _Run(
+            self._model,
+            self._tokenizer,
+            [actual],
+            max_tokens,
+            sampling,
+            stop,
+            raw=True,
+            cache=cache,
+            kv_bits=self._kv_bits,
+            force=self._force,
+        )
         self._open = self._answered(run, messages, rendered, actual)
         return self._open
 

@@ -10,9 +10,11 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from . import memory
 from .errors import Phi3Error, PromptError
-from .memory import bounded_run
-from .models.cache import KVCache
+from .memory import Run, bounded_run
+from .models.attention import fused_attention
+from .models.cache import KVBits, KVCache
 from .models.phi3 import Model
 from .sampling import Sampler, Sampling
 
@@ -57,8 +59,11 @@ class Generation:
     """Some prompts decoded together; iterate once for their tokens, a step of all rows after another.
 
     Every row gives what it would give alone. `cache`, if given, holds a prefix of the one prompt and is extended.
-    `max_tokens` is cut where the model's context ends. `on_prefill(done, total)` is called after each chunk.
-    Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer.
+    `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of a new cache.
+    `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
+    by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it.
+    Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer, and
+    MemoryLimitError for a run that does not fit.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class Generation:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         cache: list[KVCache] | None = None,
+        kv_bits: KVBits | None = None,
+        room: float | None = None,
         prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
@@ -80,8 +87,13 @@ class Generation:
         self._model, self._prompts, self._stop_ids = model, prompts, frozenset(stop_ids)
         context = model.config.max_position_embeddings
         self._budgets = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-        # Large chunks feed a GPU; on the CPU they only cost memory.
-        self._chunk = prefill_chunk or (2048 if mx.default_device().type == mx.DeviceType.gpu else 512)
+        self._kv_bits = kv_bits if cache is None else cache[0].bits
+        longest = max(len(prompt) + budget for prompt, budget in zip(prompts, self._budgets, strict=True))
+        itemsize = model.model.norm.weight.dtype.size
+        run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention())
+        room = memory.room() if room is None else room
+        held = sum(layer.nbytes for layer in cache or ())
+        self._chunk = prefill_chunk or memory.check_fits(run, room + held).chunk
         self._on_prefill = on_prefill
         self._finished: set[int] = set()
         self._sampler = Sampler(sampling, prompts, model.config.vocab_size)
@@ -93,7 +105,7 @@ class Generation:
     def _new_cache(self) -> list[KVCache]:
         lengths = [len(prompt) for prompt in self._prompts]
         padding = [max(lengths) - length for length in lengths]
-        return self._model.make_cache(prompt_length=lengths, left_padding=padding if any(padding) else None)
+        return self._model.make_cache(lengths, padding if any(padding) else None, self._kv_bits)
 
     def finish(self, row: int) -> None:
         """The caller has seen enough of this row."""

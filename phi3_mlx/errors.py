@@ -35,3 +35,7 @@ class OptionError(Phi3Error, ValueError):
     """An option outside its range; a usage fault, so the exit code is 2."""
 
     exit_code = 2
+
+
+class MemoryLimitError(Phi3Error):
+    """A run that needs more memory than there is; refused before anything large is allocated."""

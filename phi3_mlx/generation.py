@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,9 @@ from .errors import OptionError, Phi3Error, PromptError
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .models.cache import KVCache
+    from pathlib import Path
+
+    from .models.cache import KVBits, KVCache
     from .models.phi3 import LongRopeRule, Model
     from .tokenizer import Tokenizer
 
@@ -77,6 +80,29 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     return tokenizer.load_tokenizer(hub.resolve(name, revision))
 
 
+def plan_run(
+    directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None, force: bool = False
+) -> None:
+    """Raise MemoryLimitError if the model of `directory` and a sequence of `length` tokens do not fit in memory.
+
+    Only headers are read, so a run that cannot work is refused before anything is loaded. `force` refuses nothing.
+    """
+    from . import checkpoint, memory
+    from .config import read_config
+    from .models.attention import fused_attention
+
+    config = read_config(directory)
+    run = memory.Run(
+        config,
+        checkpoint.weight_bytes(directory, dtype),
+        min(length, config.max_position_embeddings),
+        bits=kv_bits,
+        itemsize=checkpoint.computed_size(config, dtype),
+        fused=fused_attention(),
+    )
+    memory.check_fits(run, math.inf if force else memory.room())
+
+
 def unload(model: Model) -> None:
     """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
     model.clear()
@@ -98,15 +124,21 @@ def generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    force: bool = False,
 ) -> str:
     """The model's answer to `prompt`.
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
-    options are those of `phi3_mlx.sampling.Sampling`. Raises PromptError, ChatError or OptionError.
+    options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
+    packs the cache, `kv_group_size` numbers (32 or 64) to a scale. A run that the memory at hand cannot hold is
+    refused unless `force`. Raises PromptError, ChatError, OptionError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
     return "".join(text for _, text, _ in run)
 
 
@@ -124,6 +156,9 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
     """As `generate`, but yields a `Chunk` a token while the answer is made.
@@ -132,7 +167,10 @@ def stream_generate(
     called while a long prompt is read.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, on_prefill=on_prefill)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(
+        model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, force=force, on_prefill=on_prefill
+    )
     return run.chunks()
 
 
@@ -150,12 +188,16 @@ def batch_generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    force: bool = False,
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
     if not prompts:
         return []
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
     texts: list[list[str]] = [[] for _ in prompts]
     for token, text, _ in run:
         texts[token.row].append(text)
@@ -193,6 +235,16 @@ def check_limits(max_tokens: int, stop: str | Sequence[str] | None) -> list[str]
     return stops
 
 
+def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> KVBits | None:
+    """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
+    from .models.cache import KVBits
+
+    if kv_bits is None:
+        return None
+    keys, values = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
+    return KVBits(keys, values, kv_group_size)
+
+
 class _Run:
     """One or more prompts through the engine, and their text out of it: (token, text, finish reason) a token."""
 
@@ -206,6 +258,8 @@ class _Run:
         stop: str | Sequence[str] | None,
         raw: bool,
         cache: list[KVCache] | None = None,
+        kv_bits: KVBits | None = None,
+        force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         if not model:
@@ -221,6 +275,8 @@ class _Run:
             sampling=sampling,
             stop_ids=self._stop_ids,
             cache=cache,
+            kv_bits=kv_bits,
+            room=math.inf if force else None,
             on_prefill=on_prefill,
         )
 

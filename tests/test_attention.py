@@ -36,7 +36,7 @@ LIMITS = {"as shipped": (8, 1 << 24, 1 << 24), "tiny tiles": (0, 200, 300), "som
 @pytest.mark.parametrize("bits", [None, KVBits(8, 8), KVBits(4, 3), KVBits(2, 6, 64)], ids=str)
 def test_attention_is_the_textbooks(bits, window, padding, limits, monkeypatch):
     monkeypatch.setattr(KVCache, "step", 4)
-    for name, value in zip(("_FEW", "_SCORES", "_UNPACKED"), limits, strict=True):
+    for name, value in zip(("_FEW", "SCORES", "UNPACKED"), limits, strict=True):
         monkeypatch.setattr(attention, name, value)
     sequence = Sequence(left_padding=padding)
     cache = KVCache(sequence, window) if bits is None else QuantizedKVCache(bits, sequence, window)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import PromptError
-from .options import ModelOptions, SamplingOptions, check_text, model_options, read_text, sampling_options
+from .options import (
+    MemoryOptions,
+    ModelOptions,
+    SamplingOptions,
+    check_text,
+    memory_options,
+    model_options,
+    read_text,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..generation import Chunk
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @sampling_options(max_tokens=512)
+@memory_options
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
 def generate(
@@ -32,6 +42,7 @@ def generate(
     system: str | None,
     raw: bool,
     sampling: SamplingOptions,
+    memory: MemoryOptions,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -46,20 +57,26 @@ def generate(
     text = _prompt(prompt, file, raw)
     if raw and system:
         raise click.UsageError("--raw sends no template, so it has no place for --system")
+    memory.bits()  # refuses what cannot be, before a model is fetched
     from ..generation import encode_prompt, stream_generate
 
-    model, tokenizer = source.load()
+    directory = source.find()
+    tokenizer = source.load_tokenizer(directory)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
+    model = source.load_model(directory, len(ids) + sampling.max_tokens, memory)
     with _PrefillProgress(len(ids)) as progress:
-        chunks = stream_generate(model, tokenizer, ids, on_prefill=progress.update, **dataclasses.asdict(sampling))
+        settings = dataclasses.asdict(sampling) | dataclasses.asdict(memory)
+        chunks = stream_generate(model, tokenizer, ids, on_prefill=progress.update, **settings)
         last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
     if stats:
+        from ..memory import size_text
+
         click.echo(
             f"prompt {last.prompt_tokens:,} tokens, {last.prompt_tps:,.1f} tok/s; answer {last.generation_tokens:,} "
-            f"tokens, {last.generation_tps:,.1f} tok/s; peak memory {last.peak_memory / 1e9:.2f} GB",
+            f"tokens, {last.generation_tps:,.1f} tok/s; peak memory {size_text(last.peak_memory)}",
             err=True,
         )
 

@@ -13,6 +13,9 @@ import click
 from ..errors import PromptError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..models.cache import KVBits
     from ..models.phi3 import Model
     from ..tokenizer import Tokenizer
 
@@ -21,17 +24,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is read; `load` gives it and its tokenizer."""
+    """Which model, and how it is read."""
 
     model: str
     revision: str | None
     dtype: str | None
     longrope: Any
 
-    def load(self) -> tuple[Model, Tokenizer]:
-        from ..generation import load
+    def find(self) -> Path:
+        """The model's directory, downloaded if need be."""
+        from ..hub import resolve
 
-        return load(self.model, self.revision, dtype=self.dtype, longrope=self.longrope)
+        return resolve(self.model, self.revision)
+
+    def load_tokenizer(self, directory: Path) -> Tokenizer:
+        from ..tokenizer import load_tokenizer
+
+        return load_tokenizer(directory)
+
+    def load_model(self, directory: Path, length: int, memory: MemoryOptions) -> Model:
+        """The model, unless it and a sequence of `length` tokens do not fit in memory."""
+        from ..checkpoint import load_model
+        from ..generation import plan_run
+
+        plan_run(directory, length, dtype=self.dtype, kv_bits=memory.bits(), force=memory.force)
+        return load_model(directory, dtype=self.dtype, longrope=self.longrope)
 
 
 def model_options(function: F) -> F:
@@ -62,6 +79,58 @@ def model_options(function: F) -> F:
                 show_default=True,
                 help="Which rotation factors; auto follows the length, as the reference does.",
             ),
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """How the cache is packed, and whether a run that does not fit is tried; by `generate`'s names."""
+
+    kv_bits: tuple[int, int] | None
+    kv_group_size: int
+    force: bool
+
+    def bits(self) -> KVBits | None:
+        """Raises OptionError for bits that cannot be."""
+        from ..generation import make_kv_bits
+
+        return make_kv_bits(self.kv_bits, self.kv_group_size)
+
+
+class _KVBitsType(click.ParamType):
+    name = "BITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = [int(part) for part in value.split(",")]
+        except ValueError:
+            found = []
+        if len(found) not in (1, 2):
+            self.fail(f"{value!r} is not a number of bits such as 4, or two such as 8,4 for keys and values")
+        return found[0], found[-1]
+
+
+def memory_options(function: F) -> F:
+    """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
+    return _gathered(
+        function,
+        "memory",
+        MemoryOptions,
+        [
+            click.option(
+                "--kv-bits",
+                type=_KVBitsType(),
+                help="Pack keys and values in 8, 6, 4, 3 or 2 bits; two numbers (8,4) for keys and values apart.",
+            ),
+            click.option(
+                "--kv-group-size",
+                type=int,
+                default=32,
+                show_default=True,
+                help="Packed numbers that share a scale: 32 or 64.",
+            ),
+            click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
         ],
     )
 

@@ -7,8 +7,8 @@ import mlx.core as mx
 from .cache import KVBits, KVCache
 
 # Limits of what one attention call writes to memory beside its result, in numbers: 64 MB of float32 each.
-_SCORES = 1 << 24  # queries x keys, where MLX has no fused kernel
-_UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
+SCORES = 1 << 24  # queries x keys, where MLX has no fused kernel
+UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
 _FEW = 8  # queries at most that read a packed cache as it is
 
 Mask = mx.array | str | None
@@ -21,14 +21,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     batch, heads, length, _ = q.shape
     if bits is not None and length <= _FEW:
         out = _attend_packed(q, seen, bits, scale, mask)
-    elif bits is not None or (not _fused() and batch * heads * length * seen[0].shape[2] > _SCORES):
+    elif bits is not None or (not fused_attention() and batch * heads * length * seen[0].shape[2] > SCORES):
         out = _attend_in_tiles(q, seen, bits, scale, mask)
     else:
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
-def _fused() -> bool:
+def fused_attention() -> bool:
     """Whether MLX's attention keeps its scores in registers; on the CPU it writes all of them to memory."""
     return mx.default_device().type == mx.DeviceType.gpu
 
@@ -60,10 +60,10 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     group = heads // kv_heads
-    rows, at_once = length, max(1, _UNPACKED // (batch * slots * dim))
-    if not _fused():
-        rows = max(1, min(length, _SCORES // (batch * group * slots)))
-        at_once = max(1, min(at_once, _SCORES // (batch * group * rows * slots)))
+    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
+    if not fused_attention():
+        rows = max(1, min(length, SCORES // (batch * group * slots)))
+        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
     parts: list[list[mx.array]] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]

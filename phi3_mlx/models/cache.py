@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..errors import OptionError
+
+KV_BITS = (2, 3, 4, 6, 8)
+KV_GROUP_SIZES = (32, 64)
 _PIECES = 64  # ids arrive one array a call; join them this often
 
 
@@ -59,11 +63,21 @@ class Sequence:
 
 @dataclass(frozen=True)
 class KVBits:
-    """How a cache packs keys and values: bits of each (2, 3, 4, 6 or 8), and how many numbers share a scale."""
+    """How a cache packs keys and values: bits of each (2, 3, 4, 6 or 8), and how many numbers share a scale (32 or 64).
+
+    Raises OptionError for others.
+    """
 
     keys: int
     values: int
     group_size: int = 32
+
+    def __post_init__(self) -> None:
+        for bits in (self.keys, self.values):
+            if bits not in KV_BITS:
+                raise OptionError(f"kv_bits {bits} is not possible; choose {', '.join(map(str, KV_BITS))}")
+        if self.group_size not in KV_GROUP_SIZES:
+            raise OptionError(f"kv_group_size {self.group_size} is not possible; choose 32 or 64")
 
 
 class KVCache:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Phi3Config
+from ..errors import OptionError
 from .attention import Mask, attend, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
 from .rope import Regime, Rope
@@ -205,8 +206,12 @@ class Model(nn.Module):
         `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
         row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
         `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
-        `bits`: pack keys and values.
+        `bits`: pack keys and values. Raises OptionError if its group size does not divide the head's width.
         """
+        if bits is not None and self._config.head_dim % bits.group_size:
+            raise OptionError(
+                f"kv_group_size {bits.group_size} does not divide head_dim {self._config.head_dim}; give 32"
+            )
         if isinstance(prompt_length, int):
             prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
         sequence = Sequence(
