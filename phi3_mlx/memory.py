@@ -19,6 +19,7 @@ from .models.cache import KVBits, KVCache
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
 _OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
+MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 # Buffers MLX may keep for reuse. Left alone it keeps as much as the memory limit allows, and a Mac swaps.
 _BUFFER_CACHE = 1 << 30
@@ -90,7 +91,7 @@ class Run:
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
         chunks = [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
-        plans = (Plan(self.weights, self.cache_bytes(), self._workspace(chunk), chunk) for chunk in chunks)
+        plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:
                 break
@@ -121,23 +122,24 @@ class Run:
         scales = 2 * 2 * numbers // self.bits.group_size * self.itemsize  # and biases, of keys and of values
         return numbers * (self.bits.keys + self.bits.values) // 8 + scales
 
-    def _workspace(self, chunk: int) -> int:
+    def workspace(self, chunk: int) -> int:
         """What reading a chunk at the end of the sequence holds beside weights and cache.
 
-        The counts of arrays alive at once were read off measurements: 8 of the hidden width, 5 of the MLP's
-        (gate and up twice, their product), 3 of queries, keys and values; then one layer's cache, copied while it
-        grows, and what one call of attention writes.
+        The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
+        (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
+        last grows, and what one call of attention writes.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 8 * config.hidden_size + 5 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
+        numbers = 7 * config.hidden_size + 4 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = 0 if self.fused else min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4
         if self.bits is not None:
             one = self.rows * seen * dim
             attention += 2 * min(max(UNPACKED, one), kv_heads * one) * self.itemsize
         logits = 2 * self.rows * config.vocab_size * 4
-        return max(tokens * numbers * self.itemsize + attention + self._layer_bytes(self.length), logits)
+        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
+        return max(tokens * numbers * self.itemsize + attention + grown, logits)
 
 
 def check_fits(run: Run, room: float) -> Plan:
@@ -168,19 +170,17 @@ def room() -> int:
     """Bytes that may still be allocated: of Metal's recommended working set, elsewhere of the available RAM."""
     if mx.metal.is_available() and fused_attention():
         return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]) - mx.get_active_memory()
-    return _available_ram() + mx.get_cache_memory()
+    return available_ram() + mx.get_cache_memory()
 
 
-def _available_ram() -> int:
+def available_ram() -> int:
     """What the system would give without swapping, within the limit of this process's control group."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():  # macOS, computing on the CPU
+    if not MEMINFO.is_file():  # macOS, computing on the CPU
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
     available = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        limit, used = (CONTROL_GROUP / "memory.max").read_text().strip(), (CONTROL_GROUP / "memory.current").read_text()
         if limit != "max":
             available = min(available, int(limit) - int(used))
     except (OSError, ValueError):
@@ -202,7 +202,7 @@ def size_text(size: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """"16GB" or "800M" as bytes, in powers of 1024 as memory is sold. Raises OptionError."""
+    """ "16GB" or "800M" as bytes, in powers of 1024 as memory is sold. Raises OptionError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise OptionError(f"{text!r} is not a size of memory; give one such as 16GB or 800MB")
