@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .chat import render_chat
 from .errors import PromptError
 from .generation import Chunk, _Run, make_kv_bits
+from .lookup import MAX_DRAFT
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Conversation:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        lookup: int = MAX_DRAFT,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
         if self._open is not None:
@@ -94,6 +96,7 @@ class Conversation:
             raw=True,
             cache=cache,
             kv_bits=self._kv_bits,
+            lookup=lookup,
             force=self._force,
         )
         self._open = self._answered(run, messages, rendered, actual)

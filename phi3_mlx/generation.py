@@ -13,16 +13,19 @@ import mlx.core as mx
 from .chat import render_chat
 from .engine import FinishReason, Generation, Statistics, Token
 from .errors import OptionError, Phi3Error, PromptError
+from .lookup import MAX_DRAFT
+from .models.cache import KVCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .models.cache import KVBits, KVCache
+    from .models.cache import KVBits
     from .models.phi3 import LongRopeRule, Model
     from .tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+_MOST_LOOKUP = KVCache.spare  # a longer draft could not be taken back from a windowed cache
 _PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -126,6 +129,7 @@ def generate(
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 32,
+    lookup: int = MAX_DRAFT,
     force: bool = False,
 ) -> str:
     """The model's answer to `prompt`.
@@ -133,12 +137,13 @@ def generate(
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
     options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
-    packs the cache, `kv_group_size` numbers (32 or 64) to a scale. A run that the memory at hand cannot hold is
+    packs the cache, `kv_group_size` numbers (32 or 64) to a scale. `lookup`: how many tokens may be guessed from
+    earlier text and verified at once (0: none), which changes the speed alone. A run that the memory at hand cannot hold is
     refused unless `force`. Raises PromptError, ChatError, OptionError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
+    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, lookup=lookup, force=force)
     return "".join(text for _, text, _ in run)
 
 
@@ -158,6 +163,7 @@ def stream_generate(
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 32,
+    lookup: int = MAX_DRAFT,
     force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
@@ -169,7 +175,17 @@ def stream_generate(
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
     run = _Run(
-        model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, force=force, on_prefill=on_prefill
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens,
+        sampling,
+        stop,
+        raw,
+        kv_bits=bits,
+        lookup=lookup,
+        force=force,
+        on_prefill=on_prefill,
     )
     return run.chunks()
 
@@ -225,8 +241,10 @@ def encode_prompt(
     return list(prompt)  # type: ignore[arg-type]
 
 
-def check_limits(max_tokens: int, stop: str | Sequence[str] | None) -> list[str]:
-    """The stop strings as a list; OptionError if one is empty or `max_tokens` is not positive."""
+def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> list[str]:
+    """The stop strings as a list; OptionError if one is empty, or a number is outside its range."""
+    if not 0 <= lookup <= _MOST_LOOKUP:
+        raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {_MOST_LOOKUP}")
     if max_tokens < 1:
         raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
@@ -259,12 +277,13 @@ class _Run:
         raw: bool,
         cache: list[KVCache] | None = None,
         kv_bits: KVBits | None = None,
+        lookup: int = 0,
         force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         if not model:
             raise Phi3Error("this model was unloaded; load() it again")
-        stops = check_limits(max_tokens, stop)
+        stops = check_limits(max_tokens, stop, lookup)
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids
@@ -276,6 +295,7 @@ class _Run:
             stop_ids=self._stop_ids,
             cache=cache,
             kv_bits=kv_bits,
+            lookup=lookup,
             room=math.inf if force else None,
             on_prefill=on_prefill,
         )

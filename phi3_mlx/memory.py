@@ -114,7 +114,8 @@ class Run:
 
     def _layer_bytes(self, length: int) -> int:
         config = self.config
-        slots = length if config.sliding_window is None else min(length, config.sliding_window - 1 + 2 * KVCache.step)
+        kept = KVCache.spare + 2 * KVCache.step
+        slots = length if config.sliding_window is None else min(length, config.sliding_window - 1 + kept)
         slots = -(-slots // KVCache.step) * KVCache.step
         numbers = self.rows * slots * config.num_key_value_heads * config.head_dim
         if self.bits is None:

@@ -147,13 +147,14 @@ class SamplingOptions:
     repetition_penalty: float
     seed: int | None
     stop: tuple[str, ...]
+    lookup: int
 
     def check(self) -> None:
         """OptionError for a value outside its range; called before a model is fetched or read."""
         from ..generation import check_limits
         from ..sampling import Sampling
 
-        check_limits(self.max_tokens, self.stop)
+        check_limits(self.max_tokens, self.stop, self.lookup)
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
@@ -174,6 +175,13 @@ def sampling_options(max_tokens: int) -> Callable[[F], F]:
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
         click.option("--seed", type=int, help="Repeat the same draw."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option(
+            "--lookup",
+            type=int,
+            default=16,
+            show_default=True,
+            help="Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
+        ),
     ]
     return lambda function: _gathered(function, "sampling", SamplingOptions, options)
 

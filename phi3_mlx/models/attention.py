@@ -9,7 +9,7 @@ from .cache import KVBits, KVCache
 # Limits of what one attention call writes to memory beside its result, in numbers: 64 MB of float32 each.
 SCORES = 1 << 24  # queries x keys, where MLX has no fused kernel
 UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
-_FEW = 8  # queries at most that read a packed cache as it is
+_FEW = 32  # queries at most that read a packed cache as it is
 
 Mask = mx.array | str | None
 
@@ -19,9 +19,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
     bits = None if cache is None else cache.bits
     batch, heads, length, _ = q.shape
-    if bits is not None and length <= _FEW:
+    numbers = batch * heads * length * seen[0].shape[2]
+    if bits is not None and (length == 1 or (length <= _FEW and numbers <= SCORES)):
         out = _attend_packed(q, seen, bits, scale, mask)
-    elif bits is not None or (not fused_attention() and batch * heads * length * seen[0].shape[2] > SCORES):
+    elif bits is not None or (not fused_attention() and numbers > SCORES):
         out = _attend_in_tiles(q, seen, bits, scale, mask)
     else:
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)

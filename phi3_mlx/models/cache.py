@@ -84,10 +84,12 @@ class KVCache:
     """Keys and values of one layer, each (B, Hkv, slots, D).
 
     Without `window` every token keeps its slot. With it only the last `window - 1` do (a query sees itself and
-    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk.
+    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk, and `spare`
+    older ones so that as many new tokens can be trimmed again without a loss.
     """
 
     step = 256
+    spare = 32
     bits: KVBits | None = None
 
     def __init__(self, sequence: Sequence | None = None, window: int | None = None):
@@ -107,8 +109,8 @@ class KVCache:
         first = self.first_visible - self.start
         self.offset += keys.shape[2]
         seen = [array[..., first:end, :] for array in self.state]
-        if self.window is not None and end > self.window - 1 + self.step:
-            self._drop(end - (self.window - 1), end)
+        if self.window is not None and end > self.window - 1 + self.spare + self.step:
+            self._drop(end - (self.window - 1) - self.spare, end)
         return seen
 
     def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
