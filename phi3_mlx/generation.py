@@ -138,8 +138,8 @@ def generate(
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
     options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
     packs the cache, `kv_group_size` numbers (32 or 64) to a scale. `lookup`: how many tokens may be guessed from
-    earlier text and verified at once (0: none), which changes the speed alone. A run that the memory at hand cannot hold is
-    refused unless `force`. Raises PromptError, ChatError, OptionError or MemoryLimitError.
+    earlier text and verified at once (0: none), which changes the speed alone. A run that the memory at hand cannot
+    hold is refused unless `force`. Raises PromptError, ChatError, OptionError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
