@@ -39,3 +39,7 @@ class OptionError(Phi3Error, ValueError):
 
 class MemoryLimitError(Phi3Error):
     """A run that needs more memory than there is; refused before anything large is allocated."""
+
+
+class CacheError(Phi3Error):
+    """A prompt cache that is damaged, or belongs to another model or prompt."""

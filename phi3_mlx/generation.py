@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .chat import render_chat
-from .engine import FinishReason, Generation, Statistics, Token
+from .engine import FinishReason, Generation, Statistics, Token, check_prompt
 from .errors import OptionError, Phi3Error, PromptError
 from .lookup import MAX_DRAFT
 from .models.cache import KVCache
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .models.cache import KVBits
     from .models.phi3 import LongRopeRule, Model
+    from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -130,6 +131,7 @@ def generate(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 32,
     lookup: int = MAX_DRAFT,
+    prompt_cache: PromptCache | None = None,
     force: bool = False,
 ) -> str:
     """The model's answer to `prompt`.
@@ -138,12 +140,25 @@ def generate(
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
     options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
     packs the cache, `kv_group_size` numbers (32 or 64) to a scale. `lookup`: how many tokens may be guessed from
-    earlier text and verified at once (0: none), which changes the speed alone. A run that the memory at hand cannot
-    hold is refused unless `force`. Raises PromptError, ChatError, OptionError or MemoryLimitError.
+    earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read for
+    the next prompt that begins alike; its own bits then hold instead of `kv_bits`. A run that the memory at hand cannot
+    hold is refused unless `force`. Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, kv_bits=bits, lookup=lookup, force=force)
+    run = _Run(
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens,
+        sampling,
+        stop,
+        raw,
+        kv_bits=bits,
+        lookup=lookup,
+        prompt_cache=prompt_cache,
+        force=force,
+    )
     return "".join(text for _, text, _ in run)
 
 
@@ -164,6 +179,7 @@ def stream_generate(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 32,
     lookup: int = MAX_DRAFT,
+    prompt_cache: PromptCache | None = None,
     force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
@@ -184,6 +200,7 @@ def stream_generate(
         raw,
         kv_bits=bits,
         lookup=lookup,
+        prompt_cache=prompt_cache,
         force=force,
         on_prefill=on_prefill,
     )
@@ -275,9 +292,9 @@ class _Run:
         sampling: Sampling,
         stop: str | Sequence[str] | None,
         raw: bool,
-        cache: list[KVCache] | None = None,
         kv_bits: KVBits | None = None,
         lookup: int = 0,
+        prompt_cache: PromptCache | None = None,
         force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
@@ -287,18 +304,23 @@ class _Run:
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids
+        rows = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+        for row in rows:
+            check_prompt(model, row)  # before a cache is trimmed for it
         self.generation = Generation(
             model,
-            [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts],
+            rows,
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=self._stop_ids,
-            cache=cache,
-            kv_bits=kv_bits,
+            cache=prompt_cache.take(model, rows[0]) if prompt_cache else None,
+            kv_bits=prompt_cache.kv_bits if prompt_cache else kv_bits,
             lookup=lookup,
             room=math.inf if force else None,
             on_prefill=on_prefill,
         )
+        if prompt_cache is not None:
+            prompt_cache.keep(self.generation.cache)  # it grows in place
 
     def __iter__(self) -> Iterator[tuple[Token, str, FinishReason | None]]:
         for token in self.generation:

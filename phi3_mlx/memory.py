@@ -198,8 +198,11 @@ def mac_working_set(memory: int) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes as people read them: "2.20 GB", "310 MB"."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{max(size, 0) / 1e6:,.0f} MB"
+    """Bytes as people read them: "2.20 GB", "310 MB", "12 kB"."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if size >= power:
+            return f"{size / power:,.2f} {unit}" if unit == "GB" else f"{size / power:,.0f} {unit}"
+    return f"{max(size, 0) / 1e3:,.0f} kB"
 
 
 def parse_size(text: str) -> int:

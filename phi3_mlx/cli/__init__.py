@@ -17,6 +17,7 @@ from ..errors import Phi3Error
 _COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model; it remembers the conversation.",
+    "cache": "Read a long text once, for many questions.",
     "plan": "Say what fits in memory, at which length and bits.",
     "models": "List the models known by a short name, and what is on this disk.",
 }

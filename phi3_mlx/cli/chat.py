@@ -51,10 +51,10 @@ def chat(
     from ..conversation import Conversation
 
     system = check_text(system, "--system") if system else None
-    memory.bits()
+    bits = memory.bits()
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    model = source.load_model(directory, sampling.max_tokens, memory)
+    model = source.load_model(directory, sampling.max_tokens, bits, memory.force)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     conversation = Conversation(model, tokenizer, system=system, notify=note, **dataclasses.asdict(memory))
     typed = sys.stdin.isatty()

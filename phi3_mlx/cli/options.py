@@ -42,12 +42,12 @@ class ModelOptions:
 
         return load_tokenizer(directory)
 
-    def load_model(self, directory: Path, length: int, memory: MemoryOptions) -> Model:
-        """The model, unless it and a sequence of `length` tokens do not fit in memory."""
+    def load_model(self, directory: Path, length: int, bits: KVBits | None, force: bool) -> Model:
+        """The model, unless it and a sequence of `length` tokens do not fit in memory (and not `force`)."""
         from ..checkpoint import load_model
         from ..generation import plan_run
 
-        plan_run(directory, length, dtype=self.dtype, kv_bits=memory.bits(), force=memory.force)
+        plan_run(directory, length, dtype=self.dtype, kv_bits=bits, force=force)
         return load_model(directory, dtype=self.dtype, longrope=self.longrope)
 
 
@@ -229,3 +229,32 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it with iconv -t utf-8") from error
+
+
+class PrefillProgress:
+    """A bar on the terminal while a long prompt is read; nothing in a pipe or for a short one."""
+
+    def __init__(self, total: int):
+        self._bar = None
+        if sys.stderr.isatty() and total > 2048:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> PrefillProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+            if done == total:
+                self._bar.stop()
