@@ -18,6 +18,7 @@ from ..config import Phi3Config
 from ..errors import OptionError
 from .attention import Mask, attend, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from .linear import Embedding, Linear
 from .rope import Regime, Rope
 
 LongRopeRule = Literal["auto", "short", "long"]
@@ -39,8 +40,8 @@ class Attention(nn.Module):
             config.head_dim,
         )
         rows = (self._heads + 2 * self._kv_heads) * self._dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
-        self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = Linear(self._heads * self._dim, config.hidden_size, bias=False)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
@@ -56,8 +57,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Phi3Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
@@ -87,7 +88,7 @@ class Phi3Model(nn.Module):
         self._config = config
         self.longrope: LongRopeRule = "auto"
         rope = Rope(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -175,7 +176,7 @@ class Model(nn.Module):
         self._config = config
         self.model = Phi3Model(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
         """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
