@@ -17,6 +17,7 @@ _PUBLIC = {
     "Chunk": "generation",
     "Conversation": "conversation",
     "Phi3Error": "errors",
+    "PromptCache": "prompt_cache",
     "batch_generate": "generation",
     "compare": "quality",
     "convert": "conversion",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .generation import load_tokenizer as load_tokenizer
     from .generation import stream_generate as stream_generate
     from .generation import unload as unload
+    from .prompt_cache import PromptCache as PromptCache
     from .quality import compare as compare
     from .tuning import tune as tune
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +48,21 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     model.model.longrope = longrope
     model.eval()
     return model
+
+
+def weight_bytes(directory: Path, dtype: str | None = None) -> int:
+    """Bytes the weights of a model directory take in memory once `load_model` has read them."""
+    target = _target(dtype)
+    return sum(
+        math.prod(tensor.shape) * target.size if target and tensor.dtype in _storable(mx.float32) else tensor.nbytes
+        for tensor in find_weights(directory).tensors.values()
+    )
+
+
+def computed_size(config: Phi3Config, dtype: str | None = None) -> int:
+    """Bytes of a number in the computation of a model that `load_model` has read."""
+    target = _target(dtype)
+    return target.size if target else 4 if config.dtype == "float32" else 2
 
 
 def _target(dtype: str | None) -> mx.Dtype | None:

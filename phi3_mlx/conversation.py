@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from .chat import render_chat
 from .errors import PromptError
-from .generation import Chunk, _Run
+from .generation import Chunk, _Run, make_kv_bits
+from .lookup import MAX_DRAFT
+from .prompt_cache import PromptCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .models.cache import KVCache
     from .models.phi3 import Model
     from .tokenizer import Tokenizer
 
@@ -23,6 +24,7 @@ class Conversation:
         for chunk in conversation.send("Who are you?"):
             print(chunk.text, end="", flush=True)
 
+    `kv_bits`, `kv_group_size` and `force` are `generate`'s.
     An answer that is broken off (the iterator closed, Ctrl-C) is kept as far as it came.
     `notify` gets a sentence if the model's template has no place for the system message.
     """
@@ -33,16 +35,20 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int = 32,
+        force: bool = False,
         notify: Callable[[str], None] | None = None,
     ):
         self._model, self._tokenizer, self._notify = model, tokenizer, notify
+        self._kv_bits, self._force = make_kv_bits(kv_bits, kv_group_size), force
         self.messages: list[dict[str, str]] = []
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with this system message or none."""
         self.messages = [{"role": "system", "content": system}] if system else []
-        self._cache: list[KVCache] | None = None
+        self._cache = PromptCache(self._model, kv_bits=self._kv_bits)
         self._open: Generator[Chunk, None, None] | None = None
         # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
         # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
@@ -54,7 +60,7 @@ class Conversation:
     @property
     def cached_tokens(self) -> int:
         """How many tokens the cache has read."""
-        return self._cache[0].offset if self._cache else 0
+        return len(self._cache.ids)
 
     def send(
         self,
@@ -68,6 +74,7 @@ class Conversation:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        lookup: int = MAX_DRAFT,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
         if self._open is not None:
@@ -77,9 +84,19 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
         actual = self._with_own_answers(rendered)
-        cache = self._reusable_cache(actual)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        run = _Run(self._model, self._tokenizer, [actual], max_tokens, sampling, stop, raw=True, cache=cache)
+        run = _Run(
+            self._model,
+            self._tokenizer,
+            [actual],
+            max_tokens,
+            sampling,
+            stop,
+            raw=True,
+            lookup=lookup,
+            prompt_cache=self._cache,
+            force=self._force,
+        )
         self._open = self._answered(run, messages, rendered, actual)
         return self._open
 
@@ -96,22 +113,6 @@ class Conversation:
             return rendered
         return [*self._actual, *self._answer, *rendered[end:]]
 
-    def _reusable_cache(self, ids: list[int]) -> list[KVCache] | None:
-        """The cache, trimmed to what it shares with `ids`."""
-        if self._cache is None or not self._cache[0].offset:
-            return None
-        if any(layer.offset != self._cache[0].offset or layer.empty() for layer in self._cache):
-            return None  # Ctrl-C fell between two layers
-        known: list[int] = self._cache[0].sequence.ids[0, : self._cache[0].offset].tolist()  # type: ignore[assignment]
-        shared = 0
-        for a, b in zip(known, ids[:-1], strict=False):
-            if a != b:
-                break
-            shared += 1
-        for layer in self._cache:
-            layer.trim(layer.offset - shared)
-        return self._cache if shared else None
-
     def _answered(
         self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int]
     ) -> Generator[Chunk, None, None]:
@@ -124,6 +125,5 @@ class Conversation:
                     ids.append(chunk.token)
                 yield chunk
         finally:
-            self._cache = run.generation.cache
             self._rendered, self._actual, self._answer = rendered, actual, ids
             self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]

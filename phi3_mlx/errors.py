@@ -39,10 +39,6 @@ class AdapterError(Phi3Error):
     """An adapter that is damaged, or that was trained on another model."""
 
 
-class MemoryPlanError(Phi3Error):
-    """A run that does not fit in memory, refused before anything is loaded."""
-
-
 class TrainingError(Phi3Error):
     """A training run that cannot begin, be resumed or go on."""
 
@@ -51,3 +47,11 @@ class OptionError(Phi3Error, ValueError):
     """An option outside its range; a usage fault, so the exit code is 2."""
 
     exit_code = 2
+
+
+class MemoryLimitError(Phi3Error):
+    """A run that needs more memory than there is; refused before anything large is allocated."""
+
+
+class CacheError(Phi3Error):
+    """A prompt cache that is damaged, or belongs to another model or prompt."""

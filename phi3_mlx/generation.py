@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,22 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .chat import render_chat
-from .engine import FinishReason, Generation, Statistics, Token
+from .engine import FinishReason, Generation, Statistics, Token, check_prompt
 from .errors import OptionError, Phi3Error, PromptError
+from .lookup import MAX_DRAFT
+from .models.cache import KVCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .models.cache import KVCache
+    from pathlib import Path
+
+    from .models.cache import KVBits
     from .models.phi3 import LongRopeRule, Model
+    from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+_MOST_LOOKUP = KVCache.spare  # a longer draft could not be taken back from a windowed cache
 _PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -90,6 +97,29 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     return tokenizer.load_tokenizer(hub.resolve(name, revision))
 
 
+def plan_run(
+    directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None, force: bool = False
+) -> None:
+    """Raise MemoryLimitError if the model of `directory` and a sequence of `length` tokens do not fit in memory.
+
+    Only headers are read, so a run that cannot work is refused before anything is loaded. `force` refuses nothing.
+    """
+    from . import checkpoint, memory
+    from .config import read_config
+    from .models.attention import fused_attention
+
+    config = read_config(directory)
+    run = memory.Run(
+        config,
+        checkpoint.weight_bytes(directory, dtype),
+        min(length, config.max_position_embeddings),
+        bits=kv_bits,
+        itemsize=checkpoint.computed_size(config, dtype),
+        fused=fused_attention(),
+    )
+    memory.check_fits(run, math.inf if force else memory.room())
+
+
 def unload(model: Model) -> None:
     """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
     model.clear()
@@ -111,15 +141,37 @@ def generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    lookup: int = MAX_DRAFT,
+    prompt_cache: PromptCache | None = None,
+    force: bool = False,
 ) -> str:
     """The model's answer to `prompt`.
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
-    options are those of `phi3_mlx.sampling.Sampling`. Raises PromptError, ChatError or OptionError.
+    options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
+    packs the cache, `kv_group_size` numbers (32 or 64) to a scale. `lookup`: how many tokens may be guessed from
+    earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read for
+    the next prompt that begins alike; its own bits then hold instead of `kv_bits`. A run that the memory at hand cannot
+    hold is refused unless `force`. Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens,
+        sampling,
+        stop,
+        raw,
+        kv_bits=bits,
+        lookup=lookup,
+        prompt_cache=prompt_cache,
+        force=force,
+    )
     return "".join(text for _, text, _ in run)
 
 
@@ -137,6 +189,11 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    lookup: int = MAX_DRAFT,
+    prompt_cache: PromptCache | None = None,
+    force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
     """As `generate`, but yields a `Chunk` a token while the answer is made.
@@ -145,7 +202,21 @@ def stream_generate(
     called while a long prompt is read.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, [prompt], max_tokens, sampling, stop, raw, on_prefill=on_prefill)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens,
+        sampling,
+        stop,
+        raw,
+        kv_bits=bits,
+        lookup=lookup,
+        prompt_cache=prompt_cache,
+        force=force,
+        on_prefill=on_prefill,
+    )
     return run.chunks()
 
 
@@ -163,12 +234,16 @@ def batch_generate(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 32,
+    force: bool = False,
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
     if not prompts:
         return []
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw)
+    bits = make_kv_bits(kv_bits, kv_group_size)
+    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
     texts: list[list[str]] = [[] for _ in prompts]
     for token, text, _ in run:
         texts[token.row].append(text)
@@ -196,14 +271,26 @@ def encode_prompt(
     return list(prompt)  # type: ignore[arg-type]
 
 
-def check_limits(max_tokens: int, stop: str | Sequence[str] | None) -> list[str]:
-    """The stop strings as a list; OptionError if one is empty or `max_tokens` is not positive."""
+def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> list[str]:
+    """The stop strings as a list; OptionError if one is empty, or a number is outside its range."""
+    if not 0 <= lookup <= _MOST_LOOKUP:
+        raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {_MOST_LOOKUP}")
     if max_tokens < 1:
         raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     if not all(stops):
         raise OptionError("a stop string is empty; give at least one character")
     return stops
+
+
+def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> KVBits | None:
+    """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
+    from .models.cache import KVBits
+
+    if kv_bits is None:
+        return None
+    keys, values = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
+    return KVBits(keys, values, kv_group_size)
 
 
 class _Run:
@@ -218,24 +305,35 @@ class _Run:
         sampling: Sampling,
         stop: str | Sequence[str] | None,
         raw: bool,
-        cache: list[KVCache] | None = None,
+        kv_bits: KVBits | None = None,
+        lookup: int = 0,
+        prompt_cache: PromptCache | None = None,
+        force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         if not model:
             raise Phi3Error("this model was unloaded; load() it again")
-        stops = check_limits(max_tokens, stop)
+        stops = check_limits(max_tokens, stop, lookup)
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids
+        rows = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+        for row in rows:
+            check_prompt(model, row)  # before a cache is trimmed for it
         self.generation = Generation(
             model,
-            [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts],
+            rows,
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=self._stop_ids,
-            cache=cache,
+            cache=prompt_cache.take(model, rows[0]) if prompt_cache else None,
+            kv_bits=prompt_cache.kv_bits if prompt_cache else kv_bits,
+            lookup=lookup,
+            room=math.inf if force else None,
             on_prefill=on_prefill,
         )
+        if prompt_cache is not None:
+            prompt_cache.keep(self.generation.cache)  # it grows in place
 
     def __iter__(self) -> Iterator[tuple[Token, str, FinishReason | None]]:
         for token in self.generation:

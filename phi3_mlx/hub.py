@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .config import read_config
+from .config import Phi3Config, read_config
 from .errors import ModelNotFoundError, OptionError, Phi3Error
+from .family import (
+    MEDIUM_4K,
+    MEDIUM_128K,
+    MINI_4K,
+    MINI_128K,
+    PHI_4,
+    PHI_4_MINI,
+    PHI_4_REASONING,
+    parameter_count,
+)
 from .safetensors import INDEX, read_index
 
 
@@ -19,7 +29,7 @@ class Alias:
     """A short name for a repository.
 
     `bytes` is the size of its weights, reckoned: parameters times bits, and half a bit more where they are packed
-    (a 16-bit scale and bias for every 64 weights). `context` in tokens.
+    (a 16-bit scale and bias for every 64 weights). `context` in tokens; `shape` is what memory depends on.
     """
 
     name: str
@@ -28,6 +38,7 @@ class Alias:
     bits: int
     bytes: int
     context: int
+    shape: Phi3Config
 
 
 @dataclass(frozen=True)
@@ -43,42 +54,41 @@ class ModelRow:
     path: Path | None
 
 
-_MINI, _MEDIUM, _PHI_4, _PHI_4_MINI = 3_821_079_552, 13_960_238_080, 14_659_507_200, 3_836_021_760  # parameters
-
-
-def _alias(name: str, repo: str, parameters: int, context: int) -> Alias:
+def _alias(name: str, repo: str, shape: Phi3Config) -> Alias:
     width = re.search(r"-(\d)bit$", name)
     bits, stored = (int(width[1]), int(width[1]) + 0.5) if width else (16, 16.0)
+    parameters = parameter_count(shape)
     owner = "mlx-community" if width else "microsoft"
-    return Alias(name, f"{owner}/{repo}", f"{parameters / 1e9:.1f}B", bits, int(parameters * stored / 8), context)
+    size = int(parameters * stored / 8)
+    return Alias(name, f"{owner}/{repo}", f"{parameters / 1e9:.1f}B", bits, size, shape.max_position_embeddings, shape)
 
 
 ALIASES = (
-    _alias("phi-3-mini-4k", "Phi-3-mini-4k-instruct", _MINI, 4096),
-    _alias("phi-3-mini-4k-4bit", "Phi-3-mini-4k-instruct-4bit", _MINI, 4096),
-    _alias("phi-3-mini-4k-8bit", "Phi-3-mini-4k-instruct-8bit", _MINI, 4096),
-    _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", _MINI, 131072),
-    _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", _MINI, 131072),
-    _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", _MINI, 131072),
-    _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", _MEDIUM, 4096),
-    _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", _MEDIUM, 4096),
-    _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", _MEDIUM, 131072),
-    _alias("phi-3-medium-128k-4bit", "Phi-3-medium-128k-instruct-4bit", _MEDIUM, 131072),
-    _alias("phi-3.5-mini", "Phi-3.5-mini-instruct", _MINI, 131072),
-    _alias("phi-3.5-mini-4bit", "Phi-3.5-mini-instruct-4bit", _MINI, 131072),
-    _alias("phi-3.5-mini-8bit", "Phi-3.5-mini-instruct-8bit", _MINI, 131072),
-    _alias("phi-4", "phi-4", _PHI_4, 16384),
-    _alias("phi-4-4bit", "phi-4-4bit", _PHI_4, 16384),
-    _alias("phi-4-8bit", "phi-4-8bit", _PHI_4, 16384),
-    _alias("phi-4-reasoning", "Phi-4-reasoning", _PHI_4, 32768),
-    _alias("phi-4-reasoning-4bit", "Phi-4-reasoning-4bit", _PHI_4, 32768),
-    _alias("phi-4-reasoning-plus", "Phi-4-reasoning-plus", _PHI_4, 32768),
-    _alias("phi-4-reasoning-plus-4bit", "Phi-4-reasoning-plus-4bit", _PHI_4, 32768),
-    _alias("phi-4-mini", "Phi-4-mini-instruct", _PHI_4_MINI, 131072),
-    _alias("phi-4-mini-4bit", "Phi-4-mini-instruct-4bit", _PHI_4_MINI, 131072),
-    _alias("phi-4-mini-8bit", "Phi-4-mini-instruct-8bit", _PHI_4_MINI, 131072),
-    _alias("phi-4-mini-reasoning", "Phi-4-mini-reasoning", _PHI_4_MINI, 131072),
-    _alias("phi-4-mini-reasoning-4bit", "Phi-4-mini-reasoning-4bit", _PHI_4_MINI, 131072),
+    _alias("phi-3-mini-4k", "Phi-3-mini-4k-instruct", MINI_4K),
+    _alias("phi-3-mini-4k-4bit", "Phi-3-mini-4k-instruct-4bit", MINI_4K),
+    _alias("phi-3-mini-4k-8bit", "Phi-3-mini-4k-instruct-8bit", MINI_4K),
+    _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", MINI_128K),
+    _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", MINI_128K),
+    _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", MINI_128K),
+    _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", MEDIUM_4K),
+    _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", MEDIUM_4K),
+    _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", MEDIUM_128K),
+    _alias("phi-3-medium-128k-4bit", "Phi-3-medium-128k-instruct-4bit", MEDIUM_128K),
+    _alias("phi-3.5-mini", "Phi-3.5-mini-instruct", MINI_128K),
+    _alias("phi-3.5-mini-4bit", "Phi-3.5-mini-instruct-4bit", MINI_128K),
+    _alias("phi-3.5-mini-8bit", "Phi-3.5-mini-instruct-8bit", MINI_128K),
+    _alias("phi-4", "phi-4", PHI_4),
+    _alias("phi-4-4bit", "phi-4-4bit", PHI_4),
+    _alias("phi-4-8bit", "phi-4-8bit", PHI_4),
+    _alias("phi-4-reasoning", "Phi-4-reasoning", PHI_4_REASONING),
+    _alias("phi-4-reasoning-4bit", "Phi-4-reasoning-4bit", PHI_4_REASONING),
+    _alias("phi-4-reasoning-plus", "Phi-4-reasoning-plus", PHI_4_REASONING),
+    _alias("phi-4-reasoning-plus-4bit", "Phi-4-reasoning-plus-4bit", PHI_4_REASONING),
+    _alias("phi-4-mini", "Phi-4-mini-instruct", PHI_4_MINI),
+    _alias("phi-4-mini-4bit", "Phi-4-mini-instruct-4bit", PHI_4_MINI),
+    _alias("phi-4-mini-8bit", "Phi-4-mini-instruct-8bit", PHI_4_MINI),
+    _alias("phi-4-mini-reasoning", "Phi-4-mini-reasoning", PHI_4_MINI),
+    _alias("phi-4-mini-reasoning-4bit", "Phi-4-mini-reasoning-4bit", PHI_4_MINI),
 )
 _REPO_IDS = {alias.name: alias.repo_id for alias in ALIASES}
 
@@ -128,6 +138,11 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
         commit = revision  # a commit hash names itself
     snapshot = folder / "snapshots" / commit
     return snapshot if _is_complete(snapshot) else None
+
+
+def find_alias(name: str) -> Alias | None:
+    """The alias of that name, or of that repository."""
+    return next((alias for alias in ALIASES if name.lower() == alias.name or name == alias.repo_id), None)
 
 
 def list_models() -> list[ModelRow]:

@@ -1,14 +1,26 @@
-"""What a run does to the machine's memory, and how much there is."""
+"""How much memory a run needs, how much there is, and what a run does to it."""
 
 from __future__ import annotations
 
 import os
-import sys
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+
+from .config import Phi3Config
+from .errors import MemoryLimitError, OptionError
+from .models.attention import SCORES, UNPACKED, fused_attention
+from .models.cache import KVBits, KVCache
+from .models.linear import unpacking_pays
+
+CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
+_CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
+_OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
+MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 # Buffers MLX may keep for reuse. Left alone it keeps as much as the memory limit allows, and a Mac swaps.
 _BUFFER_CACHE = 1 << 30
@@ -47,16 +59,169 @@ def _set_limits() -> None:
         _restore.append(mx.synchronize)
 
 
-def available_memory() -> int:
-    """Bytes that a run may use here: what Metal recommends, a GPU's memory, else what Linux calls available."""
-    device = mx.default_device()
-    if device.type == mx.DeviceType.gpu:
-        info = mx.device_info(device)
-        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a run takes at its peak: `weights`, keys and values, and the `workspace` of a prefill chunk."""
+
+    weights: int
+    cache: int
+    workspace: int
+    chunk: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+@dataclass(frozen=True)
+class Run:
+    """What memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
+
+    `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
+    `fused`, whether attention keeps its scores in registers, as on a GPU.
+    """
+
+    config: Phi3Config
+    weights: int
+    length: int
+    rows: int = 1
+    bits: KVBits | None = None
+    itemsize: int = 2
+    fused: bool = True
+
+    def plan(self, room: float) -> Plan:
+        """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
+        chunks = [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
+        plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
+        for plan in plans:
+            if plan.total <= room:
+                break
+        return plan
+
+    def cache_bytes(self) -> int:
+        """Keys and values of all layers at the end."""
+        return self.config.num_hidden_layers * self._layer_bytes(self.length)
+
+    def longest(self, room: float) -> int:
+        """The most tokens that fit, 0 if none do; at most the model's context."""
+        low, high = 0, self.config.max_position_embeddings
+        while low < high:
+            middle = (low + high + 1) // 2
+            if replace(self, length=middle).plan(room).total <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _layer_bytes(self, length: int) -> int:
+        config = self.config
+        kept = KVCache.spare + 2 * KVCache.step
+        slots = length if config.sliding_window is None else min(length, config.sliding_window - 1 + kept)
+        slots = -(-slots // KVCache.step) * KVCache.step
+        numbers = self.rows * slots * config.num_key_value_heads * config.head_dim
+        if self.bits is None:
+            return 2 * numbers * self.itemsize
+        scales = 2 * 2 * numbers // self.bits.group_size * self.itemsize  # and biases, of keys and of values
+        return numbers * (self.bits.keys + self.bits.values) // 8 + scales
+
+    def workspace(self, chunk: int) -> int:
+        """What reading a chunk at the end of the sequence holds beside weights and cache.
+
+        The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
+        (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
+        last grows, and what one call of attention writes.
+        """
+        config, tokens = self.config, self.rows * min(chunk, self.length)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        numbers = 7 * config.hidden_size + 4 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
+        seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
+        attention = 0 if self.fused else min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4
+        if self.bits is not None:
+            one = self.rows * seen * dim
+            attention += 2 * min(max(UNPACKED, one), kv_heads * one) * self.itemsize
+        logits = 2 * self.rows * config.vocab_size * 4
+        if self._unpacks(tokens):
+            # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
+            weight = 3 * 2 * config.hidden_size * config.intermediate_size
+            wide = weight + tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
+            numbers -= config.intermediate_size + (heads + 2 * kv_heads) * dim
+            return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
+        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
+        return max(tokens * numbers * self.itemsize + attention + grown, logits)
+
+    def _unpacks(self, tokens: int) -> bool:
+        """Whether packed weights are multiplied as floats."""
+        return not self.fused and self.config.quantization is not None and tokens >= unpacking_pays()
+
+
+def check_fits(run: Run, room: float) -> Plan:
+    """The plan of a run. Raises MemoryLimitError, with the numbers and what would fit, if it exceeds `room` bytes."""
+    plan = run.plan(room)
+    if plan.total <= room:
+        return plan
+    ways = []
+    for bits in _OFFERED_BITS:
+        packed = replace(run, bits=KVBits(bits, bits))
+        if run.bits is not None and bits >= min(run.bits.keys, run.bits.values):
+            continue
+        if (total := packed.plan(room).total) <= room:
+            ways.append(f"--kv-bits {bits} needs {size_text(total)}")
+            break
+    if longest := run.longest(room):
+        ways.append(f"up to {longest:,} tokens fit")
+    elif not ways:
+        ways.append("take a model of fewer bits")
+    raise MemoryLimitError(
+        f"{run.length:,} tokens need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
+        f"{size_text(plan.cache)}, work {size_text(plan.workspace)}), and {size_text(room)} may be used: "
+        f"{', '.join(ways)}, and --force tries all the same"
+    )
+
+
+def room() -> int:
+    """Bytes that may still be allocated: of Metal's recommended working set, of a GPU's memory, else of free RAM."""
+    if fused_attention():
+        info = mx.device_info(mx.gpu)
+        for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's name, CUDA's
             if info.get(key):
-                return int(info[key])
-    if sys.platform.startswith("linux"):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+                return int(info[key]) - mx.get_active_memory()
+    return available_ram() + mx.get_cache_memory()
+
+
+def available_ram() -> int:
+    """What the system would give without swapping, within the limit of this process's control group."""
+    if not MEMINFO.is_file():  # macOS, computing on the CPU
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
+    available = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (CONTROL_GROUP / "memory.max").read_text().strip(), (CONTROL_GROUP / "memory.current").read_text()
+        if limit != "max":
+            available = min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # no control group, or an older kind
+    return available
+
+
+def mac_working_set(memory: int) -> int:
+    """Metal's recommended working set of a Mac with `memory` bytes: two thirds, from 64 GB on three quarters.
+
+    As `max_recommended_working_set_size` reports it on M1 to M4; a system setting can change it.
+    """
+    return memory * 3 // 4 if memory >= 64 * 2**30 else memory * 2 // 3
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them: "2.20 GB", "310 MB", "12 kB"."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if size >= power:
+            return f"{size / power:,.2f} {unit}" if unit == "GB" else f"{size / power:,.0f} {unit}"
+    return f"{max(size, 0) / 1e3:,.0f} kB"
+
+
+def parse_size(text: str) -> int:
+    """ "16GB" or "800M" as bytes, in powers of 1024 as memory is sold. Raises OptionError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise OptionError(f"{text!r} is not a size of memory; give one such as 16GB or 800MB")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))

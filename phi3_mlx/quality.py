@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from .errors import OptionError, PromptError
-from .models.attention import make_mask
 
 if TYPE_CHECKING:
     from .models.phi3 import Model
@@ -94,9 +90,8 @@ def compare(
     difference = Difference()
     for block in blocks(ids_a, window, _bos(tokenizer_a)):
         inputs, targets = block[:, :-1], block[:, 1:].flatten()
-        hidden_a, hidden_b = hidden_states(model_a, inputs), hidden_states(model_b, inputs)
-        head_a, head_b = head(model_a), head(model_b)
-        difference.add(hidden_a, head_a, hidden_b, head_b, targets, sizes[0])
+        hidden_a, hidden_b = model_a.model(inputs), model_b.model(inputs)
+        difference.add(hidden_a, model_a.logits, hidden_b, model_b.logits, targets, sizes[0])
         if progress is not None:
             progress(difference.tokens, total)
     return difference.result(_characters(tokenizer_a, text, ids_a))
@@ -174,77 +169,11 @@ def check_window(window: int, context: int) -> None:
         raise OptionError(f"window {window:,} is outside its range; give 1 to {context:,}, the model's context")
 
 
-def hidden_states(model: Model, ids: mx.array) -> mx.array:
-    """The last layer's normed output, ids (B, L) -> (B, L, hidden_size), evaluated.
-
-    On MLX's CPU backend, which multiplies many rows by a packed matrix slowly, one layer at a time is unpacked: the
-    same numbers from plain matrices.
-    """
-    inner = model.model
-    if not _on_cpu():
-        hidden = inner(ids)
-        mx.eval(hidden)
-        return hidden
-    length = ids.shape[1]
-    mask, long = make_mask(length, model.config.sliding_window), inner.is_long(length)
-    hidden = inner.embed_tokens(ids)
-    for layer in inner.layers:
-        with unpacked(layer):
-            hidden = layer(hidden, mask, None, 0, long)
-            mx.eval(hidden)
-    return inner.norm(hidden)
-
-
-def head(model: Model) -> Callable[[mx.array], mx.array]:
-    """The function from hidden states to logits, unpacked where `hidden_states` unpacks."""
-    tied = model.config.tie_word_embeddings
-    layer = model.model.embed_tokens if tied else model.lm_head
-    layer = plain(layer) if _on_cpu() else layer
-    return layer.as_linear if tied else layer
-
-
 def chunks(count: int, vocab_size: int) -> Iterator[slice]:
     """`count` positions in runs whose logits fit in memory at once."""
     step = max(1, LOGITS_AT_ONCE // vocab_size)
     for first in range(0, count, step):
         yield slice(first, first + step)
-
-
-@contextmanager
-def unpacked(module: nn.Module) -> Iterator[None]:
-    """For a while, the packed layers inside `module` as plain matrices of the same values."""
-    packed = [(name, layer) for name, layer in module.named_modules() if name and _is_packed(layer)]
-    module.update_modules(tree_unflatten([(name, plain(layer)) for name, layer in packed]))
-    try:
-        yield
-    finally:
-        module.update_modules(tree_unflatten(packed))
-
-
-def plain(layer: nn.Module) -> nn.Module:
-    """A packed layer as an ordinary one of the same values, in the dtype of its scales; any other as it is."""
-    if not _is_packed(layer):
-        return layer
-    result = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias=False)
-    result.weight = dequantized(layer)
-    return result
-
-
-def dequantized(layer: nn.Module) -> mx.array:
-    """The weight of a linear layer or embedding, packed or not, as one matrix (outputs, inputs)."""
-    if not _is_packed(layer):
-        return layer.weight
-    return mx.dequantize(
-        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
-    )
-
-
-def _is_packed(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def _sum(values: np.ndarray) -> float:
@@ -254,10 +183,9 @@ def _sum(values: np.ndarray) -> float:
 def _alone(model: Model, tokenizer: Tokenizer, text: str, ids: Sequence[int], window: int) -> Quality:
     nats = 0.0
     for block in blocks(ids, window, _bos(tokenizer)):
-        hidden, targets = hidden_states(model, block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
-        to_logits = head(model)
+        hidden, targets = model.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
         for here in chunks(len(targets), model.config.vocab_size):
-            logs = log_softmax(to_logits(hidden[here]))
+            logs = log_softmax(model.logits(hidden[here]))
             nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
     return Quality(_predicted(tokenizer, ids), _characters(tokenizer, text, ids), nats)
 

@@ -90,6 +90,15 @@ class Sampler:
             rows.append(mx.random.gumbel((vocab_size,), key=draw))
         return mx.stack(rows)
 
+    @property
+    def state(self) -> tuple[list[mx.array], mx.array | None]:
+        """What the next draw depends on, to be set again when a draw is taken back."""
+        return list(self._keys), self._seen
+
+    @state.setter
+    def state(self, state: tuple[list[mx.array], mx.array | None]) -> None:
+        self._keys, self._seen = list(state[0]), state[1]
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self._keys = [self._keys[i] for i in rows]

@@ -338,10 +338,10 @@ def test_the_window_bounds_what_is_stored():
     feed(model, cache, IDS[:, :300])
     for t in range(300, 400):
         feed(model, cache, IDS[:, t : t + 1])
-        slots = cache[0].keys.shape[2]
+        slots = cache[0].state[0].shape[2]
         assert slots <= WINDOW - 1 + 2 * KVCache.step, "as much as the bulk drop needs, no more"
     assert cache[0].offset == 400
-    assert cache[0].nbytes == 2 * cache[0].keys.nbytes
+    assert cache[0].nbytes == 2 * cache[0].state[0].nbytes
 
 
 def test_a_window_of_one_sees_itself_alone():

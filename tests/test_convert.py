@@ -720,7 +720,7 @@ def test_report_and_recipe(tmp_path, run):
 def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypatch):
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, source)
-    monkeypatch.setattr(pipeline, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(pipeline, "room", lambda: 10**6)
     done = convert(source, tmp_path / "new")
     assert done.report is None
     assert re.fullmatch(

@@ -202,7 +202,7 @@ def test_a_cache_torn_between_two_layers_is_not_used(tiny):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
     say(conversation, ASK, max_tokens=10)
-    conversation._cache[-1].trim(3)  # as Ctrl-C inside a forward pass leaves it
+    conversation._cache._layers[-1].trim(3)  # as Ctrl-C inside a forward pass leaves it
     text, chunks = say(conversation, "Go on.", max_tokens=10)
     assert chunks[-1].prefilled_tokens == chunks[-1].prompt_tokens
     assert text == generate(model, tokenizer, conversation._actual, max_tokens=10)

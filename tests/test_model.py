@@ -313,5 +313,5 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(name):
         cache = model.make_cache()
         model(mx.array(ids[:, :-1]), cache)
         step = model(mx.array(ids[:, -1:]), cache)
-        assert cache[0].keys.dtype == mx.bfloat16
+        assert cache[0].state[0].dtype == mx.bfloat16
         assert off(step.astype(mx.float32), logits[:, -1:]) < 0.1

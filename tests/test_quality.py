@@ -4,17 +4,16 @@ import json
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import oracle
 import pytest
-from quality_models import TRAINED, Letters, RandomSource, random_ids, stories, write_model
+from quality_models import TRAINED, Letters, RandomSource, stories, write_model
 from test_cli import one_line, run  # noqa: F401
 
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.rounding import rounded, uniform
 from phi3_mlx.errors import OptionError, PromptError
-from phi3_mlx.quality import compare, hidden_states, log_softmax, unpacked
+from phi3_mlx.quality import compare, log_softmax
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not even wake up."
 
@@ -85,24 +84,6 @@ def test_logits_come_in_pieces(pair, monkeypatch):
     parts = compare(pair[0], Letters(), pair[1], Letters(), TEXT)
     assert max(sizes) == 5
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
-
-
-@pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 3, 32), ("mxfp4", 4, 32), ("nvfp4", 4, 16)])
-@pytest.mark.parametrize("length", [oracle.ORIGINAL - 1, oracle.ORIGINAL + 1])
-def test_unpacking_changes_no_numbers_and_is_undone(tmp_path, mode, bits, group_size, length):
-    source = RandomSource(**{**oracle.CONFIGS["phi-4-mini"], "num_hidden_layers": 2})
-    recipe = uniform(bits, group_size, mode)
-    model = load_model(write_model(tmp_path / "model", source, recipe, rounded(source, recipe)))
-    ids = mx.array([random_ids(length), random_ids(length, seed=1)])
-    kinds = [type(module) for _, module in model.named_modules()]
-    np.testing.assert_allclose(np.array(hidden_states(model, ids)), np.array(model.model(ids)), atol=2e-5)
-    assert [type(module) for _, module in model.named_modules()] == kinds
-    with unpacked(model):
-        inside = [module for _, module in model.named_modules()]
-        assert not any(isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) for module in inside)
-    with pytest.raises(KeyboardInterrupt), unpacked(model):
-        raise KeyboardInterrupt
-    assert [type(module) for _, module in model.named_modules()] == kinds
 
 
 def test_other_tokens_leave_perplexity_per_character(pair):

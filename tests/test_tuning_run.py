@@ -16,7 +16,7 @@ from conftest import ROOT
 from tuning_models import examples, facts, make_directory, write_jsonl
 
 from phi3_mlx import load
-from phi3_mlx.errors import DataError, MemoryPlanError, OptionError, TrainingError
+from phi3_mlx.errors import DataError, MemoryLimitError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.checkpoints import newest_checkpoint, save_checkpoint
@@ -275,12 +275,12 @@ def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3_mlx.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
     options = {"batch_size": 64, "steps": 1}
     with pytest.raises(
-        MemoryPlanError, match=r"needs about .* GB .*weights.*it would fit with --gradient-checkpointing"
+        MemoryLimitError, match=r"needs about .* GB .*weights.*it would fit with --gradient-checkpointing"
     ):
         tune(str(base), path, tmp_path / "out", **options, memory=0.15)
-    with pytest.raises(MemoryPlanError, match=r"--accumulate (32|64)"):
+    with pytest.raises(MemoryLimitError, match=r"--accumulate (32|64)"):
         tune(str(base), path, tmp_path / "out", **options, memory=0.06)
-    with pytest.raises(MemoryPlanError, match="even with"):
+    with pytest.raises(MemoryLimitError, match="even with"):
         tune(str(base), path, tmp_path / "out", **options, memory=0.001)
     assert not (tmp_path / "out").exists()
 

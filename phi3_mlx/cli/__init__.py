@@ -22,6 +22,8 @@ _COMMANDS = {
     "tune": "Fine-tune a model on your examples.",
     "fuse": "Make one model of a model and its adapter.",
     "adapter": "Take adapters from PEFT, or give them to it.",
+    "cache": "Read a long text once, for many questions.",
+    "plan": "Say what fits in memory, at which length and bits.",
     "models": "List the models known by a short name, and what is on this disk.",
 }
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import Phi3Error, PromptError
-from .options import ModelOptions, SamplingOptions, check_text, decode_text, model_options, sampling_options
+from .options import (
+    MemoryOptions,
+    ModelOptions,
+    SamplingOptions,
+    check_text,
+    decode_text,
+    memory_options,
+    model_options,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -29,8 +38,11 @@ _HELP = """\
 @model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @sampling_options(max_tokens=1024)
+@memory_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
-def chat(source: ModelOptions, system: str | None, sampling: SamplingOptions, stats: bool) -> None:
+def chat(
+    source: ModelOptions, system: str | None, sampling: SamplingOptions, memory: MemoryOptions, stats: bool
+) -> None:
     """Talk with a model; it remembers the conversation.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
@@ -39,9 +51,12 @@ def chat(source: ModelOptions, system: str | None, sampling: SamplingOptions, st
     from ..conversation import Conversation
 
     system = check_text(system, "--system") if system else None
-    model, tokenizer = source.load()
+    bits = memory.bits()
+    directory = source.find()
+    tokenizer = source.load_tokenizer(directory)
+    model = source.load_model(directory, sampling.max_tokens, bits, memory.force)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
-    conversation = Conversation(model, tokenizer, system=system, notify=note)
+    conversation = Conversation(model, tokenizer, system=system, notify=note, **dataclasses.asdict(memory))
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # some Pythons are built without it

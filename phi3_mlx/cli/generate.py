@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import PromptError
-from .options import ModelOptions, SamplingOptions, check_text, model_options, read_text, sampling_options
+from .options import (
+    MemoryOptions,
+    ModelOptions,
+    PrefillProgress,
+    SamplingOptions,
+    check_text,
+    memory_options,
+    model_options,
+    read_text,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..generation import Chunk
@@ -20,18 +30,22 @@ if TYPE_CHECKING:
 @model_options
 @click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
 @click.option("-f", "--file", metavar="FILE", help='A text file, put after the prompt if there is one; "-" is stdin.')
+@click.option("--cache", metavar="FILE", help="Go on from a text read before, by `phi3-mlx cache build`.")
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @sampling_options(max_tokens=512)
+@memory_options
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
 def generate(
     source: ModelOptions,
     prompt: str | None,
     file: str | None,
+    cache: str | None,
     system: str | None,
     raw: bool,
     sampling: SamplingOptions,
+    memory: MemoryOptions,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -43,23 +57,45 @@ def generate(
     git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
     """
     sampling.check()
-    text = _prompt(prompt, file, raw)
-    if raw and system:
-        raise click.UsageError("--raw sends no template, so it has no place for --system")
+    if raw and (system or cache):
+        raise click.UsageError("--raw sends no template, so it has no place for --system or --cache")
+    bits = memory.bits()  # refuses what cannot be, before a model is fetched
+    if cache is not None:
+        if bits is not None:
+            raise click.UsageError(f"{cache} has its own bits, so --kv-bits has no effect; leave it out")
+        from ..prompt_cache import PromptCache, about_document, read_document
+
+        document, bits = read_document(cache)
+        system = system or document.system
+        text = about_document(read_text(file) if file else document.text, _prompt(prompt, None, raw))
+    else:
+        text = _prompt(prompt, file, raw)
     from ..generation import encode_prompt, stream_generate
 
-    model, tokenizer = source.load()
+    directory = source.find()
+    tokenizer = source.load_tokenizer(directory)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
-    with _PrefillProgress(len(ids)) as progress:
-        chunks = stream_generate(model, tokenizer, ids, on_prefill=progress.update, **dataclasses.asdict(sampling))
+    model = source.load_model(directory, len(ids) + sampling.max_tokens, bits, memory.force)
+    prompt_cache = None
+    if cache is not None:
+        prompt_cache = PromptCache.load(cache, model)
+        prompt_cache.check_prefix(ids, cache)
+    with PrefillProgress(len(ids)) as progress:
+        settings = dataclasses.asdict(sampling) | dataclasses.asdict(memory)
+        chunks = stream_generate(
+            model, tokenizer, ids, prompt_cache=prompt_cache, on_prefill=progress.update, **settings
+        )
         last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
     if stats:
+        from ..memory import size_text
+
         click.echo(
-            f"prompt {last.prompt_tokens:,} tokens, {last.prompt_tps:,.1f} tok/s; answer {last.generation_tokens:,} "
-            f"tokens, {last.generation_tps:,.1f} tok/s; peak memory {last.peak_memory / 1e9:.2f} GB",
+            f"prompt {last.prompt_tokens:,} tokens ({last.prefilled_tokens:,} read now), {last.prompt_tps:,.1f} tok/s; "
+            f"answer {last.generation_tokens:,} tokens, {last.generation_tps:,.1f} tok/s; "
+            f"peak memory {size_text(last.peak_memory)}",
             err=True,
         )
 
@@ -110,32 +146,3 @@ def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
             answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
             click.echo(json.dumps(answer, ensure_ascii=False))
     return seen[-1]
-
-
-class _PrefillProgress:
-    """A bar on the terminal while a long prompt is read; nothing in a pipe or for a short one."""
-
-    def __init__(self, total: int):
-        self._bar = None
-        if sys.stderr.isatty() and total > 2048:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> _PrefillProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=done)
-            if done == total:
-                self._bar.stop()

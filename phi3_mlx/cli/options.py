@@ -13,6 +13,9 @@ import click
 from ..errors import PromptError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..models.cache import KVBits
     from ..models.phi3 import Model
     from ..tokenizer import Tokenizer
 
@@ -21,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is read; `load` gives it and its tokenizer."""
+    """Which model, and how it is read."""
 
     model: str
     revision: str | None
@@ -29,11 +32,29 @@ class ModelOptions:
     longrope: Any
     adapter: tuple[str, ...] = ()
 
-    def load(self) -> tuple[Model, Tokenizer]:
-        from ..generation import load
+    def find(self) -> Path:
+        """The model's directory, downloaded if need be."""
+        from ..hub import resolve
 
-        adapter = dict(map(_weighted, self.adapter)) or None
-        return load(self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapter=adapter)
+        return resolve(self.model, self.revision)
+
+    def load_tokenizer(self, directory: Path) -> Tokenizer:
+        from ..tokenizer import load_tokenizer
+
+        return load_tokenizer(directory)
+
+    def load_model(self, directory: Path, length: int, bits: KVBits | None, force: bool) -> Model:
+        """The model, unless it and a sequence of `length` tokens do not fit in memory (and not `force`)."""
+        from ..checkpoint import load_model
+        from ..generation import plan_run
+
+        plan_run(directory, length, dtype=self.dtype, kv_bits=bits, force=force)
+        model = load_model(directory, dtype=self.dtype, longrope=self.longrope)
+        if self.adapter:
+            from ..tuning.adapters import apply, base_of
+
+            apply(model, base_of(directory, self.model, self.revision), dict(map(_weighted, self.adapter)))
+        return model
 
 
 def _weighted(given: str) -> tuple[str, float]:
@@ -84,6 +105,58 @@ def model_options(function: F) -> F:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """How the cache is packed, and whether a run that does not fit is tried; by `generate`'s names."""
+
+    kv_bits: tuple[int, int] | None
+    kv_group_size: int
+    force: bool
+
+    def bits(self) -> KVBits | None:
+        """Raises OptionError for bits that cannot be."""
+        from ..generation import make_kv_bits
+
+        return make_kv_bits(self.kv_bits, self.kv_group_size)
+
+
+class _KVBitsType(click.ParamType):
+    name = "BITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = [int(part) for part in value.split(",")]
+        except ValueError:
+            found = []
+        if len(found) not in (1, 2):
+            self.fail(f"{value!r} is not a number of bits such as 4, or two such as 8,4 for keys and values")
+        return found[0], found[-1]
+
+
+def memory_options(function: F) -> F:
+    """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
+    return _gathered(
+        function,
+        "memory",
+        MemoryOptions,
+        [
+            click.option(
+                "--kv-bits",
+                type=_KVBitsType(),
+                help="Pack keys and values in 8, 6, 4, 3 or 2 bits; two numbers (8,4) for keys and values apart.",
+            ),
+            click.option(
+                "--kv-group-size",
+                type=int,
+                default=32,
+                show_default=True,
+                help="Packed numbers that share a scale: 32 or 64.",
+            ),
+            click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
+        ],
+    )
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """The sampling options of the command line, by `generate`'s names."""
 
@@ -95,13 +168,14 @@ class SamplingOptions:
     repetition_penalty: float
     seed: int | None
     stop: tuple[str, ...]
+    lookup: int
 
     def check(self) -> None:
         """OptionError for a value outside its range; called before a model is fetched or read."""
         from ..generation import check_limits
         from ..sampling import Sampling
 
-        check_limits(self.max_tokens, self.stop)
+        check_limits(self.max_tokens, self.stop, self.lookup)
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
@@ -122,6 +196,13 @@ def sampling_options(max_tokens: int) -> Callable[[F], F]:
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
         click.option("--seed", type=int, help="Repeat the same draw."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option(
+            "--lookup",
+            type=int,
+            default=16,
+            show_default=True,
+            help="Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
+        ),
     ]
     return lambda function: _gathered(function, "sampling", SamplingOptions, options)
 
@@ -169,3 +250,32 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it with iconv -t utf-8") from error
+
+
+class PrefillProgress:
+    """A bar on the terminal while a long prompt is read; nothing in a pipe or for a short one."""
+
+    def __init__(self, total: int):
+        self._bar = None
+        if sys.stderr.isatty() and total > 2048:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> PrefillProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+            if done == total:
+                self._bar.stop()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..atomic import check_destination, new_directory
 from ..checkpoint import DTYPES
 from ..config import read_json
-from ..errors import MemoryPlanError, OptionError, Phi3Error
+from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..hub import resolve
-from ..memory import available_memory
+from ..memory import room
 from .checked import CheckedSource
 from .rounding import Recipe, packings, planned, rounded, uniform
 from .sources import Source, open_source
@@ -166,9 +166,9 @@ def _report(
 ) -> Report:
     from .report import memory_needed, write_report
 
-    needed, available = memory_needed(source, size), available_memory()
+    needed, available = memory_needed(source, size), room()
     if only_if_it_fits and needed > available:
-        raise MemoryPlanError(
+        raise MemoryLimitError(
             f"it takes about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; --report makes it "
             "nonetheless"
         )

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..checkpoint import load_model
-from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks, plain, unpacked
+from ..models.linear import plain_weight
+from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
 from .layerwise import EMBEDDING, LINEARS, LayerStream, layer_of, linear
@@ -180,16 +181,15 @@ class _Comparison:
         del embedding
         for i, packed in enumerate(self._model.layers):
             layer = self._stream.layer(i)
-            with unpacked(packed):
-                ours = self._layer(f"model.layers.{i}", layer, packed, ours)
-                theirs = [self._stream.run(packed, hidden) for hidden in theirs]
+            ours = self._layer(f"model.layers.{i}", layer, packed, ours)
+            theirs = [self._stream.run(packed, hidden) for hidden in theirs]
             mx.clear_cache()
             if progress is not None:
                 progress(i + 1, len(self._model.layers))
         path = self._stream.head_path
         weight = self._stream.source.read(f"{path}.weight").astype(mx.float32)
         tied = self._model.config.tie_word_embeddings
-        packed_weight = plain(self._model.model.embed_tokens if tied else self._model.lm_head).weight
+        packed_weight = plain_weight(self._model.model.embed_tokens if tied else self._model.lm_head)
         self.errors[path] = self._end(weight, packed_weight, ours, theirs)
 
     def _layer(
@@ -197,7 +197,7 @@ class _Comparison:
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
         weights = {path: linear(layer, path).weight for path in LINEARS}
-        changes = {path: linear(packed, path).weight - weight for path, weight in weights.items()}
+        changes = {path: plain_weight(linear(packed, path)) - weight for path, weight in weights.items()}
         sums = {path: [0.0, 0.0] for path in LINEARS}
         result = []
         for block in hidden:

@@ -4,18 +4,94 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .cache import KVCache
+from .cache import KVBits, KVCache
+
+# Limits of what one attention call writes to memory beside its result, in numbers: 64 MB of float32 each.
+SCORES = 1 << 24  # queries x keys, where MLX has no fused kernel
+UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
+_FEW = 32  # queries at most that read a packed cache as it is
 
 Mask = mx.array | str | None
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
     """Softmax attention; q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D). Softmax in float32."""
-    if cache is not None:
-        k, v = cache.update_and_fetch(k, v)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    batch, _, length, _ = out.shape
+    seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
+    bits = None if cache is None else cache.bits
+    batch, heads, length, _ = q.shape
+    numbers = batch * heads * length * seen[0].shape[2]
+    if bits is not None and (length == 1 or (length <= _FEW and numbers <= SCORES)):
+        out = _attend_packed(q, seen, bits, scale, mask)
+    elif bits is not None or (not fused_attention() and numbers > SCORES):
+        out = _attend_in_tiles(q, seen, bits, scale, mask)
+    else:
+        out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def fused_attention() -> bool:
+    """Whether MLX's attention keeps its scores in registers; on the CPU it writes all of them to memory."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
+    """A few queries against packed keys and values, which are read as they are: scores (B, Hkv, G * L, S)."""
+    batch, heads, length, dim = q.shape
+    kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
+    (k, k_scales, k_biases), (v, v_scales, v_biases) = seen[:3], seen[3:]
+    q = (q * scale).reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G * L, D)
+    scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, group_size=bits.group_size, bits=bits.keys)
+    scores = scores.astype(mx.float32).reshape(batch, kv_heads, -1, length, slots)
+    if isinstance(mask, str):
+        mask = mx.arange(slots) <= mx.arange(slots - length, slots)[:, None]  # (L, S)
+    if mask is not None:
+        scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, -mx.inf)
+    weights = mx.softmax(scores, axis=-1).astype(q.dtype).reshape(batch, kv_heads, -1, slots)
+    out = mx.quantized_matmul(
+        weights, v, v_scales, v_biases, transpose=False, group_size=bits.group_size, bits=bits.values
+    )
+    return out.reshape(batch, heads, length, dim)
+
+
+def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask) -> mx.array:
+    """Some heads, and on the CPU some queries, at a time: what is unpacked and scored at once stays bounded.
+
+    Each tile waits for the one before it, since MLX would else be free to unpack them all first.
+    """
+    batch, heads, length, dim = q.shape
+    kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
+    group = heads // kv_heads
+    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
+    if not fused_attention():
+        rows = max(1, min(length, SCORES // (batch * group * slots)))
+        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
+    parts: list[list[mx.array]] = []
+    for head in range(0, kv_heads, at_once):
+        own = [array[:, head : head + at_once] for array in seen]
+        if parts:
+            own = mx.depends(own, parts[-1])
+        k, v = (own[0], own[1]) if bits is None else _unpack(own, bits)
+        tiles: list[mx.array] = []
+        for first in range(0, length, rows):
+            last = min(first + rows, length)
+            end = slots - (length - last)  # the tile's last query sees no further
+            tile = q[:, head * group : (head + at_once) * group, first:last]
+            if tiles:
+                (tile,) = mx.depends([tile], tiles[-1:])
+            part = mask[..., first:last, :end] if isinstance(mask, mx.array) else mask
+            tiles.append(
+                mx.fast.scaled_dot_product_attention(tile, k[:, :, :end], v[:, :, :end], scale=scale, mask=part)
+            )
+        parts.append(tiles)
+    return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
+
+
+def _unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
+    (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
+    return (
+        mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys),
+        mx.dequantize(v, v_scales, v_biases, group_size=bits.group_size, bits=bits.values),
+    )
 
 
 def make_mask(length: int, window: int | None, cache: KVCache | None = None) -> Mask:

@@ -6,8 +6,14 @@ what is stored no longer serves (a LongRoPE regime that changed, a window that w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
+from ..errors import OptionError
+
+KV_BITS = (2, 3, 4, 6, 8)
+KV_GROUP_SIZES = (32, 64)
 _PIECES = 64  # ids arrive one array a call; join them this often
 
 
@@ -55,37 +61,61 @@ class Sequence:
             self.long = tuple(self.long[i] for i in order)
 
 
+@dataclass(frozen=True)
+class KVBits:
+    """How a cache packs keys and values: bits of each (2, 3, 4, 6 or 8), and how many numbers share a scale (32 or 64).
+
+    Raises OptionError for others.
+    """
+
+    keys: int
+    values: int
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        for bits in (self.keys, self.values):
+            if bits not in KV_BITS:
+                raise OptionError(f"kv_bits {bits} is not possible; choose {', '.join(map(str, KV_BITS))}")
+        if self.group_size not in KV_GROUP_SIZES:
+            raise OptionError(f"kv_group_size {self.group_size} is not possible; choose 32 or 64")
+
+
 class KVCache:
     """Keys and values of one layer, each (B, Hkv, slots, D).
 
     Without `window` every token keeps its slot. With it only the last `window - 1` do (a query sees itself and
-    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk.
+    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk, and `spare`
+    older ones so that as many new tokens can be trimmed again without a loss.
     """
 
     step = 256
+    spare = 32
+    bits: KVBits | None = None
 
     def __init__(self, sequence: Sequence | None = None, window: int | None = None):
         self.sequence = Sequence() if sequence is None else sequence
         self.window = window
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.state: list[mx.array] = []  # the arrays, slots along axis 2; none before the first token
         self.offset = 0  # tokens read
         self.start = 0  # position of the token in slot 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, Hkv, L, D) each; return all that the new queries may see, oldest first."""
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Append (B, Hkv, L, D) each; return all that the new queries may see, oldest first, as it is stored."""
+        new = self._stored(keys, values)
         used, end = self.offset - self.start, self.offset - self.start + keys.shape[2]
-        self._reserve(end, keys, values)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[..., used:end, :] = keys
-        self.values[..., used:end, :] = values
+        self._reserve(end, new)
+        for array, part in zip(self.state, new, strict=True):
+            array[..., used:end, :] = part
         first = self.first_visible - self.start
         self.offset += keys.shape[2]
-        seen = self.keys[..., first:end, :], self.values[..., first:end, :]
-        if self.window is not None and end > self.window - 1 + self.step:
-            self._drop(end - (self.window - 1), end)
+        seen = [array[..., first:end, :] for array in self.state]
+        if self.window is not None and end > self.window - 1 + self.spare + self.step:
+            self._drop(end - (self.window - 1) - self.spare, end)
         return seen
+
+    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Keys and values in the form in which they are kept."""
+        return [keys, values]
 
     @property
     def first_visible(self) -> int:
@@ -97,39 +127,30 @@ class KVCache:
         """True if a trim reached behind what the window kept: the ids must be read again."""
         return self.start > self.first_visible
 
-    def _reserve(self, slots: int, keys: mx.array, values: mx.array) -> None:
-        have = 0 if self.keys is None else self.keys.shape[2]
+    def _reserve(self, slots: int, like: list[mx.array]) -> None:
+        have = self.state[0].shape[2] if self.state else 0
         if slots <= have:
             return
         more = -(-(slots - have) // self.step) * self.step
-        batch, heads = keys.shape[:2]
-        new_keys = mx.zeros((batch, heads, more, keys.shape[3]), keys.dtype)
-        new_values = mx.zeros((batch, heads, more, values.shape[3]), values.dtype)
-        if self.keys is None or self.values is None:
-            self.keys, self.values = new_keys, new_values
-        else:
-            self.keys = mx.concatenate([self.keys, new_keys], axis=2)
-            self.values = mx.concatenate([self.values, new_values], axis=2)
+        empty = [mx.zeros((*array.shape[:2], more, array.shape[3]), array.dtype) for array in like]
+        if have:
+            empty = [mx.concatenate(list(pair), axis=2) for pair in zip(self.state, empty, strict=True)]
+        self.state = empty
 
     def _drop(self, first: int, end: int) -> None:
         """Keep slots `first:end` alone, with room for a step more."""
-        assert self.keys is not None
-        assert self.values is not None
-        keys, values = self.keys[..., first:end, :], self.values[..., first:end, :]
-        self.keys = self.values = None
+        kept = [array[..., first:end, :] for array in self.state]
+        self.state = []
         self.start += first
-        self._reserve(end - first + self.step, keys, values)
-        self.keys[..., : end - first, :] = keys  # type: ignore[index]
-        self.values[..., : end - first, :] = values  # type: ignore[index]
+        self._reserve(end - first + self.step, kept)
+        for array, part in zip(self.state, kept, strict=True):
+            array[..., : end - first, :] = part
 
     def forget(self) -> None:
         """Make the slots that the tokens read need, empty, for `write_row` to fill."""
-        assert self.keys is not None
-        assert self.values is not None
-        keys, values = self.keys, self.values
-        self.keys = self.values = None
+        like, self.state = self.state, []
         self.start = self.first_visible
-        self._reserve(max(self.offset - self.start, 1), keys, values)
+        self._reserve(max(self.offset - self.start, 1), like)
 
     def narrow(self) -> None:
         """Keep what the next query may see and nothing older, which `write_row` would not renew."""
@@ -137,27 +158,17 @@ class KVCache:
             self._drop(self.first_visible - self.start, self.offset - self.start)
 
     def write_row(self, row: int, other: KVCache) -> None:
-        """Overwrite one row with the newest tokens of a cache of one row, aligned at the end."""
-        assert self.keys is not None
-        assert self.values is not None
-        assert other.keys is not None
-        assert other.values is not None
+        """Overwrite one row with the newest tokens of a cache of one row and the same kind, aligned at the end."""
         end, other_end = self.offset - self.start, other.offset - other.start
         n = min(end, other_end)
-        self.keys[row, :, end - n : end] = other.keys[0, :, other_end - n : other_end]
-        self.values[row, :, end - n : end] = other.values[0, :, other_end - n : other_end]
+        for array, part in zip(self.state, other.state, strict=True):
+            array[row, :, end - n : end] = part[0, :, other_end - n : other_end]
 
     def select(self, rows: mx.array) -> None:
         """Keep only these rows of a batch. The shared `sequence` is the caller's to select, once."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        self.state = [array[rows] for array in self.state]
 
-    # What mlx-lm's loops ask of a cache.
-
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays to evaluate."""
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+    # What mlx-lm's loops ask of a cache, beside `state` (the arrays to evaluate) and `update_and_fetch`.
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +178,7 @@ class KVCache:
         return self.offset
 
     def empty(self) -> bool:
-        return self.keys is None
+        return not self.state
 
     def is_trimmable(self) -> bool:
         return True
@@ -179,6 +190,18 @@ class KVCache:
         if n:
             self.sequence.prompt_length = None
         if self.offset == 0:
-            self.keys = self.values = None
+            self.state = []
             self.start = 0
         return n
+
+
+class QuantizedKVCache(KVCache):
+    """The same, packed by `mx.quantize` as they come: codes, scales and biases of the keys, then of the values."""
+
+    def __init__(self, bits: KVBits, sequence: Sequence | None = None, window: int | None = None):
+        super().__init__(sequence, window)
+        self.bits: KVBits = bits
+
+    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        group_size = self.bits.group_size
+        return [*mx.quantize(keys, group_size, self.bits.keys), *mx.quantize(values, group_size, self.bits.values)]

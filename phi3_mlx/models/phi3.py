@@ -15,8 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Phi3Config
+from ..errors import OptionError
 from .attention import Mask, attend, make_mask
-from .cache import KVCache, Sequence
+from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from .linear import Embedding, Linear, unpacking_pays
 from .packing import Packing
 from .rope import Regime, Rope
 
@@ -39,8 +41,8 @@ class Attention(nn.Module):
             config.head_dim,
         )
         rows = (self._heads + 2 * self._kv_heads) * self._dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
-        self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = Linear(self._heads * self._dim, config.hidden_size, bias=False)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
@@ -66,8 +68,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Phi3Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
@@ -101,7 +103,7 @@ class Phi3Model(nn.Module):
         self._config = config
         self.longrope: LongRopeRule = "auto"
         rope = Rope(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -150,8 +152,11 @@ class Phi3Model(nn.Module):
             return False
         return self.longrope == "long" or total > self._config.original_max_position_embeddings
 
-    def make_cache(self, sequence: Sequence) -> list[KVCache]:
-        return [KVCache(sequence, self._config.sliding_window) for _ in self.layers]
+    def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
+        window = self._config.sliding_window
+        if bits is None:
+            return [KVCache(sequence, window) for _ in self.layers]
+        return [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
 
     def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
         """The layers, in a given regime."""
@@ -161,8 +166,11 @@ class Phi3Model(nn.Module):
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
         x = self.embed_tokens(ids)
+        unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)
+            if unpacks:
+                mx.eval(x)  # MLX allocates ahead of what it computes: every layer would be unpacked at once
         return self.norm(x)
 
     def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
@@ -181,7 +189,7 @@ class Phi3Model(nn.Module):
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(Sequence())
+            fresh = self.make_cache(Sequence(), cache[0].bits)
             for first in range(padding, offset, _REREAD_CHUNK):
                 last = min(first + _REREAD_CHUNK, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
@@ -199,7 +207,7 @@ class Model(nn.Module):
         self._config = config
         self.model = Phi3Model(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
         """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
@@ -220,18 +228,26 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(
-        self, prompt_length: int | Rows[int] | None = None, left_padding: Rows[int] | None = None
+        self,
+        prompt_length: int | Rows[int] | None = None,
+        left_padding: Rows[int] | None = None,
+        bits: KVBits | None = None,
     ) -> list[KVCache]:
         """An empty cache, one entry a layer.
 
         `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
         row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
         `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
+        `bits`: pack keys and values. Raises OptionError if its group size does not divide the head's width.
         """
+        if bits is not None and self._config.head_dim % bits.group_size:
+            raise OptionError(
+                f"kv_group_size {bits.group_size} does not divide head_dim {self._config.head_dim}; give 32"
+            )
         if isinstance(prompt_length, int):
             prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
         sequence = Sequence(
             left_padding=None if left_padding is None else tuple(left_padding),
             prompt_length=None if prompt_length is None else tuple(prompt_length),
         )
-        return self.model.make_cache(sequence)
+        return self.model.make_cache(sequence, bits)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.phi3 import Model
+from ..models.linear import plain_weight
 from .targets import Target
 
 
@@ -110,7 +110,7 @@ class AdaptedLinear(nn.Module):
         self._weights: dict[str, float] = dict.fromkeys(self.adapters, 1.0)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = base_forward(self.linear, x)
+        y = self.linear(x)
         deltas = [(w, self.adapters[name].delta(x, y, self.linear)) for name, w in self._weights.items() if w]
         for weight, delta in deltas:
             y = y + (delta if weight == 1.0 else weight * delta)
@@ -155,10 +155,7 @@ def attach(
     dora: bool = False,
     dropout: float = 0.0,
 ) -> dict[str, Adapter]:
-    """Put a new adapter on every target, freeze all else; returns the adapters by their layers' paths.
-
-    Layers without an adapter are wrapped too where the device computes packed weights slowly.
-    """
+    """Put a new adapter on every target, freeze all else; returns the adapters by their layers' paths."""
     model.freeze()
     adapters = {}
     for target in targets:
@@ -166,17 +163,7 @@ def attach(
         adapter = new_adapter(linear, target, rank, alpha, rslora=rslora, dora=dora, dropout=dropout)
         set_layer(model, target.path, AdaptedLinear(linear, {"default": adapter}))
         adapters[target.path] = adapter
-    wrap_packed(model)
     return adapters
-
-
-def wrap_packed(model: nn.Module) -> None:
-    """Give every packed linear layer the long-input form of `base_forward`, where that is faster."""
-    if not _unpack_first():
-        return
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.QuantizedLinear) and not path.endswith(".linear"):
-            set_layer(model, path, AdaptedLinear(layer))
 
 
 def detach(model: nn.Module) -> None:
@@ -203,45 +190,9 @@ def set_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
 # What adapters need of their base layer, packed or not
 
 
-def base_forward(linear: nn.Module, x: mx.array) -> mx.array:
-    """The layer's own output. Packed weights are unpacked first where the device multiplies them slowly."""
-    if not isinstance(linear, nn.QuantizedLinear) or not _unpack_first() or x.size < 8 * x.shape[-1]:
-        return linear(x)
-    return _unpacked_matmul(linear)(x)
-
-
-def _unpack_first() -> bool:
-    # On MLX's CPU backend a packed matmul of many rows takes 35 to 40 times as long as unpacking and a float one.
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
-def _unpacked_matmul(linear: nn.Module) -> Any:
-    """x @ W.T with W unpacked for the moment, forward and backward, so that no unpacked copy is kept between."""
-
-    @mx.custom_function
-    def forward(x: mx.array) -> mx.array:
-        return x @ float_weight(linear).astype(x.dtype).T
-
-    @forward.vjp
-    def forward_vjp(primal: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return cotangent @ float_weight(linear).astype(primal.dtype)
-
-    return forward
-
-
 def float_weight(linear: nn.Module) -> mx.array:
     """The layer's weight as float32 (outputs, inputs), unpacked if it is packed."""
-    if "scales" not in linear:
-        return linear.weight.astype(mx.float32)
-    weight = mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
-    return weight.astype(mx.float32)
+    return plain_weight(linear).astype(mx.float32)
 
 
 def row_lengths(linear: nn.Module) -> mx.array:
@@ -267,11 +218,3 @@ def trainable_size(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> int:
         for array in (adapter.lora_a, adapter.lora_b, adapter.get("m"))
         if array is not None
     )
-
-
-def head_forward(model: Model, hidden: mx.array) -> mx.array:
-    """`model.logits`, a packed output layer unpacked first where that is faster."""
-    if model.config.tie_word_embeddings and _unpack_first():
-        embedding = model.model.embed_tokens
-        return _unpacked_matmul(embedding)(hidden) if "scales" in embedding else model.logits(hidden)
-    return model.logits(hidden)

@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 from ..models.phi3 import Model
 from .batches import Part
-from .lora import head_forward
 
 LOGITS_AT_ONCE = 1 << 24  # entries at a time, 64 MB
 
@@ -30,7 +29,7 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
     head: nn.Module = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
 
     def loss(rows: mx.array, expected: mx.array) -> mx.array:
-        logits = head_forward(model, rows).astype(mx.float32)
+        logits = model.logits(rows).astype(mx.float32)
         # The checkpoint differentiates all it is given, and ids have no gradient.
         chosen = mx.take_along_axis(logits, mx.stop_gradient(expected)[:, None], axis=-1)[:, 0]
         return mx.sum(mx.logsumexp(logits, axis=-1) - chosen)

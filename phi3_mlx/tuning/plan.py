@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..checkpoint import DTYPES
 from ..config import Phi3Config
-from ..errors import MemoryPlanError
+from ..errors import MemoryLimitError
 from ..safetensors import Tensor, find_weights
 from .batches import Plan
 from .loss import LOGITS_AT_ONCE
@@ -105,14 +105,14 @@ def compute_size(config: Phi3Config, settings: Settings) -> int:
 def refuse_if_too_large(
     needed: MemoryPlan, settings: Settings, available: int, replan: Callable[[Settings], MemoryPlan]
 ) -> None:
-    """Raise MemoryPlanError, with the numbers and what would make the run fit, if it does not.
+    """Raise MemoryLimitError, with the numbers and what would make the run fit, if it does not.
 
     `replan` gives the plan of changed settings.
     """
     limit = int(settings.memory * 1e9) if settings.memory is not None else available
     if needed.total <= limit:
         return
-    raise MemoryPlanError(
+    raise MemoryLimitError(
         f"this run needs about {_gb(needed.total)} GB (weights {_gb(needed.weights)}, training {_gb(needed.trained)}, "
         f"activations {_gb(needed.activations + needed.logits)} for {needed.part_tokens:,} tokens at once) and "
         f"{_gb(limit)} GB are to be had; {_way_out(settings, limit, replan)}"

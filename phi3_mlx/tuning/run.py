@@ -25,13 +25,13 @@ import mlx.core as mx
 
 from ..config import read_config, read_json
 from ..errors import CheckpointError, OptionError, TrainingError
-from ..memory import available_memory, bounded_run
+from ..memory import bounded_run, room
 from .adapters import Base, adapter_files, base_of, replace_file, write_adapter
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
 from .log import Log, plot_losses
-from .lora import Adapter, attach, wrap_packed
+from .lora import Adapter, attach
 from .plan import MemoryPlan, plan_memory, refuse_if_too_large
 from .settings import Settings, from_mapping
 from .targets import find_targets
@@ -93,7 +93,7 @@ _FREE = ("output", "model", "data", "valid", "revision", "memory", "tensorboard"
 def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
     """Check settings and data, encode the examples, plan the memory. Loads no weights.
 
-    With `fits` a run that does not fit is refused (MemoryPlanError).
+    With `fits` a run that does not fit is refused (MemoryLimitError).
     """
     from .. import hub, tokenizer
 
@@ -123,7 +123,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             "--overflow truncate"
         )
     replan = lambda changed: plan_memory(directory, config, changed, _lengths(train, changed), ranks)  # noqa: E731
-    plan, available = replan(settings), available_memory()
+    plan, available = replan(settings), room()
     base = base_of(directory, settings.model, settings.revision)
     notes = (
         *splits.notes,
@@ -194,7 +194,6 @@ def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     mx.random.seed(settings.seed)
     if settings.method == "full":
         model.unfreeze()
-        wrap_packed(model)
         return model, {}
     targets = find_targets(model.config, settings.targets, settings.layers)
     adapters = attach(

@@ -1,0 +1,49 @@
+"""phi3-mlx cache"""
+
+from __future__ import annotations
+
+import click
+
+from .options import MemoryOptions, ModelOptions, PrefillProgress, check_text, memory_options, model_options, read_text
+
+
+@click.group()
+def cache() -> None:
+    """Read a long text once, for many questions.
+
+    \b
+    phi3-mlx cache build -m phi-3.5-mini-4bit -f book.txt -o book.cache
+    phi3-mlx generate -m phi-3.5-mini-4bit --cache book.cache -p "Who is the heroine?"
+    """
+
+
+@cache.command()
+@model_options
+@click.option("-f", "--file", required=True, metavar="FILE", help='The text, UTF-8; "-" is stdin.')
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help="The cache to write; one that is there is replaced."
+)
+@click.option("--system", metavar="TEXT", help="A system message, for every question.")
+@memory_options
+def build(source: ModelOptions, file: str, output: str, system: str | None, memory: MemoryOptions) -> None:
+    """Read a text with a model and write what it remembers of it to a file."""
+    text = read_text(file)
+    if system:
+        check_text(system, "--system")
+    from ..memory import size_text
+    from ..prompt_cache import Document, PromptCache, check_writable, document_ids
+
+    check_writable(output)
+
+    bits = memory.bits()
+    directory = source.find()
+    tokenizer = source.load_tokenizer(directory)
+    note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
+    document = Document(text, system)
+    ids = document_ids(tokenizer, document, notify=note)
+    model = source.load_model(directory, len(ids) + 1, bits, memory.force)
+    prompt_cache = PromptCache(model, kv_bits=bits, document=document)
+    with PrefillProgress(len(ids)) as progress:
+        prompt_cache.read(ids, force=memory.force, on_prefill=progress.update)
+    prompt_cache.save(output)
+    click.echo(f"{output}: {len(ids):,} tokens, {size_text(prompt_cache.nbytes)} of keys and values", err=True)

@@ -1,0 +1,99 @@
+"""phi3-mlx plan"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from ..memory import Run
+
+_MACS = (8, 16, 24, 32, 64, 128)  # GB
+_BITS = (16, 8, 6, 4, 3, 2)
+
+
+@click.command()
+@click.option(
+    "-m", "--model", default="tiny", show_default=True, metavar="NAME", help="As for generate; nothing is fetched."
+)
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@click.option("--context", type=int, metavar="N", help="What a sequence of N tokens needs, prompt and answer together.")
+@click.option("--memory", metavar="SIZE", help="A machine with so much memory (16GB), instead of the usual Macs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def plan(model: str, revision: str | None, context: int | None, memory: str | None, as_json: bool) -> None:
+    """Say what fits in memory, at which length and bits.
+
+    \b
+    phi3-mlx plan -m phi-3.5-mini-4bit
+    phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GB
+
+    The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
+    and the work of reading a prompt, within the part of its memory that Metal recommends.
+    """
+    from ..memory import mac_working_set, parse_size, size_text
+
+    run = _run(model, revision)
+    longest = run.config.max_position_embeddings
+    if context is not None and not 0 < context <= longest:
+        raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
+    sizes = [gb * 2**30 for gb in _MACS] if memory is None else [parse_size(memory)]
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        room = mac_working_set(size)
+        fits = {bits: _packed(run, bits).longest(room) for bits in _BITS}
+        rows.append({"memory": size, "room": room, "longest": fits})
+    needs = {bits: _packed(run, bits, context or longest).plan(0).total for bits in _BITS}
+    if as_json:
+        facts = {
+            "model": model,
+            "weights": run.weights,
+            "context": context or longest,
+            "needs": needs,
+            "machines": rows,
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens\n")
+    table = [["KEYS AND VALUES IN", *(f"{bits} BITS" for bits in _BITS)]]
+    table.append([f"{context or longest:,} tokens need", *(size_text(needs[bits]) for bits in _BITS)])
+    for row in rows:
+        name = memory or f"{row['memory'] >> 30} GB Mac"
+        lengths = [f"{row['longest'][bits]:,}" if row["longest"][bits] else "-" for bits in _BITS]
+        table.append([f"{name} ({size_text(row['room'])}) holds", *lengths])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        click.echo(
+            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        )
+    if context is not None and memory is not None:
+        enough = [bits for bits in _BITS if rows[0]["longest"][bits] >= context]
+        flag = f" with --kv-bits {enough[0]}" if enough and enough[0] != 16 else ""
+        click.echo(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
+
+
+def _run(model: str, revision: str | None) -> Run:
+    """What is known of the model: its files where they are on this disk, else the released shape of its name."""
+    from .. import hub
+    from ..checkpoint import computed_size, weight_bytes
+    from ..config import read_config
+    from ..memory import Run
+
+    alias = hub.find_alias(model)
+    if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
+        return Run(alias.shape, alias.bytes, 1)
+    directory = hub.resolve(model, revision)
+    config = read_config(directory)
+    dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    return Run(config, weight_bytes(directory, dtype), 1, itemsize=computed_size(config, dtype))
+
+
+def _packed(run: Run, bits: int, length: int = 1) -> Run:
+    from dataclasses import replace
+
+    from ..models.cache import KVBits
+
+    return replace(run, length=length, bits=None if bits == 16 else KVBits(bits, bits))

@@ -1,0 +1,105 @@
+"""Linear layers whose packed form multiplies in the way that is faster on this device."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_NEVER = 1 << 30
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, packed into a `QuantizedLinear` of ours."""
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: object
+    ) -> nn.QuantizedLinear:
+        packed = super().to_quantized(group_size, bits, mode)
+        packed.__class__ = QuantizedLinear  # the parameters are the same; only the call differs
+        return packed
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, packed into a `QuantizedEmbedding` of ours."""
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: object
+    ) -> nn.QuantizedEmbedding:
+        packed = super().to_quantized(group_size, bits, mode)
+        packed.__class__ = QuantizedEmbedding
+        return packed
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` that unpacks its weight for a plain product where that is faster."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < unpacking_pays():
+            return super().__call__(x)
+        product = _unpacked_product(self)(x)
+        return product + self.bias if "bias" in self else product
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return super().as_linear(x) if x.size // x.shape[-1] < unpacking_pays() else _unpacked_product(self)(x)
+
+
+def plain_weight(layer: nn.Module) -> mx.array:
+    """The weight of a linear layer or embedding, packed or not, as one matrix (outputs, inputs)."""
+    if "scales" not in layer:
+        return layer.weight
+    return mx.dequantize(
+        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+    )
+
+
+def _unpacked_product(layer: nn.Module) -> Callable[[mx.array], mx.array]:
+    """x @ weight.T, unpacked for the moment, forward and backward: training keeps no unpacked copy between the two."""
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return x @ plain_weight(layer).astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
+
+    @product.vjp
+    def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return cotangent @ plain_weight(layer).astype(x.dtype)
+
+    return product  # type: ignore[return-value]
+
+
+def unpacking_pays() -> int:
+    """From how many rows on `x @ unpacked.T` is faster than MLX's packed product.
+
+    On a GPU never. On the CPU MLX's packed product takes as long for each row as for the first, a BLAS does not, and
+    how good the BLAS is depends on the machine: so both are timed, once.
+    """
+    return _NEVER if mx.default_device().type == mx.DeviceType.gpu else _measured()
+
+
+@functools.cache
+def _measured() -> int:
+    width, rows = 512, 32
+    packed = mx.quantize(mx.random.normal((width, width), key=mx.random.key(0)), 32, 4)
+    unpacked = mx.dequantize(*packed, 32, 4)
+    x = mx.random.normal((rows, width), key=mx.random.key(1))
+    mx.eval(packed, unpacked, x)
+    row = _seconds(lambda: mx.quantized_matmul(x, *packed, True, 32, 4)) / rows
+    plain_row = _seconds(lambda: x @ unpacked.T) / rows
+    unpack = _seconds(lambda: mx.dequantize(*packed, 32, 4))
+    return max(2, round(unpack / (row - plain_row))) if row > plain_row else _NEVER
+
+
+def _seconds(function: Callable[[], mx.array], times: int = 3) -> float:
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        mx.eval(function())
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,245 @@
+"""Keys and values kept from run to run, in memory or in a file: what was read once is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .chat import render_chat
+from .engine import Generation
+from .errors import CacheError
+from .models.cache import KVBits, KVCache
+from .safetensors import read_header
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .models.phi3 import Model
+    from .tokenizer import Tokenizer
+
+_FORMAT = "phi3-mlx prompt cache 1"
+_SAMPLE = 64  # numbers of each weight that tell one model from another
+_REDONE = 16  # tokens at the end of a stored prefix that another continuation may tokenize differently
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that questions are asked about, and the system message they are asked under."""
+
+    text: str
+    system: str | None = None
+
+
+class PromptCache:
+    """What a model has read, for the next prompt that begins alike.
+
+        cache = PromptCache(model)
+        generate(model, tokenizer, question_1, prompt_cache=cache)
+        generate(model, tokenizer, question_2, prompt_cache=cache)  # reads only where the two differ
+
+    `kv_bits` packs whatever is read with it. It serves one run at a time. `document` is kept in the file beside it.
+    """
+
+    def __init__(self, model: Model, *, kv_bits: KVBits | None = None, document: Document | None = None):
+        self._model, self.kv_bits, self.document = model, kv_bits, document
+        self._layers: list[KVCache] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids it has read."""
+        if not self._layers or not self._whole():
+            return []
+        return self._layers[0].sequence.ids[0, : self._layers[0].offset].tolist()  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers or ())
+
+    def take(self, model: Model, ids: Sequence[int]) -> list[KVCache] | None:
+        """The layers, trimmed to what they share with the beginning of `ids`; None if that is nothing.
+
+        At least the last id is left to read, since its logits begin the answer. Raises CacheError if `model` is
+        another than the cache was made for.
+        """
+        if model is not self._model:
+            raise CacheError("this prompt cache belongs to another model; make one for each")
+        if self._layers is None or not self._whole():
+            return None
+        shared = _common(self.ids, ids[:-1])
+        for layer in self._layers:
+            layer.trim(layer.offset - shared)
+        return self._layers if shared else None
+
+    def keep(self, layers: list[KVCache]) -> None:
+        """Hold these layers of a run; they grow as it does."""
+        self._layers = layers
+
+    def _whole(self) -> bool:
+        """Whether the layers agree; a Ctrl-C can fall between two."""
+        layers = self._layers or []
+        return bool(layers[0].offset) and all(la.offset == layers[0].offset and not la.empty() for la in layers)
+
+    def read(
+        self, ids: Sequence[int], *, force: bool = False, on_prefill: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Read `ids` now, so that a prompt that begins with them need not.
+
+        `force` and `on_prefill` are `stream_generate`'s. Raises PromptError or MemoryLimitError.
+        """
+        generation = Generation(
+            self._model,
+            [ids],
+            max_tokens=1,
+            sampling=Sampling(),
+            cache=self.take(self._model, ids),
+            kv_bits=self.kv_bits,
+            room=math.inf if force else None,
+            on_prefill=on_prefill,
+        )
+        self.keep(generation.cache)
+        for _ in generation:
+            pass
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file `path`, whole or not at all. Raises CacheError."""
+        if not self.ids:
+            raise CacheError("this prompt cache has read nothing yet, so there is nothing to write")
+        assert self._layers is not None
+        first = self._layers[0]
+        arrays = {"ids": mx.array(self.ids, dtype=mx.int32)}
+        for i, layer in enumerate(self._layers):
+            used = layer.offset - layer.start
+            arrays |= {f"{i}.{j}": array[..., :used, :] for j, array in enumerate(layer.state)}
+        bits = self.kv_bits
+        facts = {
+            "format": _FORMAT,
+            "model": fingerprint(self._model),
+            "tokens": first.offset,
+            "start": first.start,
+            "long": first.sequence.long,
+            "kv_bits": None if bits is None else [bits.keys, bits.values, bits.group_size],
+            "document": None if self.document is None else [self.document.text, self.document.system],
+        }
+        check_writable(path)
+        beside = f"{os.fspath(path)}.{os.getpid()}.tmp.safetensors"
+        try:
+            mx.save_safetensors(beside, arrays, {"phi3-mlx": json.dumps(facts)})
+            os.replace(beside, path)
+        except (OSError, RuntimeError) as error:
+            Path(beside).unlink(missing_ok=True)
+            raise CacheError(f"{path} cannot be written ({error}); name a file in a folder that can be") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
+        """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
+        facts = read_facts(path)
+        if facts["model"] != fingerprint(model):
+            raise CacheError(
+                f"{path} was made with another model, other weights or another number type; build it anew with "
+                "`phi3-mlx cache build`"
+            )
+        layers = model.make_cache(bits=None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"]))
+        read_header(Path(path))  # truncated files are found here
+        arrays: dict[str, mx.array] = mx.load(os.fspath(path), format="safetensors")  # type: ignore[assignment]
+        ids = arrays.pop("ids")
+        for i, layer in enumerate(layers):
+            layer.state = [arrays[f"{i}.{j}"] for j in range(2 if layer.bits is None else 6)]
+            layer.offset, layer.start = facts["tokens"], facts["start"]
+        sequence = layers[0].sequence
+        sequence.read(ids[None], 0)
+        sequence.long = tuple(facts["long"])
+        mx.eval([layer.state for layer in layers], sequence.ids)
+        document = Document(*facts["document"]) if facts["document"] else None
+        cache = cls(model, kv_bits=layers[0].bits, document=document)
+        cache.keep(layers)
+        return cache
+
+    def check_prefix(self, ids: Sequence[int], name: str) -> None:
+        """Raise CacheError unless `ids` begin with what this cache, of the file `name`, has read."""
+        known = self.ids
+        shared = _common(known, ids)
+        if shared < len(known) - _REDONE:
+            raise CacheError(
+                f"the prompt does not begin as {name} does: they part after {shared:,} of its {len(known):,} tokens; "
+                "build the cache anew from this text, or leave it out"
+            )
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise CacheError if no file of that name can be written; asked before a long text is read."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CacheError(f"{path} cannot be written; name a file in a folder that is there and can be written to")
+
+
+def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a prompt-cache file says of itself. Raises CacheError."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 100_000_000)))
+        facts = json.loads(header["__metadata__"]["phi3-mlx"])
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}; build it with `phi3-mlx cache build`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is no prompt cache, or is damaged; build it with `phi3-mlx cache build`") from error
+    if facts.get("format") != _FORMAT:
+        raise CacheError(f"{path} is of another version of phi3-mlx; build it anew with `phi3-mlx cache build`")
+    return facts
+
+
+def read_document(path: str | os.PathLike[str]) -> tuple[Document, KVBits | None]:
+    """The document of a prompt-cache file, and how its keys and values are packed. Raises CacheError."""
+    facts = read_facts(path)
+    if not facts["document"]:
+        raise CacheError(f"{path} holds no document; build one with `phi3-mlx cache build`")
+    return Document(*facts["document"]), None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"])
+
+
+def about_document(text: str, question: str) -> str:
+    """The message that asks `question` about a document."""
+    return f"{text.strip()}\n\n{question.strip()}"
+
+
+def document_ids(tokenizer: Tokenizer, document: Document, *, notify: Callable[[str], None] | None = None) -> list[int]:
+    """The token ids with which every prompt about the document begins."""
+    system = [{"role": "system", "content": document.system}] if document.system else []
+    first, second = (
+        render_chat(
+            tokenizer, [*system, {"role": "user", "content": about_document(document.text, question)}], notify=say
+        )
+        for question, say in (("Why?", notify), ("a", None))
+    )
+    return first[: _common(first, second)]
+
+
+def fingerprint(model: Model) -> str:
+    """Tells models apart by config, names, shapes, types and some numbers of every weight."""
+    digest = hashlib.sha256(repr((model.config, model.model.longrope)).encode())
+    names, samples = [], []
+    for name, array in tree_flatten(model.parameters()):
+        names.append(f"{name} {array.shape} {array.dtype}")
+        flat = array.reshape(-1)
+        step = max(1, flat.size // _SAMPLE)
+        samples.append(flat[::step][:_SAMPLE].astype(mx.float32))
+    digest.update("\n".join(names).encode())
+    digest.update(np.array(mx.concatenate(samples)).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _common(a: Iterable[int], b: Iterable[int]) -> int:
+    shared = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared += 1
+    return shared

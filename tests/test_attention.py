@@ -1,0 +1,110 @@
+"""Attention over a cache, plain and packed, whole and in tiles: the textbook sums in float64 over what it keeps."""
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
+
+from phi3_mlx.models import attention
+from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, Sequence
+
+SCALE, HEADS, KV_HEADS, DIM = 0.125, 6, 2, 64
+
+
+def naive(q, k, v, visible):
+    """softmax(q k^T) v with every score written down; arrays (B, H, L, D), visible (B, 1, L, S)."""
+    q, k, v = (np.array(x, dtype=np.float64) for x in (q, k, v))
+    k, v = (x.repeat(HEADS // KV_HEADS, axis=1) for x in (k, v))
+    scores = np.where(visible, q @ k.swapaxes(-1, -2) * SCALE, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = weights / weights.sum(-1, keepdims=True) @ v
+    return out.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
+def rounded(x, group_size, bits):
+    return mx.dequantize(*mx.quantize(x, group_size, bits), group_size, bits)
+
+
+# (queries that may read packed keys directly, scores at once, unpacked numbers at once)
+LIMITS = {"as shipped": (8, 1 << 24, 1 << 24), "tiny tiles": (0, 200, 300), "some heads": (0, 5000, 2000)}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("padding", [None, (3, 0)], ids=["even", "ragged"])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("bits", [None, KVBits(8, 8), KVBits(4, 3), KVBits(2, 6, 64)], ids=str)
+def test_attention_is_the_textbooks(bits, window, padding, limits, monkeypatch):
+    monkeypatch.setattr(KVCache, "step", 4)
+    for name, value in zip(("_FEW", "SCORES", "UNPACKED"), limits, strict=True):
+        monkeypatch.setattr(attention, name, value)
+    sequence = Sequence(left_padding=padding)
+    cache = KVCache(sequence, window) if bits is None else QuantizedKVCache(bits, sequence, window)
+    random = np.random.default_rng(0)
+    keys, values = [], []
+    for length in (12, 5, 1, 3, 1, 7):
+        q, k, v = (
+            mx.array(random.standard_normal((2, heads, length, DIM)).astype(np.float32))
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        offset = cache.offset
+        mask = attention.make_mask(length, window, cache)
+        out = attention.attend(q, k, v, cache, SCALE, mask)
+        keys.append(k if bits is None else rounded(k, bits.group_size, bits.keys))
+        values.append(v if bits is None else rounded(v, bits.group_size, bits.values))
+        query, key = np.arange(offset, offset + length)[:, None], np.arange(offset + length)
+        visible = key <= query
+        if window is not None:
+            visible &= key > query - window
+        visible = np.stack([visible & (key >= pad) | (key == query) for pad in padding or (0, 0)])[:, None]
+        expected = naive(q, mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2), visible)
+        assert np.abs(np.array(out) - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("bits", [KVBits(8, 8), KVBits(4, 2)], ids=str)
+def test_a_packed_cache_has_the_bytes_of_its_bits(bits):
+    model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    plain, packed = model.make_cache(), model.make_cache(bits=bits)
+    for cache in (plain, packed):
+        model(mx.array(ids_of(30)), cache)
+    config = model.config
+    numbers = config.num_key_value_heads * config.head_dim * KVCache.step * len(model.layers)
+    assert sum(layer.nbytes for layer in plain) == numbers * 2 * 4
+    scales = 2 * 2 * 4 * numbers // bits.group_size  # keys and values, scales and biases, float32
+    assert sum(layer.nbytes for layer in packed) == numbers * (bits.keys + bits.values) // 8 + scales
+
+
+@pytest.mark.parametrize("name", ["mini-4k", "3.5-mini", "phi-4-mini"])
+def test_a_packed_cache_crosses_trims_and_rereads_like_a_plain_one(name, monkeypatch):
+    """8 bits stay close to the plain numbers; keys of the wrong regime or position would be far off."""
+    monkeypatch.setattr(KVCache, "step", 4)
+    model = oracle.make_ours(slim(CONFIGS[name]))
+    ids = ids_of(2 * ORIGINAL)
+    cache = model.make_cache(bits=KVBits(8, 8))
+    spread = last_logits(model, ids[:, :ORIGINAL]).std()
+
+    def check(last, read):
+        assert np.abs(last - last_logits(model, read)).max() < 0.08 * spread
+
+    for first in range(0, ORIGINAL - 3, 7):
+        last = last_logits(model, ids[:, first : min(first + 7, ORIGINAL - 3)], cache)
+    check(last, ids[:, : ORIGINAL - 3])
+    for t in range(ORIGINAL - 3, ORIGINAL + 3):  # one by one over the boundary
+        check(last_logits(model, ids[:, t : t + 1], cache), ids[:, : t + 1])
+    for layer in cache:
+        layer.trim(9)
+    check(last_logits(model, ids[:, ORIGINAL - 6 : ORIGINAL - 2], cache), ids[:, : ORIGINAL - 2])
+    check(last_logits(model, ids[:, ORIGINAL - 2 : ORIGINAL + 2 * WINDOW], cache), ids[:, : ORIGINAL + 2 * WINDOW])
+
+
+def test_rows_of_a_packed_batch_are_what_they_are_alone():
+    model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    lengths = (ORIGINAL + 6, ORIGINAL - 8)
+    rows = [ids_of(n, seed=n) for n in lengths]
+    padding = (0, 14)
+    batch = np.concatenate([np.pad(row, ((0, 0), (pad, 0))) for row, pad in zip(rows, padding, strict=True)])
+    cache = model.make_cache(prompt_length=lengths, left_padding=padding, bits=KVBits(8, 8))
+    together = last_logits(model, batch, cache)
+    for i, row in enumerate(rows):
+        alone = last_logits(model, row, model.make_cache(bits=KVBits(8, 8)))
+        assert np.abs(together[i] - alone[0]).max() < 3e-4

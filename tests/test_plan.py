@@ -1,0 +1,297 @@
+"""What a run will need, before it runs: predictions against what MLX then takes, refusals, and `phi3-mlx plan`."""
+
+import json
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, hub, load, memory, stream_generate
+from phi3_mlx.checkpoint import weight_bytes
+from phi3_mlx.cli import main
+from phi3_mlx.config import parse_config
+from phi3_mlx.engine import Generation
+from phi3_mlx.errors import MemoryLimitError, OptionError
+from phi3_mlx.family import MINI_4K, MINI_128K
+from phi3_mlx.memory import Run
+from phi3_mlx.models import build, linear, phi3
+from phi3_mlx.models.cache import KVBits, KVCache
+from phi3_mlx.sampling import Sampling
+
+GB = 10**9
+
+
+def random_model(hidden, intermediate, layers, heads, kv_heads, vocab=500, window=None, **more):
+    return build(
+        parse_config(
+            {
+                "model_type": "phi3",
+                "hidden_size": hidden,
+                "intermediate_size": intermediate,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "vocab_size": vocab,
+                "max_position_embeddings": 8192,
+                "sliding_window": window,
+                **more,
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("unpacking_pays", [1, 10**9])
+@pytest.mark.parametrize(
+    ("shape", "chunk", "length", "bits", "rows"),
+    [
+        ((256, 704, 6, 4, 2), 256, 1500, None, 1),
+        ((256, 704, 6, 4, 2), 256, 1500, 8, 1),
+        ((256, 704, 4, 4, 2), 128, 500, None, 4),
+        ((256, 704, 4, 4, 2, 500, 200), 128, 900, None, 1),
+        ((512, 1024, 4, 8, 8), 128, 512, None, 1),
+        ((512, 1024, 4, 8, 8), 256, 1024, 4, 1),
+        ((512, 3072, 2, 8, 2), 256, 512, None, 1),
+        ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
+    ],
+    ids=str,
+)
+def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, unpacking_pays, monkeypatch):
+    """On machines where packed matrices are better unpacked, and on others."""
+    for module in (linear, phi3, memory):
+        monkeypatch.setattr(module, "unpacking_pays", lambda: unpacking_pays)
+    packed = {"group_size": 32, "bits": 8} if len(shape) == 5 and bits is None else None
+    model = random_model(*shape, quantization=packed)
+    if packed:
+        nn.quantize(model, **packed)
+    mx.eval(model.parameters())
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    mx.clear_cache()
+    others = mx.get_active_memory() - weights
+    kv_bits = KVBits(bits, bits) if bits else None
+    prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
+    generation = Generation(
+        model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
+    )
+    list(generation)
+    peak = generation.statistics.peak_memory - others
+    run = Run(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
+    assert run.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or shape[-1] == 200
+    predicted = weights + run.cache_bytes() + run.workspace(chunk)
+    assert 0.9 * peak < predicted < 1.1 * peak
+
+
+def test_keys_and_values_of_the_released_models():
+    """393,216 bytes a token of Phi-3-mini in 16 bits; 4 bits and a 16-bit scale and bias for 32 numbers are 5/16."""
+    token = 393_216
+    assert Run(MINI_128K, 0, 131_072).cache_bytes() == token * 131_072
+    assert Run(MINI_128K, 0, 131_072, bits=KVBits(4, 4)).cache_bytes() == token * 131_072 * 5 // 16
+    assert Run(MINI_128K, 0, 1000).cache_bytes() == token * 1024  # slots come by the 256
+    assert Run(MINI_4K, 0, 4096).cache_bytes() == token * 2816  # 2,046, the spare ones and two steps, in whole steps
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)
+def test_the_longest_context_fits_and_one_slot_more_does_not(bits):
+    run = Run(MINI_128K, 2 * GB, 1, bits=bits)
+    longest = run.longest(11 * GB)
+    assert 10_000 < longest < 131_072
+    assert Run(MINI_128K, 2 * GB, longest, bits=bits).plan(11 * GB).total <= 11 * GB
+    assert Run(MINI_128K, 2 * GB, longest + KVCache.step, bits=bits).plan(11 * GB).total > 11 * GB
+
+
+def test_the_prefill_chunk_follows_the_room():
+    run = Run(MINI_128K, 0, 8192)
+    chunks = [run.plan(room).chunk for room in (100 * GB, 3.6 * GB, 3.45 * GB, 0)]
+    assert chunks[0] == 2048
+    assert chunks == sorted(chunks, reverse=True)
+    assert len(set(chunks)) == 4
+
+
+def test_a_refusal_says_the_numbers_and_every_way_out():
+    run = Run(MINI_128K, 2 * GB, 60_000)
+    with pytest.raises(MemoryLimitError) as refusal:
+        memory.check_fits(run, 11 * GB)
+    text = str(refusal.value)
+    assert "\n" not in text
+    plan = run.plan(0)
+    for part in (
+        "60,000 tokens need",
+        memory.size_text(plan.total),
+        f"keys and values {memory.size_text(plan.cache)}",
+        "11.00 GB may be used",
+        "--kv-bits 4 needs",
+        f"up to {run.longest(11 * GB):,} tokens fit",
+        "--force",
+    ):
+        assert part in text
+    hopeless = Run(MINI_128K, 20 * GB, 60_000)
+    with pytest.raises(MemoryLimitError, match="fewer bits"):
+        memory.check_fits(hopeless, 11 * GB)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """A machine with room for the bundled model and little more."""
+    monkeypatch.setattr(memory, "room", lambda: 20_000_000)
+
+
+def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
+    model, tokenizer = tiny
+    prompt = "Write a story about a dog."
+    for call in (
+        lambda: generate(model, tokenizer, prompt, max_tokens=3000),
+        lambda: stream_generate(model, tokenizer, prompt, max_tokens=3000),
+        lambda: batch_generate(model, tokenizer, [prompt] * 40, max_tokens=200),
+        lambda: Conversation(model, tokenizer).send(prompt, max_tokens=3000),
+    ):
+        with pytest.raises(MemoryLimitError, match="may be used"):
+            call()
+    short = generate(model, tokenizer, prompt, max_tokens=8)
+    assert generate(model, tokenizer, prompt, max_tokens=8, kv_bits=8)
+    monkeypatch.setattr(memory, "room", lambda: 0)
+    assert generate(model, tokenizer, prompt, max_tokens=8, force=True) == short
+    assert (
+        "".join(chunk.text for chunk in Conversation(model, tokenizer, force=True).send(prompt, max_tokens=8)) == short
+    )
+
+
+def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
+    def loaded(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("phi3_mlx.checkpoint.load_model", loaded)
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000"])
+    assert done.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "--kv-bits" in err
+    with pytest.raises(AssertionError, match="was loaded"):
+        main_debug(monkeypatch, ["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000", "--force"])
+
+
+def main_debug(monkeypatch, args):
+    monkeypatch.setenv("PHI3_MLX_DEBUG", "1")
+    main(args)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--kv-bits", "5"], "kv_bits 5"),
+        (["--kv-bits", "x"], "not a number of bits"),
+        (["--kv-bits", "4,4,4"], "not a number of bits"),
+        (["--kv-bits", "4", "--kv-group-size", "48"], "kv_group_size 48"),
+    ],
+)
+def test_bits_that_cannot_be_are_a_usage_fault(args, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "-p", "Hello", *args])
+    assert done.value.code == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_packed_groups_must_divide_the_head(monkeypatch):
+    with pytest.raises(OptionError, match="head_dim 96"):
+        build(MINI_128K_SMALL).make_cache(bits=KVBits(4, 4, 64))
+
+
+MINI_128K_SMALL = parse_config(
+    {
+        "model_type": "phi3",
+        "hidden_size": 192,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+    }
+)
+
+
+def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
+    model, _ = tiny
+    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert weight_bytes(hub.resolve("tiny")) == held
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16 * 2**30), ("800 MiB", 800 * 2**20), ("1.5g", 3 * 2**29), ("4096", 4096)]
+)
+def test_sizes_of_memory(text, size):
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(OptionError, match="16GB"):
+        memory.parse_size(text)
+
+
+def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert memory.available_ram() == 8_192_000
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert memory.available_ram() == 8_192_000
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.available_ram() == 4000
+    (tmp_path / "meminfo").unlink()
+    assert memory.available_ram() > 0
+
+
+def plan(capsys, *args):
+    try:
+        main(["plan", *args])
+    except SystemExit as done:
+        code = done.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkeypatch):
+    monkeypatch.setattr(hub, "on_disk", lambda *_: None)
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit")
+    assert code == 0
+    assert "131,072 tokens need" in out
+    rows = [line for line in out.splitlines() if "GB Mac" in line]
+    assert [int(line.split()[0]) for line in rows] == [8, 16, 24, 32, 64, 128]
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GB", "--context", "32768")
+    facts = json.loads(out)
+    (machine,) = facts["machines"]
+    run = Run(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
+    assert machine["longest"]["4"] == run.longest(machine["room"])
+    assert list(machine["longest"].values()) == sorted(machine["longest"].values())
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
+    assert out.endswith("fit with --kv-bits 8.\n")
+
+
+def test_plan_of_the_bundled_model_and_of_nonsense(capsys):
+    code, out, _ = plan(capsys)
+    assert code == 0
+    assert out.startswith("tiny: weights 3 MB, context 4,096 tokens")
+    for args, words in (
+        (["--context", "5000"], "4,096"),
+        (["--memory", "lots"], "16GB"),
+        (["-m", "./nowhere"], "no such directory"),
+    ):
+        code, out, err = plan(capsys, *args)
+        assert code != 0
+        assert words in err
+        assert err.count("\n") == 1
+        assert out == ""
+
+
+def test_memory_errors_are_faults_of_the_run():
+    assert issubclass(MemoryLimitError, Phi3Error)

@@ -1,0 +1,181 @@
+"""Caches that outlive a run: the next answer is the one it would be without, or the cache is refused."""
+
+import mlx.core as mx
+import oracle
+import pytest
+from oracle import CONFIGS, ORIGINAL, slim
+
+from phi3_mlx import PromptCache, generate, load, stream_generate
+from phi3_mlx.cli import main
+from phi3_mlx.engine import Generation
+from phi3_mlx.errors import CacheError
+from phi3_mlx.models.cache import KVBits, KVCache
+from phi3_mlx.sampling import Sampling
+
+NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
+MODELS = {name: oracle.make_ours(slim(CONFIGS[name])) for name in NAMES}
+
+
+def prompt_of(length, seed=0):
+    return oracle.ids_of(length, seed=seed)[0].tolist()
+
+
+def answer(model, prompt, cache=None, bits=None, n=12):
+    layers = cache.take(model, prompt) if cache else None
+    bits = cache.kv_bits if cache else bits
+    generation = Generation(model, [prompt], max_tokens=n, sampling=Sampling(), cache=layers, kv_bits=bits)
+    if cache:
+        cache.keep(generation.cache)
+    return [token.id for token in generation], generation.statistics
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(8, 8)], ids=["plain", "8 bits"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_that_begin_alike_are_answered_alike_and_read_once(name, bits, monkeypatch):
+    """Longer and shorter, over the boundary and back, out of the window and back."""
+    monkeypatch.setattr(KVCache, "step", 4)
+    model = MODELS[name]
+    cache = PromptCache(model, kv_bits=bits)
+    common = prompt_of(ORIGINAL - 10)
+    for tail in (5, 20, 3, 40, 1):
+        prompt = common + prompt_of(tail, seed=tail)
+        tokens, statistics = answer(model, prompt, cache)
+        assert tokens == answer(model, prompt, bits=bits)[0]
+        assert statistics.prompt_tokens == len(prompt)
+        if tail != 5:
+            assert statistics.prefilled_tokens <= tail
+    assert answer(model, prompt_of(9, seed=99), cache)[0] == answer(model, prompt_of(9, seed=99), bits=bits)[0]
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(4, 8)], ids=["plain", "packed"])
+@pytest.mark.parametrize("length", [ORIGINAL - 9, ORIGINAL + 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_gives_back_what_was_read(name, length, bits, tmp_path):
+    model, file = MODELS[name], tmp_path / "a.cache"
+    cache = PromptCache(model, kv_bits=bits)
+    cache.read(prompt_of(length))
+    cache.save(file)
+    again = PromptCache.load(file, model)
+    assert again.ids == cache.ids == prompt_of(length)
+    assert again.kv_bits == bits
+    prompt = prompt_of(length) + prompt_of(6, seed=1)
+    tokens, statistics = answer(model, prompt, again)
+    assert tokens == answer(model, prompt, cache)[0] == answer(model, prompt, bits=bits)[0]
+    assert statistics.prefilled_tokens == 6
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
+    model, file = MODELS["3.5-mini"], tmp_path / "a.cache"
+    cache = PromptCache(model)
+    cache.read(prompt_of(20))
+    cache.save(file)
+    with pytest.raises(CacheError, match="another model"):
+        cache.take(MODELS["mini-4k"], prompt_of(20))
+    twin = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    PromptCache.load(file, twin)  # the same weights, read again
+    twin.model.layers[1].mlp.down_proj.weight *= 1.001
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(file, twin)
+    pinned = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    pinned.model.longrope = "long"
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(file, pinned)
+    half = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    half.set_dtype(mx.bfloat16)
+    with pytest.raises(CacheError, match="number type"):
+        PromptCache.load(file, half)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    model, file = MODELS["mini-4k"], tmp_path / "a.cache"
+    cache = PromptCache(model)
+    with pytest.raises(CacheError, match="read nothing"):
+        cache.save(file)
+    cache.read(prompt_of(20))
+    cache.save(file)
+    whole = file.read_bytes()
+    for damage in (
+        whole[:-10],
+        whole[:50],
+        b"",
+        b"not a cache at all",
+        whole.replace(b"prompt cache 1", b"prompt cache 9"),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(Exception, match=str(file)) as fault:
+            PromptCache.load(file, model)
+        assert type(fault.value).__name__ in ("CacheError", "CheckpointError")
+    with pytest.raises(CacheError, match="cannot be written"):
+        cache.save(tmp_path / "nowhere" / "a.cache")
+
+
+def test_generate_reads_only_what_is_new():
+    model, tokenizer = load("tiny")
+    cache = PromptCache(model)
+    story = "Tim had a red ball. He went to the park with his dog. " * 6
+    first = f"{story}\nWho had a red ball?"
+    second = f"{story}\nWhere did Tim go?"
+    plain = [generate(model, tokenizer, prompt, max_tokens=12) for prompt in (first, second)]
+    assert generate(model, tokenizer, first, max_tokens=12, prompt_cache=cache) == plain[0]
+    chunks = list(stream_generate(model, tokenizer, second, max_tokens=12, prompt_cache=cache))
+    assert "".join(chunk.text for chunk in chunks) == plain[1]
+    assert chunks[-1].prefilled_tokens < 20 < chunks[-1].prompt_tokens
+
+
+def run(capsys, *args):
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    return done.value.code, *capsys.readouterr()
+
+
+def test_a_book_is_read_once_for_many_questions(tmp_path, capsys):
+    book, cache = tmp_path / "book.txt", tmp_path / "book.cache"
+    book.write_text("Once there was a boy named Tim. The secret word of the cat is kite. " * 8)
+    code, out, err = run(capsys, "cache", "build", "-f", str(book), "-o", str(cache))
+    assert (code, out) == (0, "")
+    assert "keys and values" in err
+    asked = ["generate", "-p", "What is the secret word of the cat?", "--max-tokens", "12"]
+    _, plain, _ = run(capsys, *asked[:2], f"{book.read_text().strip()}\n\n{asked[2]}", *asked[3:])
+    code, out, err = run(capsys, *asked, "--cache", str(cache), "--stats")
+    assert (code, out) == (0, plain)
+    read = int(err.split("(")[1].split()[0])
+    assert read < 20
+    code, out, _ = run(capsys, *asked, "--cache", str(cache), "-f", str(book))
+    assert (code, out) == (0, plain)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "book.txt").write_text("Tim had a dog. " * 20)
+    with pytest.raises(SystemExit):
+        main(["cache", "build", "-f", str(folder / "book.txt"), "-o", str(folder / "book.cache")])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--cache", "BUILT/book.txt", "-p", "Why?"], "no prompt cache"),
+        (["--cache", "BUILT/none", "-p", "Why?"], "cannot be read"),
+        (["--cache", "BUILT/book.cache", "-f", "BUILT/other.txt", "-p", "Why?"], "does not begin"),
+        (["--cache", "BUILT/book.cache", "--system", "Be brief.", "-p", "Why?"], "does not begin"),
+        (["--cache", "BUILT/book.cache", "--kv-bits", "4", "-p", "Why?"], "leave it out"),
+        (["--cache", "BUILT/book.cache", "--raw", "-p", "Why?"], "--raw"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_in_a_line(built, args, words, capsys):
+    (built / "other.txt").write_text("Mia had a cat. " * 20)
+    code, out, err = run(capsys, "generate", *(arg.replace("BUILT", str(built)) for arg in args))
+    assert code in (1, 2)
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_said_before_reading(built, capsys, monkeypatch):
+    monkeypatch.setattr(PromptCache, "read", lambda *_, **__: pytest.fail("the text was read"))
+    code, _, err = run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "no" / "a.cache"))
+    assert code == 1
+    assert "cannot be written" in err
