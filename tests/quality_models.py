@@ -27,7 +27,7 @@ class RandomSource:
     quantization = None
 
     def __init__(self, dtype="F32", scale=0.05, **changes):
-        self.name = "random"
+        self.name, self.blocks = "random", {}
         self.config = {**oracle.BASE, **changes}
         shapes = {name: a.shape for name, a in tree_flatten(oracle.make_ours(self.config).parameters())}
         order = ["model.embed_tokens", "model.layers", "model.norm", "lm_head"]

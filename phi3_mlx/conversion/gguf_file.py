@@ -27,6 +27,8 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# Types whose blocks mlx has too, as affine groups of 32 with so many bits.
+BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _CHUNK_BYTES = 1 << 20  # unpacked at a time: what fits a processor's cache is unpacked fastest
 
 
@@ -82,6 +84,32 @@ class GgufFile:
             whole[first:last] = self._values(tensor, chunk)
             mx.eval(whole)  # written in place: nothing else holds it
         return whole.reshape(tensor.shape)
+
+    def read_blocks(self, name: str, order: np.ndarray | None = None) -> list[mx.array]:
+        """A tensor of a type in `BLOCKS` as mlx packs it: weight uint32, scales and biases float16; nothing is rounded.
+
+        Blocks are of 32 values: Q4_0's are scale * (q - 8), Q4_1's scale * q + minimum, Q8_0's scale * q with q from
+        -128 to 127. mlx's are scale * q + bias with q from 0; its 4-bit values stand in the order of the row, while a
+        block has its first 16 in the low halves of its bytes and its last 16 in the high ones.
+        """
+        tensor = self.tensors[name]
+        rows, width = tensor.shape
+        size = tensor.nbytes // (rows * (width // 32))
+        blocks = self._bytes(tensor, 0, rows, tensor.nbytes // rows)
+        blocks = (blocks if order is None else blocks[order]).reshape(rows, width // 32, size)
+        scales = blocks[..., :2].copy().view(np.float16)[..., 0]
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale: whoever checks for NaN will name it
+            if tensor.type == "Q8_0":
+                weight, biases = blocks[..., 2:] ^ 0x80, scales * np.float16(-128)
+            else:
+                low, high = blocks[..., -16:] & 15, blocks[..., -16:] >> 4
+                values = np.concatenate([low, high], axis=-1)
+                weight = values[..., 0::2] | values[..., 1::2] << 4
+                biases = scales * np.float16(-8)
+                if tensor.type == "Q4_1":
+                    biases = blocks[..., 2:4].copy().view(np.float16)[..., 0]
+        packed = np.ascontiguousarray(weight).reshape(rows, -1).view(np.uint32)
+        return [mx.array(packed), mx.array(scales), mx.array(biases)]
 
     def _bytes(self, tensor: GgufTensor, first: int, last: int, row_bytes: int) -> np.ndarray:
         count, offset = (last - first) * row_bytes, tensor.offset + first * row_bytes

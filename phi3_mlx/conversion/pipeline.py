@@ -71,6 +71,8 @@ def convert(
     fused or split. `destination` is written beside itself and renamed when complete; `force` replaces a model there.
     At most one tensor is in memory at a time.
 
+    A GGUF file's blocks of 4 and 8 bits are kept to the bit unless bits or a method are asked for.
+
     `bits` (2, 3, 4, 5, 6, 8), `group_size` (32, 64, 128) and `mode` ("affine", "mxfp4", "mxfp8", "nvfp4") treat all
     layers alike. `target_bpw` (bits per weight, scales included) or `target_size` (bytes, or "2.0GB") chooses bits
     layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
@@ -92,8 +94,15 @@ def convert(
     _check_places(path, destination, force)
     opened = open_source(path)
     opened.name = str(source)
-    notes = _about_packed(opened, dequantize, any((bits, group_size, target_bpw, target_size, recipe)), mode)
-    read = CheckedSource(opened, dtype=dtype or _own_dtype(opened.config), allow_nan=allow_nan)
+    asked = any((bits, group_size, target_bpw, target_size, recipe)) or mode != "affine"
+    notes = _about_packed(opened, dequantize, asked)
+    keeps = bool(opened.blocks) and not (asked or dequantize or method == "gptq")
+    if keeps:
+        wanted = _recipe_of_blocks(opened)
+        notes.append(f"the blocks of {opened.name} are kept as they are; --bits N rounds them a second time")
+    # float16 holds the scales of GGUF's blocks exactly.
+    dtype = dtype or ("float16" if keeps else _own_dtype(opened.config))
+    read = CheckedSource(opened, dtype=dtype, allow_nan=allow_nan)
     fitted = method == "gptq" or target_bpw is not None or target_size is not None
     ids = _calibration_ids(read, text) if fitted else []
     chosen: Recipe | None = None if dequantize else wanted
@@ -236,12 +245,25 @@ def _check_places(source: Path, destination: Path, force: bool) -> None:
     check_destination(target, force=force)
 
 
-def _about_packed(source: Source, dequantize: bool, asked: bool, mode: str) -> list[str]:
+def _recipe_of_blocks(source: Source) -> Recipe:
+    """The recipe that keeps what a source stores in blocks; matrices of other packed types get 8 bits."""
+    widths = [packing["bits"] for packing in source.blocks.values()]
+    every = {"group_size": 32, "bits": max(set(widths), key=widths.count), "mode": "affine"}
+    recipe: Recipe = dict(every)
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) == 2 and source.blocks.get(name) != every:
+            # A source spells packed tensors that mlx has no blocks for as float32.
+            other = every | {"bits": 8} if tensor.dtype == "F32" else False
+            recipe[name.removesuffix(".weight")] = source.blocks.get(name, other)
+    return recipe
+
+
+def _about_packed(source: Source, dequantize: bool, asked: bool) -> list[str]:
     """What to say about a source that is packed already; OptionError where nothing says what to make of it."""
     if source.quantization is None or dequantize:
         return []
     now = f"{source.quantization.get('bits', '?')}-bit"
-    if not asked and mode == "affine":
+    if not asked:
         raise OptionError(
             f"{source.name} is {now} already; --dequantize unpacks it, --bits N unpacks it and rounds a second time"
         )

@@ -38,13 +38,18 @@ class Source(Protocol):
     """A checkpoint to convert.
 
     `name` is what messages call it. `config` is the config.json of the unquantized phi3 model, `tensors` its tensors
-    in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is.
+    in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is. `blocks`
+    says which tensors are stored in blocks that mlx has too, and of which group size, bits and mode.
     """
 
     name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     quantization: Mapping[str, Any] | None
+    blocks: Mapping[str, Mapping[str, Any]]
+
+    def read_blocks(self, name: str) -> list[mx.array]:
+        """Weight, scales and biases of a tensor of `blocks`, as stored: nothing is rounded."""
 
     def read(self, name: str) -> mx.array:
         """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
@@ -67,6 +72,8 @@ def open_source(path: Path) -> Source:
 
 class DirectorySource:
     """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
+
+    blocks: Mapping[str, Mapping[str, Any]] = {}
 
     def __init__(self, directory: Path):
         self.name = str(directory)
@@ -102,6 +109,9 @@ class DirectorySource:
             shape = (sum(tensor.shape[0] for tensor in found), *found[0].shape[1:])
             self.tensors[name] = tensor_of(dtype, shape)
         self._check_tied()
+
+    def read_blocks(self, name: str) -> list[mx.array]:
+        raise KeyError(name)
 
     def read(self, name: str) -> mx.array:
         parts = [self._part(part) for part in self._parts[name]]
