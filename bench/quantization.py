@@ -60,6 +60,28 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A table of KL by method and size, a column for every result file."""
+    methods = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
+    widths = (3.5, 4.5)  # what uniform 3 and 4 bits in groups of 64 take, scales included
+    title = " | ".join(f"{result['model']}, {width:g} bits" for result in results for width in widths)
+    lines = [f"| | {title} |", "|---|" + "--:|" * (len(results) * len(widths))]
+    for method in methods:
+        cells = []
+        for result in results:
+            for width in widths:
+                near = [
+                    row["kl"]
+                    for row in result["rows"]
+                    if row["method"] == method and abs(row["bits_per_weight"] - width) < 0.02
+                ]
+                cells.append(f"{near[0]:.4f}" if near else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", *(f"![KL against bits](bench/results/quantization-{r['model']}.png)" for r in results)]
+    )
+
+
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--text", type=click.File(encoding="utf-8"), help="What the figures are measured on.")

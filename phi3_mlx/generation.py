@@ -19,8 +19,6 @@ from .models.cache import KVCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .models.cache import KVBits
     from .models.phi3 import LongRopeRule, Model
     from .prompt_cache import PromptCache
@@ -54,7 +52,7 @@ class Chunk:
 
 
 def load(
-    name: str,
+    name: str | Path,
     revision: str | None = None,
     *,
     dtype: str | None = None,
@@ -76,13 +74,13 @@ def load(
     if adapter is not None:
         from .tuning import adapters
 
-        base = adapters.base_of(directory, name, revision)
+        base = adapters.base_of(directory, str(name), revision)
         adapters.apply(model, base, adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0})
     return model, words
 
 
 def load_model(
-    name: str, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
+    name: str | Path, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
 ) -> Model:
     """The model of `load` alone."""
     from . import checkpoint, hub
@@ -90,7 +88,7 @@ def load_model(
     return checkpoint.load_model(hub.resolve(name, revision), dtype=dtype, longrope=longrope)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of `load` alone."""
     from . import hub, tokenizer
 

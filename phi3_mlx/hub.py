@@ -110,13 +110,14 @@ _WANTED = (
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The local directory of a model, downloaded if need be.
 
     `name`, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local directory, an
     `owner/repository` of the Hugging Face hub; `revision` (a branch, tag or commit) goes with the last. A repository
     that is on this disk already is taken as it is, without asking the network. Raises ModelNotFoundError.
     """
+    name = str(name)
     low, path = name.lower(), os.path.expanduser(name)
     if low == "tiny" or (low not in _REPO_IDS and os.path.isdir(path)):
         if revision is not None:

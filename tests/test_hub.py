@@ -374,3 +374,7 @@ def test_the_real_library(tmp_path):
         assert text.startswith(
             f"{hub._REPO_IDS.get(name[0], name[0])} is not, or not wholly, on this disk, and HF_HUB_OFFLINE"
         )
+
+
+def test_a_directory_may_be_given_as_a_path():
+    assert hub.resolve(ROOT / "weights" / "tiny") == hub.resolve("tiny")

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import data
 import mlx.core as mx
-import mlx.nn as nn
 import sentencepiece as spm
 import vocab
-from mlx.utils import tree_unflatten
 
 from phi3_mlx import batch_generate, load
 from phi3_mlx.engine import Generation
@@ -22,7 +20,7 @@ from phi3_mlx.generation import encode_prompt
 from phi3_mlx.sampling import Sampling
 
 ENDINGS = "(s|es|d|ed|ing)?"  # a requested word counts in these forms
-LENGTHS = (256, 496, 1024, 2048)  # of prompts with a planted fact; 496 and its answer end below 512
+LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
 SAMPLES = (
     "Write a story about a rabbit who finds a key.",
@@ -33,19 +31,6 @@ SAMPLES = (
     "What is 3 + 4?",
     "Who are you?",
 )
-
-
-def unpack(model) -> None:
-    """Put the packed weights' own values in plain matrices: the same numbers, and a BLAS can multiply them."""
-    plain = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            packed = (module.weight, module.scales, module.biases, module.group_size, module.bits)
-            weight = mx.dequantize(*packed)
-            embedding = isinstance(module, nn.QuantizedEmbedding)
-            plain.append((name, nn.Embedding(1, 1) if embedding else nn.Linear(1, 1, bias=False)))
-            plain[-1][1].weight = weight
-    model.update_modules(tree_unflatten(plain))
 
 
 def held_out_loss(model, tokenizer, texts) -> dict[str, float]:
@@ -126,7 +111,6 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    unpack(model)
     train, held_out = data.split_stories(args.corpus)
     sp = spm.SentencePieceProcessor(model_file=str(Path(args.model) / "tokenizer.model"))
     documents = data.Documents(train, [], sp, seed=1)
@@ -138,6 +122,11 @@ def main():
     for target in LENGTHS:
         found["planted_facts"][target] = planted_facts(model, tokenizer, documents, target, args.facts)
         print(target, found["planted_facts"][target], flush=True)
+    # The same beyond the original length as a reader would do who never changes to the long factors.
+    pinned, _ = load(args.model, longrope="short")
+    found["planted_facts_with_short_factors"] = {
+        target: planted_facts(pinned, tokenizer, documents, target, args.facts) for target in LENGTHS if target > 512
+    }
     print(json.dumps(found), flush=True)
     used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
     found |= {"requested_words_used": used, "answers_that_end": ended}
