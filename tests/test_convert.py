@@ -579,6 +579,7 @@ def test_two_runs_at_once(tmp_path, source):
         ({"target_bpw": 4.5, "target_size": "2GB"}, "--target-bpw and --target-size each decide"),
         ({"target_bpw": 4.5, "bits": 4}, "--target-bpw decides what --bits would"),
         ({"recipe": "r.json", "group_size": 64}, "--recipe decides what --group-size would"),
+        ({"bits": 4, "calibration": "a text"}, "a calibration text is for --method gptq"),
         ({"target_size": "2 elephants"}, "size '2 elephants' is none; give bytes or something like 2.0GB"),
         ({"target_size": "-2GB"}, "size '-2GB' is none"),
         ({"group_size": 128, "mode": "affine"}, "groups of 128 divide no layer's width"),

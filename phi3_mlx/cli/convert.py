@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="gptq: round so that the layers' outputs on a text change least; slower, better.",
 )
-@click.option("--text", metavar="FILE", help="The text that gptq, --target-… and the report read; a sample without it.")
+@click.option("--calibration", metavar="FILE", help="The text that gptq and --target-… read; a sample without it.")
+@click.option("--text", metavar="FILE", help="The text that the report reads; another sample without it.")
 @click.option(
     "--report/--no-report",
     default=None,
@@ -63,6 +64,7 @@ def convert(
     target_size: str | None,
     recipe: str | None,
     method: Any,
+    calibration: str | None,
     text: str | None,
     report: bool | None,
     force: bool,
@@ -94,6 +96,7 @@ def convert(
             target_size=target_size,
             recipe=recipe,
             method=method,
+            calibration=None if calibration is None else read_text(calibration),
             text=None if text is None else read_text(text),
             report=report,
             force=force,

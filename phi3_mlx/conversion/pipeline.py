@@ -58,6 +58,7 @@ def convert(
     target_size: int | str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     method: Literal["round", "gptq"] = "round",
+    calibration: str | None = None,
     text: str | None = None,
     report: bool | None = None,
     force: bool = False,
@@ -77,12 +78,12 @@ def convert(
     layers alike. `target_bpw` (bits per weight, scales included) or `target_size` (bytes, or "2.0GB") chooses bits
     layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
     plain floating weights. Those, scales and biases are in `dtype` ("float32", "bfloat16", "float16"; by default
-    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; it, `target_*` and the
-    report read `text` (a bundled sample by default).
+    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; it and `target_*` read
+    `calibration` (a bundled text by default).
 
-    `report` compares result and source on that text and writes REPORT.md; by default where both fit in memory.
-    `allow_nan` converts weights that are not finite. `progress` is called after every layer measured, tensor written
-    and part compared.
+    `report` compares result and source on `text` (another bundled one by default) and writes REPORT.md; by default
+    where both fit in memory. `allow_nan` converts weights that are not finite. `progress` is called after every layer
+    measured, tensor written and part compared.
 
     Raises OptionError (contradicting options, a quantization mlx does not have), ModelNotFoundError, CheckpointError
     (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute).
@@ -104,7 +105,9 @@ def convert(
     dtype = dtype or ("float16" if keeps else _own_dtype(opened.config))
     read = CheckedSource(opened, dtype=dtype, allow_nan=allow_nan)
     fitted = method == "gptq" or target_bpw is not None or target_size is not None
-    ids = _calibration_ids(read, text) if fitted else []
+    if calibration is not None and not fitted:
+        raise OptionError("a calibration text is for --method gptq, --target-bpw and --target-size; leave it out")
+    ids = _calibration_ids(read, calibration) if fitted else []
     chosen: Recipe | None = None if dequantize else wanted
     where = opened.name
     if recipe is not None:
@@ -145,7 +148,7 @@ def convert(
     made = None
     if report or (report is None and chosen is not None):
         try:
-            made = _report(destination, opened, total, text, fitted, report is None, progress)
+            made = _report(destination, opened, total, text, text == calibration, report is None, progress)
         except Phi3Error as error:
             if report:
                 raise
@@ -289,7 +292,7 @@ def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
 
 
 def _calibration_ids(source: Source, text: str | None) -> list[int]:
-    """What bits and weights are fitted to: `text`, or a bundled one that reports do not read."""
+    """What bits and weights are fitted to: a text, or a bundled one that reports do not read."""
     from ..tokenizer import load_tokenizer
     from .texts import bundled
 

@@ -1,6 +1,8 @@
 """From the trained checkpoint to the bundled model: 4 bits, with its tokenizer beside it.
 
-python weights/training/build.py --checkpoint DIR/checkpoint --tokenizer DIR --out weights/tiny
+    python weights/training/build.py --checkpoint RUN/checkpoint --tokenizer RUN --corpus DIR --out weights/tiny
+
+Several checkpoints are averaged. GPTQ reads stories of the training data; the report, held-out ones.
 """
 
 import argparse
@@ -9,11 +11,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import data
+import mlx.core as mx
 import vocab
 
 from phi3_mlx import convert
 from phi3_mlx.config import read_json
+from phi3_mlx.conversion.report import write_report
+from phi3_mlx.conversion.sources import open_source
 
+CALIBRATION = 200  # stories
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -33,7 +40,8 @@ def config_for_everyone(raw: dict) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, nargs="+")
+    parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
@@ -47,14 +55,30 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "the-trained-checkpoint")
         folder.mkdir()
-        for file in args.checkpoint.glob("model*.safetensors*"):
-            Path(folder, file.name).symlink_to(file.resolve())
+        several = [mx.load(str(path / "model.safetensors")) for path in args.checkpoint]
+        mean = {
+            name: (sum(one[name].astype(mx.float32) for one in several) / len(several)).astype(mx.bfloat16)
+            for name in several[0]
+        }
+        mx.save_safetensors(str(folder / "model.safetensors"), mean, {"format": "pt"})
         for name in TOKENIZER_FILES:
             shutil.copy(args.tokenizer / name, folder)
-        config = config_for_everyone(read_json(args.checkpoint / "config.json"))
+        config = config_for_everyone(read_json(args.checkpoint[0] / "config.json"))
         Path(folder, "config.json").write_text(json.dumps(config))
         Path(folder, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        convert(folder, args.out, bits=args.bits, group_size=args.group_size, dtype="bfloat16")
+        train, held_out = data.split_stories(args.corpus)
+        convert(
+            folder,
+            args.out,
+            bits=args.bits,
+            group_size=args.group_size,
+            dtype="bfloat16",
+            method="gptq",
+            calibration="\n\n".join(train[:CALIBRATION]),
+            report=False,
+            force=True,
+        )
+        write_report(args.out, open_source(folder), text="\n\n".join(held_out), text_name="the held-out stories")
 
 
 if __name__ == "__main__":

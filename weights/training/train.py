@@ -152,7 +152,7 @@ def bits_per_character(model, sp, texts: list[str]) -> float:
     return nats / math.log(2) / chars
 
 
-def schedule(progress: float, warmup: float = 0.01, decay_from: float = 0.35) -> float:
+def schedule(progress: float, decay_from: float, warmup: float = 0.01) -> float:
     """Warm-up, constant, then linear to zero over the last part of the time."""
     if progress < warmup:
         return (progress + 1e-4) / warmup
@@ -170,6 +170,8 @@ def main():
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--exercises", type=float, default=0.28, help="share of short documents")
     parser.add_argument("--long", type=float, default=0.12, help="share of steps with long rows")
+    parser.add_argument("--decay-from", type=float, default=0.35, help="share of the time after which rates fall")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of what attention and MLP add")
     parser.add_argument("--quantized-from", type=float, default=0.9,
                         help="share of the time after which the loss is that of the 4-bit weights")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
@@ -188,7 +190,9 @@ def main():
         sp = vocab.train([line for t in train_texts for line in t.splitlines() if line], args.out)
 
     torch.set_float32_matmul_precision("high")
-    model = Phi3ForCausalLM._from_config(make_config(), attn_implementation="sdpa").to(args.device)
+    config = make_config()
+    config.resid_pdrop = args.dropout
+    model = Phi3ForCausalLM._from_config(config, attn_implementation="sdpa").to(args.device).train()
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     optimizers = [
@@ -220,7 +224,7 @@ def main():
             break
         for o, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(progress)
+                group["lr"] = rate * schedule(progress, args.decay_from)
         # At the end gradients are taken where the bundled model will be, and move the unrounded weights.
         exact = [(p, p.data) for p in model.parameters() if p.ndim == 2 and progress >= args.quantized_from]
         for p, data_of_p in exact:
@@ -243,10 +247,9 @@ def main():
             saved = time.time()
     spent = time.time() - started
     save()
-    model.eval()
     model = model.to("cpu")
     print(f"{tokens:,} tokens in {spent / 60:.1f} minutes")
-    uncompiled = Phi3ForCausalLM._from_config(model.config, attn_implementation="sdpa")
+    uncompiled = Phi3ForCausalLM._from_config(make_config(), attn_implementation="sdpa").eval()
     uncompiled.load_state_dict(model.state_dict())
     print(f"bits per character on the held-out stories: {bits_per_character(uncompiled, sp, held_out):.4f}")
     uncompiled.to(torch.bfloat16).save_pretrained(args.out / "checkpoint")
