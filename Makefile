@@ -27,8 +27,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(BIN)/python -m bench.coldstart
-	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench --all
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """From an empty terminal to the first token: whole processes, phi3-mlx and mlx-lm in turn on the same directory.
 
-python -m bench.coldstart [--model DIR] [--runs N]
+python -m bench coldstart [--model DIR] [--runs N]
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Decode speed of a 4-bit model with bfloat16 scales at Phi-3-mini's layer shape: phi3-mlx and mlx-lm in turn.
+"""Decode speed of 4-bit models: phi3-mlx and mlx-lm in turn, reading the same directory.
 
-    python -m bench.decode [--layers N] [--tokens N] [--runs N]
+    python -m bench decode [--only CASE] [--layers N] [--tokens N] [--runs N]
 
-The weights are random and made on the spot (speed does not depend on them); both read the same directory.
+Cases: layers of Phi-3-mini's shape with bfloat16 scales, as models are published, the same with float32 scales, and the
+bundled model. Weights of the first two are random and made on the spot (speed does not depend on them). On MLX's CPU
+backend phi3-mlx computes in float32 in every case, mlx-lm in the type of the scales.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import mlx.core as mx
@@ -21,12 +26,13 @@ from phi3_mlx.checkpoint import load_model
 from phi3_mlx.config import parse_config
 from phi3_mlx.conversion import convert
 from phi3_mlx.engine import Generation
+from phi3_mlx.hub import resolve
 from phi3_mlx.models import build
 from phi3_mlx.sampling import Sampling
 
 from . import record
 
-# Phi-3-mini-4k; without its window, which mlx-lm does not have and which 100 tokens do not reach.
+# Phi-3-mini-4k; without its window, which mlx-lm does not have and which these lengths do not reach.
 PHI_3_MINI = {
     "model_type": "phi3",
     "vocab_size": 32064,
@@ -41,60 +47,96 @@ PHI_3_MINI = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+CASES = ("bfloat16", "float32", "tiny")
 
 
-def make_checkpoint(directory: Path, layers: int) -> None:
-    config = {**PHI_3_MINI, "num_hidden_layers": layers}
+def make_checkpoint(directory: Path, layers: int, dtype: str = "bfloat16", bits: int = 4) -> None:
+    """Random weights of Phi-3-mini's shape; with `bits` 0 they stay numbers of `dtype`."""
+    config = {**PHI_3_MINI, "num_hidden_layers": layers, "torch_dtype": dtype}
     model = build(parse_config(config))
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(getattr(mx, dtype))
     with tempfile.TemporaryDirectory() as folder:
-        mx.save_safetensors(str(Path(folder, "model.safetensors")), dict(tree_flatten(model.parameters())))
-        Path(folder, "config.json").write_text(json.dumps(config))
-        convert(folder, directory, report=False)
+        source = Path(folder) if bits else directory
+        source.mkdir(exist_ok=True)
+        mx.save_safetensors(str(source / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        (source / "config.json").write_text(json.dumps(config))
+        if bits:
+            convert(source, directory, bits=bits, report=False)
+
+
+@contextmanager
+def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
+    """A case's model as phi3-mlx and as mlx-lm load it, and its name. "unpacked" is float32 that was not packed."""
+    from mlx_lm.utils import load_model as load_mlx_lm
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = resolve("tiny") if case == "tiny" else Path(folder, "model")
+        name = "the bundled model"
+        if case != "tiny":
+            packed = case != "unpacked"
+            make_checkpoint(directory, layers, case if packed else "float32", 4 if packed else 0)
+            kind = f"4-bit, {case} scales" if packed else "float32"
+            name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of Phi-3-mini's shape"
+        yield load_model(directory), load_mlx_lm(directory)[0], name
+
+
+def in_turn(contenders: Mapping[str, Callable[[], float]], runs: int) -> dict[str, dict[str, float]]:
+    """Each contender's figures, measured alternately; a first round warms up."""
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in range(runs + 1):
+        for name, contender in contenders.items():
+            figure = contender()
+            if run:
+                figures[name].append(figure)
+    return {name: record.spread(values) for name, values in figures.items()}
+
+
+def rows_of(
+    case: str, name: str, figures: dict[str, dict[str, float]], base: str = "mlx-lm", **facts: Any
+) -> list[dict[str, Any]]:
+    """A case's rows, one a contender, each with its speed over that of `base`."""
+    click.echo(name)
+    rows = []
+    for package, figure in figures.items():
+        ratio = figure["median"] / figures[base]["median"]
+        ends = f"({figure['min']:.2f} to {figure['max']:.2f})"
+        click.echo(f"  {package:22} {figure['median']:9.2f} tok/s   {ends}   {ratio:.2f}x")
+        rows.append(
+            {"case": case, "model": name, "package": package, "tokens_per_second": figure, "ratio": ratio, **facts}
+        )
+    return rows
 
 
 @click.command(help=__doc__)
-@click.option("--layers", default=4, show_default=True, help="Phi-3-mini has 32.")
-@click.option("--tokens", default=16, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
+@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--tokens", default=8, show_default=True)
 @click.option("--runs", default=3, show_default=True)
-def main(layers: int, tokens: int, runs: int) -> None:
+def main(only: tuple[str, ...], layers: int, tokens: int, runs: int) -> None:
+    from mlx_lm.generate import generate_step
+
     prompt = list(range(100, 116))
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder, "model")
-        make_checkpoint(directory, layers)
-        model = load_model(directory)
-        from mlx_lm.generate import generate_step
-        from mlx_lm.utils import load_model as load_mlx_lm
 
-        other, _ = load_mlx_lm(directory)
+    def ours(model: Any, count: int) -> float:
+        generation = Generation(model, [prompt], max_tokens=count + 1, sampling=Sampling())
+        for _ in generation:
+            pass
+        return generation.statistics.decode_tps
 
-        def ours() -> float:
-            generation = Generation(model, [prompt], max_tokens=tokens + 1, sampling=Sampling())
-            for _ in generation:
-                pass
-            return generation.statistics.decode_tps
+    def theirs(model: Any, count: int) -> float:
+        started = 0.0
+        for i, _ in enumerate(generate_step(mx.array(prompt), model, max_tokens=count + 1)):
+            if i == 0:
+                started = time.perf_counter()
+        return count / (time.perf_counter() - started)
 
-        def theirs() -> float:
-            started = 0.0
-            for i, _ in enumerate(generate_step(mx.array(prompt), other, max_tokens=tokens + 1)):
-                if i == 0:
-                    started = time.perf_counter()
-            return tokens / (time.perf_counter() - started)
-
-        contenders: dict[str, Callable[[], float]] = {"phi3-mlx": ours, "mlx-lm": theirs}
-        speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        for run in range(runs + 1):
-            for name, contender in contenders.items():
-                speed = contender()
-                if run:  # the first warms up
-                    speeds[name].append(speed)
-    figures = {name: record.spread(values) for name, values in speeds.items()}
-    ratio = figures["phi3-mlx"]["median"] / figures["mlx-lm"]["median"]
-    for name, figure in figures.items():
-        click.echo(f"{name:9} {figure['median']:7.2f} tok/s   ({figure['min']:.2f} to {figure['max']:.2f})")
-    click.echo(f"phi3-mlx / mlx-lm: {ratio:.1f}")
-    rows = [{"package": name, "tokens_per_second": figure} for name, figure in figures.items()]
-    record.write(record.RESULTS / "decode.json", rows, "mlx", "mlx-lm", layers=layers, tokens=tokens, ratio=ratio)
+    rows: list[dict[str, Any]] = []
+    for case in only or CASES:
+        count = tokens * 16 if case == "tiny" else tokens  # it is that much faster
+        with loaded(case, layers) as (model, other, name):
+            contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}
+            rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
+    record.write(record.RESULTS / "decode.json", rows, "mlx", "mlx-lm")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -47,15 +48,23 @@ def example(rng: random.Random) -> tuple[str, str]:
     return f"{story} How does {name} feel?", feeling
 
 
-def make(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+def make(sizes: Mapping[str, int] = SIZES, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """Different examples for every split."""
     rng = random.Random(seed)
     seen: dict[str, str] = {}
-    while len(seen) < sum(SIZES.values()):
+    while len(seen) < sum(sizes.values()):
         question, answer = example(rng)
         seen[question] = answer
     pairs = iter(seen.items())
-    return {split: [next(pairs) for _ in range(size)] for split, size in SIZES.items()}
+    return {split: [next(pairs) for _ in range(size)] for split, size in sizes.items()}
+
+
+def write(directory: Path, sizes: Mapping[str, int] = SIZES) -> None:
+    """A .jsonl file of every split."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, pairs in make(sizes).items():
+        lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs]
+        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def accuracy(directory: Path, model: str, adapter: str | None = None) -> float:
@@ -80,10 +89,7 @@ def main(directory: Path, model: str | None, adapter: str | None) -> None:
     if model is not None:
         click.echo(f"{accuracy(directory, model, adapter):.1%} right")
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, pairs in make().items():
-        lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs]
-        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(directory)
     click.echo(f"{', '.join(f'{size} in {split}.jsonl' for split, size in SIZES.items())} in {directory}")
 
 

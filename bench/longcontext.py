@@ -1,16 +1,20 @@
 """Peak memory of reading a long prompt in chunks, phi3-mlx and mlx-lm with the same packed cache, in turn.
 
-    python -m bench.longcontext [--tokens N] [--chunk N] [--layers N] [--bits B]
+    python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--name NAME]
 
 Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
-adds to what grows with the length. Memory is MLX's own peak, less the weights. Beside it stands what `phi3-mlx plan`
-foretells.
+adds to what grows with the length. Memory is MLX's own peak, less the weights, at a quarter, a half and the whole of
+the prompt. Beside it stands what `phi3-mlx plan` foretells.
+
+phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on a CPU, so there the model reads the
+first chunk and the last before each point, those with the most to score; between them the cache is filled with random
+keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
+`--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,17 +29,19 @@ from phi3_mlx.models.cache import KVBits
 from . import record
 
 GROUP_SIZE = 32
+HEADS, HEAD_DIM = 32, 96
+_FILL = 16384  # tokens at a time
 
 
 def make_config(layers: int, tokens: int) -> dict[str, Any]:
     return {
         "model_type": "phi3",
         "vocab_size": 512,
-        "hidden_size": 3072,
+        "hidden_size": HEADS * HEAD_DIM,
         "intermediate_size": 256,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
         "max_position_embeddings": max(tokens, 4096),
         "original_max_position_embeddings": max(tokens, 4096),
         "rms_norm_eps": 1e-5,
@@ -45,20 +51,53 @@ def make_config(layers: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def read_prompt(read: Callable[[mx.array], None], tokens: int, chunk: int) -> list[tuple[int, int, float]]:
-    """(tokens read, peak bytes so far, seconds) at a quarter, a half and the whole of the prompt."""
+def read_prompt(model: Any, cache: list[Any], tokens: int, chunk: int, whole: bool) -> list[dict[str, Any]]:
+    """At each point: tokens in the cache, those that the model read, peak bytes and seconds so far."""
+    dtype = model.model.norm.weight.dtype
     ids = mx.random.randint(0, 500, (1, tokens))
     mx.eval(ids)
     mx.clear_cache()
-    base, started, seen = mx.get_active_memory(), time.perf_counter(), []
-    mx.reset_peak_memory()
-    for first in range(0, tokens, chunk):
-        read(ids[:, first : first + chunk])
+    base, started, read, rows = mx.get_active_memory(), time.perf_counter(), 0, []
+    points = (tokens // 4, tokens // 2, tokens)
+    first = peak = 0
+    while first < tokens:
+        point = next(point for point in points if point > first)
+        if whole or not first or first >= point - chunk:
+            last = min(first + chunk, point)
+            read += last - first
+            mx.reset_peak_memory()
+            mx.eval(model.model(ids[:, first:last], cache), state_of(cache))
+            peak = max(peak, mx.get_peak_memory() - base)
+        else:
+            last = min(first + _FILL, point - chunk)
+            for layer in cache:
+                shape = (1, HEADS, last - first, HEAD_DIM)
+                layer.update_and_fetch(mx.random.normal(shape, dtype), mx.random.normal(shape, dtype))
+                mx.eval(state_of([layer]))
         mx.clear_cache()
-        done = min(first + chunk, tokens)
-        if done in (tokens // 4, tokens // 2, tokens):
-            seen.append((done, mx.get_peak_memory() - base, time.perf_counter() - started))
-    return seen
+        first = last
+        if last == point:
+            seconds = time.perf_counter() - started
+            rows.append({"tokens": last, "read": read, "peak": peak, "seconds": seconds})
+            click.echo(f"{last:9,} tokens, {read:7,} read   peak {peak / 1e6:9,.1f} MB  {seconds:7.1f} s")
+    return rows
+
+
+def state_of(cache: list[Any]) -> list[Any]:
+    """The arrays of a cache of either package."""
+    return [layer.state if hasattr(layer, "sequence") else (layer.keys, layer.values) for layer in cache]
+
+
+def decode(model: Any, cache: list[Any], steps: int, base: int) -> dict[str, float]:
+    """The speed of single tokens behind the prompt, and their peak."""
+    token = mx.array([[1]])
+    mx.reset_peak_memory()
+    started = time.perf_counter()
+    for _ in range(steps):
+        token = model.logits(model.model(token, cache)).argmax(-1)
+        mx.eval(token, state_of(cache))
+    seconds = time.perf_counter() - started
+    return {"tokens": steps, "tokens_per_second": steps / seconds, "peak": mx.get_peak_memory() - base}
 
 
 @click.command(help=__doc__)
@@ -66,24 +105,45 @@ def read_prompt(read: Callable[[mx.array], None], tokens: int, chunk: int) -> li
 @click.option("--chunk", default=512, show_default=True)
 @click.option("--layers", default=2, show_default=True)
 @click.option("--bits", default=4, show_default=True)
+@click.option("--decode", "steps", default=0, show_default=True, help="Tokens to decode behind the prompt.")
 @click.option("--alone", is_flag=True, help="Without mlx-lm.")
-def main(tokens: int, chunk: int, layers: int, bits: int, alone: bool) -> None:
+@click.option("--last", is_flag=True, help="phi3-mlx too reads only those chunks.")
+@click.option("--mlx-lm-whole", is_flag=True, help="mlx-lm too reads every token.")
+@click.option("--name", help="Of the result file, behind longcontext-.")
+def main(
+    tokens: int,
+    chunk: int,
+    layers: int,
+    bits: int,
+    steps: int,
+    alone: bool,
+    last: bool,
+    mlx_lm_whole: bool,
+    name: str | None,
+) -> None:
     raw = make_config(layers, tokens)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     packing = KVBits(bits, bits, GROUP_SIZE)
+    facts: dict[str, Any] = {"chunk": chunk, "layers": layers, "bits": bits, "group_size": GROUP_SIZE}
 
-    def ours() -> list[tuple[int, int, float]]:
+    def ours() -> list[dict[str, Any]]:
         model = build(parse_config(raw))
         model.set_dtype(dtype)
         mx.eval(model.parameters())
         cache = model.make_cache(bits=packing)
+        base = mx.get_active_memory()
+        rows = read_prompt(model, cache, tokens, chunk, whole=not last)
+        if steps:
+            facts["decode"] = decode(model, cache, steps, base)
+            click.echo(
+                "then {tokens} more at {tokens_per_second:.2f} tok/s, peak {peak:,.0f}".format(**facts["decode"])
+            )
+        for row in rows:
+            run = Run(model.config, 0, row["tokens"], bits=packing, itemsize=dtype.size, fused=fused_attention())
+            row |= {"cache": run.cache_bytes(), "planned": run.cache_bytes() + run.workspace(chunk)}
+        return rows
 
-        def read(ids: mx.array) -> None:
-            mx.eval(model.model(ids, cache), [layer.state for layer in cache])
-
-        return read_prompt(read, tokens, chunk)
-
-    def theirs() -> list[tuple[int, int, float]]:
+    def theirs() -> list[dict[str, Any]]:
         from mlx_lm.models import phi3
         from mlx_lm.models.cache import QuantizedKVCache
 
@@ -91,37 +151,27 @@ def main(tokens: int, chunk: int, layers: int, bits: int, alone: bool) -> None:
         model.set_dtype(dtype)
         mx.eval(model.parameters())
         cache = [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in range(layers)]
+        return read_prompt(model, cache, tokens, chunk, whole=mlx_lm_whole)
 
-        def read(ids: mx.array) -> None:
-            mx.eval(model.model(ids, cache), [layer.state for layer in cache])
-
-        return read_prompt(read, tokens, chunk)
-
-    config = parse_config(raw)
     rows: list[dict[str, Any]] = []
-    for name, contender in {"phi3-mlx": ours, "mlx-lm": theirs}.items():
-        if alone and name == "mlx-lm":
-            continue
-        for done, peak, seconds in contender():
-            run = Run(config, 0, done, bits=packing, itemsize=dtype.size, fused=fused_attention())
-            row = {"package": name, "tokens": done, "peak": peak, "seconds": seconds}
-            if name == "phi3-mlx":
-                row |= {"cache": run.cache_bytes(), "planned": run.cache_bytes() + run.workspace(chunk)}
-            rows.append(row)
-            click.echo(f"{name:9} {done:7,} tokens  peak {peak / 1e6:9,.1f} MB  {seconds:7.1f} s")
+    for package, contender in {"phi3-mlx": ours, "mlx-lm": theirs}.items():
+        if not (alone and package == "mlx-lm"):
+            click.echo(package)
+            rows += [{"package": package, **row} for row in contender()]
     mine = [row for row in rows if row["package"] == "phi3-mlx"]
-    grown = (mine[-1]["peak"] - mine[-2]["peak"]) / (mine[-1]["tokens"] - mine[-2]["tokens"])
-    own = (mine[-1]["cache"] - mine[-2]["cache"]) / (mine[-1]["tokens"] - mine[-2]["tokens"])
-    facts: dict[str, Any] = {"slope": grown, "cache_slope": own, "planned": mine[-1]["planned"] / mine[-1]["peak"]}
-    click.echo(
-        f"each further token: {grown:,.0f} bytes, of the cache itself {own:,.0f}; plan / peak {facts['planned']:.2f}"
-    )
+    more = mine[-1]["tokens"] - mine[-2]["tokens"]
+    facts |= {
+        "slope": (mine[-1]["peak"] - mine[-2]["peak"]) / more,
+        "cache_slope": (mine[-1]["cache"] - mine[-2]["cache"]) / more,
+        "planned": mine[-1]["planned"] / mine[-1]["peak"],
+    }
+    slopes = "each further token: {slope:,.0f} bytes, of the cache itself {cache_slope:,.0f}; plan / peak {planned:.2f}"
+    click.echo(slopes.format(**facts))
     if not alone:
         facts["ratio"] = mine[-1]["peak"] / rows[-1]["peak"]
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
-    record.write(
-        record.RESULTS / "longcontext.json", rows, "mlx", "mlx-lm", chunk=chunk, layers=layers, bits=bits, **facts
-    )
+    path = record.RESULTS / (f"longcontext-{name}.json" if name else "longcontext.json")
+    record.write(path, rows, "mlx", "mlx-lm", **facts)
 
 
 if __name__ == "__main__":

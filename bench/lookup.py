@@ -1,9 +1,12 @@
 """What prompt lookup saves: tokens a step, and tokens a second with it and without, on prompts that repeat and do not.
 
-    python -m bench.lookup [--model NAME] [--runs N]
+    python -m bench lookup [--model NAME] [--runs N]
 
-The model is real: with the bundled one, it is asked to repeat and to edit stories that it wrote itself before, and to
-write a new one. Greedy, so both ways must give the same tokens; the run fails if they do not.
+The model is real. The bundled one is asked to repeat and to edit stories that it wrote itself before; others are asked
+to correct, to quote and to change passages and code of the text that comes with this package. Answers are greedy there.
+The last kind of prompt asks for something new, drawn at temperature 1, because small models that are greedy repeat
+themselves: it shows what lookup costs where there is nothing to find. Both ways must give the same tokens; the run
+fails if they do not. Writes results/lookup.json, for other models results/lookup-NAME.json.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from typing import Any
 import click
 
 from phi3_mlx import generate, load
+from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import Generation, Statistics
 from phi3_mlx.generation import encode_prompt
+from phi3_mlx.hub import resolve
 from phi3_mlx.lookup import MAX_DRAFT
 from phi3_mlx.sampling import Sampling
 
@@ -23,13 +28,32 @@ from . import record
 SUBJECTS = ("a rabbit who finds a key", "a girl named Mia who loses a hat", "an owl and a boat", "a dog and a bear")
 
 
-def prompts(stories: list[str]) -> dict[str, list[str]]:
+NEW = "something new"
+
+
+def prompts_of_stories(stories: list[str]) -> dict[str, list[str]]:
     """Kind of prompt -> prompts. Passages are the first sentences of the stories."""
     passages = [". ".join(story.replace("\n", " ").split(". ")[:5]) + "." for story in stories]
     return {
         "repeat": [f"Repeat this text: {passage}" for passage in passages],
         "edit": [f"Replace {passage.split()[-2].strip('.,')} with kite: {passage}" for passage in passages],
-        "new story": [f"Tell me a story about {subject}." for subject in SUBJECTS],
+    }
+
+
+def prompts_of_text(text: str) -> dict[str, list[str]]:
+    """The same from a text with paragraphs and a function."""
+    passages = [part for part in text.split("\n\n") if 500 < len(part) < 800][:4]
+    (code,) = [part for part in text.split("\n\n") if part.startswith("def ")]
+    name = code[4 : code.index("(")]
+    change = "Write the whole code.\n\n```python\n" + code + "\n```"
+    return {
+        "edit": [f"Correct the spelling of this text and write it out again.\n\n{passage}" for passage in passages],
+        "quote": [f"{passage}\n\nQuote the first three sentences, word for word." for passage in passages],
+        "code change": [
+            f"Rename the function {name} to running_mean. {change}",
+            f"Add a comment to the function {name}. {change}",
+            f"Add type hints to the function {name}. {change}",
+        ],
     }
 
 
@@ -39,51 +63,57 @@ def prompts(stories: list[str]) -> dict[str, list[str]]:
 @click.option("--max-tokens", default=200, show_default=True)
 def main(name: str, runs: int, max_tokens: int) -> None:
     model, tokenizer = load(name)
-    stories = [generate(model, tokenizer, f"Write a story about {subject}.", max_tokens=300) for subject in SUBJECTS]
+    if name == "tiny":
+        asked = [f"Write a story about {subject}." for subject in SUBJECTS]
+        kinds = prompts_of_stories([generate(model, tokenizer, prompt, max_tokens=300) for prompt in asked])
+    else:
+        kinds = prompts_of_text(bundled("sample"))
+    kinds[NEW] = [f"Tell me a story about {subject}." for subject in SUBJECTS]
 
-    def run(ids: list[int], lookup: int) -> tuple[list[int], Statistics]:
+    def run(ids: list[int], lookup: int, sampling: Sampling) -> tuple[list[int], Statistics]:
         generation = Generation(
-            model, [ids], max_tokens=max_tokens, sampling=Sampling(), stop_ids=tokenizer.stop_ids, lookup=lookup
+            model, [ids], max_tokens=max_tokens, sampling=sampling, stop_ids=tokenizer.stop_ids, lookup=lookup
         )
         return [token.id for token in generation], generation.statistics
 
     rows: list[dict[str, Any]] = []
-    for kind, texts in prompts(stories).items():
-        speeds: dict[int, list[float]] = {0: [], MAX_DRAFT: []}
-        steps = tokens = drafted = accepted = 0
+    for kind, texts in kinds.items():
+        sampling = Sampling(temperature=1.0, seed=1) if kind == NEW else Sampling()
+        seconds: dict[int, list[float]] = {0: [], MAX_DRAFT: []}
+        totals: list[Statistics] = []
         encoded = [encode_prompt(tokenizer, text) for text in texts]
         for n in range(runs + 1):
             answers: dict[int, list[list[int]]] = {}
-            for lookup in speeds:
-                seen = [run(ids, lookup) for ids in encoded]
+            for lookup in seconds:
+                seen = [run(ids, lookup, sampling) for ids in encoded]
                 answers[lookup] = [ids for ids, _ in seen]
-                statistics = [s for _, s in seen]
                 if n:  # the first warms up
-                    seconds = sum(s.decode_seconds for s in statistics)
-                    speeds[lookup].append(sum(s.decoded_tokens for s in statistics) / seconds)
-                    if lookup:
-                        steps += sum(s.decode_steps for s in statistics)
-                        tokens += sum(s.decoded_tokens for s in statistics)
-                        drafted += sum(s.drafted_tokens for s in statistics)
-                        accepted += sum(s.accepted_tokens for s in statistics)
+                    seconds[lookup].append(sum(s.decode_seconds for _, s in seen))
+                    totals += [s for _, s in seen if lookup]
             if answers[0] != answers[MAX_DRAFT]:
-                raise click.ClickException(f"lookup changed an answer to a {kind} prompt")
-        plain, drafting = record.spread(speeds[0]), record.spread(speeds[MAX_DRAFT])
+                raise click.ClickException(f"lookup changed an answer to a prompt of the kind: {kind}")
+        steps, tokens = sum(s.decode_steps for s in totals), sum(s.decoded_tokens for s in totals)
+        drafted, accepted = sum(s.drafted_tokens for s in totals), sum(s.accepted_tokens for s in totals)
+        plain, drafting = record.spread(seconds[0]), record.spread(seconds[MAX_DRAFT])
+        ratio = plain["median"] / drafting["median"]
         row = {
             "prompts": kind,
+            "tokens": tokens // runs,
             "tokens_per_step": tokens / steps,
             "accepted": accepted / drafted if drafted else None,
-            "plain": plain,
-            "lookup": drafting,
-            "ratio": drafting["median"] / plain["median"],
+            "plain_seconds": plain,
+            "lookup_seconds": drafting,
+            "ratio": ratio,
         }
         rows.append(row)
         held = f"{accepted / drafted:.0%} of drafts held" if drafted else "nothing drafted"
         click.echo(
-            f"{kind:10} {tokens / steps:5.2f} tokens a step, {held}; {plain['median']:.0f} -> {drafting['median']:.0f} "
-            f"tok/s, {row['ratio']:.2f}x"
+            f"{kind:13} {tokens // runs:5} tokens, {tokens / steps:5.2f} a step, {held}; {plain['median']:.2f} -> "
+            f"{drafting['median']:.2f} s, {ratio:.2f}x"
         )
-    record.write(record.RESULTS / "lookup.json", rows, "mlx", model=name)
+    directory = resolve(name)
+    file = "lookup.json" if name == "tiny" else f"lookup-{directory.name}.json"
+    record.write(record.RESULTS / file, rows, "mlx", model=directory.name, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

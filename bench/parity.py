@@ -1,21 +1,22 @@
 """Logits and greedy tokens of phi3-mlx and of mlx-lm against transformers' Phi3ForCausalLM, float32 on the CPU.
 
-    python -m bench.parity [--json FILE] [--only NAME ...]
-    python -m bench.parity --markdown [--json FILE]      the README's table, from a result file
+    python -m bench parity [--json FILE] [--only NAME] [--case CASE]
+    python -m bench parity --markdown [--json FILE]      the README's table, from a result file
 
 The same random weights go into all three. The models are narrow (two layers, one or two heads), but head shapes,
 LongRoPE lists, original lengths and windows are the released models' own: no length is scaled down.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
@@ -43,6 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
 # What is special at a length, by the kind of model.
 WINDOWED = {"short": 64, "window": 2047, "window + 1": 2048, "window crossed": 3000}
 LONG = {"short": 64, "boundary": 4096, "boundary + 1": 4097, "beyond": 4500}
+CROSSING = "generation crossing"
+CASES = (*dict.fromkeys([*WINDOWED, *LONG]), CROSSING)
 
 
 def make_mlx_lm(raw: dict[str, Any], model: Any) -> Any:
@@ -66,8 +69,8 @@ def mlx_tokens(model: Any, ids: np.ndarray) -> list[int]:
     return [int(token) for token, _ in stream]
 
 
-def compare(name: str) -> list[dict[str, Any]]:
-    """One row a length, and one for the generation that crosses boundary or window."""
+def compare(name: str, cases: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a length, and one for the generation that crosses boundary or window; those of `cases`."""
     raw = oracle.slim(MODELS[name])
     ours = oracle.make_ours(raw)
     packages = {"phi3-mlx": ours, "mlx-lm": make_mlx_lm(raw, ours)}
@@ -75,6 +78,8 @@ def compare(name: str) -> list[dict[str, Any]]:
     special = LONG if raw["rope_scaling"] else WINDOWED
     rows: list[dict[str, Any]] = []
     for label, length in special.items():
+        if label not in cases:
+            continue
         ids = oracle.ids_of(length)
         expected = oracle.torch_logits(reference, ids)[0]
         row: dict[str, Any] = {"model": name, "case": label, "tokens": length, "std": float(expected.std())}
@@ -85,10 +90,12 @@ def compare(name: str) -> list[dict[str, Any]]:
                 "greedy_agreement": float((got.argmax(-1) == expected.argmax(-1)).mean()),
             }
         rows.append(row)
+    if CROSSING not in cases:
+        return rows
     edge = raw["original_max_position_embeddings"] if raw["rope_scaling"] else raw["sliding_window"]
     prompt = oracle.ids_of(edge - STEPS // 2)[0]
     tokens = oracle.torch_generate(reference, prompt, STEPS)
-    row = {"model": name, "case": "generation crossing", "tokens": len(prompt) + STEPS}
+    row = {"model": name, "case": CROSSING, "tokens": len(prompt) + STEPS}
     for package, model in packages.items():
         got_tokens = mlx_tokens(model, prompt)
         equal = [a == b for a, b in zip(got_tokens, tokens, strict=True)]
@@ -139,14 +146,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE", help="the result file")
-    parser.add_argument("--only", action="append", choices=list(MODELS), metavar="NAME", help="one model (repeatable)")
-    parser.add_argument("--markdown", action="store_true", help="print the result file as a table; compute nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(json.loads(arguments.json.read_text(encoding="utf-8"))))
+@click.command(help=__doc__)
+@click.option("--json", "path", type=click.Path(path_type=Path), default=RESULT, help="The result file.")
+@click.option("--only", multiple=True, type=click.Choice(list(MODELS)), help="Some models (repeatable).")
+@click.option("--case", "cases", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the result file as a table; compute nothing.")
+def main(path: Path, only: tuple[str, ...], cases: tuple[str, ...], as_markdown: bool) -> None:
+    if as_markdown:
+        click.echo(markdown(json.loads(path.read_text(encoding="utf-8"))))
         return
     mx.set_default_device(mx.cpu)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -155,13 +162,12 @@ def main() -> None:
         import mlx_lm.generate  # noqa: F401
         import transformers  # noqa: F401
     rows: list[dict[str, Any]] = []
-    for name in arguments.only or MODELS:
+    for name in only or MODELS:
         started = time.perf_counter()
-        rows += compare(name)
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        rows += compare(name, cases or CASES)
+        click.echo(f"{name}: {time.perf_counter() - started:.0f} s", err=True)
     show(rows)
-    record.write(arguments.json, rows, "mlx", "mlx-lm", "transformers", "torch", "numpy")
-    print(f"written to {arguments.json}", file=sys.stderr)
+    record.write(path, rows, "mlx", "mlx-lm", "transformers", "torch", "numpy")
 
 
 if __name__ == "__main__":

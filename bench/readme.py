@@ -1,6 +1,6 @@
 """Write the README's figures from bench/results/ and a real run of the demo: nothing in them is typed by hand.
 
-python -m bench.readme [--check]
+python -m bench readme [--check]
 """
 
 from __future__ import annotations
@@ -35,37 +35,148 @@ def parity() -> str:
     return markdown(read("parity"))
 
 
+_SIDE_BY_SIDE = {  # bench -> what its rows are; each is left out until it was run
+    "prefill": "prefill on the CPU",
+    "decode": "decode on the CPU",
+}
+
+
 def speed() -> str:
-    start, decode = read("coldstart"), read("decode")
+    """Start, prefill and decode beside mlx-lm; batches and lookup beside the plain way."""
+    start = read("coldstart")
+    results = [start]
     seconds = {row["command"]: row["seconds"] for row in start["rows"]}
-    rates = {row["package"]: row["tokens_per_second"] for row in decode["rows"]}
     table = [
         "| | phi3-mlx | mlx-lm | ratio |",
         "|---|---|---|---|",
         f"| cold start to the first token, bundled model | {shown(seconds['phi3-mlx'], 's')} | "
         f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
-        f"| decode on the CPU, 4-bit, bfloat16 scales, {decode['layers']} layers of Phi-3-mini's shape | "
-        f"{shown(rates['phi3-mlx'], 'tok/s')} | {shown(rates['mlx-lm'], 'tok/s')} | {decode['ratio']:.1f}× |",
-        "",
-        f"Medians (least to most); {start['machine']}; {versions(start)}. `{start['command']}` ({start['date']}), "
-        f"`{decode['command']}` ({decode['date']}).",
     ]
+    for bench, what in _SIDE_BY_SIDE.items():
+        if (result := found(bench)) is None:
+            continue
+        results.append(result)
+        for case in dict.fromkeys(row["case"] for row in result["rows"]):
+            rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
+            ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+            table.append(
+                f"| {what}, {ours['model']} | {shown(ours['tokens_per_second'], 'tok/s')} | "
+                f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.1f}× |"
+            )
+    table += ["", f"Medians (least to most); {sources(results)}"]
+    batch, lookups = found("batch"), read_all("lookup")
+    if batch is not None:
+        table += [
+            "",
+            "| decode of several prompts | together | one by one | ratio | mlx-lm together |",
+            "|---|---|---|---|---|",
+        ]
+        for case in dict.fromkeys(row["case"] for row in batch["rows"]):
+            rows = {row["package"]: row for row in batch["rows"] if row["case"] == case}
+            cells = [
+                shown(rows[name]["tokens_per_second"], "tok/s")
+                for name in ("phi3-mlx", "phi3-mlx, one by one", "mlx-lm")
+            ]
+            together = rows["phi3-mlx"]
+            what, ratio = f"{together['rows']} prompts, {together['model']}", f"{together['ratio']:.1f}×"
+            table.append(f"| {what} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} |")
+        table += ["", sources([batch])]
+    if lookups:
+        table += [
+            "",
+            "| prompt lookup | tokens a step | drafts that held | plain | with lookup | ratio |",
+            "|---|---|---|---|---|---|",
+        ]
+        for result in lookups:
+            for row in result["rows"]:
+                held = "none made" if row["accepted"] is None else f"{row['accepted']:.0%}"
+                table.append(
+                    f"| {result['model']}: {row['prompts']} | {row['tokens_per_step']:.2f} | {held} | "
+                    f"{shown(row['plain_seconds'], 's')} | {shown(row['lookup_seconds'], 's')} | {row['ratio']:.2f}× |"
+                )
+        table += ["", sources(lookups)]
     return "\n".join(table)
 
 
-BLOCKS = {"demo": demo, "parity": parity, "speed": speed}
+def kvquality() -> str:
+    """Quality of packed caches, a table a model."""
+    lines: list[str] = []
+    results = needed("kvquality")
+    for result in results:
+        one = result["rows"][0]
+        lines += [
+            f"{result['model']} (perplexity {one['unpacked_perplexity']:.2f} unpacked; *size*: of 16-bit numbers):",
+            "",
+            "| `--kv-bits` | `--kv-group-size` | size | KL, nats | same choice | perplexity | tokens alike |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in result["rows"]:
+            keys, values = row["keys"], row["values"]
+            lines.append(
+                f"| {keys if keys == values else f'{keys},{values}'} | {row['group_size']} | {row['size']:.0%} | "
+                f"{row['kl']:.5f} | {row['same_choice']:.1%} | {row['perplexity']:.2f} | "
+                f"{row['alike']:.0f} of {result['generated']} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, sources(results)])
+
+
+def longcontext() -> str:
+    """Peak memory of long prompts."""
+    lines = ["| | tokens | phi3-mlx peak | planned | mlx-lm peak | ratio |", "|---|--:|--:|--:|--:|--:|"]
+    results = needed("longcontext")
+    for result in results:
+        name = (
+            f"{result['layers']} {'layer' if result['layers'] == 1 else 'layers'}, {result['bits']}-bit keys and values"
+        )
+        rows = {(row["package"], row["tokens"]): row for row in result["rows"]}
+        for (package, tokens), row in rows.items():
+            if package != "phi3-mlx":
+                continue
+            theirs = rows.get(("mlx-lm", tokens))
+            cells = (f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")
+            lines.append(
+                f"| {name} | {tokens:,} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
+                f"| {cells[0]} | {cells[1]} |"
+            )
+    return "\n".join([*lines, "", sources(results)])
+
+
+BLOCKS = {"demo": demo, "parity": parity, "speed": speed, "kvquality": kvquality, "longcontext": longcontext}
+
+
+def sources(results: list[dict[str, Any]]) -> str:
+    """Machine, versions and commands of results."""
+    commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in results)
+    newest: dict[str, str] = {}
+    for result in results:
+        newest |= result["versions"]
+    machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
+    return f"{machines}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}."
+
+
+def found(name: str) -> dict[str, Any] | None:
+    return read(name) if (record.PUBLISHED / f"{name}.json").is_file() else None
+
+
+def read_all(name: str) -> list[dict[str, Any]]:
+    """The bench's own result and those of other models or lengths."""
+    paths = [record.PUBLISHED / f"{name}.json", *sorted(record.PUBLISHED.glob(f"{name}-*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
+def needed(name: str) -> list[dict[str, Any]]:
+    if not (results := read_all(name)):
+        raise click.ClickException(f"nothing was measured yet; run python -m bench {name}")
+    return results
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((record.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((record.PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def shown(figure: dict[str, float], unit: str) -> str:
     return f"{figure['median']:.2f} {unit} ({figure['min']:.2f} to {figure['max']:.2f})"
-
-
-def versions(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in result["versions"].items())
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:
@@ -79,13 +190,18 @@ def filled(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
+def shown_in(text: str) -> list[str]:
+    """The blocks that a text has markers of."""
+    return [name for name in BLOCKS if f"<!-- {name} -->" in text]
+
+
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Only say whether it is up to date.")
 def main(check: bool) -> None:
     text = README.read_text(encoding="utf-8")
-    new = filled(text, {name: make() for name, make in BLOCKS.items()})
+    new = filled(text, {name: BLOCKS[name]() for name in shown_in(text)})
     if check and new != text:
-        raise click.ClickException("README.md is out of date; run python -m bench.readme")
+        raise click.ClickException("README.md is out of date; run python -m bench readme")
     if not check:
         README.write_text(new, encoding="utf-8")
 

@@ -1,4 +1,9 @@
-"""A published number's passport: machine, versions, date and the command, beside the rows."""
+"""A published number's passport: machine, versions, date and the command, beside the rows.
+
+One file a bench, in bench/results/ or where the environment variable PHI3_MLX_BENCH_RESULTS says:
+
+    {"command": ..., "date": ..., "machine": ..., "versions": {...}, the bench's own facts ..., "rows": [{...}, ...]}
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ELSEWHERE = "PHI3_MLX_BENCH_RESULTS"
+PUBLISHED = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get(ELSEWHERE) or PUBLISHED)
 
 
 def machine() -> str:
@@ -43,10 +50,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def command() -> str:
+    """What was typed: `python -m bench NAME ...`, also where the bench was run as `python -m bench.NAME ...`."""
+    module = Path(sys.argv[0]).stem
+    return shlex.join(["python", "-m", "bench", *([] if module == "__main__" else [module]), *sys.argv[1:]])
+
+
 def write(path: Path, rows: list[dict[str, Any]], *packages: str, **facts: Any) -> dict[str, Any]:
     """Write a result file and return what it holds."""
     record = {
-        "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(*packages),

@@ -100,7 +100,10 @@ class Generation:
         run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention())
         room = memory.room() if room is None else room
         held = sum(layer.nbytes for layer in cache or ())
-        self._chunk = prefill_chunk or memory.check_fits(run, room + held).chunk
+        self._chunk, self._spare = prefill_chunk or 0, math.inf
+        if not prefill_chunk:
+            plan = memory.check_fits(run, room + held)
+            self._chunk, self._spare = plan.chunk, room + held - plan.total
         self._on_prefill = on_prefill
         self._lookup = lookup if len(prompts) == 1 else 0
         self._finished: set[int] = set()
@@ -120,7 +123,7 @@ class Generation:
         self._finished.add(row)
 
     def __iter__(self) -> Iterator[Token]:
-        with bounded_run():
+        with bounded_run(self._spare):
             mx.reset_peak_memory()
             yield from self._run()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -31,16 +32,17 @@ _restore: list[Callable[[], object]] = []
 
 
 @contextmanager
-def bounded_run() -> Iterator[None]:
+def bounded_run(spare: float = math.inf) -> Iterator[None]:
     """For the time of a run: weights wired on Metal (macOS would page them out), MLX's buffer cache bounded.
 
-    Runs may overlap (two streams read in turn): the first sets the limits, the last to end restores them.
+    `spare`: bytes that the run's plan leaves of its room, which the buffers kept must not exceed. Runs may overlap (two
+    streams read in turn): the first sets the limits, the last to end restores them.
     """
     global _runs
     _runs += 1
     try:
         if _runs == 1:
-            _set_limits()
+            _set_limits(int(min(_BUFFER_CACHE, max(spare, 0))))
         yield
     finally:
         _runs -= 1
@@ -49,8 +51,8 @@ def bounded_run() -> Iterator[None]:
                 _restore.pop()()
 
 
-def _set_limits() -> None:
-    cache_limit = mx.set_cache_limit(_BUFFER_CACHE)
+def _set_limits(buffers: int) -> None:
+    cache_limit = mx.set_cache_limit(buffers)
     _restore.append(lambda: mx.set_cache_limit(cache_limit))
     # A Mac whose default device was set to the CPU has Metal, but runs nothing on it.
     if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
@@ -135,10 +137,14 @@ class Run:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         numbers = 7 * config.hidden_size + 4 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
-        attention = 0 if self.fused else min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4
+        attention = 0
+        if not self.fused:  # scores, and the mask of a head
+            attention = min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4 + min(chunk, self.length) * seen
         if self.bits is not None:
+            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
             one = self.rows * seen * dim
-            attention += 2 * min(max(UNPACKED, one), kv_heads * one) * self.itemsize
+            unpacked = min(max(UNPACKED, one), kv_heads * one)
+            attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.

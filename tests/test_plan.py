@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, hub, loa
 from phi3_mlx.checkpoint import weight_bytes
 from phi3_mlx.cli import main
 from phi3_mlx.config import parse_config
+from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.family import MINI_4K, MINI_128K
@@ -180,6 +182,69 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
 def main_debug(monkeypatch, args):
     monkeypatch.setenv("PHI3_MLX_DEBUG", "1")
     main(args)
+
+
+@pytest.fixture
+def long_model(tmp_path):
+    """A small random model with a long context and the bundled tokenizer, and a file of 5,000 tokens."""
+    model = random_model(
+        128, 256, 4, 2, 2, vocab=4032, max_position_embeddings=131_072, original_max_position_embeddings=131_072
+    )
+    for file in hub.resolve("tiny").glob("*.json"):
+        if file.name != "evaluation.json":
+            shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        del config[key]
+    config |= {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": 131_072,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "book.txt").write_text("\n\n".join([bundled("sample")] * 2))
+    return tmp_path
+
+
+def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_model, monkeypatch, capsys):
+    limit, clear_cache = 24_000_000, mx.clear_cache
+    held = []  # by the run and MLX's kept buffers, chunk by chunk
+
+    def noted():
+        held.append(mx.get_active_memory() + mx.get_cache_memory() - others)
+        clear_cache()
+
+    def summarise(*more):
+        clear_cache()
+        held.clear()
+        command = ["generate", "-m", str(long_model), "-p", "Summarise this:", "-f", str(long_model / "book.txt")]
+        with pytest.raises(SystemExit) as done:
+            main([*command, "--max-tokens", "4", "--json", *more])
+        out, err = capsys.readouterr()
+        return done.value.code, json.loads(out)["peak_memory"] - others if out else None, err
+
+    clear_cache()
+    others = mx.get_active_memory()
+    monkeypatch.setattr(memory, "room", lambda: limit - (mx.get_active_memory() - others))
+    monkeypatch.setattr(mx, "clear_cache", noted)
+    code, _, err = summarise()
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "24 MB may be used: --kv-bits 4 needs" in err
+    code, peak, _ = summarise("--kv-bits", "4")
+    assert code == 0
+    assert peak < limit
+    assert max(held) < limit
+    code, peak, _ = summarise("--force")
+    assert code == 0
+    assert peak > limit
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import shlex
 import subprocess
 import sys
 
+import click
 import pytest
 from conftest import ROOT
+
+from bench.readme import BLOCKS, filled, shown_in
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -35,15 +38,22 @@ def test_commands_run(command, tmp_path):
     words = shlex.split(command)[1:]
     home = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "hub")}
     program = [sys.executable, "-c", "from phi3_mlx.cli import main; main()"]
-    done = subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input="")
-    if "-m" in words:  # a real model: without the network the name is known, and the message says what is missing
+
+    def run(words):
+        return subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input="")
+
+    if "--cache" in words:  # another line makes it
+        (build,) = [line for line in COMMANDS if line.startswith("phi3-mlx cache build")]
+        assert run(shlex.split(build)[1:]).returncode == 0
+    done = run(words)
+    if "-m" in words and words[0] != "plan":  # a real model: without the network its name is known, and what is missing
         assert done.returncode == 1
         assert "HF_HUB_OFFLINE" in done.stderr
         # The same command with the bundled model instead.
         words[words.index("-m") + 1] = "tiny"
-        done = subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input="")
+        done = run(words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout or words[0] == "chat"
+    assert done.stdout or words[0] == "chat" or words[:2] == ["cache", "build"]
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -55,11 +65,17 @@ def test_python_examples_run(code, tmp_path):
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("block", ["demo", "parity", "speed"])
+@pytest.mark.parametrize("block", re.findall(r"<!-- (\w+) -->", README))
 def test_figures_and_story_come_from_their_sources(block):
-    from bench.readme import BLOCKS, filled
-
     assert filled(README, {block: BLOCKS[block]()}) == README
+
+
+def test_no_marker_is_left_alone():
+    assert shown_in(README) == [name for name in BLOCKS if f"<!-- /{name} -->" in README]
+    assert {"demo", "parity", "speed"} <= set(shown_in(README))
+    assert filled("a <!-- x -->\nold\n<!-- /x --> b", {"x": "new"}) == "a <!-- x -->\nnew\n<!-- /x --> b"
+    with pytest.raises(click.ClickException, match="once each"):
+        filled("<!-- x -->\n", {"x": "new"})
 
 
 def test_links_lead_somewhere():

@@ -31,16 +31,20 @@ RAW = {
 }
 
 
-def make_directory(directory: Path, seed: int = 0, bits: int | None = None) -> Path:
-    """A model directory of random weights with the bundled tokenizer, packed in groups of 32 if `bits`."""
-    model = build(parse_config(RAW))
+def make_directory(directory: Path, seed: int = 0, bits: int | None = None, **changes: int) -> Path:
+    """A model directory of random weights with the bundled tokenizer, packed in groups of 32 if `bits`.
+
+    `changes` are made to the config.
+    """
+    raw = {**RAW, **changes}
+    model = build(parse_config(raw))
     rng = np.random.default_rng(seed)
     weights = []
     for name, array in tree_flatten(model.parameters()):
         values = np.ones(array.shape) if "norm" in name else rng.standard_normal(array.shape) / np.sqrt(array.shape[-1])
         weights.append((name, mx.array(values.astype(np.float32))))
     model.load_weights(weights)
-    config = dict(RAW)
+    config: dict = dict(raw)
     if bits is not None:
         config["quantization"] = {"group_size": 32, "bits": bits, "mode": "affine"}
         nn.quantize(model, group_size=32, bits=bits)

@@ -36,7 +36,7 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     words = read_text(text) if text else None
     done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)
     kind = "packed" if done.packed else "in floats"
-    click.echo(f"{done.layers:,} arrays changed; {done.path} is {kind}", err=True)
+    click.echo(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}", err=True)
     if done.survived is not None:
         click.echo(f"{max(0.0, done.survived):.0%} of what the adapter does survived the packing", err=True)
         if done.survived < work.ENOUGH:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +13,14 @@ from .examples import Example
 
 Order = Literal["shuffle", "bucket"]
 _POOL = 32  # batches that "bucket" sorts by length together: enough to be even, few enough to stay random
+
+
+class PartSize(NamedTuple):
+    """What a part's memory depends on: tokens, attention scores of a head, tokens trained."""
+
+    tokens: int
+    scores: int
+    trained: int
 
 
 class Plan:
@@ -48,14 +56,18 @@ class Plan:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 
-    def largest_part(self, parts: int) -> tuple[int, int]:
-        """(tokens, attention scores of a head) of the largest part of any batch; at most three epochs are looked at."""
-        tokens = scores = 0
+    def largest_part(self, parts: int, trained: Sequence[int]) -> PartSize:
+        """The most that any part of a batch has of everything; at most three epochs are looked at.
+
+        `trained`: how many tokens of each example are.
+        """
+        tokens = scores = targets = 0
         for step in range(min(self.steps, 3 * self.steps_per_epoch)):
             for part in split_parts(self.batch(step), self._lengths, parts):
                 lengths = [int(self._lengths[i]) for i in part]
                 tokens, scores = max(tokens, sum(lengths)), max(scores, sum(n * n for n in lengths))
-        return tokens, scores
+                targets = max(targets, sum(trained[i] for i in part))
+        return PartSize(tokens, scores, targets)
 
 
 def split_parts(batch: Sequence[int], lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..memory import size_text
 from .batches import Plan, make_part, split_parts
 from .examples import Example, histogram
 from .loss import part_loss
@@ -48,10 +49,10 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     limit = settings.memory * 1e9 if settings.memory is not None else prepared.available
     verdict = "fits in" if memory.total <= limit else "does NOT fit in"
     lines += [
-        f"Memory    about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, training "
-        f"{memory.trained / 1e9:.2f}, activations {(memory.activations + memory.logits) / 1e9:.2f} for "
-        f"{memory.part_tokens:,} tokens at once",
-        f"          {verdict} {limit / 1e9:.2f} GB",
+        f"Memory    about {size_text(memory.total)}: weights {size_text(memory.weights)}, training "
+        f"{size_text(memory.trained)}, activations {size_text(memory.activations)} for {memory.part_tokens:,} tokens "
+        "at once",
+        f"          {verdict} {size_text(limit)}",
     ]
     if measure and memory.total <= limit:
         seconds, tokens = _time_a_batch(prepared, plan)

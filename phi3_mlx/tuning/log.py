@@ -10,6 +10,7 @@ from ..errors import OptionError
 from .adapters import replace_file
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
+_FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis
 
 
 class Log:
@@ -93,9 +94,13 @@ def plot_losses(directory: Path) -> bool:
     axes = figure.add_subplot()
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training")
     if valid:
-        axes.plot(*zip(*valid, strict=True), color="#c8553d", marker="o", markersize=3, label="validation")
-        best = min(valid, key=lambda point: point[1])
-        axes.annotate(f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(4, 8))
+        step, best = min(valid, key=lambda point: point[1])
+        label = f"validation, best {best:.3g} at step {step:,}"
+        axes.plot(*zip(*valid, strict=True), color="#c8553d", marker="o", markersize=3, label=label)
+        axes.plot([step], [best], color="#c8553d", marker="o", markersize=7)
+    losses = [loss for _, loss in train + valid]
+    if min(losses) > 0 and max(losses) > _FAR_APART * min(losses):
+        axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
     axes.legend()

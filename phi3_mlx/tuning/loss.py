@@ -1,7 +1,8 @@
 """The loss of a part of a batch: float32, and only where a token is trained.
 
-The output layer runs on those places alone, a few hundred at a time, and its logits are computed again in the backward
-pass: with 32,000 or 200,000 entries a place they would be the largest thing in memory.
+The output layer runs on those places alone and a few hundred at a time: with 32,000 or 200,000 entries a place its
+logits would be the largest thing in memory. Their gradient is as simple as the loss (probabilities, less one at the
+target), so in training it is taken while they are there, and the backward pass need not compute them again.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.phi3 import Model
 from .batches import Part
 
-LOGITS_AT_ONCE = 1 << 24  # entries at a time, 64 MB
+LOGITS_AT_ONCE = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
+_ROWS = 64  # at least, since a packed output layer may be unpacked for every piece
 
 
 def part_loss(model: Model, part: Part, total: int, *, checkpoint: bool = False) -> mx.array:
@@ -26,18 +29,52 @@ def part_loss(model: Model, part: Part, total: int, *, checkpoint: bool = False)
 
 def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
     """The sum of -log p of `targets` (N,) after hidden states (N, hidden_size), float32."""
+    step = places_at_once(model.config.vocab_size)
+    pieces = [slice(i, i + step) for i in range(0, targets.size, step)]
     head: nn.Module = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    learnt: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))  # none but in full fine-tuning
 
-    def loss(rows: mx.array, expected: mx.array) -> mx.array:
-        logits = model.logits(rows).astype(mx.float32)
-        # The checkpoint differentiates all it is given, and ids have no gradient.
-        chosen = mx.take_along_axis(logits, mx.stop_gradient(expected)[:, None], axis=-1)[:, 0]
-        return mx.sum(mx.logsumexp(logits, axis=-1) - chosen)
+    def logits_of(rows: mx.array, *parameters: mx.array) -> mx.array:
+        head.update(tree_unflatten(list(zip(learnt, parameters, strict=True))))
+        return model.logits(rows)
 
-    again: Callable[..., mx.array] = nn.utils.checkpoint(head, loss)
-    step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    pieces = [again(hidden[i : i + step], targets[i : i + step]) for i in range(0, hidden.shape[0], step)]
-    return mx.sum(mx.stack(pieces)) if pieces else mx.array(0.0)
+    # Every piece waits for the one before it: MLX would else be free to hold the logits of all.
+    @mx.custom_function
+    def loss(hidden: mx.array, *parameters: mx.array) -> tuple[mx.array, ...]:
+        total, sums = mx.array(0.0), [mx.zeros_like(parameter) for parameter in parameters]
+        by_rows: list[mx.array] = []
+        for span in pieces:
+            before = by_rows[-1] if by_rows and model.training else total
+            (rows,) = mx.depends([hidden[span]], [before])
+            one, gradients = _piece(logits_of, [rows, *parameters], targets[span])
+            total = total + one
+            by_rows.append(gradients[0])
+            sums = [sum_ + more for sum_, more in zip(sums, gradients[1:], strict=True)]
+        return total, mx.concatenate(by_rows) if by_rows else mx.zeros_like(hidden), *sums
+
+    @loss.vjp
+    def loss_vjp(_: Any, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple((gradient * cotangents[0]).astype(gradient.dtype) for gradient in outputs[1:])
+
+    outputs: Any = loss(hidden, *learnt.values())
+    head.update(tree_unflatten(list(learnt.items())))
+    total: mx.array = outputs[0]
+    return total
+
+
+def places_at_once(vocab_size: int) -> int:
+    """How many places the output layer treats at a time."""
+    return max(_ROWS, LOGITS_AT_ONCE // vocab_size)
+
+
+def _piece(logits_of: Callable[..., mx.array], inputs: list[mx.array], targets: mx.array) -> Any:
+    """(sum of -log p, its gradients by `inputs`: rows and parameters)"""
+    found = logits_of(*inputs)
+    logits, places = found.astype(mx.float32), mx.arange(targets.size)
+    loss = mx.sum(mx.logsumexp(logits, axis=-1) - logits[places, targets])
+    (logits,) = mx.depends([logits], [loss])
+    slopes = mx.softmax(logits, axis=-1).at[places, targets].add(-1.0)
+    return loss, mx.vjp(logits_of, inputs, [slopes.astype(found.dtype)])[1]
 
 
 def number(array: mx.array) -> float:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
-from ..checkpoint import DTYPES
+from ..checkpoint import computed_size, weight_bytes
 from ..config import Phi3Config
 from ..errors import MemoryLimitError
+from ..memory import size_text
+from ..models.attention import SCORES, fused_attention
+from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
 from .batches import Plan
-from .loss import LOGITS_AT_ONCE
+from .loss import places_at_once
 from .settings import Settings
 from .targets import Target, find_targets
 
-# Fitted to measured peaks, of 73 MB to 1.3 GB, of float32 runs on the CPU: how many copies of what live at once.
-_LINEAR, _SCORES, _LOGITS, _MARGIN = 0.7, 1.2, 4, 1.1
+# How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
+_BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too
+_WORK, _WORK_SCORES, _UNPACKED = 2.1, 2.5, 3  # in the layer in work: activations, attention scores, unpacked weights
+_LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at once; how far its and a layer's overlap
+_UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,17 @@ class MemoryPlan:
     weights: int
     trained: int  # the trained arrays, their gradients and the optimizer's state
     activations: int  # what the backward pass needs, and the layer being computed
-    logits: int
     part_tokens: int  # of the largest part that is computed at once
 
     @property
     def total(self) -> int:
-        return self.weights + self.trained + self.activations + self.logits
+        return self.weights + self.trained + self.activations
 
 
 def trained_numbers(config: Phi3Config, settings: Settings, tensors: dict[str, Tensor]) -> int:
     """How many numbers a run with these settings trains."""
     if settings.method == "full":
-        return sum(_count(tensor) for tensor in tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
     def size(target: Target) -> int:
         magnitudes = target.rows if settings.method == "dora" else 0
@@ -50,19 +54,22 @@ def trained_numbers(config: Phi3Config, settings: Settings, tensors: dict[str, T
 
 
 def plan_memory(
-    directory: Path, config: Phi3Config, settings: Settings, lengths: Sequence[int], ranks: int = 1
+    directory: Path,
+    config: Phi3Config,
+    settings: Settings,
+    lengths: Sequence[int],
+    trained: Sequence[int],
+    ranks: int = 1,
 ) -> MemoryPlan:
-    """The plan of a run over examples of these lengths (tokens read of each)."""
-    tensors = find_weights(directory).tensors
-    item = compute_size(config, settings)
-    weights = sum(
-        tensor.nbytes if tensor.dtype.startswith(("U", "I")) else _count(tensor) * item for tensor in tensors.values()
-    )
-    numbers = trained_numbers(config, settings, tensors)
+    """The plan of a run over examples of these lengths (tokens read of each), so many of which are trained."""
+    full = settings.method == "full"
+    dtype = training_dtype(settings)
+    item = computed_size(config, dtype)
+    numbers = trained_numbers(config, settings, find_weights(directory).tensors)
     kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
     # Full fine-tuning trains the weights themselves, which are counted already.
-    own = item if settings.method == "full" else 4
-    copies = (0 if settings.method == "full" else 1) + 2 + kept  # gradients of a part and their sum
+    own = numbers * (item if full else 4)
+    copies = (0 if full else 1) + 2 + kept  # gradients of a part and their sum
     plan = Plan(
         lengths,
         settings.batch_size,
@@ -71,16 +78,21 @@ def plan_memory(
         order=settings.order,
         seed=settings.seed,
     )
-    tokens, scores = plan.largest_part(settings.accumulate * ranks)
-    scores *= config.num_attention_heads
-    layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    kept_by_layers = layers * (_LINEAR * _layer_numbers(config, settings) * tokens + _SCORES * scores)
-    between_layers = 2 * tokens * config.hidden_size * config.num_hidden_layers
-    # The layer in work: its attention once more, and its weights as floats.
-    in_work = 2 * _SCORES * scores + 4 * config.hidden_size * 2 * config.intermediate_size
-    activations = item * _MARGIN * (kept_by_layers + between_layers + in_work)
-    logits = 4 * _LOGITS * min(LOGITS_AT_ONCE, tokens * config.vocab_size) + item * 2 * tokens * config.hidden_size
-    return MemoryPlan(weights, numbers * own * copies, int(activations), logits, tokens)
+    part = plan.largest_part(settings.accumulate * ranks, trained)
+    layer = item * part.tokens * _layer_numbers(config, settings)
+    scores = item * part.scores * config.num_attention_heads
+    one, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
+    # The backward pass begins at the output layer, when all layers keep what they need.
+    kept_by_layers = config.num_hidden_layers * (between if settings.gradient_checkpointing else between + one)
+    in_work = _WORK * layer + _WORK_SCORES * scores + (one if settings.gradient_checkpointing else 0)
+    if not fused_attention() and scores > SCORES * item:
+        in_work += scores  # attention in tiles, put together
+    if config.quantization is not None and part.tokens >= unpacking_pays():
+        in_work += _UNPACKED * item * config.hidden_size * 2 * config.intermediate_size
+    logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
+    work = max(in_work, logits) + _BOTH * min(in_work, logits)
+    activations = int(max(kept_by_layers + work, _UPDATE * own))
+    return MemoryPlan(weight_bytes(directory, dtype), own * copies, activations, part.tokens)
 
 
 def _layer_numbers(config: Phi3Config, settings: Settings) -> int:
@@ -88,18 +100,20 @@ def _layer_numbers(config: Phi3Config, settings: Settings) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
-    # Two norms, two sums, the projections' outputs; queries, keys and values as they are, in blocks and rotated.
-    attention = 5 * hidden + 4 * (heads + keys) + 2 * heads
-    return attention + 6 * inner + (hidden + inner if settings.dropout else 0)
+    # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; gate, up, their product.
+    numbers = 5 * hidden + (heads + keys) + heads + 3 * inner
+    if settings.dropout:
+        numbers += 2 * hidden + heads + inner  # the projections' inputs as the adapters see them
+    if settings.method == "dora":
+        numbers += (heads + keys) + hidden + 2 * inner + hidden  # the projections' outputs before they are scaled
+    return numbers
 
 
-def compute_size(config: Phi3Config, settings: Settings) -> int:
-    """Bytes of a number in the type that the run computes in."""
-    if settings.dtype is not None:
-        return DTYPES[settings.dtype].size
-    if settings.method == "full" or mx.default_device().type == mx.DeviceType.cpu:
-        return 4
-    return 4 if config.dtype == "float32" else 2
+def training_dtype(settings: Settings) -> str | None:
+    """The dtype that the run's model is loaded in."""
+    if settings.dtype is None and settings.method == "full":
+        return "float32"  # updates of a full fine-tuning are smaller than the steps of 16-bit numbers
+    return settings.dtype
 
 
 def refuse_if_too_large(
@@ -112,10 +126,11 @@ def refuse_if_too_large(
     limit = int(settings.memory * 1e9) if settings.memory is not None else available
     if needed.total <= limit:
         return
+    parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))
     raise MemoryLimitError(
-        f"this run needs about {_gb(needed.total)} GB (weights {_gb(needed.weights)}, training {_gb(needed.trained)}, "
-        f"activations {_gb(needed.activations + needed.logits)} for {needed.part_tokens:,} tokens at once) and "
-        f"{_gb(limit)} GB are to be had; {_way_out(settings, limit, replan)}"
+        f"this run needs about {size_text(needed.total)} ("
+        f"{', '.join(f'{name} {size_text(size)}' for name, size in parts)} for {needed.part_tokens:,} tokens at once) "
+        f"and {size_text(limit)} may be used; {_way_out(settings, limit, replan)}"
     )
 
 
@@ -144,15 +159,4 @@ def _way_out(settings: Settings, limit: int, replan: Callable[[Settings], Memory
             return f"it would fit with {' '.join([*flags, f'--max-length {length}'])}"
     least = replan(dataclasses.replace(now, max_length=64))
     with_what = " ".join(flags) or "short examples"
-    return f"even with {with_what} it needs {_gb(least.total)} GB; take a 4-bit base or a smaller model"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}" if size < 1e10 else f"{size / 1e9:.1f}"
-
-
-def _count(tensor: Tensor) -> int:
-    count = 1
-    for n in tensor.shape:
-        count *= n
-    return count
+    return f"even with {with_what} it needs {size_text(least.total)}; take a 4-bit base or a smaller model"

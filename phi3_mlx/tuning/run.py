@@ -10,6 +10,7 @@ ADAPTER/
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
 from .log import Log, plot_losses
 from .lora import Adapter, attach
-from .plan import MemoryPlan, plan_memory, refuse_if_too_large
+from .plan import MemoryPlan, plan_memory, refuse_if_too_large, training_dtype
 from .settings import Settings, from_mapping
 from .targets import find_targets
 from .trainer import Listener, StepReport, Trainer
@@ -122,7 +123,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             f"{settings.max_length} or have nothing to learn; give --max-length {max(train.lengths)} or "
             "--overflow truncate"
         )
-    replan = lambda changed: plan_memory(directory, config, changed, _lengths(train, changed), ranks)  # noqa: E731
+    replan = lambda changed: plan_memory(directory, config, changed, *sizes(train, changed), ranks)  # noqa: E731
+    gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
     base = base_of(directory, settings.model, settings.revision)
     notes = (
@@ -161,8 +163,11 @@ def _encode(splits: Splits, tokenizer: Tokenizer, settings: Settings) -> tuple[E
     return encode_records(splits.train, tokenizer, **options), encode_records(splits.valid, tokenizer, **options)
 
 
-def _lengths(encoded: Encoded, settings: Settings) -> list[int]:
-    return [min(len(example), settings.max_length or len(example)) - 1 for example in encoded.examples]
+def sizes(encoded: Encoded, settings: Settings) -> tuple[list[int], list[int]]:
+    """Of every example, cut as `settings` say: the tokens read, and those trained."""
+    cut = settings.max_length
+    lengths = [len(example.ids[:cut]) - 1 for example in encoded.examples]
+    return lengths, [int(example.trained[:cut].sum()) for example in encoded.examples]
 
 
 def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
@@ -187,10 +192,7 @@ def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     from ..checkpoint import load_model
 
     settings = prepared.settings
-    dtype = settings.dtype
-    if dtype is None and settings.method == "full":
-        dtype = "float32"  # updates of a full fine-tuning are smaller than the steps of 16-bit numbers
-    model = load_model(prepared.directory, dtype=dtype)
+    model = load_model(prepared.directory, dtype=training_dtype(settings))
     mx.random.seed(settings.seed)
     if settings.method == "full":
         model.unfreeze()

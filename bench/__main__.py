@@ -1,0 +1,102 @@
+"""`python -m bench NAME`: the measurements, one file each, imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from . import record
+
+# Bench -> what it measures, so that the list imports none of them.
+_BENCHES = {
+    "coldstart": "From an empty terminal to the first token, beside mlx-lm.",
+    "decode": "Tokens a second of one answer, beside mlx-lm.",
+    "prefill": "Tokens a second of reading a prompt, beside mlx-lm.",
+    "lookup": "What prompt lookup saves where text repeats, and costs where it does not.",
+    "batch": "Several prompts together, one by one, and in mlx-lm's batch.",
+    "longcontext": "Peak memory of long prompts with a packed cache, beside mlx-lm.",
+    "kvquality": "What packing keys and values costs in quality.",
+    "convert": "Time and memory of a conversion, beside mlx-lm.",
+    "tune": "Speed and memory of fine-tuning, beside mlx-lm.",
+    "quantization": "KL divergence against bits per weight.",
+    "parity": "Logits and greedy tokens against transformers, beside mlx-lm.",
+    "readme": "Write the README's figures from the results.",
+}
+
+# The least that still goes through all of a bench.
+_QUICK = {
+    "coldstart": "--runs 1",
+    "decode": "--only float32 --only tiny --layers 1 --tokens 4 --runs 1",
+    "prefill": "--only float32 --only tiny --layers 1 --tokens 16 --runs 1",
+    "lookup": "--runs 1 --max-tokens 40",
+    "batch": "--only tiny --tokens 8 --runs 1",
+    "longcontext": "--tokens 1024 --chunk 256 --layers 1",
+    "kvquality": "--tokens 256 --bits 8 --bits 4",
+    "convert": "--layers 1 --runs 1",
+    "tune": "--small --steps 2 --runs 1",
+    "quantization": "tiny --bits 4 --tokens 256 --calibration-tokens 512 --group-size 32",
+    "parity": "--only Phi-3-mini-4k --case short",
+    "readme": "--check",
+}
+# What `--all` runs where the default would leave something out.
+_FULL = {"quantization": "tiny --group-size 32"}
+
+
+class _Benches(click.Group):
+    """Finds `bench.NAME.main` when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_BENCHES)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return import_module(f".{name}", __package__).main if name in _BENCHES else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Benches"):
+            formatter.write_dl(list(_BENCHES.items()))
+
+
+@click.group(
+    cls=_Benches, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__
+)
+@click.option("--all", "everything", is_flag=True, help="Run every bench in turn, for the published results.")
+@click.option("--quick", is_flag=True, help="Run every bench at its smallest, into a folder that is thrown away.")
+@click.pass_context
+def main(context: click.Context, everything: bool, quick: bool) -> None:
+    if context.invoked_subcommand is not None:
+        if everything or quick:
+            raise click.UsageError("--all and --quick run every bench; leave the name away")
+    elif quick:
+        with tempfile.TemporaryDirectory() as folder:
+            run(_QUICK, {record.ELSEWHERE: folder})
+            written = sorted(path.name for path in Path(folder).glob("*.json"))
+            click.echo(f"results written, and thrown away: {', '.join(written)}")
+    elif everything:
+        run({name: _FULL.get(name, "") for name in _BENCHES}, {})
+    else:
+        click.echo(context.get_help())
+
+
+def run(benches: dict[str, str], environment: dict[str, str]) -> None:
+    """Run benches as processes of their own, so that none starts with another's memory; all of them, then complain."""
+    failed = []
+    for name, options in benches.items():
+        click.echo(click.style(f"python -m bench {name} {options}".strip(), bold=True))
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "bench", name, *options.split()]
+        if subprocess.run(command, env={**os.environ, **environment}, check=False).returncode:
+            failed.append(name)
+        click.echo(f"{time.perf_counter() - started:.0f} s\n")
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

@@ -1,0 +1,87 @@
+"""Decode speed of several prompts of different lengths: together, one by one, and together in mlx-lm.
+
+    python -m bench batch [--only CASE] [--rows N] [--layers N] [--tokens N] [--runs N]
+
+Cases are Phi-3-mini's shape in float32, where reading the weights takes most of a step, the same packed to 4 bits, and
+the bundled model. Together every prompt must give the tokens it gives alone; the run fails if one does not.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import click
+
+from phi3_mlx.engine import Generation
+from phi3_mlx.sampling import Sampling
+
+from . import record
+from .decode import in_turn, loaded, rows_of
+
+CASES = ("unpacked", "float32", "tiny")
+
+
+def make_prompts(rows: int) -> list[list[int]]:
+    return [[100 + (37 * row + 11 * i) % 3000 for i in range(3 + 4 * row)] for row in range(rows)]
+
+
+@click.command(help=__doc__)
+@click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
+@click.option("--rows", default=8, show_default=True)
+@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--tokens", default=8, show_default=True, help="Of each row; 8 times as many for tiny.")
+@click.option("--runs", default=3, show_default=True)
+def main(only: tuple[str, ...], rows: int, layers: int, tokens: int, runs: int) -> None:
+    from mlx_lm.generate import BatchGenerator
+
+    prompts = make_prompts(rows)
+
+    def run(model: Any, some: list[list[int]], count: int) -> tuple[list[list[int]], float]:
+        """Their tokens, and the seconds of all steps but the first."""
+        generation = Generation(model, some, max_tokens=count + 1, sampling=Sampling())
+        said: list[list[int]] = [[] for _ in some]
+        for token in generation:
+            said[token.row].append(token.id)
+        return said, generation.statistics.decode_seconds
+
+    def together(model: Any, count: int) -> float:
+        answers["together"], seconds = run(model, prompts, count)
+        return rows * count / seconds
+
+    def alone(model: Any, count: int) -> float:
+        runs = [run(model, [prompt], count) for prompt in prompts]
+        answers["alone"] = [said[0] for said, _ in runs]
+        return rows * count / sum(seconds for _, seconds in runs)
+
+    def theirs(model: Any, count: int) -> float:
+        generator = BatchGenerator(model, prefill_batch_size=rows, completion_batch_size=rows)
+        generator.insert(prompts, [count + 1] * rows)
+        seen, started = 0, 0.0
+        while responses := generator.next_generated():
+            seen += len(responses)
+            started = started or time.perf_counter()
+        seconds = time.perf_counter() - started
+        generator.close()
+        return (seen - rows) / seconds
+
+    results: list[dict[str, Any]] = []
+    for case in only or CASES:
+        answers: dict[str, list[list[int]]] = {}
+        count = tokens * 8 if case == "tiny" else tokens
+        with loaded(case, layers) as (model, other, name):
+            contenders = {
+                "phi3-mlx": partial(together, model, count),
+                "phi3-mlx, one by one": partial(alone, model, count),
+                "mlx-lm": partial(theirs, other, count),
+            }
+            figures = in_turn(contenders, runs)
+        if answers["together"] != answers["alone"]:
+            raise click.ClickException(f"{name}: a prompt's tokens are not the same in a batch")
+        results += rows_of(case, name, figures, base="phi3-mlx, one by one", tokens=count, rows=rows)
+    record.write(record.RESULTS / "batch.json", results, "mlx", "mlx-lm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Speed of reading a prompt with 4-bit models: phi3-mlx and mlx-lm in turn, reading the same directory.
+
+    python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N]
+
+Cases are those of `decode`. MLX's packed product takes as long on a CPU for each row as for the first, so mlx-lm's
+prompts are short here: `--tokens`. phi3-mlx reads the same, and, for the speed of a full chunk, `--long` tokens too.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import click
+import mlx.core as mx
+
+from phi3_mlx.engine import Generation
+from phi3_mlx.sampling import Sampling
+
+from . import record
+from .decode import CASES, in_turn, loaded, rows_of
+
+_TINY = 16  # times as many tokens for the bundled model: it is that much faster
+
+
+@click.command(help=__doc__)
+@click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
+@click.option("--layers", default=1, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--tokens", default=32, show_default=True, help=f"Of the prompt; {_TINY} times as many for tiny.")
+@click.option("--long", "many", default=0, show_default=True, help="Of another prompt, for phi3-mlx alone.")
+@click.option("--runs", default=3, show_default=True)
+def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) -> None:
+    from mlx_lm.generate import generate_step
+
+    def ours(model: Any, count: int) -> float:
+        generation = Generation(model, [prompt_of(count)], max_tokens=1, sampling=Sampling())
+        for _ in generation:
+            pass
+        return generation.statistics.prompt_tps
+
+    def theirs(model: Any, count: int) -> float:
+        started = time.perf_counter()
+        for _ in generate_step(mx.array(prompt_of(count)), model, max_tokens=1):
+            pass
+        return count / (time.perf_counter() - started)
+
+    rows: list[dict[str, Any]] = []
+    for case in only or CASES:
+        count = tokens * _TINY if case == "tiny" else tokens
+        with loaded(case, layers) as (model, other, name):
+            contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}
+            if many:
+                contenders[f"phi3-mlx, {many:,} tokens"] = partial(ours, model, many)
+            rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
+    record.write(record.RESULTS / "prefill.json", rows, "mlx", "mlx-lm")
+
+
+def prompt_of(tokens: int) -> list[int]:
+    return [100 + i % 3000 for i in range(tokens)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The benches: the group knows them all, each runs by either name, and what they write has the one form."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from datetime import date
+from importlib import import_module
+
+import click
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from mlx.utils import tree_flatten
+from test_plan import random_model
+
+from bench import kvquality, longcontext, record
+from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
+from phi3_mlx import hub
+
+NOT_BENCHES = {"__init__", "__main__", "record", "feelings"}  # feelings makes data
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["bench/__main__.py", "somebench", "--option", "two words"])
+    return tmp_path / "results"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a random model with the bundled tokenizer, small enough for every test here."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    for file in hub.resolve("tiny").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "phi3", **shape, "num_key_value_heads": 1, "vocab_size": 4032}
+    config |= {"max_position_embeddings": 8192, "torch_dtype": "float32", "eos_token_id": 4000}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = random_model(128, 64, 1, 2, 1, vocab=4032)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+def invoke(command, *args):
+    return CliRunner().invoke(command, list(args), catch_exceptions=False)
+
+
+def check(path):
+    """A record has its passport and rows of plain facts."""
+    written = json.loads(path.read_text())
+    assert list(written)[:4] == ["command", "date", "machine", "versions"]
+    assert written["command"].startswith("python -m bench ")
+    assert date.fromisoformat(written["date"])
+    assert {"python", "mlx"} <= set(written["versions"])
+    assert all(isinstance(row, dict) for row in written["rows"])
+    assert written["rows"]
+    return written
+
+
+def test_the_group_lists_every_bench():
+    files = {path.stem for path in (ROOT / "bench").glob("*.py")} - NOT_BENCHES
+    assert set(_BENCHES) == files
+    assert set(_QUICK) == files
+    assert set(_FULL) <= files
+
+
+def test_without_a_command_there_is_help_and_nothing_is_imported():
+    code = (
+        "import sys; from bench.__main__ import main; main([], standalone_mode=False); "
+        "assert not any(m.startswith(('mlx', 'bench.decode')) for m in sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in _BENCHES:
+        assert re.search(rf"^  {name} ", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("name", _BENCHES)
+def test_every_bench_is_a_command_whose_quick_options_it_knows(name):
+    if name == "parity":
+        pytest.importorskip("torch")
+    command = import_module(f"bench.{name}").main
+    assert isinstance(command, click.Command)
+    assert main.get_command(click.Context(main), name) is command
+    for options in (_QUICK[name], _FULL.get(name, "")):
+        if options or name != "quantization":
+            command.make_context(name, options.split())
+
+
+@pytest.mark.parametrize("words", [["bench", "kvquality"], ["bench.kvquality"]], ids=str)
+def test_either_name_runs_a_bench(words, small, tmp_path):
+    options = ["--model", str(small), "--tokens", "40", "--bits", "4", "--group-size", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, record.ELSEWHERE: str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    written = check(tmp_path / "kvquality-small.json")
+    assert written["command"].startswith("python -m bench kvquality --model ")
+
+
+def test_fewer_bits_differ_more_and_the_record_says_so(small, results):
+    assert (
+        invoke(
+            kvquality.main, "--model", str(small), "--tokens", "80", "--window", "80", "--group-size", "64"
+        ).exit_code
+        == 0
+    )
+    written = check(results / "kvquality-small.json")
+    assert written["command"] == "python -m bench somebench --option 'two words'"
+    rows = {(row["keys"], row["values"]): row for row in written["rows"]}
+    assert list(rows) == [(8, 8), (6, 6), (4, 4), (3, 3), (2, 2), (8, 4), (4, 8)]
+    kl = [rows[bits, bits]["kl"] for bits in (8, 6, 4, 3, 2)]
+    assert 0 < kl[0] < kl[1] < kl[2] < kl[3] < kl[4]
+    assert rows[8, 8]["size"] == pytest.approx((8 + 2 * 16 / 64) / 16)
+    assert rows[4, 4]["same_choice"] <= 1
+
+
+def test_bits_that_cannot_be_are_a_usage_fault(results):
+    assert invoke(kvquality.main, "--bits", "5").exit_code == 2
+    assert invoke(kvquality.main, "--bits", "8,x").exit_code == 2
+    assert not results.exists()
+
+
+def test_reading_only_the_last_chunks_has_the_peak_of_reading_all(results):
+    peaks = []
+    for more in ([], ["--last"]):
+        options = ["--tokens", "1024", "--chunk", "256", "--layers", "1", "--alone", *more]
+        assert invoke(longcontext.main, *options).exit_code == 0
+        rows = check(results / "longcontext.json")["rows"]
+        assert [row["tokens"] for row in rows] == [256, 512, 1024]
+        peaks.append([row["peak"] for row in rows])
+    assert peaks[0][-1] == pytest.approx(peaks[1][-1], rel=0.05)
+
+
+def test_decode_writes_both_packages_side_by_side(results):
+    pytest.importorskip("mlx_lm")
+    from bench import decode
+
+    assert invoke(decode.main, "--only", "tiny", "--runs", "1", "--tokens", "1").exit_code == 0
+    ours, theirs = check(results / "decode.json")["rows"]
+    assert (ours["package"], theirs["package"]) == ("phi3-mlx", "mlx-lm")
+    assert ours["ratio"] == pytest.approx(ours["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"])
+
+
+def test_all_benches_run_before_a_failure_is_told(capfd):
+    with pytest.raises(click.ClickException, match="failed: nonsense"):
+        run({"nonsense": "", "readme": "--help"}, {})
+    assert "README" in capfd.readouterr().out
