@@ -142,7 +142,30 @@ def longcontext() -> str:
     return "\n".join([*lines, "", sources(results)])
 
 
-BLOCKS = {"demo": demo, "parity": parity, "speed": speed, "kvquality": kvquality, "longcontext": longcontext}
+def report() -> str:
+    """The summary of the bundled model's own report."""
+    text = (README.parent / "weights" / "tiny" / "REPORT.md").read_text(encoding="utf-8")
+    return text.split("\n\n", 1)[1].split("\n\n![")[0].strip()
+
+
+def quantization() -> str:
+    from .quantization import markdown
+
+    results = [result for result in read_all("quantization") if result["rows"]]
+    if not results:
+        raise click.ClickException("nothing was measured yet; run python -m bench quantization")
+    return f"{markdown(results)}\n\n{sources(results)}"
+
+
+BLOCKS = {
+    "report": report,
+    "quantization": quantization,
+    "demo": demo,
+    "parity": parity,
+    "speed": speed,
+    "kvquality": kvquality,
+    "longcontext": longcontext,
+}
 
 
 def sources(results: list[dict[str, Any]]) -> str:

@@ -426,7 +426,9 @@ def test_blocks_are_kept_to_the_bit(architecture, kind, bits, tmp_path):
         other = name == "model.layers.1.mlp.down_proj.weight"
         scales, biases = (stored[f"{stem}{leaf}"].astype(mx.float32) for leaf in ("scales", "biases"))
         found = mx.dequantize(stored[name], scales, biases, 32, 8 if other else bits)
-        assert mx.abs(found - wanted).max() < 1e-2 * mx.abs(wanted).max() if other else mx.array_equal(found, wanted), name
+        assert mx.abs(found - wanted).max() < 1e-2 * mx.abs(wanted).max() if other else mx.array_equal(found, wanted), (
+            name
+        )
     assert convert(path, tmp_path / "again", bits=bits, report=False).recipe["group_size"] == 64
 
 

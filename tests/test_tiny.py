@@ -127,17 +127,22 @@ def planted(tokenizer, length, owner, word):
     return f"Read this text. {' '.join(sentences)}\nWhat is the secret word of the {owner}?", fact
 
 
-def found(tiny, length):
+def found(tiny, length, count=len(FACTS)):
     """How many of the facts come back word for word, each in a text of its own."""
     model, tokenizer = tiny
-    pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS]
+    pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS[:count]]
     return sum(generate(model, tokenizer, prompt, max_tokens=20).strip() == fact for prompt, fact in pairs)
 
 
 @pytest.mark.parametrize("length", [490, 1000])
 def test_planted_facts_are_found_at_the_original_length_and_beyond(tiny, length):
-    """By chance a word of about eighty is right, so three of eight are no accident."""
-    assert found(tiny, length) >= 3
+    """By chance a word of about eighty is right, so six of eight are no accident."""
+    assert found(tiny, length) >= 6
+
+
+def test_far_beyond_it_the_long_factors_are_needed(tiny):
+    assert found(tiny, 3900, count=3) == 3
+    assert found(load("tiny", longrope="short"), 3900, count=3) <= 1
 
 
 def test_its_evaluation_is_that_of_these_weights():
