@@ -150,7 +150,7 @@ class Run:
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
             weight = 3 * 2 * config.hidden_size * config.intermediate_size
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
-            numbers -= config.intermediate_size + (heads + 2 * kv_heads) * dim
+            numbers -= config.hidden_size + config.intermediate_size + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)

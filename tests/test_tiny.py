@@ -141,8 +141,8 @@ def test_planted_facts_are_found_at_the_original_length_and_beyond(tiny, length)
 
 
 def test_far_beyond_it_the_long_factors_are_needed(tiny):
-    assert found(tiny, 3900, count=3) == 3
-    assert found(load("tiny", longrope="short"), 3900, count=3) <= 1
+    assert found(tiny, 3000, count=4) >= 3
+    assert found(load("tiny", longrope="short"), 3000, count=4) <= 1
 
 
 def test_its_evaluation_is_that_of_these_weights():
