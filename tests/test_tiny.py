@@ -127,7 +127,7 @@ def planted(tokenizer, length, owner, word):
     return f"Read this text. {' '.join(sentences)}\nWhat is the secret word of the {owner}?", fact
 
 
-def found(tiny, length, count=len(FACTS)):
+def found(tiny, length, count=8):
     """How many of the facts come back word for word, each in a text of its own."""
     model, tokenizer = tiny
     pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS[:count]]
