@@ -23,11 +23,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from phi3_mlx.checkpoint import load_model
-from phi3_mlx.config import parse_config
 from phi3_mlx.conversion import convert
 from phi3_mlx.engine import Generation
 from phi3_mlx.hub import resolve
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config
 from phi3_mlx.sampling import Sampling
 
 from . import record

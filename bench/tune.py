@@ -24,9 +24,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from phi3_mlx.checkpoint import load_model
-from phi3_mlx.config import parse_config
 from phi3_mlx.conversion import convert
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config
 from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.settings import Settings

@@ -16,7 +16,7 @@ from .lookup import Drafter, accepted_of
 from .memory import Run, bounded_run
 from .models.attention import fused_attention
 from .models.cache import KVBits, KVCache
-from .models.phi3 import Model
+from .models.decoder import Model
 from .sampling import Sampler, Sampling
 
 FinishReason = Literal["stop", "length"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from .config import Phi3Config, parse_config
+from .config import Config
+from .models import parse_config, shapes
 
 
 def _shape(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, **more: Any
-) -> Phi3Config:
+) -> Config:
     return parse_config(
         {
             "model_type": "phi3",
@@ -39,11 +41,6 @@ PHI_4_REASONING = _shape(*_PHI_4, 32768)
 PHI_4_MINI = _shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)
 
 
-def parameter_count(config: Phi3Config) -> int:
+def parameter_count(config: Config) -> int:
     """How many numbers the model of `config` learned."""
-    hidden, dim = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    attention = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
-    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return embeddings + config.num_hidden_layers * layer + hidden
+    return sum(map(math.prod, shapes(config).values()))

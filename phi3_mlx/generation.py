@@ -20,7 +20,7 @@ from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .models.cache import KVBits
-    from .models.phi3 import LongRopeRule, Model
+    from .models.decoder import LongRopeRule, Model
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def plan_run(
     Only headers are read, so a run that cannot work is refused before anything is loaded. `force` refuses nothing.
     """
     from . import checkpoint, memory
-    from .config import read_config
+    from .models import read_config
     from .models.attention import fused_attention
 
     config = read_config(directory)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .config import Phi3Config, read_config
+from .config import Config
 from .errors import ModelNotFoundError, OptionError, Phi3Error
 from .family import (
     MEDIUM_4K,
@@ -21,6 +21,7 @@ from .family import (
     PHI_4_REASONING,
     parameter_count,
 )
+from .models import read_config
 from .safetensors import INDEX, read_index
 
 
@@ -38,7 +39,7 @@ class Alias:
     bits: int
     bytes: int
     context: int
-    shape: Phi3Config
+    shape: Config
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModelRow:
     path: Path | None
 
 
-def _alias(name: str, repo: str, shape: Phi3Config) -> Alias:
+def _alias(name: str, repo: str, shape: Config) -> Alias:
     width = re.search(r"-(\d)bit$", name)
     bits, stored = (int(width[1]), int(width[1]) + 0.5) if width else (16, 16.0)
     parameters = parameter_count(shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .config import Phi3Config
+from .config import Config
 from .errors import MemoryLimitError, OptionError
 from .models.attention import SCORES, UNPACKED, fused_attention
 from .models.cache import KVBits, KVCache
@@ -83,7 +83,7 @@ class Run:
     `fused`, whether attention keeps its scores in registers, as on a GPU.
     """
 
-    config: Phi3Config
+    config: Config
     weights: int
     length: int
     rows: int = 1
@@ -135,7 +135,7 @@ class Run:
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 7 * config.hidden_size + 4 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
+        numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = 0
         if not self.fused:  # scores, and the mask of a head
@@ -148,9 +148,9 @@ class Run:
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
-            weight = 3 * 2 * config.hidden_size * config.intermediate_size
-            wide = weight + tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
-            numbers -= config.hidden_size + config.intermediate_size + (heads + 2 * kv_heads) * dim
+            weight = 3 * config.largest_linear
+            wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width)
+            numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)

@@ -23,7 +23,7 @@ from .safetensors import read_header
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .models.phi3 import Model
+    from .models.decoder import Model
     from .tokenizer import Tokenizer
 
 _FORMAT = "phi3-mlx prompt cache 1"

@@ -9,8 +9,7 @@ import numpy as np
 import released
 from mlx.utils import tree_flatten
 
-from phi3_mlx.config import parse_config
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config
 
 ORIGINAL = 48  # original length of the scaled-down LongRoPE models
 WINDOW = 21

@@ -14,7 +14,7 @@ from phi3_mlx import engine
 from phi3_mlx.engine import Generation
 from phi3_mlx.lookup import Drafter, accepted_of
 from phi3_mlx.models.cache import KVCache
-from phi3_mlx.models.phi3 import Phi3Model
+from phi3_mlx.models.decoder import Decoder
 from phi3_mlx.sampling import Sampling
 
 NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
@@ -133,13 +133,13 @@ def test_no_draft_reads_over_the_boundary(monkeypatch):
     model, prompt = MODELS["3.5-mini"], (PHRASE * 20)[: ORIGINAL - 12]
     prophecy(monkeypatch, [token for token, _ in run(model, prompt)[0]])
     totals = []
-    call = Phi3Model.__call__
+    call = Decoder.__call__
 
     def counting(self, ids, cache=None):
         totals.append((cache[0].offset, cache[0].offset + ids.shape[1]))
         return call(self, ids, cache)
 
-    monkeypatch.setattr(Phi3Model, "__call__", counting)
+    monkeypatch.setattr(Decoder, "__call__", counting)
     _, generation = run(model, prompt, lookup=9)
     assert generation.statistics.accepted_tokens > 5
     assert max(last - first for first, last in totals[1:]) > 3

@@ -12,13 +12,12 @@ from mlx.utils import tree_flatten
 from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, hub, load, memory, stream_generate
 from phi3_mlx.checkpoint import weight_bytes
 from phi3_mlx.cli import main
-from phi3_mlx.config import parse_config
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.family import MINI_4K, MINI_128K
 from phi3_mlx.memory import Run
-from phi3_mlx.models import build, linear, phi3
+from phi3_mlx.models import build, linear, parse_config, phi3
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from oracle import torch_logits
 
 from phi3_mlx import generate, load, stream_generate
-from phi3_mlx.config import read_config
+from phi3_mlx.models import read_config
 
 TINY = ROOT / "weights" / "tiny"
 

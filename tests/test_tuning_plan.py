@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tuning_models import examples, make_directory, write_jsonl
 
-from phi3_mlx.config import read_config
+from phi3_mlx.models import read_config
 from phi3_mlx.tuning import Settings
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.batches import Plan

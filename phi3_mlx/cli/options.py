@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..models.cache import KVBits
-    from ..models.phi3 import Model
+    from ..models.decoder import Model
     from ..tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -79,8 +79,8 @@ def _run(model: str, revision: str | None) -> Run:
     """What is known of the model: its files where they are on this disk, else the released shape of its name."""
     from .. import hub
     from ..checkpoint import computed_size, weight_bytes
-    from ..config import read_config
     from ..memory import Run
+    from ..models import read_config
 
     alias = hub.find_alias(model)
     if alias is not None and hub.on_disk(alias.repo_id, revision) is None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import CheckpointError
+from ..models import parse_config, shapes
 from ..quantize import packing_of
 from ..safetensors import Tensor, find_weights
 from .split import plan
@@ -98,6 +99,7 @@ class DirectorySource:
         self.config, self._parts = plan(raw, unpacked, self.name)
         self.config.pop("auto_map", None)  # names code files, and code is not copied
         self.tensors = {}
+        layout = shapes(parse_config(self.config, self.name))
         for name, parts in self._parts.items():
             found = [unpacked[part] for part in parts]
             odd = next((part for part in parts if unpacked[part].dtype not in _FLOATS), None)
@@ -106,8 +108,7 @@ class DirectorySource:
                 raise CheckpointError(f"{self.name}: {odd} is stored as {unpacked[odd].dtype}, expected {wanted}")
             kinds = {tensor.dtype for tensor in found}
             dtype = found[0].dtype if len(kinds) == 1 else "F32"
-            shape = (sum(tensor.shape[0] for tensor in found), *found[0].shape[1:])
-            self.tensors[name] = tensor_of(dtype, shape)
+            self.tensors[name] = tensor_of(dtype, layout[name])
         self._check_tied()
 
     def read_blocks(self, name: str) -> list[mx.array]:
@@ -118,7 +119,8 @@ class DirectorySource:
         if len(parts) == 1:
             return parts[0]
         dtype = to_mlx(self.tensors[name].dtype)
-        return mx.concatenate([part.astype(dtype) for part in parts])
+        parts = [part.astype(dtype) for part in parts]
+        return mx.stack(parts) if len(self.tensors[name].shape) > parts[0].ndim else mx.concatenate(parts)
 
     def write_extras(self, directory: Path) -> None:
         for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern) if file.is_file()}):

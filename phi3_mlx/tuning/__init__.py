@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from . import run
 from .settings import Settings
-from .targets import ALL
 
 if TYPE_CHECKING:
     from .run import Result
@@ -36,7 +35,7 @@ def tune(
     alpha: float = 16.0,
     rslora: bool = False,
     dropout: float = 0.0,
-    targets: tuple[str, ...] = ALL,
+    targets: tuple[str, ...] = (),
     layers: str | None = None,
     train_on: str = "answers",
     max_length: int | None = None,

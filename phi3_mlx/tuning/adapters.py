@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
-from ..models.phi3 import Model
+from ..models.decoder import Model
 from ..safetensors import find_weights, read_header
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 

@@ -13,7 +13,6 @@ from ..checkpoint import DTYPES
 from ..errors import OptionError
 from .batches import Order
 from .examples import Overflow, TrainOn
-from .targets import ALL
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
@@ -40,7 +39,9 @@ class Settings:
     alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.")
     rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
     dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.")
-    targets: tuple[str, ...] = _option(ALL, "A layer to change, or a part of a fused one (q_proj); may be repeated.")
+    targets: tuple[str, ...] = _option(
+        (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
+    )
     layers: str | None = _option(None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).")
 
     train_on: str = _option(

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import TrainingError
-from ..models.phi3 import Model
+from ..models.decoder import Model
 from . import optimizers
 from .batches import Part, Plan, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
