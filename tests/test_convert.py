@@ -761,3 +761,43 @@ def test_faults_are_one_line(tmp_path, run, monkeypatch, args, code, words):
 def test_the_public_name():
     assert phi3_mlx.convert is convert
     assert open_source(TINY).config["model_type"] == "phi3"
+
+
+@pytest.mark.parametrize("layout", ["phi3", "llama"])
+def test_a_split_checkpoint_of_the_bundled_model_tells_the_same_story(layout, tmp_path):
+    """Its projections taken apart, as other layouts store them, then converted: the text is the very same."""
+    whole, split, again = tmp_path / "whole", tmp_path / "split", tmp_path / "again"
+    convert("tiny", whole, dequantize=True, report=False)
+    split.mkdir()
+    for file in whole.iterdir():
+        if file.name.startswith(("tokenizer", "generation")):
+            shutil.copy(file, split)
+    raw = json.loads((whole / "config.json").read_text())
+    if layout == "llama":
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings",
+                "original_max_position_embeddings", "tie_word_embeddings", "torch_dtype")  # fmt: skip
+        raw = {"model_type": "llama", "hidden_act": "silu", **{key: raw[key] for key in kept}}
+    (split / "config.json").write_text(json.dumps(raw))
+    arrays = {}
+    for name, array in mx.load(str(whole / "model.safetensors")).items():
+        if ".qkv_proj." in name:
+            kv = raw["num_key_value_heads"] * raw["hidden_size"] // raw["num_attention_heads"]
+            parts = zip("qkv", mx.split(array, [raw["hidden_size"], raw["hidden_size"] + kv]), strict=True)
+            arrays |= {name.replace("qkv_proj", f"{letter}_proj"): part for letter, part in parts}
+        elif ".gate_up_proj." in name:
+            parts = zip(("gate", "up"), mx.split(array, 2), strict=True)
+            arrays |= {name.replace("gate_up_proj", f"{half}_proj"): part for half, part in parts}
+        else:
+            arrays[name] = array
+    mx.save_safetensors(str(split / "model.safetensors"), arrays)
+    convert(split, again, bits=8, report=False)
+    convert(whole, tmp_path / "direct", bits=8, report=False)
+    told = [
+        phi3_mlx.generate(*phi3_mlx.load(str(path)), "Write a story about a rabbit.", max_tokens=60)
+        for path in (again, tmp_path / "direct")
+    ]
+    assert told[0] == told[1]
+    assert told[0].startswith(
+        phi3_mlx.generate(*phi3_mlx.load("tiny"), "Write a story about a rabbit.", max_tokens=6).strip()[:10]
+    )
