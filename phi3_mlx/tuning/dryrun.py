@@ -28,14 +28,7 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     """
     settings, train, valid = prepared.settings, prepared.train, prepared.valid
     lengths = [len(example) - 1 for example in train.examples]
-    plan = Plan(
-        lengths,
-        settings.batch_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        order=settings.order,
-        seed=settings.seed,
-    )
+    plan = Plan.of(lengths, settings)
     lines = [
         f"Data      {len(train.lengths):,} training examples, {len(valid.lengths):,} to validate on",
         f"          {sum(lengths):,} tokens an epoch, {train.trained_tokens:,} of them learnt; "

@@ -70,14 +70,7 @@ def plan_memory(
     # Full fine-tuning trains the weights themselves, which are counted already.
     own = numbers * (item if full else 4)
     copies = (0 if full else 1) + 2 + kept  # gradients of a part and their sum
-    plan = Plan(
-        lengths,
-        settings.batch_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        order=settings.order,
-        seed=settings.seed,
-    )
+    plan = Plan.of(lengths, settings)
     part = plan.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
     scores = item * part.scores * config.num_attention_heads
