@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -155,7 +156,7 @@ def convert(
             notes.append(f"no report: {error}")
     matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) == 2]
     excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
-    weights = sum(_count(tensor.shape) for tensor in read.tensors.values())
+    weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
     return Conversion(
         path=Path(os.path.abspath(destination)),
         recipe=chosen,
@@ -323,10 +324,3 @@ def _bytes(size: int | str) -> int:
     if value <= 0:
         raise OptionError(f"size {size!r} is none; give bytes or something like 2.0GB")
     return value
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,24 +13,12 @@ import mlx.core as mx
 from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import CheckpointError
+from ..hub import COMPANIONS
 from ..quantize import packing_of
 from ..safetensors import Tensor, find_weights
 from .split import plan
 
-# What goes along with the weights. No code; the licence, because it asks to be kept with the model.
-_EXTRAS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.*",
-    "LICENSE*",
-    "NOTICE*",
-)
+_EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
 _FLOATS = ("BF16", "F16", "F32")  # each fits the last
 SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -205,10 +194,7 @@ class DirectorySource:
 
 def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A `Tensor` of that dtype (safetensors' spelling) and shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return Tensor(dtype, shape, count * to_mlx(dtype).size)
+    return Tensor(dtype, shape, math.prod(shape) * to_mlx(dtype).size)
 
 
 def to_mlx(dtype: str) -> mx.Dtype:
