@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..atomic import new_file, replace_file
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
 from ..models.phi3 import Model
@@ -105,24 +104,8 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapp
     """Write the two files into `directory`, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    with tempfile.TemporaryDirectory(prefix=".writing.", dir=directory) as folder:
-        mx.save_safetensors(str(Path(folder, WEIGHTS)), dict(tensors), {"format": "mlx"})
-        sync(Path(folder, WEIGHTS))
-        os.replace(Path(folder, WEIGHTS), directory / WEIGHTS)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place in one step: a run killed meanwhile leaves the old one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    sync(beside)
-    os.replace(beside, path)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with new_file(directory / WEIGHTS) as file:
+        mx.save_safetensors(file, dict(tensors), {"format": "mlx"})
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from .. import hub
+from ..atomic import new_file, replace_file
 from ..checkpoint import load_model
 from ..config import Phi3Config, read_json
 from ..errors import AdapterError, CheckpointError, OptionError
@@ -28,7 +29,6 @@ from .adapters import (
     check_base,
     make_adapters,
     read_adapter,
-    replace_file,
     trained_on,
     write_adapter,
 )
@@ -199,7 +199,8 @@ def export_peft(
         "alpha_pattern": {_exactly(path): alpha[path] for path, rank in ranks.items() if rank != common},
     }
     output.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(output / _WEIGHTS), arrays, {"format": "pt"})
+    with new_file(output / _WEIGHTS) as file:
+        mx.save_safetensors(file, arrays, {"format": "pt"})
     replace_file(output / _CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     return len(adapters)
 
