@@ -117,20 +117,25 @@ def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 def read_config_of(directory: Path) -> dict[str, Any]:
     """The config of a folder whose two files are there and whole. Raises AdapterError."""
-    for name in (CONFIG, WEIGHTS):
+    peft = (directory / "adapter_model.safetensors").is_file()
+    hint = "; phi3-mlx adapter import makes one of it" if peft else "; name one that has"
+    return checked_config(directory, CONFIG, WEIGHTS, f", so it is no adapter folder{hint}")
+
+
+def checked_config(directory: Path, config: str, weights: str, without: str) -> dict[str, Any]:
+    """What the file `config` holds, if it and the safetensors file `weights` are there and whole.
+
+    Raises AdapterError; `without` goes on with the sentence that one of them is missing.
+    """
+    for name in (config, weights):
         if not (directory / name).is_file():
-            hint = (
-                "; phi3-mlx adapter import makes one of it"
-                if (directory / "adapter_model.safetensors").is_file()
-                else ""
-            )
-            raise AdapterError(f"{directory} has no {name}, so it is no adapter folder{hint or '; name one that has'}")
+            raise AdapterError(f"{directory} has no {name}{without}")
     try:
-        config = read_json(directory / CONFIG)
-        read_header(directory / WEIGHTS)
+        value = read_json(directory / config)
+        read_header(directory / weights)
     except CheckpointError as error:
         raise AdapterError(str(error).replace("; download it again", "; it is damaged")) from error
-    return config
+    return value
 
 
 def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:

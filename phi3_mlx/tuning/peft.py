@@ -19,14 +19,14 @@ import mlx.core as mx
 from .. import hub
 from ..atomic import new_file, replace_file
 from ..checkpoint import load_model
-from ..config import Phi3Config, read_json
-from ..errors import AdapterError, CheckpointError, OptionError
+from ..config import Phi3Config
+from ..errors import AdapterError, OptionError
 from ..models.phi3 import Model
-from ..safetensors import read_header
 from .adapters import (
     adapter_files,
     base_of,
     check_base,
+    checked_config,
     make_adapters,
     read_adapter,
     trained_on,
@@ -230,19 +230,9 @@ def peft_tensors(
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    for name in (_CONFIG, _WEIGHTS):
-        if not (source / name).is_file():
-            pickle = (
-                " (adapter_model.bin is pickle, which is never read)"
-                if (source / "adapter_model.bin").is_file()
-                else ""
-            )
-            raise AdapterError(f"{source} has no {name}{pickle}; name a folder that PEFT's save_pretrained has written")
-    try:
-        raw = read_json(source / _CONFIG)
-        read_header(source / _WEIGHTS)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
+    pickle = (source / "adapter_model.bin").is_file()
+    hint = " (adapter_model.bin is pickle, which is never read)" if pickle else ""
+    raw = checked_config(source, _CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
     for key, allowed in _MUST_BE.items():
         if raw.get(key, allowed[0]) not in allowed:
             _refuse(source, f"{key} is {raw[key]!r}, which a LoRA or DoRA layer here does not have")
