@@ -251,14 +251,15 @@ def _check_places(source: Path, destination: Path, force: bool) -> None:
 
 def _recipe_of_blocks(source: Source) -> Recipe:
     """The recipe that keeps what a source stores in blocks; matrices of other packed types get 8 bits."""
-    widths = [packing["bits"] for packing in source.blocks.values()]
+    stored = {name: blocks.packing for name, blocks in source.blocks.items()}
+    widths = [packing["bits"] for packing in stored.values()]
     every = {"group_size": 32, "bits": max(set(widths), key=widths.count), "mode": "affine"}
     recipe: Recipe = dict(every)
     for name, tensor in source.tensors.items():
-        if len(tensor.shape) == 2 and source.blocks.get(name) != every:
+        if len(tensor.shape) == 2 and stored.get(name) != every:
             # A source spells packed tensors that mlx has no blocks for as float32.
             other = every | {"bits": 8} if tensor.dtype == "F32" else False
-            recipe[name.removesuffix(".weight")] = source.blocks.get(name, other)
+            recipe[name.removesuffix(".weight")] = stored.get(name, other)
     return recipe
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,22 +24,30 @@ _FLOATS = ("BF16", "F16", "F32")  # each fits the last
 SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor that a checkpoint stores in blocks which mlx has too.
+
+    `packing` is their group size, bits and mode; `read` gives weight, scales and biases as stored: nothing is rounded.
+    """
+
+    packing: Mapping[str, Any]
+    read: Callable[[], list[mx.array]]
+
+
 class Source(Protocol):
     """A checkpoint to convert.
 
     `name` is what messages call it. `config` is the config.json of the unquantized phi3 model, `tensors` its tensors
     in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is. `blocks`
-    says which tensors are stored in blocks that mlx has too, and of which group size, bits and mode.
+    are those of the tensors that can be taken as they are stored.
     """
 
     name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     quantization: Mapping[str, Any] | None
-    blocks: Mapping[str, Mapping[str, Any]]
-
-    def read_blocks(self, name: str) -> list[mx.array]:
-        """Weight, scales and biases of a tensor of `blocks`, as stored: nothing is rounded."""
+    blocks: Mapping[str, Blocks]
 
     def read(self, name: str) -> mx.array:
         """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
@@ -62,7 +71,7 @@ def open_source(path: Path) -> Source:
 class DirectorySource:
     """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
 
-    blocks: Mapping[str, Mapping[str, Any]] = {}
+    blocks: Mapping[str, Blocks] = {}
 
     def __init__(self, directory: Path):
         self.name = str(directory)
@@ -98,9 +107,6 @@ class DirectorySource:
             shape = (sum(tensor.shape[0] for tensor in found), *found[0].shape[1:])
             self.tensors[name] = tensor_of(dtype, shape)
         self._check_tied()
-
-    def read_blocks(self, name: str) -> list[mx.array]:
-        raise KeyError(name)
 
     def read(self, name: str) -> mx.array:
         parts = [self._part(part) for part in self._parts[name]]
