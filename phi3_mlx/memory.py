@@ -80,7 +80,8 @@ class Run:
     """What memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
-    `fused`, whether attention keeps its scores in registers, as on a GPU.
+    `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
+    read at once; without it, as many as fit.
     """
 
     config: Phi3Config
@@ -90,10 +91,11 @@ class Run:
     bits: KVBits | None = None
     itemsize: int = 2
     fused: bool = True
+    chunk: int | None = None
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
-        chunks = [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
+        chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
         plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:

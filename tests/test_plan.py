@@ -163,6 +163,20 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
     )
 
 
+def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
+    """It used to be tried whatever it took."""
+    model, _ = tiny
+    small, large = (Run(model.config, 0, 1010, itemsize=4, fused=False, chunk=chunk).plan(0) for chunk in (64, 1000))
+    assert (small.chunk, large.chunk) == (64, 1000)
+    assert small.total < large.total
+    options = {"max_tokens": 10, "sampling": Sampling(), "room": large.total - 1}
+    with pytest.raises(MemoryLimitError, match="may be used"):
+        Generation(model, [[5] * 1000], prefill_chunk=1000, **options)
+    seen = []
+    list(Generation(model, [[5] * 1000], prefill_chunk=64, **options, on_prefill=lambda done, _: seen.append(done)))
+    assert seen[:2] == [64, 128]
+
+
 def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")
