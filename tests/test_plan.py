@@ -164,7 +164,6 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
 
 
 def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
-    """It used to be tried whatever it took."""
     model, _ = tiny
     small, large = (Run(model.config, 0, 1010, itemsize=4, fused=False, chunk=chunk).plan(0) for chunk in (64, 1000))
     assert (small.chunk, large.chunk) == (64, 1000)
@@ -251,7 +250,7 @@ def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_
     code, _, err = summarise()
     assert code == 1
     assert err.count("\n") == 1
-    assert "24 MB may be used: --kv-bits 4 needs" in err
+    assert "24.0 MB may be used: --kv-bits 4 needs" in err
     code, peak, _ = summarise("--kv-bits", "4")
     assert code == 0
     assert peak < limit
@@ -304,13 +303,19 @@ def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("16GB", 16 * 2**30), ("800 MiB", 800 * 2**20), ("1.5g", 3 * 2**29), ("4096", 4096)]
+    ("text", "size"),
+    [("16GB", 16 * 10**9), ("800 MiB", 800 * 2**20), ("1.5g", 15 * 10**8), ("2gi", 2**31), ("4096", 4096), (7, 7)],
 )
 def test_sizes_of_memory(text, size):
     assert memory.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4"])
+@pytest.mark.parametrize("text", ["2.20 GB", "310 MB", "99.9 MB", "3.4 MB", "12 kB"])
+def test_a_size_is_read_as_it_is_shown(text):
+    assert memory.size_text(memory.parse_size(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4", "nan", "1e9", -5, 0])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OptionError, match="16GB"):
         memory.parse_size(text)
@@ -346,20 +351,20 @@ def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkey
     assert "131,072 tokens need" in out
     rows = [line for line in out.splitlines() if "GB Mac" in line]
     assert [int(line.split()[0]) for line in rows] == [8, 16, 24, 32, 64, 128]
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GiB", "--context", "32768")
     facts = json.loads(out)
     (machine,) = facts["machines"]
     run = Run(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
     assert machine["longest"]["4"] == run.longest(machine["room"])
     assert list(machine["longest"].values()) == sorted(machine["longest"].values())
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GiB", "--context", "32768")
     assert out.endswith("fit with --kv-bits 8.\n")
 
 
 def test_plan_of_the_bundled_model_and_of_nonsense(capsys):
     code, out, _ = plan(capsys)
     assert code == 0
-    assert out.startswith("tiny: weights 3 MB, context 4,096 tokens")
+    assert out.startswith("tiny: weights 3.4 MB, context 4,096 tokens")
     for args, words in (
         (["--context", "5000"], "4,096"),
         (["--memory", "lots"], "16GB"),

@@ -284,11 +284,11 @@ def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
     with pytest.raises(
         MemoryLimitError, match=r"needs about .* MB .*weights.*it would fit with --gradient-checkpointing"
     ):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.15)
+        tune(str(base), path, tmp_path / "out", **options, memory="150MB")
     with pytest.raises(MemoryLimitError, match=r"--accumulate (32|64)"):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.06)
+        tune(str(base), path, tmp_path / "out", **options, memory="60MB")
     with pytest.raises(MemoryLimitError, match="even with"):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.001)
+        tune(str(base), path, tmp_path / "out", **options, memory="1MB")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,6 +17,7 @@ def models(as_json: bool) -> None:
     a Phi-3 model. What is not on this disk is downloaded on first use.
     """
     from ..hub import list_models
+    from ..memory import size_text
 
     rows = list_models()
     if as_json:
@@ -25,9 +26,8 @@ def models(as_json: bool) -> None:
         return
     table = [("NAME", "REPOSITORY", "BITS", "SIZE", "CONTEXT", "ON DISK")]
     for row in rows:
-        size = f"{row.bytes / 1e9:.1f} GB" if row.bytes >= 1e8 else f"{row.bytes / 1e6:.1f} MB"
         place = "bundled" if row.name == "tiny" else "yes" if row.path else ""
-        table.append((row.name, row.repo_id or "", str(row.bits), size, f"{row.context:,}", place))
+        table.append((row.name, row.repo_id or "", str(row.bits), size_text(row.bytes), f"{row.context:,}", place))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = [

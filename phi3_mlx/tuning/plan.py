@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint import computed_size, weight_bytes
 from ..config import Phi3Config
 from ..errors import MemoryLimitError
-from ..memory import size_text
+from ..memory import parse_size, size_text
 from ..models.attention import SCORES, fused_attention
 from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
@@ -109,6 +109,11 @@ def training_dtype(settings: Settings) -> str | None:
     return settings.dtype
 
 
+def memory_limit(settings: Settings, available: int) -> int:
+    """Bytes that a run may use: what its settings say, else what is `available`."""
+    return available if settings.memory is None else parse_size(settings.memory)
+
+
 def refuse_if_too_large(
     needed: MemoryPlan, settings: Settings, available: int, replan: Callable[[Settings], MemoryPlan]
 ) -> None:
@@ -116,7 +121,7 @@ def refuse_if_too_large(
 
     `replan` gives the plan of changed settings.
     """
-    limit = int(settings.memory * 1e9) if settings.memory is not None else available
+    limit = memory_limit(settings, available)
     if needed.total <= limit:
         return
     parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))
