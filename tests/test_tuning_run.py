@@ -41,6 +41,13 @@ def data(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "facts.jsonl", facts(40))
 
 
+@pytest.fixture(autouse=True)
+def no_plot(request, monkeypatch):
+    """Drawing takes as long as a small run: only the test that looks for the plot has it drawn."""
+    if request.function is not test_a_run_learns_and_leaves_its_files:
+        monkeypatch.setattr(runs, "plot_losses", lambda _: True)
+
+
 def weights(folder):
     return {name: np.array(array) for name, array in mx.load(str(folder / "adapters.safetensors")).items()}
 
