@@ -586,6 +586,37 @@ def test_options_that_cannot_be(tmp_path, options, words):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_the_disk_has_every_file_before_the_directory_has_its_name(tmp_path, source, monkeypatch):
+    fsync, synced = os.fsync, set()
+
+    def noted(descriptor):
+        fsync(descriptor)
+        if not (tmp_path / "new").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    convert(source, tmp_path / "new", report=False)
+    files = list((tmp_path / "new").iterdir())
+    assert {"config.json", "model.safetensors"} <= {file.name for file in files}
+    assert {file.stat().st_ino for file in files} <= synced
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    atomic.replace_file(tmp_path / "file", b"first")
+
+    def break_off():
+        with atomic.new_file(tmp_path / "file") as file:
+            file.write(b"sec")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first"
+    atomic.replace_file(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == b"second"
+
+
 def test_nowhere_to_write(tmp_path, source, monkeypatch):
     (tmp_path / "file").touch()
     text = refusal(CheckpointError, source, tmp_path / "file" / "new")
