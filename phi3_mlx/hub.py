@@ -94,12 +94,9 @@ ALIASES = (
 )
 _REPO_IDS = {alias.name: alias.repo_id for alias in ALIASES}
 
-# What is fetched of a repository: no pickle, no code.
-_WANTED = (
-    "config.json",
+# What goes along with config and weights. No code.
+COMPANIONS = (
     "generation_config.json",
-    "model*.safetensors",
-    INDEX,
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -109,6 +106,7 @@ _WANTED = (
     "*.tiktoken",
     "chat_template.*",
 )
+_WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 
 
