@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .config import Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import SCORES, UNPACKED, fused_attention
+from .models.attention import SCORES, fused_attention, tile_of
 from .models.cache import KVBits, KVCache
 from .models.linear import unpacking_pays
 
@@ -139,14 +139,18 @@ class Run:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
-        attention = 0
-        if not self.fused:  # scores, and the mask of a head
-            attention = min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4 + min(chunk, self.length) * seen
+        attention, queries = 0, min(chunk, self.length)
+        tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
+        scores = tokens * heads * seen
+        tiled = self.bits is not None or (not self.fused and scores > SCORES)
+        at_once = min(at_once, kv_heads)
+        if not self.fused:  # scores, twice where tiles are made ahead of their use, and the mask of a head
+            part = self.rows * tile * at_once * heads // kv_heads * seen
+            attention = (scores if not tiled else part if self.bits else 2 * part) * 4 + queries * seen
         if self.bits is not None:
             # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
-            one = self.rows * seen * dim
-            unpacked = min(max(UNPACKED, one), kv_heads * one)
-            attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
+            unpacked = at_once * self.rows * seen * dim
+            attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
@@ -155,7 +159,8 @@ class Run:
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
-        return max(tokens * numbers * self.itemsize + attention + grown, logits)
+        at_attention = attention + grown if self.bits is None else max(attention, grown)
+        return max(tokens * numbers * self.itemsize + at_attention, logits)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""
@@ -253,3 +258,8 @@ def parse_size(size: int | str) -> int:
         if count := int(float(found[1]) * unit):
             return count
     raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB, or bytes")
+
+
+def memory_sold_as(text: str) -> int:
+    """The bytes of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34. Raises OptionError."""
+    return parse_size(re.sub(r"(?<=[KMGT])B?\s*$", "iB", text, flags=re.IGNORECASE))
