@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Every public name and the module it lives in: imported when first used, so `import phi3_mlx` costs nothing.
 _PUBLIC = {
