@@ -32,14 +32,13 @@ def make_checkpoint(directory: Path, layers: int) -> None:
     """A bfloat16 checkpoint of Phi-3-mini's shapes, with the bundled model's tokenizer (mlx-lm asks for one)."""
     import mlx.core as mx
 
-    from phi3_mlx.config import parse_config
     from phi3_mlx.conversion.sources import tensor_of
-    from phi3_mlx.conversion.split import expected_shapes
     from phi3_mlx.conversion.writer import write_weights
     from phi3_mlx.hub import resolve
+    from phi3_mlx.models import parse_config, shapes
 
     config = {**PHI_3_MINI, "num_hidden_layers": layers}
-    tensors = {name: tensor_of("BF16", shape) for name, shape in expected_shapes(parse_config(config)).items()}
+    tensors = {name: tensor_of("BF16", shape) for name, shape in shapes(parse_config(config)).items()}
 
     def arrays() -> Iterator[tuple[str, mx.array]]:
         for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ from phi3_mlx.errors import OptionError
 from phi3_mlx.hub import resolve
 from phi3_mlx.memory import Run
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.models.phi3 import Model
+from phi3_mlx.models.decoder import Model
 from phi3_mlx.quality import Difference, blocks
 from phi3_mlx.sampling import Sampling
 from phi3_mlx.tokenizer import load_tokenizer

@@ -20,9 +20,8 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.config import parse_config
 from phi3_mlx.memory import Run
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config
 from phi3_mlx.models.attention import fused_attention
 from phi3_mlx.models.cache import KVBits
 

@@ -9,10 +9,10 @@ from typing import get_args
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .config import Phi3Config, read_config
+from .config import Config
 from .errors import CheckpointError, OptionError
-from .models import build
-from .models.phi3 import LongRopeRule, Model
+from .models import build, read_config
+from .models.decoder import LongRopeRule, Model
 from .quantize import pack_like
 from .safetensors import Weights, find_weights
 
@@ -59,7 +59,7 @@ def weight_bytes(directory: Path, dtype: str | None = None) -> int:
     )
 
 
-def computed_size(config: Phi3Config, dtype: str | None = None) -> int:
+def computed_size(config: Config, dtype: str | None = None) -> int:
     """Bytes of a number in the computation of a model that `load_model` has read."""
     target = _target(dtype)
     return target.size if target else 4 if config.dtype == "float32" else 2
@@ -72,9 +72,9 @@ def _target(dtype: str | None) -> mx.Dtype | None:
     return None if mx.default_device() == mx.gpu else mx.float32
 
 
-def _check(directory: Path, config: Phi3Config, model: Model, weights: Weights) -> None:
+def _check(directory: Path, config: Config, model: Model, weights: Weights) -> None:
     """Raise one CheckpointError with every difference between the files and the model that the config asks for."""
-    found = {name: tensor for name, tensor in weights.tensors.items() if not _inert(name, config)}
+    found = {name: tensor for name, tensor in weights.tensors.items() if not config.is_unused(name)}
     split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
     if split is not None:
         raise CheckpointError(
@@ -113,11 +113,6 @@ def _check(directory: Path, config: Phi3Config, model: Model, weights: Weights) 
     raise CheckpointError(
         "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
     )
-
-
-def _inert(name: str, config: Phi3Config) -> bool:
-    """Whether a tensor is a leftover that the reference does not use."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def _storable(dtype: mx.Dtype) -> tuple[str, ...]:

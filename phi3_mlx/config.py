@@ -1,4 +1,7 @@
-"""config.json -> a frozen, validated `Phi3Config`. Field names and meanings are Hugging Face's."""
+"""config.json -> a frozen, validated config. Field names and meanings are Hugging Face's.
+
+What all members of the family share is here; `models` has each member's own, and reads a file into it.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,21 @@ from .errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE's two factor lists and its attention factor (arXiv 2402.13753; transformers `longrope`).
+    """LongRoPE's two factor lists and attention factors (arXiv 2402.13753; transformers `longrope`).
 
-    `short_factor` and `long_factor` have one entry a rotated pair (rotary dims / 2); `attention_factor`
-    multiplies cos and sin, at every length.
+    `short_factor` and `long_factor` have one entry a rotated pair (rotary dims / 2); `short_mscale` and `long_mscale`
+    multiply cos and sin in their regimes (transformers' one `attention_factor` is both).
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
-    attention_factor: float
+    short_mscale: float
+    long_mscale: float
 
 
 @dataclass(frozen=True)
-class Phi3Config:
-    """A dense Phi-3 model (`model_type: phi3`): Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini."""
+class Config:
+    """What every member of the family has, whatever its architecture; each member's own config adds to it."""
 
     model_type: str
     vocab_size: int
@@ -37,7 +41,6 @@ class Phi3Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
     rope_theta: float
     rotary_dim: int
     max_position_embeddings: int
@@ -47,6 +50,42 @@ class Phi3Config:
     tie_word_embeddings: bool
     dtype: str | None
     quantization: Mapping[str, Any] | None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a decoder layer, by their path in it, in the order of use: (outputs, inputs)."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """By the name of each fused linear layer, the layers it is made of and their rows, (first, past the last)."""
+        return {}
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        """What a checkpoint may hold in the place of the tensor `name`.
+
+        A matrix: the rows of these one after the other; an array of matrices: these, one each.
+        """
+        return (name,)
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a tensor is a leftover that the reference does not use."""
+        return name.endswith(".rotary_emb.inv_freq") or (self.tie_word_embeddings and name == "lm_head.weight")
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5
+
+    @property
+    def largest_linear(self) -> int:
+        """Numbers of the largest matrix of a decoder layer."""
+        return max(outputs * inputs for outputs, inputs in self.linears.values())
+
+    @property
+    def mlp_width(self) -> int:
+        """Numbers that a token's activations have inside the feed-forward part, of each of its projections."""
+        return self.intermediate_size
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,38 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(directory: Path) -> Phi3Config:
-    """The validated config of a model directory. Raises CheckpointError (no file) or ConfigError (its content)."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
-    return parse_config(read_json(path), str(path))
-
-
-def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Phi3Config:
-    """Validate the dictionary of a config.json; `source` names it in the ConfigError."""
-    return _Reader(raw, source).phi3()
-
-
-# Keys that change the numbers when they are not at this value, and that this package does not compute.
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "lm_head_bias": (False,),
-    "full_attn_mod": (1,),
-    "interpolate_factor": (1,),
-    "embedding_multiplier": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-    "layer_types": (),
-    "quantize_activations": (False,),
-    "quantization_config": (),  # GPTQ, AWQ, bitsandbytes...: packed in ways mlx does not read
-}
-
-_SUPPORTED = "phi3 (Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini)"
-
-
-class _Reader:
+class Reader:
     """Reads one config.json, naming the file and the key in whatever it refuses."""
 
     def __init__(self, raw: Mapping[str, Any], source: str):
@@ -129,65 +137,74 @@ class _Reader:
             self.fail(f"{key} is {value!r}, expected true or false")
         return value
 
-    def phi3(self) -> Phi3Config:
-        raw, rope = self.raw, self.rope
-        model_type = raw.get("model_type")
-        if model_type != "phi3":
-            self.fail(f"model_type {model_type!r} is not supported; this version runs {_SUPPORTED}")
-        for key, allowed in _MUST_BE.items():
-            value = raw.get(key)
+    def refuse_unless(self, must_be: Mapping[str, tuple[Any, ...]]) -> None:
+        """ConfigError for a key that is given and has none of the values that the member computes."""
+        for key, allowed in must_be.items():
+            value = self.raw.get(key)
             # MLX conversions repeat their own `quantization` under the Hugging Face key.
-            repeated = key == "quantization_config" and value == raw.get("quantization")
+            repeated = key == "quantization_config" and value == self.raw.get("quantization")
             if value is not None and value not in allowed and not repeated:
-                self.fail(f"{key} {_shorten(value)} is not supported for phi3, so its outputs would be wrong")
+                kind = self.raw["model_type"]
+                self.fail(f"{key} {_shorten(value)} is not supported for {kind}, so its outputs would be wrong")
+
+    def head_dim(self) -> int:
+        """Width of an attention head, once the numbers of heads agree."""
         hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
         kv_heads = self.number("num_key_value_heads", heads)
         if heads % kv_heads:
             self.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        if raw.get("head_dim") is None and hidden % heads:
+        if self.raw.get("head_dim") is None and hidden % heads:
             self.fail(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        head_dim = self.number("head_dim", hidden // heads)
-        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        return self.number("head_dim", hidden // heads)
+
+    def rotary_dim(self) -> int:
+        """Dims of a head that are rotated."""
+        head_dim = self.head_dim()
+        partial = self.rope.get("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
         partial = self.number("partial_rotary_factor", 1.0, float, {"partial_rotary_factor": partial})
         rotary_dim = int(head_dim * partial)
         if partial > 1 or rotary_dim < 2 or rotary_dim % 2:
             self.fail(f"partial_rotary_factor {partial} of head_dim {head_dim} gives {rotary_dim} rotated dims")
+        return rotary_dim
+
+    def original_length(self) -> int:
+        """original_max_position_embeddings; the top-level one wins over that in rope_scaling, as in transformers."""
         longest = self.number("max_position_embeddings")
-        # The top-level original length wins over the one inside rope_scaling, as in transformers.
-        inner = self.number("original_max_position_embeddings", min(longest, 4096), where=rope)
+        inner = self.number("original_max_position_embeddings", min(longest, 4096), where=self.rope)
         original = self.number("original_max_position_embeddings", inner)
         if original > longest:
             self.fail(f"original_max_position_embeddings {original} exceeds max_position_embeddings {longest}")
-        theta = self.number("rope_theta", self.number("rope_theta", 10000.0, float), float, rope)
+        return original
+
+    def shared(self, intermediate_size: str = "intermediate_size") -> dict[str, Any]:
+        """The fields of `Config` but the rotation's, which members spell apart; takes the name of one key."""
+        raw = self.raw
         quantization = raw.get("quantization")
         if quantization is not None and not isinstance(quantization, Mapping):
             self.fail(f"quantization is {quantization!r}, expected an object")
-        window = raw.get("sliding_window")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is not None and not isinstance(dtype, str):
             self.fail(f"torch_dtype is {dtype!r}, expected a name such as 'bfloat16'")
-        return Phi3Config(
-            model_type="phi3",
-            vocab_size=self.number("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=self.number("intermediate_size"),
-            num_hidden_layers=self.number("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=self.number("rms_norm_eps", 1e-5, float),
-            rope_theta=theta,
-            rotary_dim=rotary_dim,
-            max_position_embeddings=longest,
-            original_max_position_embeddings=original,
-            longrope=self.longrope(rotary_dim, longest, original),
-            sliding_window=None if window is None else self.number("sliding_window"),
-            tie_word_embeddings=self.flag("tie_word_embeddings"),
-            dtype=dtype,
-            quantization=quantization,
-        )
+        window = raw.get("sliding_window")
+        heads = self.number("num_attention_heads")
+        return {
+            "model_type": raw["model_type"],
+            "vocab_size": self.number("vocab_size"),
+            "hidden_size": self.number("hidden_size"),
+            "intermediate_size": self.number(intermediate_size),
+            "num_hidden_layers": self.number("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.number("num_key_value_heads", heads),
+            "head_dim": self.head_dim(),
+            "max_position_embeddings": self.number("max_position_embeddings"),
+            "original_max_position_embeddings": self.original_length(),
+            "sliding_window": None if window is None else self.number("sliding_window"),
+            "dtype": dtype,
+            "quantization": quantization,
+        }
 
-    def longrope(self, rotary_dim: int, longest: int, original: int) -> LongRope | None:
+    def rope_kind(self) -> str | None:
+        """ "longrope", or None for plain rotation; ConfigError for any other."""
         rope = self.rope
         kinds = {key: rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
         if not kinds:
@@ -202,14 +219,22 @@ class _Reader:
         if any(kind != "longrope" for kind in spelled):
             named = " / ".join(_shorten(kind) for kind in kinds.values())
             self.fail(f"rope type {named} is not supported; known: longrope")
+        return "longrope"
+
+    def longrope(self, rotary_dim: int, longest: int, original: int) -> LongRope | None:
+        """The two factor lists; one attention factor for both regimes, as transformers' `longrope` has it."""
+        if self.rope_kind() is None:
+            return None
         if original == 1:
             self.fail("original_max_position_embeddings is 1, which leaves LongRoPE nothing to extend")
-        factor = self.number("factor", longest / original, float, rope)
+        factor = self.number("factor", longest / original, float, self.rope)
         automatic = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        attention_factor = self.number("attention_factor", automatic, float, self.rope)
         return LongRope(
             short_factor=self.factors("short_factor", rotary_dim // 2),
             long_factor=self.factors("long_factor", rotary_dim // 2),
-            attention_factor=self.number("attention_factor", automatic, float, rope),
+            short_mscale=attention_factor,
+            long_mscale=attention_factor,
         )
 
     def factors(self, key: str, length: int) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from .prompt_cache import PromptCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .models.phi3 import Model
+    from .models.decoder import Model
     from .tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .config import Phi3Config
+from .config import Config
 from .errors import MemoryLimitError, OptionError
 from .models.attention import SCORES, UNPACKED, fused_attention
 from .models.cache import KVBits, KVCache
@@ -80,20 +80,22 @@ class Run:
     """What memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
-    `fused`, whether attention keeps its scores in registers, as on a GPU.
+    `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
+    read at once; without it, as many as fit.
     """
 
-    config: Phi3Config
+    config: Config
     weights: int
     length: int
     rows: int = 1
     bits: KVBits | None = None
     itemsize: int = 2
     fused: bool = True
+    chunk: int | None = None
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
-        chunks = [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
+        chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
         plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:
@@ -135,7 +137,7 @@ class Run:
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 7 * config.hidden_size + 4 * config.intermediate_size + 3 * (heads + 2 * kv_heads) * dim
+        numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = 0
         if not self.fused:  # scores, and the mask of a head
@@ -148,9 +150,9 @@ class Run:
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
-            weight = 3 * 2 * config.hidden_size * config.intermediate_size
-            wide = weight + tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
-            numbers -= config.hidden_size + config.intermediate_size + (heads + 2 * kv_heads) * dim
+            weight = 3 * config.largest_linear
+            wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width)
+            numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)
@@ -218,16 +220,19 @@ def mac_working_set(memory: int) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes as people read them: "2.20 GB", "310 MB", "12 kB"."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6)):
-        if size >= power:
-            return f"{size / power:,.2f} {unit}" if unit == "GB" else f"{size / power:,.0f} {unit}"
+    """Bytes as people read them, in powers of 1000: "2.20 GB", "310 MB", "3.4 MB", "12 kB"."""
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    if size >= 1e6:
+        return f"{size / 1e6:.1f} MB" if size < 99.95e6 else f"{size / 1e6:,.0f} MB"
     return f"{max(size, 0) / 1e3:,.0f} kB"
 
 
-def parse_size(text: str) -> int:
-    """ "16GB" or "800M" as bytes, in powers of 1024 as memory is sold. Raises OptionError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise OptionError(f"{text!r} is not a size of memory; give one such as 16GB or 800MB")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+def parse_size(size: int | str) -> int:
+    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    if found:
+        unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+        if count := int(float(found[1]) * unit):
+            return count
+    raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB, or bytes")

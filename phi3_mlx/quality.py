@@ -16,7 +16,7 @@ import numpy as np
 from .errors import OptionError, PromptError
 
 if TYPE_CHECKING:
-    from .models.phi3 import Model
+    from .models.decoder import Model
     from .tokenizer import Tokenizer
 
 WINDOW = 512

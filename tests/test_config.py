@@ -7,9 +7,8 @@ import math
 import pytest
 import released
 
-from phi3_mlx.config import parse_config, read_config
 from phi3_mlx.errors import CheckpointError, ConfigError, Phi3Error
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config, read_config
 
 LONG_128K = {
     "max_position_embeddings": 131072,
@@ -108,7 +107,7 @@ def facts(config) -> tuple:
         config.sliding_window,
         config.original_max_position_embeddings,
         config.max_position_embeddings,
-        rope and rope.attention_factor,
+        rope and rope.short_mscale,
         config.num_key_value_heads,
         config.tie_word_embeddings,
         rope and rope.short_factor[0],
@@ -179,7 +178,7 @@ def test_transformers_reads_the_same_facts(name):
         return
     for length, factors in ((4096, ours.longrope.short_factor), (4097, ours.longrope.long_factor)):
         frequencies, attention_factor = rope_functions["longrope"](theirs, None, length)
-        assert attention_factor == ours.longrope.attention_factor
+        assert attention_factor == ours.longrope.short_mscale
         expected = [1 / (f * 10000 ** (2 * k / ours.rotary_dim)) for k, f in enumerate(factors)]
         assert frequencies.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -257,12 +256,12 @@ def test_plain_rope(rope):
     ],
 )
 def test_attention_factor(changes, expected):
-    assert parse_config({**LONG, "rope_scaling": scaling(**changes)}).longrope.attention_factor == expected
+    assert parse_config({**LONG, "rope_scaling": scaling(**changes)}).longrope.short_mscale == expected
 
 
 def test_attention_factor_is_one_without_an_extension():
     raw = {**LONG, "max_position_embeddings": 4096}
-    assert parse_config(raw).longrope.attention_factor == 1.0
+    assert parse_config(raw).longrope.short_mscale == 1.0
 
 
 def test_mlx_quantization_is_kept_and_may_be_repeated():

@@ -25,11 +25,10 @@ from gguf_samples import (  # noqa: E402
 )
 
 from phi3_mlx import convert  # noqa: E402
-from phi3_mlx.config import parse_config  # noqa: E402
 from phi3_mlx.conversion.gguf import GgufSource  # noqa: E402
 from phi3_mlx.conversion.gguf_file import GgufFile  # noqa: E402
 from phi3_mlx.errors import CheckpointError, ConfigError, Phi3Error  # noqa: E402
-from phi3_mlx.models import build  # noqa: E402
+from phi3_mlx.models import build, parse_config  # noqa: E402
 
 # Every width a multiple of the 256 values of a K-quant's block.
 WIDE = {**oracle.slim(oracle.CONFIGS["phi-4"]), "hidden_size": 256, "intermediate_size": 256}
@@ -117,7 +116,7 @@ def test_numbers_are_written_as_the_original_wrote_them(tmp_path: Path):
 def test_an_unusual_attention_factor_is_kept(tmp_path: Path):
     raw = oracle.slim(oracle.CONFIGS["3.5-mini"])
     path = sample(tmp_path, "phi3", raw, change={"phi3.rope.scaling.attn_factor": 1.25})
-    assert parse_config(GgufSource(path).config).longrope.attention_factor == 1.25
+    assert parse_config(GgufSource(path).config).longrope.short_mscale == 1.25
 
 
 def test_the_window_of_files_that_do_not_note_it(tmp_path: Path):

@@ -14,7 +14,7 @@ from phi3_mlx import engine
 from phi3_mlx.engine import Generation
 from phi3_mlx.lookup import Drafter, accepted_of
 from phi3_mlx.models.cache import KVCache
-from phi3_mlx.models.phi3 import Phi3Model
+from phi3_mlx.models.decoder import Decoder
 from phi3_mlx.sampling import Sampling
 
 NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
@@ -133,13 +133,13 @@ def test_no_draft_reads_over_the_boundary(monkeypatch):
     model, prompt = MODELS["3.5-mini"], (PHRASE * 20)[: ORIGINAL - 12]
     prophecy(monkeypatch, [token for token, _ in run(model, prompt)[0]])
     totals = []
-    call = Phi3Model.__call__
+    call = Decoder.__call__
 
     def counting(self, ids, cache=None):
         totals.append((cache[0].offset, cache[0].offset + ids.shape[1]))
         return call(self, ids, cache)
 
-    monkeypatch.setattr(Phi3Model, "__call__", counting)
+    monkeypatch.setattr(Decoder, "__call__", counting)
     _, generation = run(model, prompt, lookup=9)
     assert generation.statistics.accepted_tokens > 5
     assert max(last - first for first, last in totals[1:]) > 3
@@ -236,6 +236,15 @@ def test_rejected_drafts_grow_short_and_accepted_ones_long():
         drafter.saw_draft(8, 0, 1.8)
     assert long == 7  # to the end of the text: the last 16 agree with the 16 one phrase back
     assert len(drafter.draft(16)) <= 1
+
+
+def test_a_draft_is_short_until_one_was_timed():
+    """Where each token costs as much as a step, a first draft of 16 would cost 16 of them."""
+    drafter = Drafter([*range(40), *range(20)], most=16)
+    drafter.saw_plain(1.0)
+    assert len(drafter.draft(16)) == 4
+    drafter.saw_draft(4, 4, 1.04)
+    assert len(drafter.draft(16)) == 16
 
 
 def test_a_step_that_costs_as_much_as_its_tokens_is_not_drafted():

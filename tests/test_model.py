@@ -15,7 +15,7 @@ from make_golden import GOLDEN, LENGTHS, PROMPT, STEPS
 from mlx.utils import tree_map
 from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
 
-from phi3_mlx.config import parse_config
+from phi3_mlx.models import parse_config
 from phi3_mlx.models.rope import Rope
 
 TOLERANCE = 1e-3  # the promise; measured: 1e-5 to 1.3e-4

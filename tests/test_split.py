@@ -8,12 +8,10 @@ import numpy as np
 import oracle
 import pytest
 import released
-from mlx.utils import tree_flatten
 
-from phi3_mlx.config import parse_config
-from phi3_mlx.conversion.split import expected_shapes, phi3_config, plan
+from phi3_mlx.conversion.split import phi3_config, plan
 from phi3_mlx.errors import CheckpointError, ConfigError
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config, shapes
 from phi3_mlx.safetensors import Tensor, find_weights
 
 LLAMA = {
@@ -139,14 +137,12 @@ def test_what_transformers_assumes_where_keys_are_missing():
 @pytest.mark.parametrize("case", ["mini-4k", "medium-4k", "phi-4-mini", "3.5-mini"])
 def test_the_order_and_the_shapes_are_the_models(case: str):
     config = parse_config(oracle.CONFIGS[case])
-    parameters = {name: array.shape for name, array in tree_flatten(build(config).parameters())}
-    shapes = expected_shapes(config)
-    assert shapes == parameters
-    first = [name for name in shapes if ".layers." not in name]
+    found = shapes(config)
+    first = [name for name in found if ".layers." not in name]
     assert first == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"][: len(first)]
-    layers = [int(name.split(".")[2]) for name in shapes if ".layers." in name]
+    layers = [int(name.split(".")[2]) for name in found if ".layers." in name]
     assert layers == sorted(layers)
-    assert next(iter(shapes)) == "model.embed_tokens.weight"
+    assert next(iter(found)) == "model.embed_tokens.weight"
 
 
 def test_queries_come_before_keys_before_values_and_gate_before_up():
@@ -164,7 +160,7 @@ def test_queries_come_before_keys_before_values_and_gate_before_up():
 
 def test_phi3_keeps_its_config_and_its_fused_tensors():
     raw = {**oracle.CONFIGS["3.5-mini"], "unknown": 1}
-    fused = expected_shapes(parse_config(raw))
+    fused = shapes(parse_config(raw))
     config, sources = plan(raw, tensors_of(fused))
     assert config == raw
     assert sources == {name: (name,) for name in fused}
@@ -179,8 +175,8 @@ def test_phi3_with_split_projections():
 
 def test_leftovers_that_the_reference_ignores_are_ignored():
     raw = {**LLAMA, "tie_word_embeddings": True}
-    shapes = {**split_shapes(raw), "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}
-    _, sources = plan(raw, tensors_of(shapes))
+    stored = {**split_shapes(raw), "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}
+    _, sources = plan(raw, tensors_of(stored))
     assert "lm_head.weight" not in sources
 
 
@@ -228,7 +224,7 @@ def test_phi3_5_mini_in_llamas_layout():
     parsed = parse_config(phi3_config(raw))
     same = parse_config({**raw, "model_type": "phi3"})
     assert parsed.longrope == same.longrope
-    assert parsed.longrope.attention_factor == pytest.approx(1.1902380714238083)
+    assert parsed.longrope.short_mscale == pytest.approx(1.1902380714238083)
     assert (parsed.original_max_position_embeddings, parsed.sliding_window) == (4096, None)
 
 

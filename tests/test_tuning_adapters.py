@@ -17,7 +17,7 @@ from phi3_mlx.tuning.adapters import Adapters, adapter_files, base_of, fingerpri
 from phi3_mlx.tuning.fuse import fuse
 from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.peft import export_peft, import_peft
-from phi3_mlx.tuning.targets import ALL, find_targets
+from phi3_mlx.tuning.targets import find_targets
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 
@@ -32,7 +32,7 @@ def packed(tmp_path_factory):
     return make_directory(tmp_path_factory.mktemp("model") / "packed", bits=4)
 
 
-def make_adapter(directory, folder, *, targets=ALL, layers=None, rank=3, strength=1.0, seed=0, **options):
+def make_adapter(directory, folder, *, targets=(), layers=None, rank=3, strength=1.0, seed=0, **options):
     """A folder whose adapter changes much, and the logits of the model with it."""
     model = load_model(directory)
     adapters = attach(model, find_targets(model.config, targets, layers), rank, 2.0 * rank, **options)

@@ -13,14 +13,14 @@ from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import examples, randomize
 
 from phi3_mlx.errors import OptionError
+from phi3_mlx.models.decoder import Model
 from phi3_mlx.models.packing import Packing
-from phi3_mlx.models.phi3 import Model
 from phi3_mlx.tuning.batches import Plan, make_part, split_parts
 from phi3_mlx.tuning.lora import attach, detach
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
 from phi3_mlx.tuning.settings import Settings
-from phi3_mlx.tuning.targets import NAMES, find_targets
+from phi3_mlx.tuning.targets import find_targets, names_of
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23, ORIGINAL, ORIGINAL + 1, ORIGINAL + 2)  # read: one fewer, so short and long ones
 RUN = {"data": "x", "output": "y"}
@@ -330,7 +330,7 @@ def test_targets_are_named_or_refused():
     for given, layers in spans.items():
         found = find_targets(config, ("o_proj",), given)
         assert [target.path for target in found] == [f"model.layers.{n}.self_attn.o_proj" for n in layers]
-    assert all(find_targets(config, (name,)) for name in NAMES)
+    assert all(find_targets(config, (name,)) for name in names_of(config))
 
 
 def test_dropout_hides_inputs_from_the_change_alone():

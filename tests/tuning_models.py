@@ -11,8 +11,7 @@ import oracle
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
-from phi3_mlx.config import parse_config
-from phi3_mlx.models import build
+from phi3_mlx.models import build, parse_config
 from phi3_mlx.tuning.examples import Example
 
 TINY = ROOT / "weights" / "tiny"

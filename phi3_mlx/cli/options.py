@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..models.cache import KVBits
-    from ..models.phi3 import Model
+    from ..models.decoder import Model
     from ..tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,16 +45,13 @@ class ModelOptions:
 
     def load_model(self, directory: Path, length: int, bits: KVBits | None, force: bool) -> Model:
         """The model, unless it and a sequence of `length` tokens do not fit in memory (and not `force`)."""
-        from ..checkpoint import load_model
-        from ..generation import plan_run
+        from ..generation import load_adapted, plan_run
 
         plan_run(directory, length, dtype=self.dtype, kv_bits=bits, force=force)
-        model = load_model(directory, dtype=self.dtype, longrope=self.longrope)
-        if self.adapter:
-            from ..tuning.adapters import apply, base_of
-
-            apply(model, base_of(directory, self.model, self.revision), dict(map(_weighted, self.adapter)))
-        return model
+        adapters = dict(map(_weighted, self.adapter))
+        return load_adapted(
+            directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
+        )
 
 
 def _weighted(given: str) -> tuple[str, float]:

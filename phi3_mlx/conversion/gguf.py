@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import parse_config
 from ..errors import CheckpointError, ConfigError
+from ..models import parse_config, shapes
 from ..safetensors import Tensor
 from .gguf_file import BLOCKS, GgufFile
 from .gguf_tokenizer import tokenizer_files
-from .split import expected_shapes, require
+from .sources import Blocks
+from .split import require
 
 _ARCHITECTURES = ("phi3", "llama")
 # Metadata under the architecture's name that `_Config` reads, and such as says nothing about the numbers.
@@ -63,8 +65,8 @@ class GgufSource:
         self.config = reader.phi3()
         parsed = parse_config(self.config, self.name)
         stored = {name: tensor.shape for name, tensor in self._file.tensors.items() if name not in _FACTORS.values()}
-        shapes = expected_shapes(parsed)
-        self._parts = {name: _parts(name, stored) for name in shapes}
+        wanted = shapes(parsed)
+        self._parts = {name: _parts(name, stored) for name in wanted}
         require(stored, self._parts, parsed, self.name)
         self._orders: dict[str, np.ndarray] = {}
         if reader.architecture == "llama":
@@ -80,15 +82,17 @@ class GgufSource:
         ids = {key: self._extras.generation_config.get(key) for key in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = next(iter(self._extras.generation_config.get("eos_token_id", [])), None)
         self.config |= {key: value for key, value in ids.items() if value is not None}
-        self.tensors = {name: self._tensor(name, shape) for name, shape in shapes.items()}
+        self.tensors = {name: self._tensor(name, shape) for name, shape in wanted.items()}
         kinds = {name: {self._file.tensors[part].type for part in parts} for name, parts in self._parts.items()}
-        self.blocks: Mapping[str, Mapping[str, Any]] = {
-            name: {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}
+        self.blocks: Mapping[str, Blocks] = {
+            name: Blocks(
+                {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}, partial(self._read_blocks, name)
+            )
             for name, of in kinds.items()
             if of <= set(BLOCKS) and len({BLOCKS[kind] for kind in of}) == 1
         }
 
-    def read_blocks(self, name: str) -> list[mx.array]:
+    def _read_blocks(self, name: str) -> list[mx.array]:
         """Weight, scales and biases of a tensor of `blocks`; scales and biases are float16."""
         parts = [self._file.read_blocks(part, self._orders.get(part)) for part in self._parts[name]]
         return [mx.concatenate(list(of_all)) for of_all in zip(*parts, strict=True)]

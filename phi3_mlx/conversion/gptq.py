@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointError, OptionError
 from .checked import is_finite
-from .layerwise import EMBEDDING, LINEARS, LayerStream, layer_of, linear
+from .layerwise import EMBEDDING, LayerStream, layer_of, linear
 from .rounding import packings
 from .sources import Source, to_mlx
 from .texts import windows
@@ -67,8 +67,7 @@ def _calibrated(
             hessian = _hessian_of_embedding(stream, ids) if path == EMBEDDING else _hessian_of_head(stream, hidden)
             parts = gptq(source.read(name), hessian, found[name], to_mlx(source.tensors[name].dtype))
         if path == EMBEDDING:
-            hidden = unpack(parts, found.get(name))[ids].astype(mx.float32)
-            mx.eval(hidden)
+            hidden = stream.embedded(unpack(parts, found.get(name))[ids])
         if name not in found:
             yield name, parts.pop()
         for part in ("weight", "scales", "biases")[: len(parts)]:
@@ -81,7 +80,7 @@ def _pack_layer(
     """The activations after layer `i`, packed, and the parts of its packed weights by their names."""
     layer = stream.layer(i)
     done = {}
-    for path in LINEARS:
+    for path in stream.linears:
         name = f"model.layers.{i}.{path}.weight"
         if name not in found:
             continue

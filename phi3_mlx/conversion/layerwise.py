@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import parse_config
+from ..models import build, parse_config
 from ..models.attention import make_mask
-from ..models.phi3 import DecoderLayer
-from ..models.rope import Rope
+from ..models.decoder import DecoderLayer, Model
 
 if TYPE_CHECKING:
     from .sources import Source
 
-# The linear layers of a decoder layer, in the order they are used.
-LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _TOKENS_AT_ONCE = 4096
 
@@ -33,7 +30,12 @@ class LayerStream:
     def __init__(self, source: Source):
         self.source = source
         self.config = parse_config(source.config, source.name)
-        self._rope = Rope(self.config)
+        self._model = build(self.config)  # its weights are not computed but where some are put
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear layers of a decoder layer, in the order of use."""
+        return tuple(self.config.linears)
 
     @property
     def head_path(self) -> str:
@@ -42,13 +44,17 @@ class LayerStream:
 
     def embed(self, ids: mx.array) -> mx.array:
         """ids (rows, length) -> (rows, length, hidden_size)."""
-        hidden = self.source.read(f"{EMBEDDING}.weight")[ids].astype(mx.float32)
+        return self.embedded(self.source.read(f"{EMBEDDING}.weight")[ids])
+
+    def embedded(self, rows: mx.array) -> mx.array:
+        """The first layer's input from rows of the embedding, whoever unpacked them; float32, evaluated."""
+        hidden = self._model.model.embedded(rows.astype(mx.float32))
         mx.eval(hidden)
         return hidden
 
     def layer(self, i: int) -> DecoderLayer:
         """Decoder layer `i` with the source's weights."""
-        layer = DecoderLayer(self.config, self._rope)
+        layer = self._model.model.make_layer(i)
         prefix = f"model.layers.{i}."
         names = [name for name in self.source.tensors if name.startswith(prefix)]
         layer.load_weights([(name.removeprefix(prefix), self.source.read(name).astype(mx.float32)) for name in names])
@@ -57,11 +63,21 @@ class LayerStream:
 
     def norm(self, hidden: mx.array) -> mx.array:
         """The norm after the last layer."""
-        return mx.fast.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
+        return self._tail.model.last_norm(hidden)
+
+    def logits(self, hidden: mx.array, weight: mx.array) -> mx.array:
+        """What the model makes of normed `hidden` with this weight (vocab_size, hidden_size) in the layer of logits."""
+        tail = self._tail
+        (tail.model.embed_tokens if self.config.tie_word_embeddings else tail.lm_head).weight = weight
+        return tail.logits(hidden)
 
     @cached_property
-    def _norm(self) -> mx.array:
-        return self.source.read("model.norm.weight").astype(mx.float32)
+    def _tail(self) -> Model:
+        """The model with weights behind its layers, but for the matrix of the head."""
+        left_out = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+        names = [name for name in self.source.tensors if layer_of(name) is None and name not in left_out]
+        self._model.load_weights([(name, self.source.read(name).astype(mx.float32)) for name in names], strict=False)
+        return self._model
 
     def run(self, layer: DecoderLayer, hidden: mx.array) -> mx.array:
         """`hidden` after `layer`, evaluated."""
@@ -80,7 +96,7 @@ class LayerStream:
 
     def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[dict[str, mx.array], mx.array]]:
         """In parts: what each linear layer of `layer` is given (tokens, width), by path, and `hidden` after `layer`."""
-        with _recording(layer, LINEARS) as recorders:
+        with _recording(layer, self.linears) as recorders:
             for part in _parts(hidden):
                 after = self._forward(layer, part)
                 seen = {path: recorder.seen.flatten(0, -2) for path, recorder in recorders.items()}

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ from ..models.linear import plain_weight
 from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
-from .layerwise import EMBEDDING, LINEARS, LayerStream, layer_of, linear
+from .layerwise import EMBEDDING, LayerStream, layer_of, linear
 from .texts import bundled
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..models.phi3 import DecoderLayer, Model
+    from ..models.decoder import DecoderLayer, Model
     from .sources import Source
 
 REPORT, FIGURES, PLOT = "REPORT.md", "report.json", "report.png"
@@ -173,8 +174,8 @@ class _Comparison:
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         embedding = self._stream.source.read(f"{EMBEDDING}.weight")
-        ours = [embedding[ids].astype(mx.float32) for ids in self._inputs]
-        theirs = [self._model.model.embed_tokens(ids) for ids in self._inputs]
+        ours = [self._stream.embedded(embedding[ids]) for ids in self._inputs]
+        theirs = [self._model.model.embed(ids) for ids in self._inputs]
         mx.eval(ours, theirs)
         error = sum(_square(b - a) for a, b in zip(ours, theirs, strict=True))
         self.errors[EMBEDDING] = _ratio(error, sum(map(_square, ours)))
@@ -196,9 +197,9 @@ class _Comparison:
         self, name: str, layer: DecoderLayer, packed: DecoderLayer, hidden: Sequence[mx.array]
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
-        weights = {path: linear(layer, path).weight for path in LINEARS}
+        weights = {path: linear(layer, path).weight for path in self._stream.linears}
         changes = {path: plain_weight(linear(packed, path)) - weight for path, weight in weights.items()}
-        sums = {path: [0.0, 0.0] for path in LINEARS}
+        sums = {path: [0.0, 0.0] for path in self._stream.linears}
         result = []
         for block in hidden:
             parts = []
@@ -216,8 +217,9 @@ class _Comparison:
         change = packed - weight
         error = whole = 0.0
         for a, b, targets in zip(ours, theirs, self._targets, strict=True):
-            a, b = self._stream.norm(a).flatten(0, 1), self._model.model.norm(b).flatten(0, 1)
-            self.difference.add(a, lambda x: x @ weight.T, b, lambda x: x @ packed.T, targets, len(weight))
+            a, b = self._stream.norm(a).flatten(0, 1), self._model.model.last_norm(b).flatten(0, 1)
+            head, packed_head = partial(self._stream.logits, weight=weight), partial(self._stream.logits, weight=packed)
+            self.difference.add(a, head, b, packed_head, targets, len(weight))
             for here in chunks(len(a), len(weight)):
                 error += _square(a[here] @ change.T)
                 whole += _square(a[here] @ weight.T)
@@ -287,7 +289,8 @@ def plot(tensors: Sequence[TensorReport], path: Path) -> bool:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for kind in LINEARS:
+    kinds = dict.fromkeys(tensor.path.split(".", 3)[3] for tensor in tensors if layer_of(tensor.path) is not None)
+    for kind in kinds:
         points = [tensor.relative_error for tensor in tensors if tensor.path.endswith(kind)]
         axes.plot(range(len(points)), points, marker="o", label=kind)
     for tensor in tensors:

@@ -17,9 +17,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OptionError
+from ..memory import size_text
 from ..quality import chunks, kl_divergence, log_softmax
 from .gptq import unpack
-from .layerwise import EMBEDDING, LINEARS, LayerStream, linear
+from .layerwise import EMBEDDING, LayerStream, linear
 from .rounding import Recipe, pack, packings, planned, uniform
 from .sources import Source, to_mlx
 from .texts import windows
@@ -90,12 +91,12 @@ def _budget(
             raise OptionError(f"target {target_bpw} is no number of bits; give something like 4.5")
         target_bytes, asked = math.floor(target_bpw * weights / 8 + 1e-6), f"{target_bpw:g} bits per weight"
     else:
-        asked = f"{target_bytes / 1e6:,.1f} MB"
+        asked = size_text(target_bytes)
     ends = {width: fixed + sum(of[width] for of in sizes.values()) for width in _widths(sizes)}
     (least, smallest), (most, largest) = min(ends.items()), max(ends.items())
 
     def size(width: int, total: int) -> str:
-        return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({total / 1e6:,.1f} MB)"
+        return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({size_text(total)})"
 
     if target_bytes < smallest:
         hint = "" if group_size >= 128 else ", or larger groups (--group-size 128)"
@@ -153,19 +154,18 @@ class _Measurement:
     def _embedding(self) -> None:
         name = f"{EMBEDDING}.weight"
         rows = self._source.read(name)[self._ids.flatten()]
-        self._clean = rows.astype(mx.float32).reshape(*self._ids.shape, -1)
-        mx.eval(self._clean)
+        shape = (*self._ids.shape, -1)
+        self._clean = self._stream.embedded(rows.reshape(shape))
         if name in self._found:
             self._compare(name, rows.astype(mx.float32))
-            self._moved[name] = self._rounded(name, rows, self._anchor(name)).reshape(self._clean.shape)
-            mx.eval(self._moved[name])
+            self._moved[name] = self._stream.embedded(self._rounded(name, rows, self._anchor(name)).reshape(shape))
 
     def _layer(self, i: int) -> None:
         layer = self._stream.layer(i)
         for name, hidden in self._moved.items():
             self._moved[name] = self._stream.run(layer, hidden)
         traced = list(self._stream.trace(layer, self._clean))
-        for path in LINEARS:
+        for path in self._stream.linears:
             name, module = f"model.layers.{i}.{path}.weight", linear(layer, path)
             if name not in self._found:
                 continue
@@ -188,10 +188,10 @@ class _Measurement:
             self._moved.setdefault(name, self._clean)
         sums = dict.fromkeys(self._moved, 0.0)
         for here in chunks(len(hidden), len(weight)):
-            clean = log_softmax(hidden[here] @ weight.T)
+            clean = log_softmax(self._stream.logits(hidden[here], weight))
             for moved, states in self._moved.items():
                 normed = self._stream.norm(states.flatten(0, 1)[here])
-                logs = log_softmax(normed @ (head if moved == name else weight).T)
+                logs = log_softmax(self._stream.logits(normed, head if moved == name else weight))
                 sums[moved] += float(kl_divergence(clean, logs).sum(dtype=np.float64))
         return {moved: total / len(hidden) for moved, total in sums.items()}
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ..config import Phi3Config, parse_config
+from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from ..models import parse_config, shapes
 from ..safetensors import Tensor
 
 # What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
@@ -36,7 +37,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0),
     "num_local_experts": (0, 1),
 }
-_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _LISTED = 20  # faults shown; a wrong config makes hundreds
 
 
@@ -52,25 +52,22 @@ def plan(
     """
     config = phi3_config(raw, source)
     parsed = parse_config(config, source)
-    sources = {name: (name,) if name in tensors else _parts(name) for name in expected_shapes(parsed)}
-    stored = {name: tensor.shape for name, tensor in tensors.items() if not _inert(name, parsed)}
+    sources = {name: (name,) if name in tensors else parsed.made_of(name) for name in shapes(parsed)}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if not parsed.is_unused(name)}
     require(stored, sources, parsed, source)
     return config, sources
 
 
 def require(
-    stored: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[str, ...]], config: Phi3Config, source: str
+    stored: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[str, ...]], config: Config, source: str
 ) -> None:
     """CheckpointError unless the tensors `stored`, by shape, are those of `sources`, all and no others.
 
     `sources` gives for each of Phi-3's tensors the names of those that make it up.
     """
     faults = []
-    for target, shape in expected_shapes(config).items():
-        names = sources[target]
-        rows = _rows(config, target) if len(names) > 1 else (shape[0],)
-        for name, count in zip(names, rows, strict=True):
-            wanted = (count, *shape[1:])
+    for target, shape in shapes(config).items():
+        for name, wanted in zip(sources[target], _shapes_of_parts(config, target, shape, sources), strict=True):
             if name not in stored:
                 faults.append(f"missing {name}")
             elif stored[name] != wanted:
@@ -107,40 +104,16 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
     return {key: value for key, value in config.items() if key != "torch_dtype" or value is not None}
 
 
-def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an unquantized Phi-3 checkpoint, in the model's order."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "self_attn.qkv_proj": (queries + 2 * keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_up_proj": (2 * inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _parts(target: str) -> tuple[str, ...]:
-    """The split projections whose rows make up `target`; `target` itself where it is no fused projection."""
-    for fused, names in _PARTS.items():
-        if f".{fused}." in target:
-            return tuple(target.replace(fused, name) for name in names)
-    return (target,)
-
-
-def _rows(config: Phi3Config, target: str) -> tuple[int, ...]:
-    if "gate_up_proj" in target:
-        return (config.intermediate_size, config.intermediate_size)
-    keys = config.num_key_value_heads * config.head_dim
-    return (config.num_attention_heads * config.head_dim, keys, keys)
+def _shapes_of_parts(
+    config: Config, target: str, shape: tuple[int, ...], sources: Mapping[str, tuple[str, ...]]
+) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that make up `target`, which has `shape`."""
+    if len(sources[target]) == 1:
+        return [shape]
+    if len(shape) == 3:
+        return [shape[1:]] * shape[0]
+    spans = config.parts[target.split(".")[-2]].values()
+    return [(last - first, *shape[1:]) for first, last in spans]
 
 
 def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | None:
@@ -184,11 +157,6 @@ def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     scaling = {"type": "longrope", "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
     scaling |= {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
     return result | {"rope_scaling": scaling}
-
-
-def _inert(name: str, config: Phi3Config) -> bool:
-    """Whether a tensor is a leftover that the reference does not use."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def _listing(source: str, faults: list[str]) -> str:

@@ -1,13 +1,55 @@
-"""One architecture a file; `build` picks it by the config's `model_type`."""
+"""The members of the family, one architecture a file; a config's `model_type` picks it.
+
+A file has `Config` (with `read`), `DecoderLayer` and `Model`; what they share is in `decoder`.
+"""
 
 from __future__ import annotations
 
-from ..config import Phi3Config
-from .phi3 import Model
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-_ARCHITECTURES = {"phi3": Model}
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..config import Config, Reader, read_json
+from ..errors import CheckpointError
+from .decoder import Model
+
+# model_type -> (file, who it is)
+_MEMBERS = {"phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini")}
 
 
-def build(config: Phi3Config) -> Model:
+def read_config(directory: Path) -> Config:
+    """The validated config of a model directory. Raises CheckpointError (no file) or ConfigError (its content)."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
+    return parse_config(read_json(path), str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
+    """Validate the dictionary of a config.json; `source` names it in the ConfigError."""
+    reader, model_type = Reader(raw, source), raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _MEMBERS:
+        known = ", ".join(f"{name} ({who})" for name, (_, who) in _MEMBERS.items())
+        reader.fail(f"model_type {model_type!r} is not supported; this version runs {known}")
+    config: Config = _member(model_type).Config.read(reader)
+    return config
+
+
+def build(config: Config) -> Model:
     """A model of random weights for a config; nothing is computed until its weights are used."""
-    return _ARCHITECTURES[config.model_type](config)
+    model: Model = _member(config.model_type).Model(config)
+    return model
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the unpacked model, in the model's order."""
+    parameters: list[tuple[str, mx.array]] = tree_flatten(build(config).parameters())
+    return {name: array.shape for name, array in parameters}
+
+
+def _member(model_type: str) -> Any:
+    return import_module(f".{_MEMBERS[model_type][0]}", __name__)

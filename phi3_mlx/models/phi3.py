@@ -1,29 +1,84 @@
-"""Dense Phi-3: mini, medium, Phi-3.5-mini, Phi-4, Phi-4-mini. Numbers as transformers' `Phi3ForCausalLM`.
-
-LongRoPE's rule (`longrope="auto"`): a sequence is *short* while its total length, cache included, is at most
-`original_max_position_embeddings`, and *long* after; all its keys belong to one regime. A call that changes the
-regime reads the cache's ids again first, so every caller gets the reference's numbers, whatever its loop.
-"""
+"""Dense Phi-3: mini, medium, Phi-3.5-mini, Phi-4, Phi-4-mini. Numbers as transformers' `Phi3ForCausalLM`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import Phi3Config
-from ..errors import OptionError
-from .attention import Mask, attend, make_mask
-from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
-from .linear import Embedding, Linear, unpacking_pays
-from .packing import Packing
-from .rope import Regime, Rope
+from .. import config
+from ..config import Reader
+from . import decoder
+from .linear import Linear
+from .rope import Rope
 
-LongRopeRule = Literal["auto", "short", "long"]
-_REREAD_CHUNK = 512
+# Keys that change the numbers when they are not at this value, and that this package does not compute.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "embedding_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "layer_types": (),
+    "quantize_activations": (False,),
+    "quantization_config": (),  # GPTQ, AWQ, bitsandbytes...: packed in ways mlx does not read
+}
+
+
+@dataclass(frozen=True)
+class Config(config.Config):
+    """A dense Phi-3 model (`model_type: phi3`)."""
+
+    rms_norm_eps: float
+
+    @classmethod
+    def read(cls, reader: Reader) -> Config:
+        reader.refuse_unless(_MUST_BE)
+        shared, rotary_dim = reader.shared(), reader.rotary_dim()
+        longest, original = shared["max_position_embeddings"], shared["original_max_position_embeddings"]
+        theta = reader.number("rope_theta", reader.number("rope_theta", 10000.0, float), float, reader.rope)
+        return cls(
+            **shared,
+            rope_theta=theta,
+            rotary_dim=rotary_dim,
+            longrope=reader.longrope(rotary_dim, longest, original),
+            tie_word_embeddings=reader.flag("tie_word_embeddings"),
+            rms_norm_eps=reader.number("rms_norm_eps", 1e-5, float),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return {
+            "self_attn.qkv_proj": (queries + 2 * keys, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, queries),
+            "mlp.gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
+    def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        q, kv, inner = (
+            self.num_attention_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+            self.intermediate_size,
+        )
+        return {
+            "qkv_proj": {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)},
+            "gate_up_proj": {"gate_proj": (0, inner), "up_proj": (inner, 2 * inner)},
+        }
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        for fused, parts in self.parts.items():
+            if f".{fused}." in name:
+                return tuple(name.replace(fused, part) for part in parts)
+        return (name,)
 
 
 @partial(mx.compile, shapeless=True)
@@ -31,42 +86,22 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-class Attention(nn.Module):
-    def __init__(self, config: Phi3Config, rope: Rope):
-        super().__init__()
-        self._rope = rope
-        self._heads, self._kv_heads, self._dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+class Attention(decoder.Attention):
+    def __init__(self, config: Config, rope: Rope, index: int):
+        super().__init__(config, rope, index)
         rows = (self._heads + 2 * self._kv_heads) * self._dim
         self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
         self.o_proj = Linear(self._heads * self._dim, config.hidden_size, bias=False)
 
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
-    ) -> mx.array:
-        return self.o_proj(self._mix(self.qkv_proj(x), mask, cache, offset, long))
+    def rows(self, x: mx.array) -> mx.array:
+        return self.qkv_proj(x)
 
-    def packed(self, x: mx.array, packing: Packing) -> mx.array:
-        """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
-        rows = self.qkv_proj(x)
-        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in packing.blocks]
-        return self.o_proj(packing.scatter(blocks))
-
-    def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
-        """From queries, keys and values side by side (B, L, (H + 2 Hkv) * D) to what attention makes of them."""
-        batch, length, _ = rows.shape
-        rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
-        q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
-        q = self._rope.query(q, offset, long)
-        k = self._rope.key(k, offset, long)
-        return attend(q, k, v, cache, self._rope.scale, mask)
+    def output(self, x: mx.array) -> mx.array:
+        return self.o_proj(x)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Phi3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -76,178 +111,22 @@ class MLP(nn.Module):
         return self.down_proj(_swiglu(gate, up))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: Phi3Config, rope: Rope):
-        super().__init__()
-        self.self_attn = Attention(config, rope)
+class DecoderLayer(decoder.DecoderLayer):
+    def __init__(self, config: Config, rope: Rope, index: int):
+        super().__init__(config, rope, index)
+        self.self_attn = Attention(config, rope, index)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
-    ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
-    def packed(self, x: mx.array, packing: Packing) -> mx.array:
-        x = x + self.self_attn.packed(self.input_layernorm(x), packing)
-        return x + self.mlp(self.post_attention_layernorm(x))
+class Phi3Model(decoder.Decoder):
+    layer_type = DecoderLayer
+    _config: Config
+
+    def add_norm(self) -> None:
+        self.norm = nn.RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
 
 
-class Phi3Model(nn.Module):
-    """Embedding, layers and final norm: ids (B, L) -> hidden states (B, L, hidden_size)."""
-
-    def __init__(self, config: Phi3Config):
-        super().__init__()
-        self._config = config
-        self.longrope: LongRopeRule = "auto"
-        rope = Rope(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
-        batch, length = ids.shape
-        if cache is None:
-            return self._read(ids, None, self.is_long(length))
-        offset, sequence = cache[0].offset, cache[0].sequence
-        padding = sequence.left_padding or (0,) * batch
-        totals = [offset + length - pad for pad in padding]
-        if sequence.prompt_length is not None:
-            declared = sequence.prompt_length
-            if len(declared) == 1:
-                declared = declared * batch
-            if all(total >= n for total, n in zip(totals, declared, strict=True)):
-                sequence.prompt_length = None  # read in full: from here on the cache itself tells
-            totals = [max(total, n) for total, n in zip(totals, declared, strict=True)]
-        long = tuple(self.is_long(total) for total in totals)
-        if offset:
-            self._reread(cache, long)
-        sequence.long = long
-        sequence.read(ids, offset)
-        try:
-            return self._read(ids, cache, long)
-        except BaseException:
-            for layer in cache:
-                layer.trim(layer.offset - offset)
-            raise
-
-    def packed(self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False) -> mx.array:
-        """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
-
-        Each comes out as it would alone: its positions begin at 0, it sees only itself, and its own length says its
-        LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
-        """
-        packing = Packing(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            forward = partial(layer.packed, packing=packing)
-            x = nn.utils.checkpoint(layer, forward)(x) if checkpoint else forward(x)
-        return self.norm(x)
-
-    def is_long(self, total: int) -> bool:
-        """The regime of a sequence of `total` tokens."""
-        if self._config.longrope is None or self.longrope == "short":
-            return False
-        return self.longrope == "long" or total > self._config.original_max_position_embeddings
-
-    def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
-        window = self._config.sliding_window
-        if bits is None:
-            return [KVCache(sequence, window) for _ in self.layers]
-        return [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
-
-    def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
-        """The layers, in a given regime."""
-        offset: int | mx.array = 0
-        if cache is not None:
-            padding = cache[0].sequence.padding_array
-            offset = cache[0].offset if padding is None else cache[0].offset - padding
-        mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
-        x = self.embed_tokens(ids)
-        unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
-        for i, layer in enumerate(self.layers):
-            x = layer(x, mask, cache[i] if cache else None, offset, long)
-            if unpacks:
-                mx.eval(x)  # MLX allocates ahead of what it computes: every layer would be unpacked at once
-        return self.norm(x)
-
-    def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
-        """Fill the rows of `cache` whose keys no longer serve by reading their ids again, in the new regime.
-
-        Rotating the old keys anew would not do: values and deeper keys came from the old regime's hidden states.
-        """
-        sequence, offset = cache[0].sequence, cache[0].offset
-        rows = [b for b, now in enumerate(long) if sequence.long is None or now != sequence.long[b]]
-        if cache[0].lost:
-            rows = list(range(len(long)))
-        if not rows:
-            return
-        sequence.long = None  # until every row is written: an interrupted reading is begun anew
-        for layer in cache:
-            layer.forget() if layer.lost else layer.narrow()
-        for row in rows:
-            padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(Sequence(), cache[0].bits)
-            for first in range(padding, offset, _REREAD_CHUNK):
-                last = min(first + _REREAD_CHUNK, offset)
-                self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
-                mx.eval([layer.state for layer in fresh])
-            if offset > padding:
-                for old, new in zip(cache, fresh, strict=True):
-                    old.write_row(row, new)
-
-
-class Model(nn.Module):
-    """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
-
-    def __init__(self, config: Phi3Config):
-        super().__init__()
-        self._config = config
-        self.model = Phi3Model(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
-        """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
-        return self.logits(self.model(ids, cache))
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(..., hidden_size) -> (..., vocab_size); call it on the positions you need."""
-        if self._config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
-
-    @property
-    def config(self) -> Phi3Config:
-        return self._config
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        return self.model.layers
-
-    def make_cache(
-        self,
-        prompt_length: int | Rows[int] | None = None,
-        left_padding: Rows[int] | None = None,
-        bits: KVBits | None = None,
-    ) -> list[KVCache]:
-        """An empty cache, one entry a layer.
-
-        `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
-        row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
-        `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
-        `bits`: pack keys and values. Raises OptionError if its group size does not divide the head's width.
-        """
-        if bits is not None and self._config.head_dim % bits.group_size:
-            raise OptionError(
-                f"kv_group_size {bits.group_size} does not divide head_dim {self._config.head_dim}; give 32"
-            )
-        if isinstance(prompt_length, int):
-            prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
-        sequence = Sequence(
-            left_padding=None if left_padding is None else tuple(left_padding),
-            prompt_length=None if prompt_length is None else tuple(prompt_length),
-        )
-        return self.model.make_cache(sequence, bits)
+class Model(decoder.Model):
+    decoder_type = Phi3Model

@@ -8,10 +8,12 @@ Source: transformers `modeling_rope_utils._compute_longrope_parameters`, `modeli
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
-from ..config import Phi3Config
+from ..config import Config
 
 # One regime for every row, or one a row.
 Regime = bool | tuple[bool, ...]
@@ -20,7 +22,7 @@ Regime = bool | tuple[bool, ...]
 class Rope:
     """Rotates queries and keys. Not a module: it holds no weights, and is shared by all layers."""
 
-    def __init__(self, config: Phi3Config):
+    def __init__(self, config: Config):
         self.dims = config.rotary_dim
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         # numpy's float32 power is off in the last bit for a quarter of them, and position 4,096 multiplies that.
@@ -29,27 +31,41 @@ class Rope:
         short = np.array(longrope.short_factor if longrope else 1.0, dtype=np.float32)
         long = np.array(longrope.long_factor if longrope else 1.0, dtype=np.float32)
         self._freqs = (mx.array(short * periods), mx.array(long * periods))
-        gain = longrope.attention_factor**2 if longrope else 1.0
-        whole = self.dims == config.head_dim
-        self.scale: float = config.head_dim**-0.5 * (gain if whole else 1.0)
-        self._query_gain: mx.array | None = None
-        if not whole and gain != 1.0:
-            rotated = np.arange(config.head_dim) < self.dims
-            self._query_gain = mx.array(np.where(rotated, gain, 1.0).astype(np.float32))
+        gains = (longrope.short_mscale**2, longrope.long_mscale**2) if longrope else (1.0, 1.0)
+        folded = gains[0] if self.dims == config.head_dim and gains[0] == gains[1] else 1.0
+        self.scale: float = config.softmax_scale * folded
+        rotated = np.arange(config.head_dim) < self.dims
+        # By regime; nothing where the softmax scale has it already.
+        self._query_gains = [
+            None if gain == folded else mx.array(np.where(rotated, gain / folded, 1.0).astype(np.float32))
+            for gain in gains
+        ]
 
     def query(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
         """Rotate queries (B, H, L, D) whose first position is `offset` (an int, or one a row)."""
-        x = self.key(x, offset, long)
-        return x if self._query_gain is None else x * self._query_gain.astype(x.dtype)
+        return self._by_regime(self._rotate_query, x, offset, long)
 
     def key(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
         """Rotate keys (B, Hkv, L, D)."""
+        return self._by_regime(self._rotate, x, offset, long)
+
+    def _by_regime(
+        self,
+        rotate: Callable[[mx.array, int | mx.array, bool], mx.array],
+        x: mx.array,
+        offset: int | mx.array,
+        long: Regime,
+    ) -> mx.array:
         if isinstance(long, bool):
-            return self._rotate(x, offset, long)
+            return rotate(x, offset, long)
         if len(set(long)) == 1:
-            return self._rotate(x, offset, long[0])
+            return rotate(x, offset, long[0])
         rows = mx.array(long)[:, None, None, None]  # (B, 1, 1, 1)
-        return mx.where(rows, self._rotate(x, offset, True), self._rotate(x, offset, False))
+        return mx.where(rows, rotate(x, offset, True), rotate(x, offset, False))
+
+    def _rotate_query(self, x: mx.array, offset: int | mx.array, long: bool) -> mx.array:
+        x, gain = self._rotate(x, offset, long), self._query_gains[long]
+        return x if gain is None else x * gain.astype(x.dtype)
 
     def _rotate(self, x: mx.array, offset: int | mx.array, long: bool) -> mx.array:
         return mx.fast.rope(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from . import run
 from .settings import Settings
-from .targets import ALL
 
 if TYPE_CHECKING:
     from .run import Result
@@ -36,7 +35,7 @@ def tune(
     alpha: float = 16.0,
     rslora: bool = False,
     dropout: float = 0.0,
-    targets: tuple[str, ...] = ALL,
+    targets: tuple[str, ...] = (),
     layers: str | None = None,
     train_on: str = "answers",
     max_length: int | None = None,
@@ -60,7 +59,7 @@ def tune(
     sample_tokens: int = 64,
     gradient_checkpointing: bool = False,
     dtype: str | None = None,
-    memory: float | None = None,
+    memory: int | str | None = None,
     tensorboard: bool = False,
     resume: bool = False,
     notify: Callable[[str], None] | None = None,
@@ -113,7 +112,7 @@ def tune(
         sample_tokens=sample_tokens,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
-        memory=memory,
+        memory=None if memory is None else str(memory),
         tensorboard=tensorboard,
     )
     return run.start(settings, resume=resume, notify=notify, on_step=on_step, on_validation=on_validation)

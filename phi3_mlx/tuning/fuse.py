@@ -24,7 +24,7 @@ from ..conversion.rounding import pack
 from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
 from ..conversion.writer import check_space, write_json, write_weights
 from ..errors import OptionError
-from ..models.phi3 import Model
+from ..models.decoder import Model
 from ..quantize import complete, packing_of
 from ..safetensors import Tensor, find_weights
 from .adapters import Adapters, base_of, check_base, load_full, make_adapters, read_adapter, trained_on

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..models.phi3 import Model
+from ..models.decoder import Model
 from .batches import Part
 
 LOGITS_AT_ONCE = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several

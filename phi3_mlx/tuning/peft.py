@@ -17,27 +17,27 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from .. import hub
+from ..atomic import new_file, replace_file
 from ..checkpoint import load_model
-from ..config import Phi3Config, read_json
-from ..errors import AdapterError, CheckpointError, OptionError
-from ..models.phi3 import Model
-from ..safetensors import read_header
+from ..config import Config
+from ..errors import AdapterError, OptionError
+from ..models.decoder import Model
 from .adapters import (
     adapter_files,
     base_of,
     check_base,
+    checked_config,
     make_adapters,
     read_adapter,
-    replace_file,
     trained_on,
     write_adapter,
 )
 from .lora import Adapter, get_layer, row_lengths, scale_of
-from .targets import HOME, PARTS, part_rows
+from .targets import fused, part_rows, shape
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(
-    r"base_model\.model\.(?P<layer>model\.layers\.\d+\.(?:self_attn|mlp))\.(?P<name>\w+)\."
+    r"base_model\.model\.(?P<layer>model\.layers\.\d+)\.(?P<home>\w+)\.(?P<name>\w+)\."
     r"(?P<leaf>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?"
 )
 # Settings of PEFT that change the numbers in ways that a LoRA or DoRA layer here does not have.
@@ -83,10 +83,10 @@ def adapters_of_peft(
     found: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
     for name, array in tensors.items():
         match = _KEY.fullmatch(name)
-        fused = None if match is None else _fused(match["name"])
-        if match is None or fused is None:
+        path = None if match is None else fused(model.config, match["name"])
+        if match is None or path is None or path.rpartition(".")[0] != match["home"]:
             _refuse(source, f"it has {name}, which is no LoRA or DoRA tensor of a Phi-3 layer")
-        found.setdefault(f"{match['layer']}.{fused}", {}).setdefault(match["name"], {})[match["leaf"]] = array
+        found.setdefault(f"{match['layer']}.{path}", {}).setdefault(match["name"], {})[match["leaf"]] = array
     if not found:
         _refuse(source, f"{_WEIGHTS} is empty")
     scales = {
@@ -96,7 +96,8 @@ def adapters_of_peft(
     }
     common = next(iter(scales.values()))  # one for all, as mlx-lm has it; B takes the difference
     adapters = {}
-    for path in sorted(found, key=_order):
+    order = list(model.config.linears)
+    for path in sorted(found, key=lambda path: (int(path.split(".")[2]), order.index(path.split(".", 3)[3]))):
         adapters[path] = _joined(
             source, path, found[path], {part: scales[path, part] for part in found[path]}, common, model
         )
@@ -138,19 +139,10 @@ def _joined(
             # Rows that no part changes keep their length.
             m = row_lengths(linear) if m is None else m
             m[first:end] = leaves["lora_magnitude_vector"].astype(mx.float32).reshape(-1)
-    widths = {array.shape[0] for array in a}
-    if widths != {model_width(model.config, name)}:
-        _refuse(
-            source, f"{path}: lora_A reads {sorted(widths)} inputs, and the layer has {model_width(model.config, name)}"
-        )
+    widths, width = {array.shape[0] for array in a}, shape(model.config, name)[1]
+    if widths != {width}:
+        _refuse(source, f"{path}: lora_A reads {sorted(widths)} inputs, and the layer has {width}")
     return Adapter(mx.concatenate(a, axis=1), mx.concatenate(b, axis=0), common, m=m)
-
-
-def model_width(config: Phi3Config, name: str) -> int:
-    """Inputs of a layer."""
-    from .targets import shape
-
-    return shape(config, name)[1]
 
 
 def export_peft(
@@ -199,13 +191,14 @@ def export_peft(
         "alpha_pattern": {_exactly(path): alpha[path] for path, rank in ranks.items() if rank != common},
     }
     output.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(output / _WEIGHTS), arrays, {"format": "pt"})
+    with new_file(output / _WEIGHTS) as file:
+        mx.save_safetensors(file, arrays, {"format": "pt"})
     replace_file(output / _CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     return len(adapters)
 
 
 def peft_tensors(
-    adapters: Mapping[str, Adapter], config: Phi3Config, split: bool
+    adapters: Mapping[str, Adapter], config: Config, split: bool
 ) -> tuple[dict[str, mx.array], dict[str, int]]:
     """(tensors by PEFT's names, rank of every layer it changes). Components that change nothing are left out."""
     arrays: dict[str, mx.array] = {}
@@ -229,19 +222,9 @@ def peft_tensors(
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    for name in (_CONFIG, _WEIGHTS):
-        if not (source / name).is_file():
-            pickle = (
-                " (adapter_model.bin is pickle, which is never read)"
-                if (source / "adapter_model.bin").is_file()
-                else ""
-            )
-            raise AdapterError(f"{source} has no {name}{pickle}; name a folder that PEFT's save_pretrained has written")
-    try:
-        raw = read_json(source / _CONFIG)
-        read_header(source / _WEIGHTS)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
+    pickle = (source / "adapter_model.bin").is_file()
+    hint = " (adapter_model.bin is pickle, which is never read)" if pickle else ""
+    raw = checked_config(source, _CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
     for key, allowed in _MUST_BE.items():
         if raw.get(key, allowed[0]) not in allowed:
             _refuse(source, f"{key} is {raw[key]!r}, which a LoRA or DoRA layer here does not have")
@@ -265,18 +248,6 @@ def _scale(raw: Mapping[str, Any], path: str) -> float:
 def _exactly(path: str) -> str:
     """A pattern of PEFT that matches this layer alone."""
     return f"^{re.escape(path)}"
-
-
-def _fused(name: str) -> str | None:
-    """The layer here that a name of PEFT's is, or is a part of."""
-    if name in HOME:
-        return name
-    return next((fused for fused, parts in PARTS.items() if name in parts), None)
-
-
-def _order(path: str) -> tuple[int, int]:
-    layer = int(path.split(".")[2])
-    return layer, list(HOME).index(path.rpartition(".")[2])
 
 
 def _must_be_new(output: Path) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import computed_size, weight_bytes
-from ..config import Phi3Config
+from ..config import Config
 from ..errors import MemoryLimitError
-from ..memory import size_text
+from ..memory import parse_size, size_text
 from ..models.attention import SCORES, fused_attention
 from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
@@ -41,7 +41,7 @@ class MemoryPlan:
         return self.weights + self.trained + self.activations
 
 
-def trained_numbers(config: Phi3Config, settings: Settings, tensors: dict[str, Tensor]) -> int:
+def trained_numbers(config: Config, settings: Settings, tensors: dict[str, Tensor]) -> int:
     """How many numbers a run with these settings trains."""
     if settings.method == "full":
         return sum(math.prod(tensor.shape) for tensor in tensors.values())
@@ -55,7 +55,7 @@ def trained_numbers(config: Phi3Config, settings: Settings, tensors: dict[str, T
 
 def plan_memory(
     directory: Path,
-    config: Phi3Config,
+    config: Config,
     settings: Settings,
     lengths: Sequence[int],
     trained: Sequence[int],
@@ -70,14 +70,7 @@ def plan_memory(
     # Full fine-tuning trains the weights themselves, which are counted already.
     own = numbers * (item if full else 4)
     copies = (0 if full else 1) + 2 + kept  # gradients of a part and their sum
-    plan = Plan(
-        lengths,
-        settings.batch_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        order=settings.order,
-        seed=settings.seed,
-    )
+    plan = Plan.of(lengths, settings)
     part = plan.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
     scores = item * part.scores * config.num_attention_heads
@@ -88,16 +81,16 @@ def plan_memory(
     if not fused_attention() and scores > SCORES * item:
         in_work += scores  # attention in tiles, put together
     if config.quantization is not None and part.tokens >= unpacking_pays():
-        in_work += _UNPACKED * item * config.hidden_size * 2 * config.intermediate_size
+        in_work += _UNPACKED * item * config.largest_linear
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
     return MemoryPlan(weight_bytes(directory, dtype), own * copies, activations, part.tokens)
 
 
-def _layer_numbers(config: Phi3Config, settings: Settings) -> int:
+def _layer_numbers(config: Config, settings: Settings) -> int:
     """Activations of one decoder layer for one token that the backward pass needs."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = config.hidden_size, config.mlp_width
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
     # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; gate, up, their product.
@@ -116,6 +109,11 @@ def training_dtype(settings: Settings) -> str | None:
     return settings.dtype
 
 
+def memory_limit(settings: Settings, available: int) -> int:
+    """Bytes that a run may use: what its settings say, else what is `available`."""
+    return available if settings.memory is None else parse_size(settings.memory)
+
+
 def refuse_if_too_large(
     needed: MemoryPlan, settings: Settings, available: int, replan: Callable[[Settings], MemoryPlan]
 ) -> None:
@@ -123,7 +121,7 @@ def refuse_if_too_large(
 
     `replan` gives the plan of changed settings.
     """
-    limit = int(settings.memory * 1e9) if settings.memory is not None else available
+    limit = memory_limit(settings, available)
     if needed.total <= limit:
         return
     parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))

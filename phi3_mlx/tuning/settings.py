@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from ..checkpoint import DTYPES
 from ..errors import OptionError
+from ..memory import parse_size
 from .batches import Order
 from .examples import Overflow, TrainOn
-from .targets import ALL
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
@@ -40,7 +40,9 @@ class Settings:
     alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.")
     rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
     dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.")
-    targets: tuple[str, ...] = _option(ALL, "A layer to change, or a part of a fused one (q_proj); may be repeated.")
+    targets: tuple[str, ...] = _option(
+        (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
+    )
     layers: str | None = _option(None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).")
 
     train_on: str = _option(
@@ -70,7 +72,7 @@ class Settings:
 
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
-    memory: float | None = _option(None, "GB the run may use; by default what the machine has free.")
+    memory: str | None = _option(None, "What the run may use, such as 16GB; by default what the machine has free.")
     tensorboard: bool = _option(False, "Write TensorBoard files too (needs the extra of that name).")
 
     def check(self) -> Settings:
@@ -88,6 +90,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{name} {value} is outside its range; give more than 0")
+        if self.memory is not None:
+            parse_size(self.memory)
         for name in ("weight_decay", "clip", "warmup", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -120,7 +124,6 @@ _POSITIVE = (
     "save_every",
     "patience",
     "sample_tokens",
-    "memory",
 )
 
 

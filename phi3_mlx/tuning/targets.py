@@ -1,4 +1,4 @@
-"""Which layers an adapter changes: Phi-3's names for them, the parts of the fused ones, ranges of decoder layers."""
+"""Which layers an adapter changes: their names, the parts of the fused ones, ranges of decoder layers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import Phi3Config
+from ..config import Config
 from ..errors import OptionError
-
-HOME = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", *PARTS["qkv_proj"], *PARTS["gate_up_proj"])
-ALL = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -26,55 +21,58 @@ class Target:
     parts: tuple[tuple[str, int, int], ...]  # (name, first row, past the last row)
 
 
-def part_rows(config: Phi3Config, name: str) -> dict[str, tuple[int, int]]:
+def names_of(config: Config) -> list[str]:
+    """The names there are to choose from: the linear layers of a decoder layer, then the parts of the fused ones."""
+    return [*map(_name, config.linears), *(part for parts in config.parts.values() for part in parts)]
+
+
+def part_rows(config: Config, name: str) -> dict[str, tuple[int, int]]:
     """The parts of a fused layer and their output rows, (first, past the last); the whole layer if it is not fused."""
-    if name == "qkv_proj":
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        return {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-    if name == "gate_up_proj":
-        return {
-            "gate_proj": (0, config.intermediate_size),
-            "up_proj": (config.intermediate_size, 2 * config.intermediate_size),
-        }
-    return {name: (0, shape(config, name)[0])}
+    return config.parts.get(name) or {name: (0, shape(config, name)[0])}
 
 
-def shape(config: Phi3Config, name: str) -> tuple[int, int]:
+def fused(config: Config, name: str) -> str | None:
+    """The path in a decoder layer of the linear layer that has this name, or a part of this name."""
+    return next(
+        (path for path in config.linears if name == _name(path) or name in config.parts.get(_name(path), ())), None
+    )
+
+
+def shape(config: Config, name: str) -> tuple[int, int]:
     """(outputs, inputs) of a layer of that name."""
-    attention = config.num_attention_heads * config.head_dim
-    return {
-        "qkv_proj": (attention + 2 * config.num_key_value_heads * config.head_dim, config.hidden_size),
-        "o_proj": (config.hidden_size, attention),
-        "gate_up_proj": (2 * config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }[name]
+    return next(shape for path, shape in config.linears.items() if _name(path) == name)
 
 
-def find_targets(config: Phi3Config, names: Sequence[str] = ALL, layers: str | None = None) -> list[Target]:
-    """The layers that `names` and `layers` (see `layer_range`) choose, in model order. Raises OptionError.
+def find_targets(config: Config, names: Sequence[str] = (), layers: str | None = None) -> list[Target]:
+    """The layers that `names` (none: all) and `layers` (see `layer_range`) choose, in model order. Raises OptionError.
 
     A name is a layer's (`qkv_proj`) or that of a part of a fused one (`q_proj`), which is then adapted apart.
     """
-    if not names:
-        raise OptionError(f"no layer is named to adapt; choose of {', '.join(NAMES)}")
+    known = names_of(config)
     for name in names:
-        if name not in NAMES:
-            raise OptionError(f"target {name!r} matches no layer; choose of {', '.join(NAMES)}")
+        if name not in known:
+            raise OptionError(f"target {name!r} matches no layer; choose of {', '.join(known)}")
     chosen: list[tuple[str, tuple[str, ...]]] = []
-    for name in ALL:
-        parts = tuple(part for part in PARTS.get(name, ()) if part in names)
+    for path in config.linears:
+        name = _name(path)
+        parts = tuple(part for part in config.parts.get(name, ()) if part in names)
         if name in names and parts:
             raise OptionError(f"target {parts[0]!r} is a part of {name!r}, which is named too; leave one of them out")
-        if name in names or parts:
-            chosen.append((name, parts))
+        if not names or name in names or parts:
+            chosen.append((path, parts))
     found = []
     for layer in layer_range(layers, config.num_hidden_layers):
-        for name, parts in chosen:
-            rows, columns = shape(config, name)
+        for path, parts in chosen:
+            rows, columns = config.linears[path]
+            name = _name(path)
             spans = part_rows(config, name)
             cut = tuple((part, *spans[part]) for part in parts) or ((name, 0, rows),)
-            found.append(Target(f"model.layers.{layer}.{HOME[name]}.{name}", name, rows, columns, cut))
+            found.append(Target(f"model.layers.{layer}.{path}", name, rows, columns, cut))
     return found
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def layer_range(given: str | None, count: int) -> range:

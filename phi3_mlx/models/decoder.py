@@ -1,0 +1,284 @@
+"""What the members of the family share: attention's way through a cache, decoder layers in a row, LongRoPE's rule.
+
+LongRoPE's rule (`longrope="auto"`): a sequence is *short* while its total length, cache included, is at most
+`original_max_position_embeddings`, and *long* after; all its keys belong to one regime. A call that changes the
+regime reads the cache's ids again first, so every caller gets the reference's numbers, whatever its loop.
+
+A member's file derives from `Attention`, `DecoderLayer`, `Decoder` and `Model`, and says in its methods what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from functools import partial
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import Config
+from ..errors import OptionError
+from .attention import Mask, attend, make_mask
+from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from .linear import Embedding, Linear, unpacking_pays
+from .packing import Packing
+from .rope import Regime, Rope
+
+LongRopeRule = Literal["auto", "short", "long"]
+_REREAD_CHUNK = 512
+
+
+class Attention(nn.Module):
+    """Self-attention. A member has the projections: `rows`, `split` and `output`."""
+
+    def __init__(self, config: Config, rope: Rope, index: int):
+        super().__init__()
+        self._rope, self._index = rope, index
+        self._heads, self._kv_heads, self._dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+
+    def rows(self, x: mx.array) -> mx.array:
+        """Queries, keys and values of every token side by side: (B, L, hidden_size) -> (B, L, (H + 2 Hkv) * D)."""
+        raise NotImplementedError
+
+    def split(self, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order."""
+        batch, length, _ = rows.shape
+        rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
+        q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
+        return q, k, v
+
+    def output(self, x: mx.array) -> mx.array:
+        """What the heads made of their values, (B, L, H * D) -> (B, L, hidden_size)."""
+        raise NotImplementedError
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
+        """Rotated queries and keys, and values -> (B, L, H * D)."""
+        return attend(q, k, v, cache, self._rope.scale, mask)
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
+    ) -> mx.array:
+        return self.output(self._mix(self.rows(x), mask, cache, offset, long))
+
+    def packed(self, x: mx.array, packing: Packing) -> mx.array:
+        """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
+        rows = self.rows(x)
+        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in packing.blocks]
+        return self.output(packing.scatter(blocks))
+
+    def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
+        q, k, v = self.split(rows)
+        q = self._rope.query(q, offset, long)
+        k = self._rope.key(k, offset, long)
+        return self.attend(q, k, v, cache, mask)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). A member makes the parts; names are the checkpoint's."""
+
+    self_attn: Attention
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def __init__(self, config: Any, rope: Rope, index: int):
+        super().__init__()
+
+    def feed_forward(self, x: mx.array) -> mx.array:
+        return self.mlp(x)
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    def packed(self, x: mx.array, packing: Packing) -> mx.array:
+        x = x + self.self_attn.packed(self.input_layernorm(x), packing)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: ids (B, L) -> hidden states (B, L, hidden_size)."""
+
+    layer_type: type[DecoderLayer]
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self._config = config
+        self.longrope: LongRopeRule = "auto"
+        self._rope = Rope(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [self.make_layer(index) for index in range(config.num_hidden_layers)]
+        self.add_norm()
+
+    def make_layer(self, index: int) -> DecoderLayer:
+        """Decoder layer `index` with random weights."""
+        return self.layer_type(self._config, self._rope, index)
+
+    def add_norm(self) -> None:
+        """Make the module that `last_norm` uses."""
+        raise NotImplementedError
+
+    def last_norm(self, x: mx.array) -> mx.array:
+        """The norm after the last layer."""
+        return self.norm(x)
+
+    def embedded(self, rows: mx.array) -> mx.array:
+        """The input of the first layer from rows of the embedding."""
+        return rows
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """ids (B, L) -> the input of the first layer (B, L, hidden_size)."""
+        return self.embedded(self.embed_tokens(ids))
+
+    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+        batch, length = ids.shape
+        if cache is None:
+            return self._read(ids, None, self.is_long(length))
+        offset, sequence = cache[0].offset, cache[0].sequence
+        padding = sequence.left_padding or (0,) * batch
+        totals = [offset + length - pad for pad in padding]
+        if sequence.prompt_length is not None:
+            declared = sequence.prompt_length
+            if len(declared) == 1:
+                declared = declared * batch
+            if all(total >= n for total, n in zip(totals, declared, strict=True)):
+                sequence.prompt_length = None  # read in full: from here on the cache itself tells
+            totals = [max(total, n) for total, n in zip(totals, declared, strict=True)]
+        long = tuple(self.is_long(total) for total in totals)
+        if offset:
+            self._reread(cache, long)
+        sequence.long = long
+        sequence.read(ids, offset)
+        try:
+            return self._read(ids, cache, long)
+        except BaseException:
+            for layer in cache:
+                layer.trim(layer.offset - offset)
+            raise
+
+    def packed(self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False) -> mx.array:
+        """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
+
+        Each comes out as it would alone: its positions begin at 0, it sees only itself, and its own length says its
+        LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
+        """
+        packing = Packing(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
+        x = self.embed(ids)
+        for layer in self.layers:
+            forward = partial(layer.packed, packing=packing)
+            x = nn.utils.checkpoint(layer, forward)(x) if checkpoint else forward(x)
+        return self.last_norm(x)
+
+    def is_long(self, total: int) -> bool:
+        """The regime of a sequence of `total` tokens."""
+        if self._config.longrope is None or self.longrope == "short":
+            return False
+        return self.longrope == "long" or total > self._config.original_max_position_embeddings
+
+    def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
+        window = self._config.sliding_window
+        if bits is None:
+            return [KVCache(sequence, window) for _ in self.layers]
+        return [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
+
+    def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
+        """The layers, in a given regime."""
+        offset: int | mx.array = 0
+        if cache is not None:
+            padding = cache[0].sequence.padding_array
+            offset = cache[0].offset if padding is None else cache[0].offset - padding
+        mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
+        x = self.embed(ids)
+        unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, cache[i] if cache else None, offset, long)
+            if unpacks:
+                mx.eval(x)  # MLX allocates ahead of what it computes: every layer would be unpacked at once
+        return self.last_norm(x)
+
+    def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
+        """Fill the rows of `cache` whose keys no longer serve by reading their ids again, in the new regime.
+
+        Rotating the old keys anew would not do: values and deeper keys came from the old regime's hidden states.
+        """
+        sequence, offset = cache[0].sequence, cache[0].offset
+        rows = [b for b, now in enumerate(long) if sequence.long is None or now != sequence.long[b]]
+        if cache[0].lost:
+            rows = list(range(len(long)))
+        if not rows:
+            return
+        sequence.long = None  # until every row is written: an interrupted reading is begun anew
+        for layer in cache:
+            layer.forget() if layer.lost else layer.narrow()
+        for row in rows:
+            padding = sequence.left_padding[row] if sequence.left_padding else 0
+            fresh = self.make_cache(Sequence(), cache[0].bits)
+            for first in range(padding, offset, _REREAD_CHUNK):
+                last = min(first + _REREAD_CHUNK, offset)
+                self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
+                mx.eval([layer.state for layer in fresh])
+            if offset > padding:
+                for old, new in zip(cache, fresh, strict=True):
+                    old.write_row(row, new)
+
+
+class Model(nn.Module):
+    """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
+
+    decoder_type: type[Decoder]
+    head_bias = False
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self._config = config
+        self.model = self.decoder_type(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=self.head_bias)
+
+    def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+        """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
+        return self.logits(self.model(ids, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., hidden_size) -> (..., vocab_size); call it on the positions you need."""
+        if self._config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    def make_cache(
+        self,
+        prompt_length: int | Rows[int] | None = None,
+        left_padding: Rows[int] | None = None,
+        bits: KVBits | None = None,
+    ) -> list[KVCache]:
+        """An empty cache, one entry a layer.
+
+        `prompt_length`: tokens the prompt will have in the end, if you know (one number, padding included, or each
+        row's own): a prompt past the original length then starts in the long regime and nothing is read twice.
+        `left_padding`: for a ragged batch, how many padding ids stand in front of each row; they are never seen.
+        `bits`: pack keys and values. Raises OptionError if its group size does not divide the head's width.
+        """
+        if bits is not None and self._config.head_dim % bits.group_size:
+            raise OptionError(
+                f"kv_group_size {bits.group_size} does not divide head_dim {self._config.head_dim}; give 32"
+            )
+        if isinstance(prompt_length, int):
+            prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
+        sequence = Sequence(
+            left_padding=None if left_padding is None else tuple(left_padding),
+            prompt_length=None if prompt_length is None else tuple(prompt_length),
+        )
+        return self.model.make_cache(sequence, bits)
