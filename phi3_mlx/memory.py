@@ -186,8 +186,25 @@ def check_fits(run: Run, room: float) -> Plan:
     )
 
 
+_allowed: list[int] = []
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Plans made meanwhile keep what MLX holds, weights included, within `size` bytes, and within the machine's."""
+    _allowed.append(size)
+    try:
+        yield
+    finally:
+        _allowed.remove(size)
+
+
 def room() -> int:
     """Bytes that may still be allocated: of Metal's recommended working set, of a GPU's memory, else of free RAM."""
+    return min([_of_machine(), *(size - mx.get_active_memory() for size in _allowed)])
+
+
+def _of_machine() -> int:
     if fused_attention():
         info = mx.device_info(mx.gpu)
         for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's name, CUDA's

@@ -205,6 +205,23 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
         main_debug(monkeypatch, ["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000", "--force"])
 
 
+def test_a_run_keeps_within_the_memory_that_it_may_use(capsys, monkeypatch):
+    command = ["generate", "-p", "Write a story about a dog.", "--memory"]
+    with pytest.raises(SystemExit) as done:
+        main([*command, "16MB", "--max-tokens", "3000"])
+    out, err = capsys.readouterr()
+    assert (done.value.code, out, err.count("\n")) == (1, "", 1)
+    assert "and 16.0 MB may be used: --kv-bits 4 needs" in err
+    with pytest.raises(SystemExit) as done:
+        main([*command, "16 apples"])
+    assert done.value.code == 2
+    assert "16 apples" in capsys.readouterr().err
+    before = memory.room()
+    with memory.at_most(10**6), memory.at_most(10**7):
+        assert memory.room() <= 10**6
+    assert memory.room() > before / 2  # what other processes take meanwhile
+
+
 def main_debug(monkeypatch, args):
     monkeypatch.setenv("PHI3_MLX_DEBUG", "1")
     main(args)

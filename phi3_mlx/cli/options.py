@@ -129,6 +129,14 @@ class _KVBitsType(click.ParamType):
         return found[0], found[-1]
 
 
+def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Bounds the plans of the whole command."""
+    if value is not None:
+        from ..memory import at_most, parse_size
+
+        ctx.with_resource(at_most(parse_size(value)))
+
+
 def memory_options(function: F) -> F:
     """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
     return _gathered(
@@ -147,6 +155,13 @@ def memory_options(function: F) -> F:
                 default=32,
                 show_default=True,
                 help="Packed numbers that share a scale: 32 or 64.",
+            ),
+            click.option(
+                "--memory",
+                metavar="SIZE",
+                expose_value=False,
+                callback=_keep_within,
+                help="What the run may use, such as 16GB; by default what the machine has free.",
             ),
             click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
         ],
