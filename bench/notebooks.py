@@ -4,8 +4,8 @@
     python -m bench.notebooks [NAME...] --check    run them and compare with what is saved
 
 A check fails on an error and on text that differs. Numbers may differ by 2 %, because another processor adds in another
-order. Pictures must be there, and are not compared; nor is any output of a cell with the tag "varies". What is saved comes
-from MLX's CPU backend: on a GPU, whose number type is another, only errors are looked for.
+order. Pictures must be there, and are not compared; nor is any output of a cell with the tag "varies". What is saved is
+of MLX's CPU backend: on a GPU, whose number type is another, only errors are looked for.
 """
 
 from __future__ import annotations
