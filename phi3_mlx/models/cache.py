@@ -47,6 +47,14 @@ class Sequence:
             self._pieces = [joined, *self._pieces[-2:]]
         self._pieces.append(ids.astype(mx.int32))
 
+    @property
+    def expected(self) -> int:
+        """Tokens that each row will have, padding included, once the prompts that were declared are read."""
+        if self.prompt_length is None:
+            return 0
+        padding = self.left_padding or (0,) * len(self.prompt_length)
+        return max(length + pad for length, pad in zip(self.prompt_length, padding, strict=False))
+
     def select(self, rows: mx.array) -> None:
         """Keep only these rows of a batch, in this order."""
         order: list[int] = rows.tolist()  # type: ignore[assignment]
@@ -131,11 +139,15 @@ class KVCache:
         have = self.state[0].shape[2] if self.state else 0
         if slots <= have:
             return
+        if self.window is None:  # room for the whole prompt at once: what grows is copied, and then there twice
+            slots = max(slots, self.sequence.expected)
         more = -(-(slots - have) // self.step) * self.step
         empty = [mx.zeros((*array.shape[:2], more, array.shape[3]), array.dtype) for array in like]
         if have:
             empty = [mx.concatenate(list(pair), axis=2) for pair in zip(self.state, empty, strict=True)]
         self.state = empty
+        if have:
+            mx.eval(empty)  # or MLX would copy all layers before it lets go of one
 
     def _drop(self, first: int, end: int) -> None:
         """Keep slots `first:end` alone, with room for a step more."""
