@@ -18,7 +18,10 @@ from ..errors import CheckpointError
 from .decoder import Model
 
 # model_type -> (file, who it is)
-_MEMBERS = {"phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini")}
+_MEMBERS = {
+    "phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
+    "phimoe": ("phi_moe", "Phi-3.5-MoE"),
+}
 
 
 def read_config(directory: Path) -> Config:

@@ -40,7 +40,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < unpacking_pays():
             return super().__call__(x)
-        product = _unpacked_product(self)(x)
+        product = unpacked_product(lambda: plain_weight(self))(x)
         return product + self.bias if "bias" in self else product
 
 
@@ -48,11 +48,13 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return super().as_linear(x) if x.size // x.shape[-1] < unpacking_pays() else _unpacked_product(self)(x)
+        if x.size // x.shape[-1] < unpacking_pays():
+            return super().as_linear(x)
+        return unpacked_product(lambda: plain_weight(self))(x)
 
 
 def plain_weight(layer: nn.Module) -> mx.array:
-    """The weight of a linear layer or embedding, packed or not, as one matrix (outputs, inputs)."""
+    """The weight of a linear layer or embedding, packed or not, as floats: (outputs, inputs), or one such an expert."""
     if "scales" not in layer:
         return layer.weight
     return mx.dequantize(
@@ -60,16 +62,16 @@ def plain_weight(layer: nn.Module) -> mx.array:
     )
 
 
-def _unpacked_product(layer: nn.Module) -> Callable[[mx.array], mx.array]:
-    """x @ weight.T, unpacked for the moment, forward and backward: training keeps no unpacked copy between the two."""
+def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:
+    """x @ unpack().T, unpacked for the moment, forward and backward: training keeps no unpacked copy between the two."""
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ plain_weight(layer).astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
+        return x @ unpack().astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
 
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return cotangent @ plain_weight(layer).astype(x.dtype)
+        return cotangent @ unpack().astype(x.dtype)
 
     return product  # type: ignore[return-value]
 
