@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..checkpoint import load_model
-from ..models.linear import plain_weight
+from ..models.linear import matrices, plain_weight
 from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
@@ -197,17 +197,17 @@ class _Comparison:
         self, name: str, layer: DecoderLayer, packed: DecoderLayer, hidden: Sequence[mx.array]
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
-        weights = {path: linear(layer, path).weight for path in self._stream.linears}
-        changes = {path: plain_weight(linear(packed, path)) - weight for path, weight in weights.items()}
         sums = {path: [0.0, 0.0] for path in self._stream.linears}
         result = []
         for block in hidden:
             parts = []
             for inputs, after in self._stream.trace(layer, block):
                 parts.append(after)
-                for path, x in inputs.items():
-                    sums[path][0] += _square(x @ changes[path].T)
-                    sums[path][1] += _square(x @ weights[path].T)
+                for path, by_matrix in inputs.items():
+                    ours, theirs = matrices(linear(layer, path)), matrices(linear(packed, path))
+                    for x, weight, other in zip(by_matrix, ours, theirs, strict=True):
+                        sums[path][0] += _square(x @ (other - weight).T)
+                        sums[path][1] += _square(x @ weight.T)
             result.append(mx.concatenate(parts))
         self.errors |= {f"{name}.{path}": _ratio(*both) for path, both in sums.items()}
         return result

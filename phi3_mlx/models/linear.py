@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,6 +61,20 @@ def plain_weight(layer: nn.Module) -> mx.array:
     return mx.dequantize(
         layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
     )
+
+
+def matrices(layer: nn.Module) -> Iterator[mx.array]:
+    """The same matrix by matrix (outputs, inputs): one, or that of each expert; each unpacked when it is asked for."""
+    if layer.weight.ndim == 2:
+        yield plain_weight(layer)
+        return
+    biases = layer.get("biases")
+    for i in range(len(layer.weight)):
+        if "scales" not in layer:
+            yield layer.weight[i]
+            continue
+        how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        yield mx.dequantize(layer.weight[i], layer.scales[i], None if biases is None else biases[i], **how)
 
 
 def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:

@@ -135,8 +135,8 @@ class _Source:
             elif not self.is_packed:
                 result[name] = tensor_of(SPELLING[self._dtype or "bfloat16"], self.unpacked.tensors[name].shape)
             else:
-                rows, width = self.unpacked.tensors[name].shape
-                result[name] = tensor_of("U32", (rows, width * self._new_packing(path)["bits"] // 32))
+                *rows, width = self.unpacked.tensors[name].shape
+                result[name] = tensor_of("U32", (*rows, width * self._new_packing(path)["bits"] // 32))
                 for part in ("scales", "biases"):
                     if f"{path}.{part}" in self._stored:
                         result[f"{path}.{part}"] = self._stored[f"{path}.{part}"]
