@@ -1,4 +1,4 @@
-"""What a checkpoint holds in the place of a model's tensors: themselves, their parts, or something they are cut from."""
+"""What a checkpoint holds in the place of a model's tensors: themselves, their parts, or what they are cut from."""
 
 from __future__ import annotations
 

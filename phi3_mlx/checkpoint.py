@@ -158,5 +158,6 @@ def _read(directory: Path, model: Model, weights: Weights, seen: View, target: m
             f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
             "set tie_word_embeddings to false in config.json"
         )
-    del head, embedding, arrays
+    del head, embedding
+    arrays.clear()
     mx.clear_cache()  # what the casts left behind

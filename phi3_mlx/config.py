@@ -62,7 +62,7 @@ class Config:
     quantization: Mapping[str, Any] | None
 
     @property
-    def linears(self) -> dict[str, tuple[int, ...]]:
+    def linears(self) -> Mapping[str, tuple[int, ...]]:
         """The linear layers of a decoder layer, by their path in it, in the order of use.
 
         (outputs, inputs), or (experts, outputs, inputs) of a layer that is an array of matrices.
@@ -70,7 +70,7 @@ class Config:
         raise NotImplementedError
 
     @property
-    def adaptable(self) -> dict[str, tuple[int, int]]:
+    def adaptable(self) -> Mapping[str, tuple[int, int]]:
         """Those of `linears` that an adapter may change: (outputs, inputs)."""
         return {path: (shape[0], shape[1]) for path, shape in self.linears.items() if len(shape) == 2}
 

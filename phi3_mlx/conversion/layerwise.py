@@ -18,6 +18,8 @@ from ..models.experts import Groups
 if TYPE_CHECKING:
     from .sources import Source
 
+Traced = dict[str, list[mx.array]]  # by the path of a linear layer: the inputs of each of its matrices
+
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _TOKENS_AT_ONCE = 4096
 
@@ -98,7 +100,7 @@ class LayerStream:
                 self._forward(layer, part)  # lazy: only what is asked for is ever computed
                 yield recorders[path].seen()
 
-    def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[dict[str, list[mx.array]], mx.array]]:
+    def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[Traced, mx.array]]:
         """In parts: what each matrix of each linear layer is given (tokens, width), by path, and `hidden` after `layer`.
 
         A layer has one matrix, or one for each expert, which is given the tokens routed to it.

@@ -197,15 +197,15 @@ class _Comparison:
         self, name: str, layer: DecoderLayer, packed: DecoderLayer, hidden: Sequence[mx.array]
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
-        sums = {path: [0.0, 0.0] for path in self._stream.linears}
+        pairs = {path: (linear(layer, path), linear(packed, path)) for path in self._stream.linears}
+        sums = {path: [0.0, 0.0] for path in pairs}
         result = []
         for block in hidden:
             parts = []
             for inputs, after in self._stream.trace(layer, block):
                 parts.append(after)
                 for path, by_matrix in inputs.items():
-                    ours, theirs = matrices(linear(layer, path)), matrices(linear(packed, path))
-                    for x, weight, other in zip(by_matrix, ours, theirs, strict=True):
+                    for x, weight, other in zip(by_matrix, *map(matrices, pairs[path]), strict=True):
                         sums[path][0] += _square(x @ (other - weight).T)
                         sums[path][1] += _square(x @ weight.T)
             result.append(mx.concatenate(parts))

@@ -21,7 +21,7 @@ _MANY = 64  # rows from which on sorting them, and on the CPU going expert by ex
 
 
 class Groups:
-    """Which of `count` experts each token goes to, experts (N, k), as rows: every token once for each of its experts."""
+    """Which of `count` experts each token goes to, `experts` (N, k), as rows: a token once for each of its experts."""
 
     def __init__(self, experts: mx.array, count: int):
         experts = mx.stop_gradient(experts)

@@ -78,7 +78,7 @@ def matrices(layer: nn.Module) -> Iterator[mx.array]:
 
 
 def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:
-    """x @ unpack().T, unpacked for the moment, forward and backward: training keeps no unpacked copy between the two."""
+    """x @ unpack().T, unpacked for the moment, forward and backward: training keeps no such copy between the two."""
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
