@@ -110,9 +110,14 @@ class Config:
         return max(shape[-2] * shape[-1] for shape in self.linears.values())
 
     @property
+    def experts_per_token(self) -> int:
+        """How many feed-forward networks a token goes through in a layer."""
+        return 1
+
+    @property
     def mlp_width(self) -> int:
         """Numbers that a token's activations have inside the feed-forward part, of each of its projections."""
-        return self.intermediate_size
+        return self.experts_per_token * self.intermediate_size
 
 
 def read_json(path: Path) -> dict[str, Any]:

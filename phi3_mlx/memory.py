@@ -131,11 +131,13 @@ class Run:
 
         The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
         (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
-        last grows, and what one call of attention writes.
+        last grows, and what one call of attention writes. A mixture of experts has a row of a token for each of its
+        experts, and begins its MLPs when attention has left.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
+        mixing, inner = 3 * (heads + 2 * kv_heads) * dim, 4 * config.mlp_width
+        numbers = 7 * config.hidden_size + inner + mixing
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = 0
         if not self.fused:  # scores, and the mask of a head
@@ -146,13 +148,18 @@ class Run:
             unpacked = min(max(UNPACKED, one), kv_heads * one)
             attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
         logits = 2 * self.rows * config.vocab_size * 4
+        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
+        if config.experts_per_token > 1:
+            mixed = tokens * mixing * self.itemsize + attention + grown
+            rows = tokens * 7 * config.experts_per_token * config.hidden_size
+            unpacked = config.largest_linear if self._unpacks(tokens) else 0
+            return max((rows + unpacked) * self.itemsize + max(tokens * inner * self.itemsize, mixed), logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
             weight = 3 * config.largest_linear
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width)
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
-        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)
 
     def _unpacks(self, tokens: int) -> bool:

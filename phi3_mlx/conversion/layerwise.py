@@ -101,7 +101,7 @@ class LayerStream:
                 yield recorders[path].seen()
 
     def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[Traced, mx.array]]:
-        """In parts: what each matrix of each linear layer is given (tokens, width), by path, and `hidden` after `layer`.
+        """In parts: what each matrix of each linear layer is given (tokens, width), and `hidden` after `layer`.
 
         A layer has one matrix, or one for each expert, which is given the tokens routed to it.
         """

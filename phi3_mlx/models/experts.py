@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import unpacked_product, unpacking_pays
+from .linear import one_of, unpacked_product, unpacking_pays
 
 _MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
 
@@ -80,7 +80,7 @@ class SwitchLinear(nn.Module):
         if groups.one_by_one:
             matrices = mx.split(self.weight, len(self.weight))
             parts = [
-                rows[first:last] @ matrix[0].T
+                rows[first:last] @ matrix.squeeze(0).T
                 for matrix, (first, last) in zip(matrices, groups.spans, strict=True)
                 if last > first
             ]
@@ -129,8 +129,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def _one(self, expert: int, rows: mx.array) -> mx.array:
         """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
-        biases = self.get("biases")
-        packed = (self.weight[expert], self.scales[expert], None if biases is None else biases[expert])
+        packed = [one_of(self[name], expert) for name in ("weight", "scales", "biases") if name in self]
         how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         if len(rows) < unpacking_pays():
             return mx.quantized_matmul(rows, *packed, transpose=True, **how)

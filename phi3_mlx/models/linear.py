@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,13 +67,17 @@ def matrices(layer: nn.Module) -> Iterator[mx.array]:
     if layer.weight.ndim == 2:
         yield plain_weight(layer)
         return
-    biases = layer.get("biases")
     for i in range(len(layer.weight)):
         if "scales" not in layer:
-            yield layer.weight[i]
+            yield one_of(layer.weight, i)
             continue
-        how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        yield mx.dequantize(layer.weight[i], layer.scales[i], None if biases is None else biases[i], **how)
+        packed = [one_of(layer[name], i) for name in ("weight", "scales", "biases") if name in layer]
+        yield mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+
+
+def one_of(array: mx.array, i: int) -> mx.array:
+    """`array[i]` without the copy that indexing makes."""
+    return array[i : i + 1].squeeze(0)
 
 
 def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:

@@ -118,8 +118,8 @@ class Config(config.Config):
         }.get(found[2])
 
     @property
-    def mlp_width(self) -> int:
-        return _PER_TOKEN * self.intermediate_size
+    def experts_per_token(self) -> int:
+        return _PER_TOKEN
 
 
 def _longrope(reader: Reader, rotary_dim: int) -> LongRope | None:
