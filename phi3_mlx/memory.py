@@ -150,10 +150,10 @@ class Run:
         logits = 2 * self.rows * config.vocab_size * 4
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         if config.experts_per_token > 1:
-            mixed = tokens * mixing * self.itemsize + attention + grown
-            rows = tokens * 7 * config.experts_per_token * config.hidden_size
+            rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
             unpacked = config.largest_linear if self._unpacks(tokens) else 0
-            return max((rows + unpacked) * self.itemsize + max(tokens * inner * self.itemsize, mixed), logits)
+            routed = (tokens * inner + unpacked) * self.itemsize
+            return max(rows + max(routed, tokens * mixing * self.itemsize + attention + grown), logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
             weight = 3 * config.largest_linear

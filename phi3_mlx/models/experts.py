@@ -1,12 +1,15 @@
 """Linear layers of which every row of a batch has its own: the experts of a mixture, their matrices stacked.
 
 Rows come sorted by expert (`Groups`), so that each matrix meets all its rows at once. MLX's gathered products do that
-on a GPU. Its CPU backend computes them row by row, so there many rows are multiplied expert by expert.
+on a GPU. Its CPU backend computes them row by row, so there many rows are multiplied expert by expert, once it is known
+how many each has. Training cannot wait for that: what is computed before the backward pass is built would all be kept.
+There rows are put into blocks of one expert each, padded, of which there are so many whatever the router says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -15,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import one_of, unpacked_product, unpacking_pays
+from .linear import one_of, plain_weight, unpacking_pays
 
 _MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
 
@@ -62,9 +65,36 @@ class Groups:
         return [rows[first:last] for first, last in self.spans]
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether experts are multiplied one after the other."""
-        return self.is_sorted and mx.default_device().type == mx.DeviceType.cpu
+    def gathers(self) -> bool:
+        """Whether MLX's gathered products are the best way to multiply them."""
+        return not self.is_sorted or mx.default_device().type == mx.DeviceType.gpu
+
+    def in_blocks(self, rows: mx.array, product: Callable[[mx.array, mx.array], mx.array]) -> mx.array:
+        """`product` of rows (N * k, width) put into blocks (blocks, size, width), and of the experts of these."""
+        source, places, experts = self._blocks
+        result = product(rows[source], experts)
+        return result.reshape(-1, result.shape[-1])[places]
+
+    @cached_property
+    def _blocks(self) -> tuple[mx.array, mx.array, mx.array]:
+        """The row in each place of each block, the place of each row, and the expert of each block."""
+        count, total = self._count, len(self.experts)
+        size = padded_block(total, count)
+        experts = mx.arange(count)
+        counts = (self.experts[:, None] == experts).sum(axis=0)
+        first_rows = mx.cumsum(counts) - counts
+        used = (counts + size - 1) // size
+        ends = mx.cumsum(used)
+        numbers = mx.arange(total // size + count)
+        of_block = mx.minimum((numbers[:, None] >= ends).sum(axis=1), count - 1)
+        places = (ends - used)[self.experts] * size + mx.arange(total) - first_rows[self.experts]
+        source = mx.zeros((len(numbers) * size,), mx.int32).at[places].add(mx.arange(total))
+        return source.reshape(-1, size), places, of_block
+
+
+def padded_block(rows: int, experts: int) -> int:
+    """Rows of a block in training on the CPU: larger ones are faster, and have more padding."""
+    return 64 if rows >= 64 * experts else 32
 
 
 class SwitchLinear(nn.Module):
@@ -77,18 +107,19 @@ class SwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.one_by_one:
-            matrices = mx.split(self.weight, len(self.weight))
-            parts = [
-                rows[first:last] @ matrix.squeeze(0).T
-                for matrix, (first, last) in zip(matrices, groups.spans, strict=True)
-                if last > first
-            ]
-            return mx.concatenate(parts)
-        product = mx.gather_mm(
-            rows[:, None], self.weight.swapaxes(-1, -2), rhs_indices=groups.experts, sorted_indices=groups.is_sorted
+        if groups.gathers:
+            product = mx.gather_mm(
+                rows[:, None], self.weight.swapaxes(-1, -2), rhs_indices=groups.experts, sorted_indices=groups.is_sorted
+            )
+            return product[:, 0]
+        if self.training:
+            return groups.in_blocks(
+                rows, lambda blocks, experts: mx.gather_mm(blocks, self.weight.swapaxes(-1, -2), rhs_indices=experts)
+            )
+        spans = enumerate(groups.spans)
+        return mx.concatenate(
+            [rows[first:last] @ one_of(self.weight, e).T for e, (first, last) in spans if last > first]
         )
-        return product[:, 0]
 
     def to_quantized(
         self, group_size: int = 64, bits: int = 4, mode: str = "affine", **_: object
@@ -109,30 +140,47 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.one_by_one:
-            return mx.concatenate(
-                [self._one(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
+        if groups.gathers:
+            product = mx.gather_qmm(
+                rows[:, None],
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                rhs_indices=groups.experts,
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                sorted_indices=groups.is_sorted,
             )
-        product = mx.gather_qmm(
-            rows[:, None],
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            rhs_indices=groups.experts,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            sorted_indices=groups.is_sorted,
+            return product[:, 0]
+        if self.training:
+            return groups.in_blocks(rows, self._unpacked_blocks)
+        return mx.concatenate(
+            [self._one(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
         )
-        return product[:, 0]
+
+    def _unpacked_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
+        """All matrices unpacked for the moment, forward and backward."""
+
+        @mx.custom_function
+        def product(blocks: mx.array) -> mx.array:
+            weight = plain_weight(self).astype(blocks.dtype)
+            return mx.gather_mm(blocks, weight.swapaxes(-1, -2), rhs_indices=experts)
+
+        @product.vjp
+        def product_vjp(blocks: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return mx.gather_mm(cotangent, plain_weight(self).astype(blocks.dtype), rhs_indices=experts)
+
+        return product(blocks)  # type: ignore[return-value]
 
     def _one(self, expert: int, rows: mx.array) -> mx.array:
         """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
-        packed = [one_of(self[name], expert) for name in ("weight", "scales", "biases") if name in self]
+        weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
+        biases = one_of(self.biases, expert) if "biases" in self else None
         how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         if len(rows) < unpacking_pays():
-            return mx.quantized_matmul(rows, *packed, transpose=True, **how)
-        product = unpacked_product(lambda: mx.dequantize(*packed, **how))(rows)
+            return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **how)
+        product = rows @ mx.dequantize(weight, scales, biases, **how).astype(rows.dtype).T
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
         return product

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,8 +72,9 @@ def matrices(layer: nn.Module) -> Iterator[mx.array]:
         if "scales" not in layer:
             yield one_of(layer.weight, i)
             continue
-        packed = [one_of(layer[name], i) for name in ("weight", "scales", "biases") if name in layer]
-        yield mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+        biases = one_of(layer.biases, i) if "biases" in layer else None
+        how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        yield mx.dequantize(one_of(layer.weight, i), one_of(layer.scales, i), biases, **how)
 
 
 def one_of(array: mx.array, i: int) -> mx.array:
