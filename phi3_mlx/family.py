@@ -39,6 +39,10 @@ MEDIUM_128K = _shape(*_MEDIUM, 131072)
 PHI_4 = _shape(*_PHI_4, 16384)
 PHI_4_REASONING = _shape(*_PHI_4, 32768)
 PHI_4_MINI = _shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)
+MOE = _shape(
+    4096, 6400, 32, 32, 8, 32064, 131072,
+    model_type="phimoe", num_local_experts=16, attention_bias=True, lm_head_bias=True, sliding_window=131072,
+)  # fmt: skip
 
 
 def parameter_count(config: Config) -> int:
