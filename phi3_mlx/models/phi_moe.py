@@ -126,6 +126,8 @@ def _longrope(reader: Reader, rotary_dim: int) -> LongRope | None:
     """The factor lists, and of each regime the number that multiplies cos and sin, which a file must give."""
     if reader.rope_kind() is None:
         return None
+    if "yarn" in (reader.rope.get("type"), reader.rope.get("rope_type")):
+        reader.fail("rope type 'yarn' is another scaling for phimoe, and is not supported; known: longrope")
     return LongRope(
         short_factor=reader.factors("short_factor", rotary_dim // 2),
         long_factor=reader.factors("long_factor", rotary_dim // 2),
