@@ -87,7 +87,6 @@ def test_routing_weights_other_than_one_come_up():
     seen = np.array(weights)
     assert (seen == 1).mean() > 0.1
     assert ((seen > 0.01) & (seen < 0.99)).mean() > 0.1
-    print((seen == 1).mean(), (seen < 0.99).mean())
 
 
 @pytest.mark.parametrize("name", ["released", "gain by regime"])
@@ -149,7 +148,7 @@ def test_packed_keys_and_values_change_little():
     ids = ids_of(40)
     exact, packed = (logits_of(ours(), ids, (20,), bits=bits) for bits in (None, KVBits(8, 8)))
     # A token whose scores are near each other may change an expert, so not the largest difference.
-    assert 0 < np.abs(packed - exact).mean() < 0.05 * exact.std()
+    assert 0 < np.median(np.abs(packed - exact)) < 0.05 * exact.std()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -405,3 +404,11 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16():
         half = rounded(torch.tensor(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
     found = np.array(model(mx.array(ids)).astype(mx.float32))
     assert np.median(np.abs(found - exact)) < 1.2 * np.median(np.abs(half - exact))
+    cache = model.make_cache()
+    for t in range(6):  # few rows, which go another way
+        step = model(mx.array(ids[:, t : t + 1]), cache)
+    assert step.dtype == mx.bfloat16
+    assert np.median(np.abs(np.array(step.astype(mx.float32))[0, 0] - found[0, 5])) < 0.05
+    model.eval()
+    again = np.array(model(mx.array(ids)).astype(mx.float32))
+    assert np.median(np.abs(again - found)) < 0.05

@@ -26,10 +26,11 @@ _MANY = 64  # rows from which on sorting them, and on the CPU going expert by ex
 class Groups:
     """Which of `count` experts each token goes to, `experts` (N, k), as rows: a token once for each of its experts."""
 
-    def __init__(self, experts: mx.array, count: int):
+    def __init__(self, experts: mx.array, count: int, dtype: mx.Dtype = mx.float32):
+        """`dtype` of the rows: MLX's CPU backend gathers in float32 alone."""
         experts = mx.stop_gradient(experts)
         self._count, self._each = count, experts.shape[1]
-        self.is_sorted = experts.size >= _MANY
+        self.is_sorted = experts.size >= _MANY or (_on_cpu() and dtype != mx.float32)
         self.experts = experts.flatten()  # (N * k,), of each row
         if self.is_sorted:
             self._order = mx.argsort(self.experts)
@@ -67,7 +68,7 @@ class Groups:
     @property
     def gathers(self) -> bool:
         """Whether MLX's gathered products are the best way to multiply them."""
-        return not self.is_sorted or mx.default_device().type == mx.DeviceType.gpu
+        return not self.is_sorted or not _on_cpu()
 
     def in_blocks(self, rows: mx.array, product: Callable[[mx.array, mx.array], mx.array]) -> mx.array:
         """`product` of rows (N * k, width) put into blocks (blocks, size, width), and of the experts of these."""
@@ -92,6 +93,16 @@ class Groups:
         return source.reshape(-1, size), places, of_block
 
 
+def _gathered(blocks: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
+    """Blocks (blocks, size, inputs) times the matrix (inputs, outputs) of the expert of each, on the CPU."""
+    product = mx.gather_mm(blocks.astype(mx.float32), weight.astype(mx.float32), rhs_indices=experts)
+    return product.astype(blocks.dtype)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
 def padded_block(rows: int, experts: int) -> int:
     """Rows of a block in training on the CPU: larger ones are faster, and have more padding."""
     return 64 if rows >= 64 * experts else 32
@@ -114,7 +125,7 @@ class SwitchLinear(nn.Module):
             return product[:, 0]
         if self.training:
             return groups.in_blocks(
-                rows, lambda blocks, experts: mx.gather_mm(blocks, self.weight.swapaxes(-1, -2), rhs_indices=experts)
+                rows, lambda blocks, experts: _gathered(blocks, self.weight.swapaxes(-1, -2), experts)
             )
         spans = enumerate(groups.spans)
         return mx.concatenate(
@@ -166,11 +177,11 @@ class QuantizedSwitchLinear(nn.Module):
         @mx.custom_function
         def product(blocks: mx.array) -> mx.array:
             weight = plain_weight(self).astype(blocks.dtype)
-            return mx.gather_mm(blocks, weight.swapaxes(-1, -2), rhs_indices=experts)
+            return _gathered(blocks, weight.swapaxes(-1, -2), experts)
 
         @product.vjp
         def product_vjp(blocks: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-            return mx.gather_mm(cotangent, plain_weight(self).astype(blocks.dtype), rhs_indices=experts)
+            return _gathered(cotangent, plain_weight(self).astype(blocks.dtype), experts)
 
         return product(blocks)  # type: ignore[return-value]
 

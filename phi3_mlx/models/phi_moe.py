@@ -202,7 +202,7 @@ class SparseMoeBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = route(self.gate(tokens), self._tolerance)
-        groups = Groups(experts, self._experts)
+        groups = Groups(experts, self._experts, x.dtype)
         rows = self.switch_mlp(groups.rows(tokens), groups)
         return groups.summed(rows * groups.ordered(weights)[:, None]).reshape(x.shape)
 
