@@ -135,7 +135,9 @@ class SwitchLinear(nn.Module):
     def to_quantized(
         self, group_size: int = 64, bits: int = 4, mode: str = "affine", **_: object
     ) -> QuantizedSwitchLinear:
-        return QuantizedSwitchLinear(self.weight, group_size, bits, mode)
+        packed = QuantizedSwitchLinear(self.weight, group_size, bits, mode)
+        packed.train(self.training)
+        return packed
 
 
 class QuantizedSwitchLinear(nn.Module):
