@@ -70,6 +70,11 @@ class Groups:
         """Whether MLX's gathered products are the best way to multiply them."""
         return not self.is_sorted or not _on_cpu()
 
+    @property
+    def rows_each(self) -> int:
+        """Rows of an expert on average."""
+        return len(self.experts) // self._count
+
     def in_blocks(self, rows: mx.array, product: Callable[[mx.array, mx.array], mx.array]) -> mx.array:
         """`product` of rows (N * k, width) put into blocks (blocks, size, width), and of the experts of these."""
         source, places, experts = self._blocks
@@ -153,7 +158,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.gathers:
+        if groups.gathers or (self.training and groups.rows_each < unpacking_pays()):
             product = mx.gather_qmm(
                 rows[:, None],
                 self.weight,
