@@ -22,12 +22,12 @@ from .targets import Target, find_targets
 
 # How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
 _BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too
-_WORK, _WORK_SCORES, _UNPACKED = 2.1, 2.5, 3  # in the layer in work: activations, attention scores, unpacked weights
+_WORK, _WORK_SCORES = 2.1, 2.5  # in the layer in work: activations, attention scores
 _LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at once; how far its and a layer's overlap
-_AGAIN = (
-    1,
-    2,
-)  # layers that checkpointing computes again at once; of a mixture of experts, whose rows are copied in blocks
+# Of a dense model, and of a mixture of experts, whose rows are copied in blocks and whose matrices are unpacked all at
+# once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
+_AGAIN = 1, 2  # layers that checkpointing computes again
+_UNPACKED = 3, 4  # unpacked weights
 _UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
 
 
@@ -93,8 +93,10 @@ def plan_memory(
     in_work = _WORK * layer + _WORK_SCORES * scores + (again if settings.gradient_checkpointing else 0)
     if not fused_attention() and scores > SCORES * item:
         in_work += scores  # attention in tiles, put together
-    if config.quantization is not None and part.tokens >= unpacking_pays():
-        in_work += _UNPACKED * item * max(math.prod(shape) for shape in config.linears.values())
+    stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
+    rows = part.tokens * config.experts_per_token * config.largest_linear // stack
+    if config.quantization is not None and rows >= unpacking_pays():
+        in_work += _UNPACKED[routed] * item * stack
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
