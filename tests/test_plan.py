@@ -17,7 +17,7 @@ from phi3_mlx.engine import Generation
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.family import MINI_4K, MINI_128K
 from phi3_mlx.memory import Run
-from phi3_mlx.models import build, linear, parse_config, phi3
+from phi3_mlx.models import build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 
@@ -60,7 +60,7 @@ def random_model(hidden, intermediate, layers, heads, kv_heads, vocab=500, windo
 )
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, unpacking_pays, monkeypatch):
     """On machines where packed matrices are better unpacked, and on others."""
-    for module in (linear, phi3, memory):
+    for module in (linear, decoder, memory):
         monkeypatch.setattr(module, "unpacking_pays", lambda: unpacking_pays)
     packed = {"group_size": 32, "bits": 8} if len(shape) == 5 and bits is None else None
     model = random_model(*shape, quantization=packed)

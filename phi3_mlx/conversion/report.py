@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -153,12 +152,11 @@ def write_report(
 
 
 def memory_needed(source: Source, size: int) -> int:
-    """About the bytes that `write_report` takes for a result of `size` bytes: the result, one layer twice, the text."""
-    layers: Counter[int | None] = Counter()
-    for name, tensor in source.tensors.items():
-        layers[layer_of(name)] += math.prod(tensor.shape)
+    """About the bytes that `write_report` takes for a result of `size` bytes: it, a layer of the source, a matrix, the text."""
+    first = [tensor.shape for name, tensor in source.tensors.items() if layer_of(name) == 0]
+    layer, matrix = sum(map(math.prod, first)), max(math.prod(shape[-2:]) for shape in first)
     rows, width = source.tensors[f"{EMBEDDING}.weight"].shape
-    floats = 2 * max(layers[0], rows * width) + 2 * _TOKENS * width + 4 * LOGITS_AT_ONCE
+    floats = max(layer + 2 * matrix, 2 * rows * width) + 2 * _TOKENS * width + 4 * LOGITS_AT_ONCE
     return size + 4 * floats
 
 
