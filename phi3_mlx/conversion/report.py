@@ -152,7 +152,7 @@ def write_report(
 
 
 def memory_needed(source: Source, size: int) -> int:
-    """About the bytes that `write_report` takes for a result of `size` bytes: it, a layer of the source, a matrix, the text."""
+    """About the bytes that `write_report` takes: the result's `size`, a layer of the source, a matrix, the text."""
     first = [tensor.shape for name, tensor in source.tensors.items() if layer_of(name) == 0]
     layer, matrix = sum(map(math.prod, first)), max(math.prod(shape[-2:]) for shape in first)
     rows, width = source.tensors[f"{EMBEDDING}.weight"].shape
