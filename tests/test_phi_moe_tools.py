@@ -241,7 +241,7 @@ def test_an_adapter_of_experts_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("hidden", "inner", "chunk", "length", "bits", "weight_bits"),
     [
-        (256, 704, 256, 1100, None, 8),
+        (256, 704, 256, 516, None, 8),
         (256, 1024, 256, 400, None, 4),
         (512, 512, 256, 600, 8, None),
         (1024, 256, 256, 516, None, None),
