@@ -1,10 +1,11 @@
-"""Logits and greedy tokens of phi3-mlx and of mlx-lm against transformers' Phi3ForCausalLM, float32 on the CPU.
+"""Logits and greedy tokens of phi3-mlx and of mlx-lm against transformers, float32 on the CPU.
 
     python -m bench parity [--json FILE] [--only NAME] [--case CASE]
     python -m bench parity --markdown [--json FILE]      the README's table, from a result file
 
 The same random weights go into all three. The models are narrow (two layers, one or two heads), but head shapes,
-LongRoPE lists, original lengths and windows are the released models' own: no length is scaled down.
+LongRoPE lists, original lengths and windows are the released models' own: no length is scaled down. Of Phi-3.5-MoE
+transformers 5 uses the short factors at every length; past the boundary the reference is its model with the long ones.
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from . import record
 # The pairs of models are the tests' reference; they live there, and this command borrows them.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import moe_models  # type: ignore[import-not-found]
 import oracle  # type: ignore[import-not-found]
 import released  # type: ignore[import-not-found]
 
@@ -38,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Phi-3-mini-4k": {**oracle.CONFIGS["mini-4k"], "sliding_window": 2047},
     "Phi-3-mini-128k (June)": {**oracle.BASE, **REAL_LONG, "rope_scaling": released.MINI_128K_JUNE},
     "Phi-3.5-mini": {**oracle.BASE, **REAL_LONG, "rope_scaling": released.PHI_3_5_MINI},
+    "Phi-3.5-MoE": {**moe_models.RAW, **REAL_LONG, "rope_scaling": released.PHI_3_5_MOE, "sliding_window": 131072},
     "Phi-4-mini": {**oracle.CONFIGS["phi-4-mini"], **REAL_LONG},
     "Phi-3-medium-4k": {**oracle.CONFIGS["medium-4k"], "sliding_window": 2047},
 }
@@ -49,10 +52,11 @@ CASES = (*dict.fromkeys([*WINDOWED, *LONG]), CROSSING)
 
 
 def make_mlx_lm(raw: dict[str, Any], model: Any) -> Any:
-    """mlx-lm's phi3 model, built from the config as its loader builds it, with the weights of ours."""
-    from mlx_lm.models import phi3
+    """mlx-lm's model, built from the config as its loader builds it, with the weights of ours."""
+    from importlib import import_module
 
-    theirs = phi3.Model(phi3.ModelArgs.from_dict(raw))
+    own = import_module(f"mlx_lm.models.{raw['model_type']}")
+    theirs = own.Model(own.ModelArgs.from_dict(raw))
     theirs.load_weights(tree_flatten(model.parameters()), strict=True)
     return theirs
 
@@ -69,19 +73,46 @@ def mlx_tokens(model: Any, ids: np.ndarray) -> list[int]:
     return [int(token) for token, _ in stream]
 
 
+def pair(raw: dict[str, Any]) -> tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], list[int]]]:
+    """Our model; the reference's logits (L, V) of ids (L,); the tokens that it puts after them."""
+    if raw["model_type"] == "phimoe":
+        ours = moe_models.make_ours(raw)
+        logits = moe_models.reference(raw, moe_models.random_weights(raw))
+        return ours, logits, lambda prompt: greedy(raw, logits, prompt, oracle.generate(ours, prompt, STEPS))
+    ours = oracle.make_ours(raw)
+    theirs = oracle.make_torch(raw, ours)
+    return (
+        ours,
+        lambda ids: oracle.torch_logits(theirs, ids[None])[0],
+        lambda prompt: oracle.torch_generate(theirs, prompt, STEPS),
+    )
+
+
+def greedy(
+    raw: dict[str, Any], logits: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, guess: list[int]
+) -> list[int]:
+    """The tokens that whole passes put after `prompt`: as far as two passes confirm the guess, then one by one."""
+    steps = oracle.every_step(raw, logits, np.array([*prompt, *guess[:-1]]))
+    found = steps[len(prompt) - 1 :].argmax(axis=-1).tolist()
+    right = next((i for i, token in enumerate(found) if token != guess[i]), len(guess))
+    tokens = [*prompt, *found[: right + 1]]
+    while len(tokens) < len(prompt) + STEPS:
+        tokens.append(int(logits(np.array(tokens))[-1].argmax()))
+    return tokens[len(prompt) : len(prompt) + STEPS]
+
+
 def compare(name: str, cases: Sequence[str]) -> list[dict[str, Any]]:
     """One row a length, and one for the generation that crosses boundary or window; those of `cases`."""
     raw = oracle.slim(MODELS[name])
-    ours = oracle.make_ours(raw)
+    ours, logits, reference_tokens = pair(raw)
     packages = {"phi3-mlx": ours, "mlx-lm": make_mlx_lm(raw, ours)}
-    reference = oracle.make_torch(raw, ours)
     special = LONG if raw["rope_scaling"] else WINDOWED
     rows: list[dict[str, Any]] = []
     for label, length in special.items():
         if label not in cases:
             continue
         ids = oracle.ids_of(length)
-        expected = oracle.torch_logits(reference, ids)[0]
+        expected = logits(ids[0])
         row: dict[str, Any] = {"model": name, "case": label, "tokens": length, "std": float(expected.std())}
         for package, model in packages.items():
             got = all_logits(model, ids)
@@ -94,7 +125,7 @@ def compare(name: str, cases: Sequence[str]) -> list[dict[str, Any]]:
         return rows
     edge = raw["original_max_position_embeddings"] if raw["rope_scaling"] else raw["sliding_window"]
     prompt = oracle.ids_of(edge - STEPS // 2)[0]
-    tokens = oracle.torch_generate(reference, prompt, STEPS)
+    tokens = reference_tokens(prompt)
     row = {"model": name, "case": CROSSING, "tokens": len(prompt) + STEPS}
     for package, model in packages.items():
         got_tokens = mlx_tokens(model, prompt)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .assembly import View, assemble, view
 from .config import Config
 from .errors import CheckpointError, OptionError
 from .models import build, read_config
@@ -41,10 +43,11 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     config = read_config(directory)
     weights = find_weights(directory)
     model = build(config)
+    seen = view(config, {name: array.shape for name, array in tree_flatten(model.parameters())}, weights.tensors)
     if config.quantization is not None:
-        pack_like(model, config.quantization, weights.tensors, str(directory / "config.json"))
-    _check(directory, config, model, weights)
-    _read(directory, model, weights, _target(dtype))
+        pack_like(model, config.quantization, seen.tensors, str(directory / "config.json"))
+    _check(directory, config, model, seen, weights.faults)
+    _read(directory, model, weights, seen, _target(dtype))
     model.model.longrope = longrope
     model.eval()
     return model
@@ -72,11 +75,15 @@ def _target(dtype: str | None) -> mx.Dtype | None:
     return None if mx.default_device() == mx.gpu else mx.float32
 
 
-def _check(directory: Path, config: Config, model: Model, weights: Weights) -> None:
-    """Raise one CheckpointError with every difference between the files and the model that the config asks for."""
-    found = {name: tensor for name, tensor in weights.tensors.items() if not config.is_unused(name)}
+def _check(directory: Path, config: Config, model: Model, seen: View, between: tuple[str, ...]) -> None:
+    """Raise one CheckpointError with every difference between the files and the model that the config asks for.
+
+    `between`: what is wrong between index and files.
+    """
+    found = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
+    needed: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
-    if split is not None:
+    if split is not None and config.parts:
         raise CheckpointError(
             f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
             f"`phi3-mlx convert {directory} -o NEW_DIRECTORY`"
@@ -86,7 +93,6 @@ def _check(directory: Path, config: Config, model: Model, weights: Weights) -> N
         raise CheckpointError(
             f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
         )
-    needed: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     missing = [f"missing {name}" for name in needed if name not in found]
     unexpected = [f"unexpected {name}" for name in found if name not in needed]
     shapes, types = [], []
@@ -99,7 +105,8 @@ def _check(directory: Path, config: Config, model: Model, weights: Weights) -> N
         if tensor.dtype not in _storable(array.dtype):
             types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(_storable(array.dtype))}")
     kinds = {
-        "between index and files": weights.faults,
+        "between index and files": between,
+        "among parts": seen.faults,
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": shapes,
@@ -120,23 +127,30 @@ def _storable(dtype: mx.Dtype) -> tuple[str, ...]:
     return {mx.uint32: ("U32",), mx.uint8: ("U8",)}.get(dtype, ("BF16", "F16", "F32"))
 
 
-def _read(directory: Path, model: Model, weights: Weights, target: mx.Dtype | None) -> None:
+def _read(directory: Path, model: Model, weights: Weights, seen: View, target: mx.Dtype | None) -> None:
     """Fill the model tensor by tensor: with a cast, at most one is in memory in both types."""
-    needed = {name for name, _ in tree_flatten(model.parameters())}
-    head = None
+    needed = [name for name, _ in tree_flatten(model.parameters())]
+    arrays: dict[str, mx.array] = {}  # not read before they are evaluated
     for file in weights.files:
-        arrays: dict[str, mx.array] = mx.load(str(file), format="safetensors")  # type: ignore[assignment]
-        filled = []
-        for name in list(arrays):
-            array = arrays.pop(name)
-            if target is not None and mx.issubdtype(array.dtype, mx.floating):
-                array = array.astype(target)
-            if name in needed:
-                mx.eval(array)
-                filled.append((name, array))
-            elif name == "lm_head.weight":
-                head = array
-        model.load_weights(filled, strict=False)
+        arrays |= mx.load(str(file), format="safetensors")  # type: ignore[arg-type]
+    left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
+
+    def take(name: str) -> mx.array:
+        """An array, forgotten here when nothing else is made of it."""
+        left[name] -= 1
+        return arrays[name] if left[name] > 0 else arrays.pop(name)
+
+    for name in needed:
+        parts = seen.origins.get(name, (name,))
+        array = assemble(model.config, name, parts, seen.tensors[name].shape, take)
+        if target is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(target)
+            mx.eval(array)
+        model.load_weights([(name, array)], strict=False)
+        del array
+    head = arrays.get("lm_head.weight")
+    if head is not None and target is not None and mx.issubdtype(head.dtype, mx.floating):
+        head = head.astype(target)
     embedding = model.model.embed_tokens.weight
     # Where the two differ the reference overrules the config and unties them.
     if head is not None and mx.issubdtype(embedding.dtype, mx.floating) and not mx.array_equal(head, embedding):
@@ -145,4 +159,5 @@ def _read(directory: Path, model: Model, weights: Weights, target: mx.Dtype | No
             "set tie_word_embeddings to false in config.json"
         )
     del head, embedding
+    arrays.clear()
     mx.clear_cache()  # what the casts left behind

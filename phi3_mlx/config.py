@@ -30,6 +30,16 @@ class LongRope:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Rows `first` to `last` (past the last), of `rows` along the last axis but one, of a stored tensor."""
+
+    name: str
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Config:
     """What every member of the family has, whatever its architecture; each member's own config adds to it."""
 
@@ -52,9 +62,22 @@ class Config:
     quantization: Mapping[str, Any] | None
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of a decoder layer, by their path in it, in the order of use: (outputs, inputs)."""
+    def linears(self) -> Mapping[str, tuple[int, ...]]:
+        """The linear layers of a decoder layer, by their path in it, in the order of use.
+
+        (outputs, inputs), or (experts, outputs, inputs) of a layer that is an array of matrices.
+        """
         raise NotImplementedError
+
+    @property
+    def adaptable(self) -> Mapping[str, tuple[int, int]]:
+        """Those of `linears` that an adapter may change: (outputs, inputs)."""
+        return {path: (shape[0], shape[1]) for path, shape in self.linears.items() if len(shape) == 2}
+
+    @property
+    def delicate(self) -> tuple[str, ...]:
+        """Those of `linears` that stay unpacked unless a recipe names them."""
+        return ()
 
     @property
     def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
@@ -68,6 +91,10 @@ class Config:
         """
         return (name,)
 
+    def cut_from(self, name: str) -> Cut | None:
+        """The tensor that other software stores in the place of the tensor `name`, with more in it or renamed."""
+        return None
+
     def is_unused(self, name: str) -> bool:
         """Whether a tensor is a leftover that the reference does not use."""
         return name.endswith(".rotary_emb.inv_freq") or (self.tie_word_embeddings and name == "lm_head.weight")
@@ -80,12 +107,17 @@ class Config:
     @property
     def largest_linear(self) -> int:
         """Numbers of the largest matrix of a decoder layer."""
-        return max(outputs * inputs for outputs, inputs in self.linears.values())
+        return max(shape[-2] * shape[-1] for shape in self.linears.values())
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many feed-forward networks a token goes through in a layer."""
+        return 1
 
     @property
     def mlp_width(self) -> int:
         """Numbers that a token's activations have inside the feed-forward part, of each of its projections."""
-        return self.intermediate_size
+        return self.experts_per_token * self.intermediate_size
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def _shape(
 
 _MINI = (3072, 8192, 32, 32, 32, 32064)
 _MEDIUM = (5120, 17920, 40, 40, 10, 32064)
+_MOE = (4096, 6400, 32, 32, 8, 32064)
+_MOE_HAS = {"model_type": "phimoe", "num_local_experts": 16, "attention_bias": True, "lm_head_bias": True,
+            "sliding_window": 131072}  # fmt: skip
 _PHI_4 = (5120, 17920, 40, 40, 10, 100352)
 
 
@@ -54,6 +57,18 @@ MEMBERS = {
     "phi-3.5-mini": Member(_shape(*_MINI, 131072)),
     "phi-3-medium-4k": Member(_shape(*_MEDIUM, 4096, sliding_window=2047), 78.0, 8.9),
     "phi-3-medium-128k": Member(_shape(*_MEDIUM, 131072), 76.6),
+    "phi-3.5-moe": Member(_shape(*_MOE, 131072, **_MOE_HAS), 78.9),
+        _shape(
+            *_MOE,
+            131072,
+            model_type="phimoe",
+            num_local_experts=16,
+            attention_bias=True,
+            lm_head_bias=True,
+            sliding_window=131072,
+        ),
+        78.9,
+    ),
     "phi-4": Member(_shape(*_PHI_4, 16384), 84.8),
     "phi-4-reasoning": Member(_shape(*_PHI_4, 32768)),
     "phi-4-mini": Member(_shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)),

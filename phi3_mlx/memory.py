@@ -20,6 +20,7 @@ from .models.linear import unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
+_TILES_AHEAD = 4  # of unpacked attention on the CPU, as measured
 _OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
 MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -133,34 +134,41 @@ class Run:
 
         The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
         (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
-        last grows, and what one call of attention writes.
+        last grows, and what one call of attention writes. A mixture of experts has a row of a token for each of its
+        experts, and begins its MLPs when attention has left.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
+        mixing, inner = 3 * (heads + 2 * kv_heads) * dim, 4 * config.mlp_width
+        numbers = 7 * config.hidden_size + inner + mixing
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention, queries = 0, min(chunk, self.length)
         tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
         scores = tokens * heads * seen
         tiled = self.bits is not None or (not self.fused and scores > SCORES)
         at_once = min(at_once, kv_heads)
-        if not self.fused:  # scores, twice where tiles are made ahead of their use, and the mask of a head
+        if not self.fused:  # scores, of several tiles where MLX makes them ahead of their use, and the mask of a head
             part = self.rows * tile * at_once * heads // kv_heads * seen
-            attention = (scores if not tiled else part if self.bits else 2 * part) * 4 + queries * seen
+            ahead = 1 if self.bits else min(-(-kv_heads // at_once) * -(-queries // tile), _TILES_AHEAD)
+            attention = (ahead * part if tiled else scores) * 4 + queries * seen
         if self.bits is not None:
             # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
             unpacked = at_once * self.rows * seen * dim
             attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
         logits = 2 * self.rows * config.vocab_size * 4
+        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
+        if config.experts_per_token > 1:
+            rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
+            unpacked = config.largest_linear if self._unpacks(tokens) else 0
+            routed = (tokens * inner + unpacked) * self.itemsize
+            return max(rows + max(routed, tokens * mixing * self.itemsize + max(attention, grown)), logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
             weight = 3 * config.largest_linear
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width)
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
-        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
-        at_attention = attention + grown if self.bits is None else max(attention, grown)
-        return max(tokens * numbers * self.itemsize + at_attention, logits)
+        return max(tokens * numbers * self.itemsize + max(attention, grown), logits)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""

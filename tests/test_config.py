@@ -337,7 +337,7 @@ REFUSED = {
         },
         "original_max_position_embeddings",
     ),
-    "model_type of a sibling": ({"model_type": "phimoe"}, "phimoe"),
+    "model_type of another mixture": ({"model_type": "phixtral"}, "phixtral"),
     "model_type of a stranger": ({"model_type": "llama"}, "llama"),
     "no model_type": ({"model_type": None}, "model_type"),
     "model_type that is a list": ({"model_type": ["phi3"]}, "model_type"),

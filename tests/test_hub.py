@@ -141,9 +141,13 @@ def test_alias_sizes(shared):
         raw = json.loads(path.read_text())
         hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
         qkv = hidden + 2 * raw["num_key_value_heads"] * (hidden // heads)
-        layer = hidden * (qkv + hidden + 3 * raw["intermediate_size"] + 2)
+        experts = raw.get("num_local_experts", 1)
+        layer = hidden * (qkv + hidden + experts * 3 * raw["intermediate_size"] + 2)
         tables = 1 if raw["tie_word_embeddings"] else 2
         parameters = raw["num_hidden_layers"] * layer + tables * raw["vocab_size"] * hidden + hidden
+        if raw["model_type"] == "phimoe":  # routers, and biases of projections, norms and head
+            more = experts * hidden + qkv + hidden + 2 * hidden
+            parameters += raw["num_hidden_layers"] * more + hidden + raw["vocab_size"]
         assert (alias.bytes, alias.bits, alias.parameters) == (2 * parameters, 16, parameters)
         assert alias.shape.max_position_embeddings == raw["max_position_embeddings"]
     assert seen >= 6

@@ -84,9 +84,15 @@ def _pack_layer(
         name = f"model.layers.{i}.{path}.weight"
         if name not in found:
             continue
-        hessian = hessian_of(stream.inputs(layer, path, hidden))
         dtype = to_mlx(stream.source.tensors[name].dtype)
-        done[name] = gptq(linear(layer, path).weight, hessian, found[name], dtype)
+        weight = linear(layer, path).weight
+        hessians = hessians_of(stream.inputs(layer, path, hidden))
+        if weight.ndim == 2:
+            done[name] = gptq(weight, hessians[0], found[name], dtype)
+        else:
+            # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
+            pieces = [gptq(weight[i], hessian, found[name], dtype) for i, hessian in enumerate(hessians)]
+            done[name] = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
         linear(layer, path).weight = unpack(done[name], found[name])
         mx.eval(layer.parameters())
         mx.clear_cache()
@@ -95,12 +101,18 @@ def _pack_layer(
 
 def hessian_of(inputs: Iterable[mx.array]) -> mx.array:
     """The sum of x x^T over inputs (tokens, width), float32 (width, width)."""
-    total = mx.array(0.0)
-    for part in inputs:
-        part = part.astype(mx.float32)
-        total = total + part.T @ part
-        mx.eval(total)
-    return total
+    return hessians_of([part] for part in inputs)[0]
+
+
+def hessians_of(inputs: Iterable[Sequence[mx.array]]) -> list[mx.array]:
+    """The same for each of several matrices, whose inputs come side by side."""
+    totals: list[mx.array] = []
+    for parts in inputs:
+        floats = [part.astype(mx.float32) for part in parts]
+        products = [part.T @ part for part in floats]
+        totals = [total + new for total, new in zip(totals, products, strict=True)] if totals else products
+        mx.eval(totals)
+    return totals
 
 
 def _hessian_of_head(stream: LayerStream, hidden: mx.array) -> mx.array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,9 +13,12 @@ import mlx.nn as nn
 from ..models import build, parse_config
 from ..models.attention import make_mask
 from ..models.decoder import DecoderLayer, Model
+from ..models.experts import Groups
 
 if TYPE_CHECKING:
     from .sources import Source
+
+Traced = dict[str, list[mx.array]]  # by the path of a linear layer: the inputs of each of its matrices
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _TOKENS_AT_ONCE = 4096
@@ -87,19 +90,25 @@ class LayerStream:
             mx.eval(parts[-1])
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def inputs(self, layer: DecoderLayer, path: str, hidden: mx.array) -> Iterator[mx.array]:
-        """What the linear layer `path` of `layer` is given, in parts (tokens, width); nothing behind it is computed."""
+    def inputs(self, layer: DecoderLayer, path: str, hidden: mx.array) -> Iterator[list[mx.array]]:
+        """What each matrix of the linear layer `path` of `layer` is given, in parts (tokens, width).
+
+        Nothing behind it is computed.
+        """
         with _recording(layer, [path]) as recorders:
             for part in _parts(hidden):
                 self._forward(layer, part)  # lazy: only what is asked for is ever computed
-                yield recorders[path].seen.flatten(0, -2)
+                yield recorders[path].seen()
 
-    def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[dict[str, mx.array], mx.array]]:
-        """In parts: what each linear layer of `layer` is given (tokens, width), by path, and `hidden` after `layer`."""
+    def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[Traced, mx.array]]:
+        """In parts: what each matrix of each linear layer is given (tokens, width), and `hidden` after `layer`.
+
+        A layer has one matrix, or one for each expert, which is given the tokens routed to it.
+        """
         with _recording(layer, self.linears) as recorders:
             for part in _parts(hidden):
                 after = self._forward(layer, part)
-                seen = {path: recorder.seen.flatten(0, -2) for path, recorder in recorders.items()}
+                seen = {path: recorder.seen() for path, recorder in recorders.items()}
                 mx.eval(after, seen)
                 yield seen, after
 
@@ -121,11 +130,16 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
-        self.seen = mx.array(0.0)
+        self._last: tuple[Any, ...] = ()
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self.seen = x
-        return self.layer(x)
+    def __call__(self, x: mx.array, *groups: Groups) -> mx.array:
+        self._last = (x, *groups)
+        return self.layer(x, *groups)
+
+    def seen(self) -> list[mx.array]:
+        """The last input (tokens, width) of each matrix."""
+        x, *groups = self._last
+        return groups[0].by_expert(x) if groups else [x.flatten(0, -2)]
 
 
 @contextmanager
@@ -143,13 +157,12 @@ def _recording(layer: DecoderLayer, paths: Sequence[str]) -> Iterator[dict[str, 
 
 def linear(layer: DecoderLayer, path: str) -> nn.Module:
     """The linear layer at `path` ("mlp.down_proj") inside a decoder layer."""
-    block, name = path.split(".")
-    return getattr(getattr(layer, block), name)
+    return reduce(getattr, path.split("."), layer)
 
 
 def _put(layer: DecoderLayer, path: str, new: nn.Module) -> None:
-    block, name = path.split(".")
-    setattr(getattr(layer, block), name, new)
+    home, _, name = path.rpartition(".")
+    setattr(linear(layer, home), name, new)
 
 
 def layer_of(name: str) -> int | None:

@@ -17,7 +17,7 @@ from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..hub import resolve
 from ..memory import parse_size, room, size_text
 from .checked import CheckedSource
-from .rounding import Recipe, packings, planned, rounded, uniform
+from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
 from .sources import Source, open_source
 from .writer import Progress, check_space, write_json, write_weights
 
@@ -100,6 +100,7 @@ def convert(
     _check_places(path, destination, force)
     opened = open_source(path)
     opened.name = str(source)
+    wanted |= left_alone(opened.config)
     asked = any((bits, group_size, target_bpw, target_size, recipe)) or mode != "affine"
     notes = _about_packed(opened, dequantize, asked)
     keeps = bool(opened.blocks) and not (asked or dequantize or method == "gptq")
@@ -158,7 +159,7 @@ def convert(
             if report:
                 raise
             notes.append(f"no report: {error}")
-    matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) == 2]
+    matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) > 1]
     excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
     weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
     return Conversion(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..checkpoint import load_model
-from ..models.linear import plain_weight
+from ..models.linear import matrices, plain_weight
 from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
@@ -153,12 +152,11 @@ def write_report(
 
 
 def memory_needed(source: Source, size: int) -> int:
-    """About the bytes that `write_report` takes for a result of `size` bytes: the result, one layer twice, the text."""
-    layers: Counter[int | None] = Counter()
-    for name, tensor in source.tensors.items():
-        layers[layer_of(name)] += math.prod(tensor.shape)
+    """About the bytes that `write_report` takes: the result's `size`, a layer of the source, a matrix, the text."""
+    first = [tensor.shape for name, tensor in source.tensors.items() if layer_of(name) == 0]
+    layer, matrix = sum(map(math.prod, first)), max(math.prod(shape[-2:]) for shape in first)
     rows, width = source.tensors[f"{EMBEDDING}.weight"].shape
-    floats = 2 * max(layers[0], rows * width) + 2 * _TOKENS * width + 4 * LOGITS_AT_ONCE
+    floats = max(layer + 2 * matrix, 2 * rows * width) + 2 * _TOKENS * width + 4 * LOGITS_AT_ONCE
     return size + 4 * floats
 
 
@@ -197,17 +195,17 @@ class _Comparison:
         self, name: str, layer: DecoderLayer, packed: DecoderLayer, hidden: Sequence[mx.array]
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
-        weights = {path: linear(layer, path).weight for path in self._stream.linears}
-        changes = {path: plain_weight(linear(packed, path)) - weight for path, weight in weights.items()}
-        sums = {path: [0.0, 0.0] for path in self._stream.linears}
+        pairs = {path: (linear(layer, path), linear(packed, path)) for path in self._stream.linears}
+        sums = {path: [0.0, 0.0] for path in pairs}
         result = []
         for block in hidden:
             parts = []
             for inputs, after in self._stream.trace(layer, block):
                 parts.append(after)
-                for path, x in inputs.items():
-                    sums[path][0] += _square(x @ changes[path].T)
-                    sums[path][1] += _square(x @ weights[path].T)
+                for path, by_matrix in inputs.items():
+                    for x, weight, other in zip(by_matrix, *map(matrices, pairs[path]), strict=True):
+                        sums[path][0] += _square(x @ (other - weight).T)
+                        sums[path][1] += _square(x @ weight.T)
             result.append(mx.concatenate(parts))
         self.errors |= {f"{name}.{path}": _ratio(*both) for path, both in sums.items()}
         return result

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import OptionError
+from ..models import parse_config
 from ..quantize import complete
 from ..safetensors import Tensor
 from .sources import Source, tensor_of
@@ -31,6 +32,13 @@ def uniform(bits: int | None = None, group_size: int | None = None, mode: str = 
         raise OptionError(f"no such quantization: {error}") from error
 
 
+def left_alone(config: Mapping[str, Any]) -> Recipe:
+    """The entries for what a model of this config.json has better unpacked, whatever the bits of the rest."""
+    parsed = parse_config(config)
+    layers = range(parsed.num_hidden_layers)
+    return {f"model.layers.{i}.{path}": False for i in layers for path in parsed.delicate}
+
+
 def packings(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Any]]:
     """Group size, bits and mode for each of `tensors` that `recipe` packs: matrices whose width its groups divide.
 
@@ -44,7 +52,7 @@ def packings(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], so
 
     if not isinstance(recipe, Mapping) or not set(recipe) >= {"group_size", "bits"}:
         raise fail("a recipe is a JSON object with group_size, bits, and entries by layer")
-    layers = {name.removesuffix(".weight"): name for name, tensor in tensors.items() if len(tensor.shape) == 2}
+    layers = {name.removesuffix(".weight"): name for name, tensor in tensors.items() if len(tensor.shape) > 1}
     unknown = next((key for key in recipe if key not in _KEYS and key not in layers), None)
     if unknown is not None:
         raise fail(f"{unknown} is no layer of this model; they are named like {next(iter(layers))}")
@@ -76,10 +84,10 @@ def planned(tensors: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Any]
         if name not in found:
             result[name] = tensor
             continue
-        rows, width = tensor.shape
+        *rows, width = tensor.shape
         path, packing = name.removesuffix(".weight"), found[name]
-        groups = (rows, width // packing["group_size"])
-        result[name] = tensor_of("U32", (rows, width * packing["bits"] // 32))
+        groups = (*rows, width // packing["group_size"])
+        result[name] = tensor_of("U32", (*rows, width * packing["bits"] // 32))
         if packing["mode"] == "affine":
             result[f"{path}.scales"] = result[f"{path}.biases"] = tensor_of(tensor.dtype, groups)
         else:
@@ -105,7 +113,7 @@ def rounded(source: Source, recipe: Mapping[str, Any] | None) -> Iterator[tuple[
 
 
 def pack(weight: mx.array, packing: Mapping[str, Any]) -> list[mx.array]:
-    """A matrix packed: weight, scales and, in the affine mode, biases; evaluated."""
+    """A matrix, or an array of them, packed: weight, scales and, in the affine mode, biases; evaluated."""
     streams = _streams() if mx.default_device().type == mx.DeviceType.cpu else [mx.default_stream(mx.default_device())]
     rows = -(-len(weight) // len(streams))
     pieces = [

@@ -21,7 +21,7 @@ from ..memory import size_text
 from ..quality import chunks, kl_divergence, log_softmax
 from .gptq import unpack
 from .layerwise import EMBEDDING, LayerStream, linear
-from .rounding import Recipe, pack, packings, planned, uniform
+from .rounding import Recipe, left_alone, pack, packings, planned, uniform
 from .sources import Source, to_mlx
 from .texts import windows
 
@@ -59,7 +59,7 @@ def choose_recipe(
     sizes, fixed = sizes_of(source, group_size, bits)
     budget = _budget(source, sizes, fixed, target_bpw, target_bytes, group_size)
     costs = measure(source, ids, group_size=group_size, bits=bits, progress=progress)
-    return as_recipe(allocate(costs, sizes, budget - fixed), sizes, group_size)
+    return as_recipe(allocate(costs, sizes, budget - fixed), sizes, group_size) | left_alone(source.config)
 
 
 def sizes_of(source: Source, group_size: int, bits: Sequence[int]) -> tuple[Sizes, int]:
@@ -67,7 +67,7 @@ def sizes_of(source: Source, group_size: int, bits: Sequence[int]) -> tuple[Size
     sizes: Sizes = {}
     fixed = 0
     for width in bits:
-        found = packings(uniform(width, group_size), source.tensors, source.name)
+        found = packings(uniform(width, group_size) | left_alone(source.config), source.tensors, source.name)
         if not found:
             raise OptionError(f"{source.name}: groups of {group_size} divide no layer's width; choose a smaller group")
         for name in found:
@@ -121,7 +121,8 @@ def measure(
 class _Measurement:
     def __init__(self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int]):
         self._source, self._stream, self._bits = source, LayerStream(source), bits
-        self._found = packings(uniform(bits[0], group_size), source.tensors, source.name)
+        recipe = uniform(bits[0], group_size) | left_alone(source.config)
+        self._found = packings(recipe, source.tensors, source.name)
         row = len(self._found) * _WINDOW * self._stream.config.hidden_size * 4
         rows = max(1, min(_TOKENS // _WINDOW, _ACTIVATION_BYTES // row))
         self._ids = windows(ids, _WINDOW)[:rows]
@@ -170,7 +171,8 @@ class _Measurement:
             if name not in self._found:
                 continue
             weight = module.weight
-            self._compare(name, weight, mx.concatenate([inputs[path] for inputs, _ in traced]))
+            by_matrix = zip(*(inputs[path] for inputs, _ in traced), strict=True)
+            self._compare(name, weight, [mx.concatenate(list(parts)) for parts in by_matrix])
             module.weight = self._rounded(name, weight, self._anchor(name))
             self._moved[name] = self._stream.run(layer, self._clean)
             module.weight = weight
@@ -183,7 +185,7 @@ class _Measurement:
         hidden = self._stream.norm(self._clean).flatten(0, 1)
         head = weight
         if name in self._found:
-            self._compare(name, weight, hidden)
+            self._compare(name, weight, [hidden])
             head = self._rounded(name, weight, self._anchor(name))
             self._moved.setdefault(name, self._clean)
         sums = dict.fromkeys(self._moved, 0.0)
@@ -195,13 +197,22 @@ class _Measurement:
                 sums[moved] += float(kl_divergence(clean, logs).sum(dtype=np.float64))
         return {moved: total / len(hidden) for moved, total in sums.items()}
 
-    def _compare(self, name: str, weight: mx.array, inputs: mx.array | None = None) -> None:
-        """Note the squared error of `inputs @ weight.T` (without inputs: of the weight) at each width."""
+    def _compare(self, name: str, weight: mx.array, inputs: Sequence[mx.array] | None = None) -> None:
+        """Note the squared error of the outputs at each width (without inputs: of the weight).
+
+        `inputs` of each matrix that `weight` is.
+        """
         self._errors[name] = {}
         for width in self._bits:
             error = self._rounded(name, weight, width) - weight
-            error = error if inputs is None else inputs @ error.T
-            self._errors[name][width] = float((error**2).sum())
+            if inputs is None:
+                total = (error**2).sum()
+            else:
+                changes = [error] if error.ndim == 2 else list(error)
+                total = mx.array(0.0)
+                for x, change in zip(inputs, changes, strict=True):
+                    total = total + ((x @ change.T) ** 2).sum()
+            self._errors[name][width] = float(total)
 
     def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
         packing = {**self._found[name], "bits": width}

@@ -1,4 +1,4 @@
-"""What can be converted: a checkpoint as the unpacked, fused tensors of a phi3 model, read one at a time."""
+"""What can be converted: a checkpoint as the unpacked tensors of a model, fused and stacked, read one at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..assembly import assemble
 from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import CheckpointError
@@ -97,7 +98,8 @@ class DirectorySource:
         self.config, self._parts = plan(raw, unpacked, self.name)
         self.config.pop("auto_map", None)  # names code files, and code is not copied
         self.tensors = {}
-        layout = shapes(parse_config(self.config, self.name))
+        self._parsed = parse_config(self.config, self.name)
+        layout = shapes(self._parsed)
         for name, parts in self._parts.items():
             found = [unpacked[part] for part in parts]
             odd = next((part for part in parts if unpacked[part].dtype not in _FLOATS), None)
@@ -110,12 +112,9 @@ class DirectorySource:
         self._check_tied()
 
     def read(self, name: str) -> mx.array:
-        parts = [self._part(part) for part in self._parts[name]]
-        if len(parts) == 1:
-            return parts[0]
-        dtype = to_mlx(self.tensors[name].dtype)
-        parts = [part.astype(dtype) for part in parts]
-        return mx.stack(parts) if len(self.tensors[name].shape) > parts[0].ndim else mx.concatenate(parts)
+        dtype = to_mlx(self.tensors[name].dtype)  # for parts of different ones
+        read = lambda part: self._part(part).astype(dtype)  # noqa: E731
+        return assemble(self._parsed, name, self._parts[name], self.tensors[name].shape, read)
 
     def write_extras(self, directory: Path) -> None:
         for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern) if file.is_file()}):
@@ -160,7 +159,7 @@ class DirectorySource:
         """CheckpointError unless the shapes of a packed layer belong together."""
         weight, scales = self._stored[f"{path}.weight"], self._stored[f"{path}.scales"]
         biases = self._stored.get(f"{path}.biases")
-        width = scales.shape[-1] * packing["group_size"] if len(scales.shape) == 2 else 0
+        width = scales.shape[-1] * packing["group_size"] if len(scales.shape) in (2, 3) else 0
         expected = (*scales.shape[:-1], width * packing["bits"] // 32)
         affine = packing["mode"] == "affine"
         if (
@@ -217,7 +216,7 @@ def _width(path: str, raw: Mapping[str, Any]) -> int:
         value = raw.get(key)
         return value if type(value) is int else 0
 
-    if path.endswith(".down_proj"):
+    if path.endswith((".down_proj", ".w2")):
         return number("intermediate_size")
     if path.endswith(".o_proj") and number("head_dim"):
         return number("num_attention_heads") * number("head_dim")

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from ..assembly import origin, part_shapes
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..models import parse_config, shapes
+from ..models import MEMBERS, parse_config, shapes
 from ..safetensors import Tensor
 
 # What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
@@ -43,16 +44,16 @@ _LISTED = 20  # faults shown; a wrong config makes hundreds
 def plan(
     raw: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str = "config.json"
 ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """How to make an ordinary Phi-3 checkpoint of one in Phi-3's, Llama's or Mistral's layout.
+    """How to make an ordinary checkpoint of one of the family's, in whatever layout, or of Llama's or Mistral's kind.
 
     `raw` is its config.json, `tensors` its unpacked tensors by name; `source` names it in errors. Returns the
-    config.json of the result and, in the model's order, for each of its tensors the names of those to concatenate
-    along the first axis. Raises ConfigError for what Phi-3 cannot compute, CheckpointError where tensors are
+    config.json of the result and, in the model's order, for each of its tensors the names of those that
+    `assembly.assemble` makes it of. Raises ConfigError for what Phi-3 cannot compute, CheckpointError where tensors are
     missing, of a shape the config does not give, or not Phi-3's (biases): all of them listed.
     """
     config = phi3_config(raw, source)
     parsed = parse_config(config, source)
-    sources = {name: (name,) if name in tensors else parsed.made_of(name) for name in shapes(parsed)}
+    sources = {name: origin(parsed, name, tensors) for name in shapes(parsed)}
     stored = {name: tensor.shape for name, tensor in tensors.items() if not parsed.is_unused(name)}
     require(stored, sources, parsed, source)
     return config, sources
@@ -67,7 +68,7 @@ def require(
     """
     faults = []
     for target, shape in shapes(config).items():
-        for name, wanted in zip(sources[target], _shapes_of_parts(config, target, shape, sources), strict=True):
+        for name, wanted in zip(sources[target], part_shapes(config, target, shape, sources[target]), strict=True):
             if name not in stored:
                 faults.append(f"missing {name}")
             elif stored[name] != wanted:
@@ -79,9 +80,9 @@ def require(
 
 
 def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
-    """The config.json of the Phi-3 model that computes what `raw` (phi3, llama or mistral) asks for, or ConfigError."""
+    """The config.json of the Phi-3 model that computes what `raw` asks for: itself, or of Llama's or Mistral's kind."""
     model_type = raw.get("model_type")
-    if model_type == "phi3":
+    if model_type in MEMBERS:
         return dict(raw)
     if model_type not in _DEFAULTS:
         _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
@@ -102,18 +103,6 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
     config["sliding_window"] = _window(model_type, given, source)
     config |= _rope(given, source)
     return {key: value for key, value in config.items() if key != "torch_dtype" or value is not None}
-
-
-def _shapes_of_parts(
-    config: Config, target: str, shape: tuple[int, ...], sources: Mapping[str, tuple[str, ...]]
-) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that make up `target`, which has `shape`."""
-    if len(sources[target]) == 1:
-        return [shape]
-    if len(shape) == 3:
-        return [shape[1:]] * shape[0]
-    spans = config.parts[target.split(".")[-2]].values()
-    return [(last - first, *shape[1:]) for first, last in spans]
 
 
 def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | None:

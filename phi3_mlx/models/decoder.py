@@ -231,7 +231,6 @@ class Model(nn.Module):
     """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
 
     decoder_type: type[Decoder]
-    head_bias = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -249,6 +248,11 @@ class Model(nn.Module):
         if self._config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the layer of logits has a bias."""
+        return False
 
     @property
     def config(self) -> Config:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,7 +41,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < unpacking_pays():
             return super().__call__(x)
-        product = _unpacked_product(self)(x)
+        product = unpacked_product(lambda: plain_weight(self))(x)
         return product + self.bias if "bias" in self else product
 
 
@@ -48,11 +49,13 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return super().as_linear(x) if x.size // x.shape[-1] < unpacking_pays() else _unpacked_product(self)(x)
+        if x.size // x.shape[-1] < unpacking_pays():
+            return super().as_linear(x)
+        return unpacked_product(lambda: plain_weight(self))(x)
 
 
 def plain_weight(layer: nn.Module) -> mx.array:
-    """The weight of a linear layer or embedding, packed or not, as one matrix (outputs, inputs)."""
+    """The weight of a linear layer or embedding, packed or not, as floats: (outputs, inputs), or one such an expert."""
     if "scales" not in layer:
         return layer.weight
     return mx.dequantize(
@@ -60,16 +63,35 @@ def plain_weight(layer: nn.Module) -> mx.array:
     )
 
 
-def _unpacked_product(layer: nn.Module) -> Callable[[mx.array], mx.array]:
-    """x @ weight.T, unpacked for the moment, forward and backward: training keeps no unpacked copy between the two."""
+def matrices(layer: nn.Module) -> Iterator[mx.array]:
+    """The same matrix by matrix (outputs, inputs): one, or that of each expert; each unpacked when it is asked for."""
+    if layer.weight.ndim == 2:
+        yield plain_weight(layer)
+        return
+    for i in range(len(layer.weight)):
+        if "scales" not in layer:
+            yield one_of(layer.weight, i)
+            continue
+        biases = one_of(layer.biases, i) if "biases" in layer else None
+        how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        yield mx.dequantize(one_of(layer.weight, i), one_of(layer.scales, i), biases, **how)
+
+
+def one_of(array: mx.array, i: int) -> mx.array:
+    """`array[i]` without the copy that indexing makes."""
+    return array[i : i + 1].squeeze(0)
+
+
+def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:
+    """x @ unpack().T, unpacked for the moment, forward and backward: training keeps no such copy between the two."""
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ plain_weight(layer).astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
+        return x @ unpack().astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
 
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return cotangent @ plain_weight(layer).astype(x.dtype)
+        return cotangent @ unpack().astype(x.dtype)
 
     return product  # type: ignore[return-value]
 

@@ -264,6 +264,8 @@ def make_adapters(
     adapters = {}
     for path, leaves in layers.items():
         linear = known.get(path, known.get(f"{path}.linear"))
+        if linear is None and path in {name for name, _ in model.named_modules()}:
+            _refuse(directory, f"it changes {path}, and of experts adapters are not supported; train one of attention")
         if linear is None:
             _refuse(directory, f"it changes {path}, which this model does not have")
         rows, columns = layer_shape(linear)

@@ -127,7 +127,7 @@ class _Source:
         for name, tensor in self._stored.items():
             path, _, leaf = name.rpartition(".")
             packed = self._packing(path)
-            if packed is None:
+            if packed is None or leaf not in ("weight", "scales", "biases"):
                 spelled = SPELLING[self._given_dtype] if self._given_dtype and not self.is_packed else tensor.dtype
                 result[name] = tensor_of(spelled, tensor.shape)
             elif leaf != "weight":
@@ -135,8 +135,8 @@ class _Source:
             elif not self.is_packed:
                 result[name] = tensor_of(SPELLING[self._dtype or "bfloat16"], self.unpacked.tensors[name].shape)
             else:
-                rows, width = self.unpacked.tensors[name].shape
-                result[name] = tensor_of("U32", (rows, width * self._new_packing(path)["bits"] // 32))
+                *rows, width = self.unpacked.tensors[name].shape
+                result[name] = tensor_of("U32", (*rows, width * self._new_packing(path)["bits"] // 32))
                 for part in ("scales", "biases"):
                     if f"{path}.{part}" in self._stored:
                         result[f"{path}.{part}"] = self._stored[f"{path}.{part}"]

@@ -96,7 +96,7 @@ def adapters_of_peft(
     }
     common = next(iter(scales.values()))  # one for all, as mlx-lm has it; B takes the difference
     adapters = {}
-    order = list(model.config.linears)
+    order = list(model.config.adaptable)
     for path in sorted(found, key=lambda path: (int(path.split(".")[2]), order.index(path.split(".", 3)[3]))):
         adapters[path] = _joined(
             source, path, found[path], {part: scales[path, part] for part in found[path]}, common, model

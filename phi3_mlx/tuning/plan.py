@@ -22,8 +22,12 @@ from .targets import Target, find_targets
 
 # How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
 _BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too
-_WORK, _WORK_SCORES, _UNPACKED = 2.1, 2.5, 3  # in the layer in work: activations, attention scores, unpacked weights
+_WORK, _WORK_SCORES = 2.1, 2.5  # in the layer in work: activations, attention scores
 _LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at once; how far its and a layer's overlap
+# Of a dense model, and of a mixture of experts, whose rows are copied in blocks and whose matrices are unpacked all at
+# once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
+_AGAIN = 1, 2  # layers that checkpointing computes again
+_UNPACKED = 3, 4  # unpacked weights
 _UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
 
 
@@ -77,11 +81,15 @@ def plan_memory(
     one, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
     # The backward pass begins at the output layer, when all layers keep what they need.
     kept_by_layers = config.num_hidden_layers * (between if settings.gradient_checkpointing else between + one)
-    in_work = _WORK * layer + _WORK_SCORES * scores + (one if settings.gradient_checkpointing else 0)
+    routed = config.experts_per_token > 1
+    again = _AGAIN[routed] * layer + scores
+    in_work = _WORK * layer + _WORK_SCORES * scores + (again if settings.gradient_checkpointing else 0)
     if not fused_attention() and scores > SCORES * item:
         in_work += scores  # attention in tiles, put together
-    if config.quantization is not None and part.tokens >= unpacking_pays():
-        in_work += _UNPACKED * item * config.largest_linear
+    stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
+    rows = part.tokens * config.experts_per_token * config.largest_linear // stack
+    if config.quantization is not None and rows >= unpacking_pays():
+        in_work += _UNPACKED[routed] * item * stack
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
@@ -95,10 +103,15 @@ def _layer_numbers(config: Config, settings: Settings) -> int:
     keys = 2 * config.num_key_value_heads * config.head_dim
     # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; gate, up, their product.
     numbers = 5 * hidden + (heads + keys) + heads + 3 * inner
+    if config.experts_per_token > 1:
+        numbers += (
+            inner - 2 * hidden
+        )  # measured: padded blocks on one side, hidden states that are not kept on the other
+    adapted = config.adaptable.values()
     if settings.dropout:
-        numbers += 2 * hidden + heads + inner  # the projections' inputs as the adapters see them
+        numbers += sum(columns for _, columns in adapted)  # the projections' inputs as the adapters see them
     if settings.method == "dora":
-        numbers += (heads + keys) + hidden + 2 * inner + hidden  # the projections' outputs before they are scaled
+        numbers += sum(rows for rows, _ in adapted)  # the projections' outputs before they are scaled
     return numbers
 
 

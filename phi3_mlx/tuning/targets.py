@@ -22,8 +22,8 @@ class Target:
 
 
 def names_of(config: Config) -> list[str]:
-    """The names there are to choose from: the linear layers of a decoder layer, then the parts of the fused ones."""
-    return [*map(_name, config.linears), *(part for parts in config.parts.values() for part in parts)]
+    """The names there are to choose from: a decoder layer's adaptable layers, then the parts of the fused ones."""
+    return [*map(_name, config.adaptable), *(part for parts in config.parts.values() for part in parts)]
 
 
 def part_rows(config: Config, name: str) -> dict[str, tuple[int, int]]:
@@ -34,13 +34,13 @@ def part_rows(config: Config, name: str) -> dict[str, tuple[int, int]]:
 def fused(config: Config, name: str) -> str | None:
     """The path in a decoder layer of the linear layer that has this name, or a part of this name."""
     return next(
-        (path for path in config.linears if name == _name(path) or name in config.parts.get(_name(path), ())), None
+        (path for path in config.adaptable if name == _name(path) or name in config.parts.get(_name(path), ())), None
     )
 
 
 def shape(config: Config, name: str) -> tuple[int, int]:
     """(outputs, inputs) of a layer of that name."""
-    return next(shape for path, shape in config.linears.items() if _name(path) == name)
+    return next(shape for path, shape in config.adaptable.items() if _name(path) == name)
 
 
 def find_targets(config: Config, names: Sequence[str] = (), layers: str | None = None) -> list[Target]:
@@ -53,7 +53,7 @@ def find_targets(config: Config, names: Sequence[str] = (), layers: str | None =
         if name not in known:
             raise OptionError(f"target {name!r} matches no layer; choose of {', '.join(known)}")
     chosen: list[tuple[str, tuple[str, ...]]] = []
-    for path in config.linears:
+    for path in config.adaptable:
         name = _name(path)
         parts = tuple(part for part in config.parts.get(name, ()) if part in names)
         if name in names and parts:
@@ -63,7 +63,7 @@ def find_targets(config: Config, names: Sequence[str] = (), layers: str | None =
     found = []
     for layer in layer_range(layers, config.num_hidden_layers):
         for path, parts in chosen:
-            rows, columns = config.linears[path]
+            rows, columns = config.adaptable[path]
             name = _name(path)
             spans = part_rows(config, name)
             cut = tuple((part, *spans[part]) for part in parts) or ((name, 0, rows),)

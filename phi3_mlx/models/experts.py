@@ -1,0 +1,204 @@
+"""Linear layers of which every row of a batch has its own: the experts of a mixture, their matrices stacked.
+
+Rows come sorted by expert (`Groups`), so that each matrix meets all its rows at once. MLX's gathered products do that
+on a GPU. Its CPU backend computes them row by row, so there many rows are multiplied expert by expert, once it is known
+how many each has. Training cannot wait for that: what is computed before the backward pass is built would all be kept.
+There rows are put into blocks of one expert each, padded, of which there are so many whatever the router says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .linear import one_of, plain_weight, unpacking_pays
+
+_MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
+
+
+class Groups:
+    """Which of `count` experts each token goes to, `experts` (N, k), as rows: a token once for each of its experts."""
+
+    def __init__(self, experts: mx.array, count: int, dtype: mx.Dtype = mx.float32):
+        """`dtype` of the rows: MLX's CPU backend gathers in float32 alone."""
+        experts = mx.stop_gradient(experts)
+        self._count, self._each = count, experts.shape[1]
+        self.is_sorted = experts.size >= _MANY or (_on_cpu() and dtype != mx.float32)
+        self.experts = experts.flatten()  # (N * k,), of each row
+        if self.is_sorted:
+            self._order = mx.argsort(self.experts)
+            self.experts = self.experts[self._order]
+
+    def rows(self, tokens: mx.array) -> mx.array:
+        """(N, width) -> (N * k, width)."""
+        if self.is_sorted:
+            return tokens[self._order // self._each]
+        return mx.repeat(tokens, self._each, axis=0)
+
+    def ordered(self, numbers: mx.array) -> mx.array:
+        """Numbers (N, k) that belong to tokens and experts -> (N * k,), in the order of the rows."""
+        return numbers.flatten()[self._order] if self.is_sorted else numbers.flatten()
+
+    def summed(self, rows: mx.array) -> mx.array:
+        """(N * k, width) -> (N, width): the rows of a token added up."""
+        if self.is_sorted:
+            rows = rows[mx.argsort(self._order)]
+        return rows.reshape(-1, self._each, rows.shape[-1]).sum(axis=1)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """The rows of each expert, (first, past the last), where they are sorted; waits for their computation."""
+        counts = np.bincount(np.array(self.experts), minlength=self._count)
+        ends = list(accumulate(counts.tolist()))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def by_expert(self, rows: mx.array) -> list[mx.array]:
+        """Rows (N * k, width) as an array for each expert, some of no rows."""
+        if not self.is_sorted:
+            rows = rows[mx.argsort(self.experts)]
+        return [rows[first:last] for first, last in self.spans]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether MLX's gathered products are the best way to multiply them."""
+        return not self.is_sorted or not _on_cpu()
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of an expert on average."""
+        return len(self.experts) // self._count
+
+    def in_blocks(self, rows: mx.array, product: Callable[[mx.array, mx.array], mx.array]) -> mx.array:
+        """`product` of rows (N * k, width) put into blocks (blocks, size, width), and of the experts of these."""
+        source, places, experts = self._blocks
+        result = product(rows[source], experts)
+        return result.reshape(-1, result.shape[-1])[places]
+
+    @cached_property
+    def _blocks(self) -> tuple[mx.array, mx.array, mx.array]:
+        """The row in each place of each block, the place of each row, and the expert of each block."""
+        count, total = self._count, len(self.experts)
+        size = padded_block(total, count)
+        experts = mx.arange(count)
+        counts = (self.experts[:, None] == experts).sum(axis=0)
+        first_rows = mx.cumsum(counts) - counts
+        used = (counts + size - 1) // size
+        ends = mx.cumsum(used)
+        numbers = mx.arange(total // size + count)
+        of_block = mx.minimum((numbers[:, None] >= ends).sum(axis=1), count - 1)
+        places = (ends - used)[self.experts] * size + mx.arange(total) - first_rows[self.experts]
+        source = mx.zeros((len(numbers) * size,), mx.int32).at[places].add(mx.arange(total))
+        return source.reshape(-1, size), places, of_block
+
+
+def _gathered(blocks: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
+    """Blocks (blocks, size, inputs) times the matrix (inputs, outputs) of the expert of each, on the CPU."""
+    product = mx.gather_mm(blocks.astype(mx.float32), weight.astype(mx.float32), rhs_indices=experts)
+    return product.astype(blocks.dtype)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def padded_block(rows: int, experts: int) -> int:
+    """Rows of a block in training on the CPU: larger ones are faster, and have more padding."""
+    return 64 if rows >= 64 * experts else 32
+
+
+class SwitchLinear(nn.Module):
+    """`weight` (experts, outputs, inputs); no bias."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = mx.random.uniform(-bound, bound, (experts, outputs, inputs))
+
+    def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
+        """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
+        if groups.gathers:
+            product = mx.gather_mm(
+                rows[:, None], self.weight.swapaxes(-1, -2), rhs_indices=groups.experts, sorted_indices=groups.is_sorted
+            )
+            return product[:, 0]
+        if self.training:
+            return groups.in_blocks(
+                rows, lambda blocks, experts: _gathered(blocks, self.weight.swapaxes(-1, -2), experts)
+            )
+        spans = enumerate(groups.spans)
+        return mx.concatenate(
+            [rows[first:last] @ one_of(self.weight, e).T for e, (first, last) in spans if last > first]
+        )
+
+    def to_quantized(
+        self, group_size: int = 64, bits: int = 4, mode: str = "affine", **_: object
+    ) -> QuantizedSwitchLinear:
+        packed = QuantizedSwitchLinear(self.weight, group_size, bits, mode)
+        packed.train(self.training)
+        return packed
+
+
+class QuantizedSwitchLinear(nn.Module):
+    """The same with its matrices packed by `mx.quantize`."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode)
+        if biases:
+            self.biases = biases[0]
+        self.freeze()
+
+    def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
+        """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
+        if groups.gathers or (self.training and groups.rows_each < unpacking_pays()):
+            product = mx.gather_qmm(
+                rows[:, None],
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                rhs_indices=groups.experts,
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                sorted_indices=groups.is_sorted,
+            )
+            return product[:, 0]
+        if self.training:
+            return groups.in_blocks(rows, self._unpacked_blocks)
+        return mx.concatenate(
+            [self._one(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
+        )
+
+    def _unpacked_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
+        """All matrices unpacked for the moment, forward and backward."""
+
+        @mx.custom_function
+        def product(blocks: mx.array) -> mx.array:
+            weight = plain_weight(self).astype(blocks.dtype)
+            return _gathered(blocks, weight.swapaxes(-1, -2), experts)
+
+        @product.vjp
+        def product_vjp(blocks: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return _gathered(cotangent, plain_weight(self).astype(blocks.dtype), experts)
+
+        return product(blocks)  # type: ignore[return-value]
+
+    def _one(self, expert: int, rows: mx.array) -> mx.array:
+        """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
+        weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
+        biases = one_of(self.biases, expert) if "biases" in self else None
+        how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        if len(rows) < unpacking_pays():
+            return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **how)
+        product = rows @ mx.dequantize(weight, scales, biases, **how).astype(rows.dtype).T
+        mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
+        return product
