@@ -70,7 +70,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
         own = [array[:, head : head + at_once] for array in seen]
         if parts:
             own = mx.depends(own, parts[-1])
-        k, v = (own[0], own[1]) if bits is None else _unpack(own, bits)
+        k, v = (own[0], own[1]) if bits is None else unpack(own, bits)
         tiles: list[mx.array] = []
         for first in range(0, length, rows):
             last = min(first + rows, length)
@@ -86,7 +86,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
 
 
-def _unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
+def unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
     (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
     return (
         mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys),
