@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..models import parse_config, shapes
+from ..models import MEMBERS, parse_config, shapes
 from ..safetensors import Tensor
 
 # What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
@@ -81,10 +81,11 @@ def require(
 def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
     """The config.json of the Phi-3 model that computes what `raw` (phi3, llama or mistral) asks for, or ConfigError."""
     model_type = raw.get("model_type")
-    if model_type == "phi3":
+    if model_type in MEMBERS:
         return dict(raw)
     if model_type not in _DEFAULTS:
-        _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
+        known = ", ".join((*MEMBERS, *_DEFAULTS))
+        _fail(source, f"model_type {model_type!r} is not supported; these can be converted: {known}")
     for key, allowed in _MUST_BE.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             _fail(source, f"{key} {raw[key]!r} of this {model_type} model is nothing phi3 can compute")

@@ -18,7 +18,10 @@ from ..errors import CheckpointError
 from .decoder import Model
 
 # model_type -> (file, who it is)
-_MEMBERS = {"phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini")}
+MEMBERS = {
+    "phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
+    "phi3small": ("phi3_small", "Phi-3-small"),
+}
 
 
 def read_config(directory: Path) -> Config:
@@ -32,8 +35,8 @@ def read_config(directory: Path) -> Config:
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     """Validate the dictionary of a config.json; `source` names it in the ConfigError."""
     reader, model_type = Reader(raw, source), raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MEMBERS:
-        known = ", ".join(f"{name} ({who})" for name, (_, who) in _MEMBERS.items())
+    if not isinstance(model_type, str) or model_type not in MEMBERS:
+        known = ", ".join(f"{name} ({who})" for name, (_, who) in MEMBERS.items())
         reader.fail(f"model_type {model_type!r} is not supported; this version runs {known}")
     config: Config = _member(model_type).Config.read(reader)
     return config
@@ -52,4 +55,4 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _member(model_type: str) -> Any:
-    return import_module(f".{_MEMBERS[model_type][0]}", __name__)
+    return import_module(f".{MEMBERS[model_type][0]}", __name__)
