@@ -19,6 +19,8 @@ from .family import (
     PHI_4,
     PHI_4_MINI,
     PHI_4_REASONING,
+    SMALL_8K,
+    SMALL_128K,
     parameter_count,
 )
 from .models import read_config
@@ -71,6 +73,8 @@ ALIASES = (
     _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", MINI_128K),
     _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", MINI_128K),
     _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", MINI_128K),
+    _alias("phi-3-small-8k", "Phi-3-small-8k-instruct", SMALL_8K),
+    _alias("phi-3-small-128k", "Phi-3-small-128k-instruct", SMALL_128K),
     _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", MEDIUM_4K),
     _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", MEDIUM_4K),
     _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", MEDIUM_128K),

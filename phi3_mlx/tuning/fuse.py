@@ -127,7 +127,7 @@ class _Source:
         for name, tensor in self._stored.items():
             path, _, leaf = name.rpartition(".")
             packed = self._packing(path)
-            if packed is None:
+            if packed is None or leaf == "bias":
                 spelled = SPELLING[self._given_dtype] if self._given_dtype and not self.is_packed else tensor.dtype
                 result[name] = tensor_of(spelled, tensor.shape)
             elif leaf != "weight":

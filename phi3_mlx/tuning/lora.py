@@ -78,6 +78,8 @@ class Adapter(nn.Module):
         if not self.is_dora:
             return z
         gain = self.gain(linear).astype(x.dtype)
+        if "bias" in linear:
+            y = y - linear.bias  # DoRA is about the matrix: a bias keeps its length
         return gain * (y + z) - y
 
     def gain(self, linear: nn.Module) -> mx.array:
