@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from .config import Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import SCORES, UNPACKED, fused_attention
+from .models.attention import SCORES, UNPACKED, fused_attention, tile_shape
+from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.linear import unpacking_pays
 
@@ -137,14 +138,7 @@ class Run:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
-        attention = 0
-        if not self.fused:  # scores, and the mask of a head
-            attention = min(tokens * heads * seen, max(SCORES, self.rows * seen)) * 4 + min(chunk, self.length) * seen
-        if self.bits is not None:
-            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
-            one = self.rows * seen * dim
-            unpacked = min(max(UNPACKED, one), kv_heads * one)
-            attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
+        attention = max(self._dense_attention(chunk, seen), self._sparse_attention(chunk))
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
@@ -154,6 +148,41 @@ class Run:
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)
+
+    def _dense_attention(self, chunk: int, seen: int) -> int:
+        """What a call of attention to `seen` keys writes; nothing where no layer is dense."""
+        config, queries = self.config, min(chunk, self.length)
+        if not any(map(config.is_dense, range(config.num_hidden_layers))):
+            return 0
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        total = 0
+        if not self.fused:  # scores, and the mask of a head
+            scores = self.rows * heads * queries * seen
+            if self.bits is not None or scores > SCORES:
+                rows, at_once = tile_shape(self.rows, heads, kv_heads, queries, seen, dim, fused=False)
+                scores = self.rows * at_once * heads // kv_heads * rows * seen
+            total = scores * 4 + queries * seen
+        if self.bits is not None:
+            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
+            one = self.rows * seen * dim
+            unpacked = min(max(UNPACKED, one), kv_heads * one)
+            total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
+        return total
+
+    def _sparse_attention(self, chunk: int) -> int:
+        """What a tile of a block-sparse layer writes: its copied keys and values, its mask, on the CPU its scores."""
+        config, pattern = self.config, self.config.sparse_layers
+        if pattern is None or self.length <= pattern.reach:
+            return 0
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        queries, keys, heads, kv_heads = tile_size(self.rows, heads, kv_heads, chunk, self.length, pattern)
+        copied = 2 * self.rows * kv_heads * keys * dim * self.itemsize
+        total = copied + queries * keys
+        if self.bits is not None:
+            total += self._layer_bytes(keys) * kv_heads // config.num_key_value_heads
+        if not self.fused:
+            total += self.rows * heads * queries * keys * 4
+        return total
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi3_mlx.config import BlockPattern
 from phi3_mlx.models import blocksparse
 from phi3_mlx.models.attention import make_mask
-from phi3_mlx.models.blocksparse import Pattern
 from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, Sequence
 
 DIM = 32  # the least that a packed cache takes
 SCALE = 0.4
-TRUE = Pattern(block_size=64, local_blocks=16, stride=8, head_step=1)  # Phi-3-small's: 32 heads, 8 kv heads
+TRUE = BlockPattern(block_size=64, local_blocks=16, stride=8, head_step=1)  # Phi-3-small's: 32 heads, 8 kv heads
 
 
-def raw_of(pattern: Pattern, heads: int) -> dict:
+def raw_of(pattern: BlockPattern, heads: int) -> dict:
     """The config.json keys of the pattern."""
     return {
         "blocksparse_block_size": pattern.block_size,
@@ -30,7 +30,7 @@ def raw_of(pattern: Pattern, heads: int) -> dict:
     }
 
 
-def expected(q, k, v, pattern: Pattern) -> np.ndarray:
+def expected(q, k, v, pattern: BlockPattern) -> np.ndarray:
     """One row, q (H, L, D), k and v (Hkv, L, D) -> (L, H * D), by the oracle."""
     heads, length, _ = q.shape
     raw, group, out = raw_of(pattern, heads), heads // len(k), []
@@ -45,7 +45,7 @@ def random(heads: int, kv_heads: int, length: int, rows: int = 1, seed: int = 0)
     return [2 * rng.standard_normal((rows, n, length, DIM)).astype(np.float32) for n in (heads, kv_heads, kv_heads)]
 
 
-def read(arrays, pattern: Pattern, edges, padding=None, bits=None) -> np.ndarray:
+def read(arrays, pattern: BlockPattern, edges, padding=None, bits=None) -> np.ndarray:
     """What attention gives when the arrays come in pieces that end at `edges`: (B, L, H * D)."""
     sequence = Sequence(left_padding=padding)
     cache = KVCache(sequence) if bits is None else QuantizedKVCache(bits, sequence)
@@ -63,7 +63,7 @@ def cases(draw):
     heads = draw(st.integers(1, 4)) * (kv_heads := draw(st.integers(1, 4)))
     stride = draw(st.integers(1, 10))
     step = draw(st.sampled_from([0, max(1, stride // heads)]))
-    pattern = Pattern(draw(st.integers(1, 5)), draw(st.integers(1, 4)), stride, step)
+    pattern = BlockPattern(draw(st.integers(1, 5)), draw(st.integers(1, 4)), stride, step)
     length = draw(st.integers(1, 70))
     edges = sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=4))) if length > 1 else []
     return pattern, heads, kv_heads, length, edges, draw(st.integers(1, 24)), draw(st.sampled_from([0, 1, 6, 32]))
@@ -152,7 +152,7 @@ def test_only_blocks_that_a_group_sees_are_read(queries):
 def test_gradients_are_those_of_a_dense_mask(few, monkeypatch):
     monkeypatch.setattr(blocksparse, "_FEW", few)
     monkeypatch.setattr(blocksparse, "TILE", 6)
-    pattern, heads = Pattern(3, 2, 3, 1), 4
+    pattern, heads = BlockPattern(3, 2, 3, 1), 4
     q, k, v = (mx.array(array) for array in random(heads, 2, 29))
     mask = mx.array(np.stack([naive_small.visible(raw_of(pattern, heads), head, 29) for head in range(heads)]))
     weights = mx.random.normal((1, 29, heads * DIM), key=mx.random.key(1))

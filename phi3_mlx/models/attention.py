@@ -61,10 +61,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     group = heads // kv_heads
-    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
-    if not fused_attention():
-        rows = max(1, min(length, SCORES // (batch * group * slots)))
-        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
+    rows, at_once = tile_shape(batch, heads, kv_heads, length, slots, dim, fused_attention())
     parts: list[list[mx.array]] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]
@@ -84,6 +81,18 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
             )
         parts.append(tiles)
     return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
+
+
+def tile_shape(
+    batch: int, heads: int, kv_heads: int, length: int, slots: int, dim: int, fused: bool
+) -> tuple[int, int]:
+    """How many queries and kv heads attention in tiles takes at once."""
+    group = heads // kv_heads
+    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
+    if not fused:
+        rows = max(1, min(length, SCORES // (batch * group * slots)))
+        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
+    return rows, min(at_once, kv_heads)
 
 
 def unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:

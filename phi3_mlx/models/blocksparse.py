@@ -20,35 +20,13 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
+from ..config import BlockPattern
 from . import attention
 from .attention import SCORES, Mask
 from .cache import KVBits, KVCache
 
 _FEW = 32  # queries at most that read the cache where it lies
 TILE = 256  # queries at most that share their copied keys; the fewer, the fewer local keys they do not see
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which blocks a head sees. `head_step` is how far the vertical blocks of a head lie before its predecessor's."""
-
-    block_size: int
-    local_blocks: int
-    stride: int
-    head_step: int
-
-    @property
-    def reach(self) -> int:
-        """The longest sequence of which every token sees all before it."""
-        return self.block_size * self.local_blocks
-
-    def residue(self, head: int) -> int:
-        """Which of `stride` blocks the head sees however old they are."""
-        return -(head * self.head_step + 1) % self.stride
-
-    def oldest_local(self, position: int) -> int:
-        """The first local block of the query at `position`."""
-        return max(0, position // self.block_size - self.local_blocks + 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +39,7 @@ class _Heads:
 
 
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask, pattern: Pattern
+    q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask, pattern: BlockPattern
 ) -> mx.array:
     """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).
 
@@ -86,7 +64,7 @@ def attend(
 
 
 def _attend_unpadded(
-    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: Pattern, padding: int
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, padding: int
 ) -> mx.array:
     """Rows with the same padding, which is cut off; zeros come out for queries that are padding."""
     batch, heads, length, dim = q.shape
@@ -102,7 +80,7 @@ def _attend_unpadded(
 
 
 def _attend_in_tiles(
-    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: Pattern, start: int
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, start: int
 ) -> mx.array:
     """Some blocks of queries and the heads of one residue at a time, each waiting for those before it."""
     batch, heads, length, _ = q.shape
@@ -139,15 +117,34 @@ def _attend_in_tiles(
     return out if order == sorted(order) else out[:, mx.array(np.argsort(order))]
 
 
-def _tile_blocks(batch: int, heads: int, first: int, pattern: Pattern) -> int:
+def _tile_blocks(batch: int, heads: int, first: int, pattern: BlockPattern) -> int:
     """How many blocks of queries to take at once from position `first` on, so that their scores stay bounded."""
     block, most = pattern.block_size, max(1, TILE // pattern.block_size)
-    keys = block * (pattern.local_blocks + most) + first // pattern.stride
-    at_once = batch * -(-heads // (pattern.stride if pattern.head_step else 1))
-    return max(1, min(most, SCORES // (at_once * keys * block)))
+    return max(1, min(most, SCORES // (batch * _at_once(heads, pattern) * _keys(first, most, pattern) * block)))
 
 
-def _visible(pattern: Pattern, residue: int, first: int, last: int, keys: np.ndarray) -> mx.array:
+def _at_once(heads: int, pattern: BlockPattern) -> int:
+    """About how many heads have the same residue."""
+    return -(-heads // pattern.stride) if pattern.head_step else heads
+
+
+def _keys(first: int, blocks: int, pattern: BlockPattern) -> int:
+    """How many keys so many blocks of queries, from position `first` on, read."""
+    old = pattern.oldest_local(first)
+    return pattern.block_size * (old // pattern.stride + pattern.local_blocks - 1 + blocks)
+
+
+def tile_size(
+    batch: int, heads: int, kv_heads: int, chunk: int, length: int, pattern: BlockPattern
+) -> tuple[int, int, int, int]:
+    """What the last tile of a chunk that ends a sequence of `length` has: queries, keys, heads, kv heads."""
+    first = max(0, length - chunk)
+    blocks = _tile_blocks(batch, heads, first, pattern)
+    here = _at_once(heads, pattern)
+    return min(chunk, blocks * pattern.block_size), _keys(first, blocks, pattern), here, min(here, kv_heads)
+
+
+def _visible(pattern: BlockPattern, residue: int, first: int, last: int, keys: np.ndarray) -> mx.array:
     """Whether queries first..last-1 of a head of that residue see the keys at those positions: (queries, keys)."""
     block = pattern.block_size
     queries, positions = mx.arange(first, last)[:, None], mx.array(keys.astype(np.int32))
@@ -170,7 +167,7 @@ def _tokens(blocks: Rows[int], block: int) -> np.ndarray:
 
 
 def _attend_few(
-    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: Pattern, start: int
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, start: int
 ) -> mx.array:
     """A few queries: scores of the near keys and of the older vertical blocks, side by side under one softmax.
 
@@ -212,7 +209,7 @@ def _attend_few(
 
 
 @lru_cache(maxsize=32)
-def _visible_near(pattern: Pattern, residues: tuple[int, ...], start: int, length: int, split: int) -> mx.array:
+def _visible_near(pattern: BlockPattern, residues: tuple[int, ...], start: int, length: int, split: int) -> mx.array:
     """Whether heads of these residues see the keys from `split` on: (G, L, keys). The same in all layers of a step."""
     queries, keys = np.arange(start, start + length)[:, None], np.arange(split, start + length)
     local = keys >= (queries // pattern.block_size - (pattern.local_blocks - 1)) * pattern.block_size
@@ -252,7 +249,7 @@ def _pick(array: mx.array, indexes: tuple[int, ...], axis: int = 1) -> mx.array:
 
 
 @cache
-def _by_residue(pattern: Pattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
+def _by_residue(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
     """Heads of one residue together."""
     group = heads // kv_heads
     classes = []
@@ -268,7 +265,7 @@ def _by_residue(pattern: Pattern, heads: int, kv_heads: int) -> tuple[_Heads, ..
 
 
 @cache
-def _by_phase(pattern: Pattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
+def _by_phase(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
     """kv heads whose query heads have the same residues together."""
     group = heads // kv_heads
     phases: dict[tuple[int, ...], list[int]] = {}

@@ -16,10 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import config
-from ..config import LongRope, Reader
+from ..config import BlockPattern, LongRope, Reader
 from . import blocksparse, decoder
 from .attention import Mask
-from .blocksparse import Pattern
 from .cache import KVCache
 from .linear import Linear
 from .rope import Rope
@@ -61,7 +60,7 @@ class Config(config.Config):
     embedding_multiplier: float
     attention_multiplier: float | None
     width_multiplier: float
-    pattern: Pattern
+    pattern: BlockPattern
     dense_every: int | None
 
     @classmethod
@@ -88,7 +87,7 @@ class Config(config.Config):
                 reader.number("mup_attn_multiplier", kind=float) if reader.flag("mup_use_scaling") else None
             ),
             width_multiplier=reader.number("mup_width_multiplier", 1.0, float),
-            pattern=Pattern(
+            pattern=BlockPattern(
                 block_size=reader.number("blocksparse_block_size"),
                 local_blocks=reader.number("blocksparse_num_local_blocks"),
                 stride=stride,
@@ -115,8 +114,11 @@ class Config(config.Config):
             return super().softmax_scale
         return self.attention_multiplier / self.head_dim
 
+    @property
+    def sparse_layers(self) -> BlockPattern | None:
+        return None if self.dense_every == 1 else self.pattern
+
     def is_dense(self, layer: int) -> bool:
-        """Whether every query of that decoder layer sees all keys before it."""
         return self.dense_every is not None and (layer + 1) % self.dense_every == 0
 
 
