@@ -1,6 +1,6 @@
 # Everything runs in its own virtual environment, made on first use.
 #   make demo    set up and let the bundled model tell a story (offline)
-#   make test    set up and run the tests
+#   make test    set up and run the tests, in two processes
 #   make check   lint, format and types as well
 #   make bench   the benchmarks, side by side with mlx-lm
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
@@ -19,7 +19,7 @@ demo: $(VENV)/.package
 	$(BIN)/phi3-mlx generate -p "Write a story about a rabbit who finds a key."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

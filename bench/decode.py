@@ -49,9 +49,9 @@ PHI_3_MINI = {
 CASES = ("bfloat16", "float32", "tiny")
 
 
-def make_checkpoint(directory: Path, layers: int, dtype: str = "bfloat16", bits: int = 4) -> None:
-    """Random weights of Phi-3-mini's shape; with `bits` 0 they stay numbers of `dtype`."""
-    config = {**PHI_3_MINI, "num_hidden_layers": layers, "torch_dtype": dtype}
+def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape: int) -> None:
+    """Random weights of Phi-3-mini's shape but for `shape`; with `bits` 0 they stay numbers of `dtype`."""
+    config = {**PHI_3_MINI, **shape, "num_hidden_layers": layers, "torch_dtype": dtype}
     model = build(parse_config(config))
     model.set_dtype(getattr(mx, dtype))
     with tempfile.TemporaryDirectory() as folder:

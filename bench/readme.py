@@ -63,6 +63,20 @@ def speed() -> str:
                 f"| {what}, {ours['model']} | {shown(ours['tokens_per_second'], 'tok/s')} | "
                 f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.1f}× |"
             )
+    if (converted := found("convert")) is not None:
+        results.append(converted)
+        what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
+        table += [
+            _row(f"{what}, time", converted, "seconds", "s"),
+            _row(f"{what}, peak memory", converted, "peak_bytes", "MB", 1e6),
+        ]
+    if (tuned := found("tune")) is not None:
+        results.append(tuned)
+        what = f"LoRA on the CPU, {tuned['layers']} of Phi-3-mini's layers"
+        table += [
+            _row(f"{what}, trained tokens", tuned, "tokens_per_second", "tok/s"),
+            _row(f"{what}, peak memory", tuned, "peak_memory", "MB", 1e6),
+        ]
     table += ["", f"Medians (least to most); {sources(results)}"]
     batch, lookups = found("batch"), read_all("lookup")
     if batch is not None:
@@ -96,6 +110,33 @@ def speed() -> str:
                 )
         table += ["", sources(lookups)]
     return "\n".join(table)
+
+
+def _row(what: str, result: dict[str, Any], figure: str, unit: str, scale: float = 1.0) -> str:
+    rows = {row["package"]: {key: value / scale for key, value in row[figure].items()} for row in result["rows"]}
+    ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+    ratio = ours["median"] / theirs["median"]
+    return f"| {what} | {shown(ours, unit)} | {shown(theirs, unit)} | {ratio:.2f}× |"
+
+
+def family() -> str:
+    """The table of `phi3-mlx models`."""
+    from phi3_mlx.family import family_rows
+
+    rows = family_rows()
+    lines = [
+        "| | parameters | layers | heads (of keys) | context | MMLU | MT-bench | 4-bit | "
+        + " | ".join(f"longest on {gb} GB" for gb in rows[0].longest)
+        + " |",
+        "|---" + "|--:" * (7 + len(rows[0].longest)) + "|",
+    ]
+    for row in rows:
+        heads = str(row.heads) if row.heads == row.kv_heads else f"{row.heads} ({row.kv_heads})"
+        scores = ["" if row.mmlu is None else f"{row.mmlu:.1f}", "" if row.mt_bench is None else f"{row.mt_bench:g}"]
+        cells = [row.name, f"{row.parameters / 1e9:.1f}B", str(row.layers), heads, f"{row.context:,}", *scores]
+        cells += [f"{row.bytes_4bit / 1e9:.2f} GB", *(f"{n:,}" if n else "no" for n in row.longest.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def kvquality() -> str:
@@ -165,6 +206,7 @@ BLOCKS = {
     "speed": speed,
     "kvquality": kvquality,
     "longcontext": longcontext,
+    "family": family,
 }
 
 
@@ -199,7 +241,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def shown(figure: dict[str, float], unit: str) -> str:
-    return f"{figure['median']:.2f} {unit} ({figure['min']:.2f} to {figure['max']:.2f})"
+    digits = 0 if figure["median"] >= 100 else 2
+    median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} {unit} ({least} to {most})"
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:

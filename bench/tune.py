@@ -21,11 +21,8 @@ from typing import Any
 import click
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from phi3_mlx.checkpoint import load_model
-from phi3_mlx.conversion import convert
-from phi3_mlx.models import build, parse_config
 from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.settings import Settings
@@ -33,7 +30,7 @@ from phi3_mlx.tuning.targets import find_targets
 from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
 
 from . import record
-from .decode import PHI_3_MINI
+from .decode import make_checkpoint
 
 RANK, LONGEST = 8, 1024
 _SMALL = {
@@ -44,20 +41,6 @@ _SMALL = {
     "vocab_size": 4032,
 }
 _WARM = 2  # steps that are not timed
-
-
-def make_checkpoint(directory: Path, layers: int, small: bool, bits: int) -> None:
-    dtype = "float32" if mx.default_device() == mx.cpu else "bfloat16"
-    config = {**PHI_3_MINI, **(_SMALL if small else {}), "num_hidden_layers": layers, "torch_dtype": dtype}
-    model = build(parse_config(config))
-    model.set_dtype(getattr(mx, dtype))
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) if bits else directory
-        source.mkdir(exist_ok=True)
-        mx.save_safetensors(str(source / "model.safetensors"), dict(tree_flatten(model.parameters())))
-        (source / "config.json").write_text(json.dumps(config))
-        if bits:
-            convert(source, directory, bits=bits, report=False)
 
 
 def make_examples(count: int, vocab: int) -> list[Example]:
@@ -158,7 +141,8 @@ def main(layers: int, small: bool, bits: int, batch: int, steps: int, runs: int)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "model")
-        make_checkpoint(directory, layers, small, bits)
+        dtype = "float32" if mx.default_device() == mx.cpu else "bfloat16"
+        make_checkpoint(directory, layers, dtype, bits, **(_SMALL if small else {}))
         vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
         data = make_examples(batch * (steps + _WARM) * 2, vocab)
         for _ in range(runs):

@@ -1,4 +1,4 @@
-"""A directory that is there whole or not at all, whatever kills the process that writes it."""
+"""Files and directories that are there whole or not at all, whatever kills the process that writes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import CheckpointError
 
@@ -20,8 +21,40 @@ _PREVIOUS = "previous"  # where a replaced directory waits, on file systems that
 
 
 @contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` in one step when the block ends without an error.
+
+    It is a hidden sibling until then, and removed if the block fails. Raises OSError.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    beside = Path(folder, f".{name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            yield file
+        sync(beside)
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place in one step: a run killed meanwhile leaves the old one."""
+    with new_file(path) as file:
+        file.write(content)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold the bytes of a file, or of every file in a directory."""
+    for file in path.iterdir() if path.is_dir() else (path,):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+@contextmanager
 def new_directory(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """An empty directory to fill, which becomes `destination` when the block ends without an error.
+    """An empty directory to fill with files, which becomes `destination` when the block ends without an error.
 
     It is a hidden sibling of `destination` until then; what killed processes left there is removed. `force` replaces
     a model directory that is there already, in one step. Raises CheckpointError: something is there already, or
@@ -36,6 +69,7 @@ def new_directory(destination: Path, *, force: bool = False) -> Iterator[Path]:
             unfinished = folder / destination.name
             unfinished.mkdir()
             yield unfinished
+            sync(unfinished)
             _put(unfinished, destination, folder, force)
     except OSError as error:
         why = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"

@@ -97,13 +97,11 @@ class Generation:
         self._kv_bits = kv_bits if cache is None else cache[0].bits
         longest = max(len(prompt) + budget for prompt, budget in zip(prompts, self._budgets, strict=True))
         itemsize = model.dtype.size
-        run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention())
+        run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk)
         room = memory.room() if room is None else room
         held = sum(layer.nbytes for layer in cache or ())
-        self._chunk, self._spare = prefill_chunk or 0, math.inf
-        if not prefill_chunk:
-            plan = memory.check_fits(run, room + held)
-            self._chunk, self._spare = plan.chunk, room + held - plan.total
+        plan = memory.check_fits(run, room + held)
+        self._chunk, self._spare = plan.chunk, room + held - plan.total
         self._on_prefill = on_prefill
         self._lookup = lookup if len(prompts) == 1 else 0
         self._finished: set[int] = set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .config import Config
@@ -31,14 +33,6 @@ _MINI = (3072, 8192, 32, 32, 32, 32064)
 _MEDIUM = (5120, 17920, 40, 40, 10, 32064)
 _PHI_4 = (5120, 17920, 40, 40, 10, 100352)
 
-# What memory depends on. The rotation is left out: it costs none.
-MINI_4K = _shape(*_MINI, 4096, sliding_window=2047)
-MINI_128K = _shape(*_MINI, 131072)
-MEDIUM_4K = _shape(*_MEDIUM, 4096, sliding_window=2047)
-MEDIUM_128K = _shape(*_MEDIUM, 131072)
-PHI_4 = _shape(*_PHI_4, 16384)
-PHI_4_REASONING = _shape(*_PHI_4, 32768)
-PHI_4_MINI = _shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)
 _SMALL: dict[str, Any] = {
     "model_type": "phi3small",
     "hidden_size": 4096,
@@ -60,10 +54,86 @@ _SMALL: dict[str, Any] = {
     "mup_embedding_multiplier": 10.0,
     "mup_width_multiplier": 8.0,
 }
-SMALL_8K = parse_config({**_SMALL, "max_position_embeddings": 8192})
-SMALL_128K = parse_config({**_SMALL, "max_position_embeddings": 131072})
+
+
+@dataclass(frozen=True)
+class Member:
+    """A released model: its `shape`, and the scores that were published.
+
+    The shape is what memory depends on; the rotation is left out, it costs none. `mmlu` in percent, 5-shot, is the
+    model card's; `mt_bench` the technical report's (arXiv 2404.14219), which gives one for a size, not for a context.
+    None where none was published.
+    """
+
+    shape: Config
+    mmlu: float | None = None
+    mt_bench: float | None = None
+
+
+MEMBERS = {
+    "phi-3-mini-4k": Member(_shape(*_MINI, 4096, sliding_window=2047), 70.9, 8.38),
+    "phi-3-mini-128k": Member(_shape(*_MINI, 131072), 69.7),
+    "phi-3.5-mini": Member(_shape(*_MINI, 131072)),
+    "phi-3-small-8k": Member(parse_config({**_SMALL, "max_position_embeddings": 8192}), 75.7, 8.7),
+    "phi-3-small-128k": Member(parse_config({**_SMALL, "max_position_embeddings": 131072}), 75.5),
+    "phi-3-medium-4k": Member(_shape(*_MEDIUM, 4096, sliding_window=2047), 78.0, 8.9),
+    "phi-3-medium-128k": Member(_shape(*_MEDIUM, 131072), 76.6),
+    "phi-4": Member(_shape(*_PHI_4, 16384), 84.8),
+    "phi-4-reasoning": Member(_shape(*_PHI_4, 32768)),
+    "phi-4-mini": Member(_shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)),
+}
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A line of the family table. Bytes of the weights at 4 bits; the longest context on Macs, by their gigabytes.
+
+    The context is that of 4-bit weights with unpacked keys and values, within what Metal recommends to use.
+    """
+
+    name: str
+    parameters: int
+    layers: int
+    heads: int
+    kv_heads: int
+    context: int
+    mmlu: float | None
+    mt_bench: float | None
+    bytes_4bit: int
+    longest: dict[int, int]
+
+
+def family_rows(macs: Sequence[int] = (16, 32)) -> list[FamilyRow]:
+    """The family, as `phi3-mlx models` shows it, with the longest contexts on Macs of so many gigabytes."""
+    from .memory import Run, mac_working_set
+
+    rows = []
+    for name, member in MEMBERS.items():
+        shape, parameters = member.shape, parameter_count(member.shape)
+        size = packed_bytes(parameters, 4)
+        longest = {gb: Run(shape, size, 1).longest(mac_working_set(gb * 2**30)) for gb in macs}
+        rows.append(
+            FamilyRow(
+                name,
+                parameters,
+                shape.num_hidden_layers,
+                shape.num_attention_heads,
+                shape.num_key_value_heads,
+                shape.max_position_embeddings,
+                member.mmlu,
+                member.mt_bench,
+                size,
+                longest,
+            )
+        )
+    return rows
 
 
 def parameter_count(config: Config) -> int:
     """How many numbers the model of `config` learned."""
     return sum(map(math.prod, shapes(config).values()))
+
+
+def packed_bytes(parameters: int, bits: int) -> int:
+    """Bytes of so many weights: half a bit more each where they are packed (a 16-bit scale and bias for every 64)."""
+    return int(parameters * (bits + (0.5 if bits < 16 else 0.0)) / 8)

@@ -66,17 +66,32 @@ def load(
     `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
     Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError or AdapterError.
     """
-    from . import checkpoint, hub, tokenizer
+    from . import hub, tokenizer
 
     directory = hub.resolve(name, revision)
     words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
-    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
-    if adapter is not None:
-        from .tuning import adapters
+    weights = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
 
-        base = adapters.base_of(directory, str(name), revision)
-        adapters.apply(model, base, adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0})
-    return model, words
+
+def load_adapted(
+    directory: Path,
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str | None,
+    longrope: LongRopeRule,
+    adapters: Mapping[str, float],
+) -> Model:
+    """The model of `directory`, which was asked for by `name`, with the adapters of these folders in use."""
+    from . import checkpoint
+
+    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+    if adapters:
+        from .tuning.adapters import apply, base_of
+
+        apply(model, base_of(directory, name, revision), adapters)
+    return model
 
 
 def load_model(

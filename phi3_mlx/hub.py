@@ -7,41 +7,44 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .config import Config
 from .errors import ModelNotFoundError, OptionError, Phi3Error
-from .family import (
-    MEDIUM_4K,
-    MEDIUM_128K,
-    MINI_4K,
-    MINI_128K,
-    PHI_4,
-    PHI_4_MINI,
-    PHI_4_REASONING,
-    SMALL_8K,
-    SMALL_128K,
-    parameter_count,
-)
-from .models import read_config
 from .safetensors import INDEX, read_index
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name for a repository.
-
-    `bytes` is the size of its weights, reckoned: parameters times bits, and half a bit more where they are packed
-    (a 16-bit scale and bias for every 64 weights). `context` in tokens; `shape` is what memory depends on.
-    """
+    """A short name for a repository, which holds `member` (of `family.MEMBERS`) in so many `bits` a weight."""
 
     name: str
     repo_id: str
-    parameters: str
+    member: str
     bits: int
-    bytes: int
-    context: int
-    shape: Config
+
+    @property
+    def shape(self) -> Config:
+        """What memory depends on."""
+        from .family import MEMBERS
+
+        return MEMBERS[self.member].shape
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model learned."""
+        from .family import parameter_count
+
+        return parameter_count(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """The size of its weights, reckoned."""
+        from .family import packed_bytes
+
+        return packed_bytes(self.parameters, self.bits)
 
 
 @dataclass(frozen=True)
@@ -50,59 +53,52 @@ class ModelRow:
 
     name: str
     repo_id: str | None
-    parameters: str | None
+    parameters: int | None
     bits: int
     bytes: int
     context: int
     path: Path | None
 
 
-def _alias(name: str, repo: str, shape: Config) -> Alias:
+def _alias(name: str, repo: str, member: str) -> Alias:
     width = re.search(r"-(\d)bit$", name)
-    bits, stored = (int(width[1]), int(width[1]) + 0.5) if width else (16, 16.0)
-    parameters = parameter_count(shape)
-    owner = "mlx-community" if width else "microsoft"
-    size = int(parameters * stored / 8)
-    return Alias(name, f"{owner}/{repo}", f"{parameters / 1e9:.1f}B", bits, size, shape.max_position_embeddings, shape)
+    return Alias(name, f"{'mlx-community' if width else 'microsoft'}/{repo}", member, int(width[1]) if width else 16)
 
 
 ALIASES = (
-    _alias("phi-3-mini-4k", "Phi-3-mini-4k-instruct", MINI_4K),
-    _alias("phi-3-mini-4k-4bit", "Phi-3-mini-4k-instruct-4bit", MINI_4K),
-    _alias("phi-3-mini-4k-8bit", "Phi-3-mini-4k-instruct-8bit", MINI_4K),
-    _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", MINI_128K),
-    _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", MINI_128K),
-    _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", MINI_128K),
-    _alias("phi-3-small-8k", "Phi-3-small-8k-instruct", SMALL_8K),
-    _alias("phi-3-small-128k", "Phi-3-small-128k-instruct", SMALL_128K),
-    _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", MEDIUM_4K),
-    _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", MEDIUM_4K),
-    _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", MEDIUM_128K),
-    _alias("phi-3-medium-128k-4bit", "Phi-3-medium-128k-instruct-4bit", MEDIUM_128K),
-    _alias("phi-3.5-mini", "Phi-3.5-mini-instruct", MINI_128K),
-    _alias("phi-3.5-mini-4bit", "Phi-3.5-mini-instruct-4bit", MINI_128K),
-    _alias("phi-3.5-mini-8bit", "Phi-3.5-mini-instruct-8bit", MINI_128K),
-    _alias("phi-4", "phi-4", PHI_4),
-    _alias("phi-4-4bit", "phi-4-4bit", PHI_4),
-    _alias("phi-4-8bit", "phi-4-8bit", PHI_4),
-    _alias("phi-4-reasoning", "Phi-4-reasoning", PHI_4_REASONING),
-    _alias("phi-4-reasoning-4bit", "Phi-4-reasoning-4bit", PHI_4_REASONING),
-    _alias("phi-4-reasoning-plus", "Phi-4-reasoning-plus", PHI_4_REASONING),
-    _alias("phi-4-reasoning-plus-4bit", "Phi-4-reasoning-plus-4bit", PHI_4_REASONING),
-    _alias("phi-4-mini", "Phi-4-mini-instruct", PHI_4_MINI),
-    _alias("phi-4-mini-4bit", "Phi-4-mini-instruct-4bit", PHI_4_MINI),
-    _alias("phi-4-mini-8bit", "Phi-4-mini-instruct-8bit", PHI_4_MINI),
-    _alias("phi-4-mini-reasoning", "Phi-4-mini-reasoning", PHI_4_MINI),
-    _alias("phi-4-mini-reasoning-4bit", "Phi-4-mini-reasoning-4bit", PHI_4_MINI),
+    _alias("phi-3-mini-4k", "Phi-3-mini-4k-instruct", "phi-3-mini-4k"),
+    _alias("phi-3-mini-4k-4bit", "Phi-3-mini-4k-instruct-4bit", "phi-3-mini-4k"),
+    _alias("phi-3-mini-4k-8bit", "Phi-3-mini-4k-instruct-8bit", "phi-3-mini-4k"),
+    _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", "phi-3-mini-128k"),
+    _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", "phi-3-mini-128k"),
+    _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", "phi-3-mini-128k"),
+    _alias("phi-3-small-8k", "Phi-3-small-8k-instruct", "phi-3-small-8k"),
+    _alias("phi-3-small-128k", "Phi-3-small-128k-instruct", "phi-3-small-128k"),
+    _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", "phi-3-medium-4k"),
+    _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", "phi-3-medium-4k"),
+    _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", "phi-3-medium-128k"),
+    _alias("phi-3-medium-128k-4bit", "Phi-3-medium-128k-instruct-4bit", "phi-3-medium-128k"),
+    _alias("phi-3.5-mini", "Phi-3.5-mini-instruct", "phi-3.5-mini"),
+    _alias("phi-3.5-mini-4bit", "Phi-3.5-mini-instruct-4bit", "phi-3.5-mini"),
+    _alias("phi-3.5-mini-8bit", "Phi-3.5-mini-instruct-8bit", "phi-3.5-mini"),
+    _alias("phi-4", "phi-4", "phi-4"),
+    _alias("phi-4-4bit", "phi-4-4bit", "phi-4"),
+    _alias("phi-4-8bit", "phi-4-8bit", "phi-4"),
+    _alias("phi-4-reasoning", "Phi-4-reasoning", "phi-4-reasoning"),
+    _alias("phi-4-reasoning-4bit", "Phi-4-reasoning-4bit", "phi-4-reasoning"),
+    _alias("phi-4-reasoning-plus", "Phi-4-reasoning-plus", "phi-4-reasoning"),
+    _alias("phi-4-reasoning-plus-4bit", "Phi-4-reasoning-plus-4bit", "phi-4-reasoning"),
+    _alias("phi-4-mini", "Phi-4-mini-instruct", "phi-4-mini"),
+    _alias("phi-4-mini-4bit", "Phi-4-mini-instruct-4bit", "phi-4-mini"),
+    _alias("phi-4-mini-8bit", "Phi-4-mini-instruct-8bit", "phi-4-mini"),
+    _alias("phi-4-mini-reasoning", "Phi-4-mini-reasoning", "phi-4-mini"),
+    _alias("phi-4-mini-reasoning-4bit", "Phi-4-mini-reasoning-4bit", "phi-4-mini"),
 )
 _REPO_IDS = {alias.name: alias.repo_id for alias in ALIASES}
 
-# What is fetched of a repository: no pickle, no code.
-_WANTED = (
-    "config.json",
+# What goes along with config and weights. No code.
+COMPANIONS = (
     "generation_config.json",
-    "model*.safetensors",
-    INDEX,
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -112,6 +108,7 @@ _WANTED = (
     "*.tiktoken",
     "chat_template.*",
 )
+_WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 
 
@@ -159,7 +156,8 @@ def list_models() -> list[ModelRow]:
         rows.append(bundled)
     for alias in ALIASES:
         path = on_disk(alias.repo_id)
-        rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, alias.context, path))
+        context = alias.shape.max_position_embeddings
+        rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, context, path))
     known = set(_REPO_IDS.values())
     for folder in sorted(_cache().glob("models--*")):
         repo_id = folder.name.removeprefix("models--").replace("--", "/")
@@ -197,6 +195,8 @@ def _is_complete(folder: Path) -> bool:
 
 def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
     """The row of a model on this disk, None if it is not one that runs here."""
+    from .models import read_config
+
     try:
         config = read_config(folder)
     except Phi3Error:

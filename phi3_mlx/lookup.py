@@ -13,6 +13,7 @@ _NGRAM = 3  # tokens that must agree before a continuation is believed
 _CANDIDATES = 8  # latest places looked at
 _LONGEST = 16  # an agreement longer than this tells no more
 _FADING = 0.8  # weight of the past in the running averages
+_UNTIMED = 4  # tokens of a draft at most until one was timed
 _TRUST = 0.7  # the share of guesses believed to hold before any was tried
 
 
@@ -72,6 +73,7 @@ class Drafter:
         """
         extra = self._extra if self._extra is not None else 0.0
         hold = min(max(self._holding, 0.02), 0.98)
+        most = most if self._extra is not None else min(most, _UNTIMED)
         best, best_rate, expected, power = 0, 1.0, 1.0, 1.0
         for k in range(1, most + 1):
             power *= hold

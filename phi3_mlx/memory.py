@@ -81,7 +81,8 @@ class Run:
     """What memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
-    `fused`, whether attention keeps its scores in registers, as on a GPU.
+    `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
+    read at once; without it, as many as fit.
     """
 
     config: Config
@@ -91,10 +92,11 @@ class Run:
     bits: KVBits | None = None
     itemsize: int = 2
     fused: bool = True
+    chunk: int | None = None
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
-        chunks = [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
+        chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
         plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:
@@ -213,8 +215,25 @@ def check_fits(run: Run, room: float) -> Plan:
     )
 
 
+_allowed: list[int] = []
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Plans made meanwhile keep what MLX holds, weights included, within `size` bytes, and within the machine's."""
+    _allowed.append(size)
+    try:
+        yield
+    finally:
+        _allowed.remove(size)
+
+
 def room() -> int:
     """Bytes that may still be allocated: of Metal's recommended working set, of a GPU's memory, else of free RAM."""
+    return min([_of_machine(), *(size - mx.get_active_memory() for size in _allowed)])
+
+
+def _of_machine() -> int:
     if fused_attention():
         info = mx.device_info(mx.gpu)
         for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's name, CUDA's
@@ -247,16 +266,19 @@ def mac_working_set(memory: int) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes as people read them: "2.20 GB", "310 MB", "12 kB"."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6)):
-        if size >= power:
-            return f"{size / power:,.2f} {unit}" if unit == "GB" else f"{size / power:,.0f} {unit}"
+    """Bytes as people read them, in powers of 1000: "2.20 GB", "310 MB", "3.4 MB", "12 kB"."""
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    if size >= 1e6:
+        return f"{size / 1e6:.1f} MB" if size < 99.95e6 else f"{size / 1e6:,.0f} MB"
     return f"{max(size, 0) / 1e3:,.0f} kB"
 
 
-def parse_size(text: str) -> int:
-    """ "16GB" or "800M" as bytes, in powers of 1024 as memory is sold. Raises OptionError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise OptionError(f"{text!r} is not a size of memory; give one such as 16GB or 800MB")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+def parse_size(size: int | str) -> int:
+    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    if found:
+        unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+        if count := int(float(found[1]) * unit):
+            return count
+    raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB, or bytes")

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .atomic import new_file
 from .chat import render_chat
 from .engine import Generation
 from .errors import CacheError
@@ -130,12 +131,10 @@ class PromptCache:
             "document": None if self.document is None else [self.document.text, self.document.system],
         }
         check_writable(path)
-        beside = f"{os.fspath(path)}.{os.getpid()}.tmp.safetensors"
         try:
-            mx.save_safetensors(beside, arrays, {"phi3-mlx": json.dumps(facts)})
-            os.replace(beside, path)
-        except (OSError, RuntimeError) as error:
-            Path(beside).unlink(missing_ok=True)
+            with new_file(path) as file:
+                mx.save_safetensors(file, arrays, {"phi3-mlx": json.dumps(facts)})
+        except OSError as error:
             raise CacheError(f"{path} cannot be written ({error}); name a file in a folder that can be") from error
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import naive
@@ -10,6 +11,7 @@ import released
 from mlx.utils import tree_flatten
 
 from phi3_mlx.models import build, parse_config
+from phi3_mlx.safetensors import INDEX
 
 ORIGINAL = 48  # original length of the scaled-down LongRoPE models
 WINDOW = 21
@@ -100,6 +102,17 @@ def make_ours(raw: dict, seed: int = 0):
         weights.append((name, mx.array(values.astype(np.float32))))
     model.load_weights(weights)
     return model
+
+
+def write_weights(directory: Path, weights: dict[str, mx.array], shards: int = 1) -> None:
+    """The weight files of a model directory, and the index of several; written without the code under test."""
+    names, weight_map = list(weights), {}
+    for i in range(shards):
+        file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names[i::shards]})
+        weight_map.update(dict.fromkeys(names[i::shards], file_name))
+    if shards > 1:
+        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def make_torch(raw: dict, model):

@@ -28,13 +28,7 @@ def write(directory: Path, raw=RAW, change=None, model=None, shards=1) -> Path:
     if change is not None:
         change(weights)
     directory.mkdir()
-    names, weight_map = list(weights), {}
-    for i in range(shards):
-        file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names[i::shards]})
-        weight_map.update(dict.fromkeys(names[i::shards], file_name))
-    if shards > 1:
-        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    oracle.write_weights(directory, weights, shards)
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
 

@@ -541,7 +541,14 @@ def test_models_lists_the_bundled_model_and_the_aliases(run, monkeypatch, tmp_pa
     assert "phi-3.5-mini-4bit" in out
     assert "microsoft/Phi-3-mini-4k-instruct" in out
     code, out, _ = run("models", "--json")
-    rows = json.loads(out)
-    tiny = next(row for row in rows if row["name"] == "tiny")
+    found = json.loads(out)
+    tiny = next(row for row in found["models"] if row["name"] == "tiny")
     assert Path(tiny["path"]).is_dir()
     assert tiny["context"] == 4096
+    family = {row["name"]: row for row in found["family"]}
+    mini, medium = family["phi-3-mini-4k"], family["phi-3-medium-128k"]
+    assert (mini["parameters"], mini["layers"], mini["heads"], mini["context"]) == (3_821_079_552, 32, 32, 4096)
+    assert (medium["heads"], medium["kv_heads"]) == (40, 10)
+    for row in family.values():  # weights are the least there is, the whole context the most
+        assert row["longest"]["16"] <= row["longest"]["32"] <= row["context"]
+        assert (row["longest"]["16"] > 0) == (row["bytes_4bit"] < 16 * 2**30 * 2 / 3)

@@ -44,13 +44,7 @@ def write(directory: Path, raw=RAW, change=None, dtype=mx.float32, shards=1, tok
     if change is not None:
         change(weights)
     directory.mkdir(parents=True)
-    names, weight_map = list(weights), {}
-    for i in range(shards):
-        file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        mx.save_safetensors(str(directory / file_name), {name: weights[name] for name in names[i::shards]})
-        weight_map.update(dict.fromkeys(names[i::shards], file_name))
-    if shards > 1:
-        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    oracle.write_weights(directory, weights, shards)
     (directory / "config.json").write_text(json.dumps(raw))
     if tokenizer:
         for file in TINY.glob("tokenizer*"):
@@ -580,8 +574,8 @@ def test_two_runs_at_once(tmp_path, source):
         ({"target_bpw": 4.5, "bits": 4}, "--target-bpw decides what --bits would"),
         ({"recipe": "r.json", "group_size": 64}, "--recipe decides what --group-size would"),
         ({"bits": 4, "calibration": "a text"}, "a calibration text is for --method gptq"),
-        ({"target_size": "2 elephants"}, "size '2 elephants' is none; give bytes or something like 2.0GB"),
-        ({"target_size": "-2GB"}, "size '-2GB' is none"),
+        ({"target_size": "2 elephants"}, "'2 elephants' is not a size; give one such as 16GB"),
+        ({"target_size": "-2GB"}, "'-2GB' is not a size"),
         ({"group_size": 128, "mode": "affine"}, "groups of 128 divide no layer's width"),
     ],
 )
@@ -592,6 +586,37 @@ def test_options_that_cannot_be(tmp_path, options, words):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_the_disk_has_every_file_before_the_directory_has_its_name(tmp_path, source, monkeypatch):
+    fsync, synced = os.fsync, set()
+
+    def noted(descriptor):
+        fsync(descriptor)
+        if not (tmp_path / "new").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    convert(source, tmp_path / "new", report=False)
+    files = list((tmp_path / "new").iterdir())
+    assert {"config.json", "model.safetensors"} <= {file.name for file in files}
+    assert {file.stat().st_ino for file in files} <= synced
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    atomic.replace_file(tmp_path / "file", b"first")
+
+    def break_off():
+        with atomic.new_file(tmp_path / "file") as file:
+            file.write(b"sec")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first"
+    atomic.replace_file(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == b"second"
+
+
 def test_nowhere_to_write(tmp_path, source, monkeypatch):
     (tmp_path / "file").touch()
     text = refusal(CheckpointError, source, tmp_path / "file" / "new")
@@ -599,7 +624,7 @@ def test_nowhere_to_write(tmp_path, source, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**7 + 1000))
     text = refusal(CheckpointError, source, tmp_path / "new")
-    assert "is on a disk with 0.01 GB free, and the model takes 0.00 GB; free some space" in text
+    assert "is on a disk with 10.0 MB free, and the model takes 10.4 MB; free some space" in text
     assert sorted(os.listdir(tmp_path)) == ["file", "source"]
 
 
@@ -725,7 +750,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
     done = convert(source, tmp_path / "new")
     assert done.report is None
     assert re.fullmatch(
-        r"no report: it takes about \d.\d GB of memory, and 0.0 GB are free; --report .*", done.notes[0]
+        r"no report: it takes about [\d.]+ [GM]B of memory, and 1.0 MB are free; --report .*", done.notes[0]
     )
     for file in source.glob("tokenizer*"):
         file.unlink()
@@ -761,3 +786,43 @@ def test_faults_are_one_line(tmp_path, run, monkeypatch, args, code, words):
 def test_the_public_name():
     assert phi3_mlx.convert is convert
     assert open_source(TINY).config["model_type"] == "phi3"
+
+
+@pytest.mark.parametrize("layout", ["phi3", "llama"])
+def test_a_split_checkpoint_of_the_bundled_model_tells_the_same_story(layout, tmp_path):
+    """Its projections taken apart, as other layouts store them, then converted: the text is the very same."""
+    whole, split, again = tmp_path / "whole", tmp_path / "split", tmp_path / "again"
+    convert("tiny", whole, dequantize=True, report=False)
+    split.mkdir()
+    for file in whole.iterdir():
+        if file.name.startswith(("tokenizer", "generation")):
+            shutil.copy(file, split)
+    raw = json.loads((whole / "config.json").read_text())
+    if layout == "llama":
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings",
+                "original_max_position_embeddings", "tie_word_embeddings", "torch_dtype")  # fmt: skip
+        raw = {"model_type": "llama", "hidden_act": "silu", **{key: raw[key] for key in kept}}
+    (split / "config.json").write_text(json.dumps(raw))
+    arrays = {}
+    for name, array in mx.load(str(whole / "model.safetensors")).items():
+        if ".qkv_proj." in name:
+            kv = raw["num_key_value_heads"] * raw["hidden_size"] // raw["num_attention_heads"]
+            parts = zip("qkv", mx.split(array, [raw["hidden_size"], raw["hidden_size"] + kv]), strict=True)
+            arrays |= {name.replace("qkv_proj", f"{letter}_proj"): part for letter, part in parts}
+        elif ".gate_up_proj." in name:
+            parts = zip(("gate", "up"), mx.split(array, 2), strict=True)
+            arrays |= {name.replace("gate_up_proj", f"{half}_proj"): part for half, part in parts}
+        else:
+            arrays[name] = array
+    mx.save_safetensors(str(split / "model.safetensors"), arrays)
+    convert(split, again, bits=8, report=False)
+    convert(whole, tmp_path / "direct", bits=8, report=False)
+    told = [
+        phi3_mlx.generate(*phi3_mlx.load(str(path)), "Write a story about a rabbit.", max_tokens=60)
+        for path in (again, tmp_path / "direct")
+    ]
+    assert told[0] == told[1]
+    assert told[0].startswith(
+        phi3_mlx.generate(*phi3_mlx.load("tiny"), "Write a story about a rabbit.", max_tokens=6).strip()[:10]
+    )

@@ -64,10 +64,10 @@ def test_stream_is_generate_in_pieces(tiny):
 
 def test_batch_equals_one_by_one(tiny):
     model, tokenizer = tiny
-    prompts = [ASK, "Who are you?", "What is 3 + 4?", "Repeat this text: " + "The red ball is in the box. " * 30]
+    prompts = [ASK, "Who are you?", "What is 3 + 4?", "Repeat this text: " + "The red ball is in the box. " * 12]
     for options in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 7}, {"stop": [".", "!"]}):
-        together = batch_generate(model, tokenizer, prompts, max_tokens=40, **options)
-        assert together == [generate(model, tokenizer, prompt, max_tokens=40, **options) for prompt in prompts]
+        together = batch_generate(model, tokenizer, prompts, max_tokens=24, **options)
+        assert together == [generate(model, tokenizer, prompt, max_tokens=24, **options) for prompt in prompts]
     assert batch_generate(model, tokenizer, []) == []
 
 
@@ -180,9 +180,9 @@ def test_a_later_turn_reads_only_what_is_new_and_says_the_same(tiny):
 def test_a_conversation_that_crosses_the_original_length_says_the_same(tiny):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
-    for n in range(6):
-        text, _ = say(conversation, f"Tell me a story about {'a dog and ' * 20} a ball.", max_tokens=90, seed=n)
-        assert text == generate(model, tokenizer, conversation._actual, max_tokens=90)
+    for n in range(4):
+        text, _ = say(conversation, f"Tell me a story about {'a dog and ' * 45} a ball.", max_tokens=24, seed=n)
+        assert text == generate(model, tokenizer, conversation._actual, max_tokens=24)
     assert conversation.cached_tokens > model.config.original_max_position_embeddings
 
 

@@ -238,6 +238,15 @@ def test_rejected_drafts_grow_short_and_accepted_ones_long():
     assert len(drafter.draft(16)) <= 1
 
 
+def test_a_draft_is_short_until_one_was_timed():
+    """Where each token costs as much as a step, a first draft of 16 would cost 16 of them."""
+    drafter = Drafter([*range(40), *range(20)], most=16)
+    drafter.saw_plain(1.0)
+    assert len(drafter.draft(16)) == 4
+    drafter.saw_draft(4, 4, 1.04)
+    assert len(drafter.draft(16)) == 16
+
+
 def test_a_step_that_costs_as_much_as_its_tokens_is_not_drafted():
     drafter = Drafter(PHRASE * 8, most=16)
     drafter.saw_plain(1.0)

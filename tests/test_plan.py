@@ -1,5 +1,6 @@
 """What a run will need, before it runs: predictions against what MLX then takes, refusals, and `phi3-mlx plan`."""
 
+import gc
 import json
 import math
 import shutil
@@ -15,13 +16,14 @@ from phi3_mlx.cli import main
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import MemoryLimitError, OptionError
-from phi3_mlx.family import MINI_4K, MINI_128K
+from phi3_mlx.family import MEMBERS
 from phi3_mlx.memory import Run
-from phi3_mlx.models import build, linear, parse_config, phi3
+from phi3_mlx.models import build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 
 GB = 10**9
+MINI_4K, MINI_128K = MEMBERS["phi-3-mini-4k"].shape, MEMBERS["phi-3-mini-128k"].shape
 
 
 def random_model(hidden, intermediate, layers, heads, kv_heads, vocab=500, window=None, **more):
@@ -43,43 +45,55 @@ def random_model(hidden, intermediate, layers, heads, kv_heads, vocab=500, windo
     )
 
 
-@pytest.mark.parametrize("unpacking_pays", [1, 10**9])
+SHAPES = [  # of the model; tokens of a chunk and in all, bits of the cache, rows
+    ((256, 704, 4, 4, 2), 256, 768, None, 1),
+    ((256, 704, 4, 4, 2), 256, 768, 8, 1),
+    ((256, 704, 3, 4, 2), 128, 384, None, 4),
+    ((256, 704, 4, 4, 2, 500, 200), 128, 900, None, 1),
+    ((512, 1024, 3, 8, 8), 128, 384, None, 1),
+    ((512, 1024, 3, 8, 8), 256, 768, 4, 1),
+    ((512, 3072, 2, 8, 2), 128, 256, None, 1),
+    ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "chunk", "length", "bits", "rows"),
+    ("shape", "chunk", "length", "bits", "rows", "pays"),
     [
-        ((256, 704, 6, 4, 2), 256, 1500, None, 1),
-        ((256, 704, 6, 4, 2), 256, 1500, 8, 1),
-        ((256, 704, 4, 4, 2), 128, 500, None, 4),
-        ((256, 704, 4, 4, 2, 500, 200), 128, 900, None, 1),
-        ((512, 1024, 4, 8, 8), 128, 512, None, 1),
-        ((512, 1024, 4, 8, 8), 256, 1024, 4, 1),
-        ((512, 3072, 2, 8, 2), 256, 512, None, 1),
-        ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
+        *[(*case, None) for case in SHAPES],  # plain weights
+        *[(*SHAPES[i], 1) for i in (0, 2, 4, 6)],  # packed weights, on machines where they are better unpacked
+        ((256, 704, 3, 4, 2), 64, 128, None, 1, 10**9),  # and on others
     ],
     ids=str,
 )
-def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, unpacking_pays, monkeypatch):
-    """On machines where packed matrices are better unpacked, and on others."""
-    for module in (linear, phi3, memory):
-        monkeypatch.setattr(module, "unpacking_pays", lambda: unpacking_pays)
-    packed = {"group_size": 32, "bits": 8} if len(shape) == 5 and bits is None else None
+def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, pays, monkeypatch):
+    packed = {"group_size": 32, "bits": 8} if pays else None
+    for module in (linear, decoder, memory):
+        monkeypatch.setattr(module, "unpacking_pays", lambda: pays)
     model = random_model(*shape, quantization=packed)
     if packed:
         nn.quantize(model, **packed)
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    mx.clear_cache()
-    others = mx.get_active_memory() - weights
     kv_bits = KVBits(bits, bits) if bits else None
     prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
-    generation = Generation(
-        model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
-    )
-    list(generation)
-    peak = generation.statistics.peak_memory - others
     run = Run(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
-    assert run.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or shape[-1] == 200
     predicted = weights + run.cache_bytes() + run.workspace(chunk)
+    peak = 0
+    # On the CPU a peak depends on how far one of MLX's threads gets ahead of another; the plan is of the largest.
+    for _ in range(5):
+        gc.collect()
+        mx.clear_cache()
+        others = mx.get_active_memory() - weights
+        generation = Generation(
+            model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
+        )
+        list(generation)
+        assert run.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or shape[-1] == 200
+        peak = max(peak, generation.statistics.peak_memory - others)
+        del generation
+        if predicted < 1.1 * peak:
+            break
     assert 0.9 * peak < predicted < 1.1 * peak
 
 
@@ -162,6 +176,19 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
     )
 
 
+def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
+    model, _ = tiny
+    small, large = (Run(model.config, 0, 1010, itemsize=4, fused=False, chunk=chunk).plan(0) for chunk in (64, 1000))
+    assert (small.chunk, large.chunk) == (64, 1000)
+    assert small.total < large.total
+    options = {"max_tokens": 10, "sampling": Sampling(), "room": large.total - 1}
+    with pytest.raises(MemoryLimitError, match="may be used"):
+        Generation(model, [[5] * 1000], prefill_chunk=1000, **options)
+    seen = []
+    list(Generation(model, [[5] * 1000], prefill_chunk=64, **options, on_prefill=lambda done, _: seen.append(done)))
+    assert seen[:2] == [64, 128]
+
+
 def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")
@@ -176,6 +203,23 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     assert "--kv-bits" in err
     with pytest.raises(AssertionError, match="was loaded"):
         main_debug(monkeypatch, ["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000", "--force"])
+
+
+def test_a_run_keeps_within_the_memory_that_it_may_use(capsys, monkeypatch):
+    command = ["generate", "-p", "Write a story about a dog.", "--memory"]
+    with pytest.raises(SystemExit) as done:
+        main([*command, "16MB", "--max-tokens", "3000"])
+    out, err = capsys.readouterr()
+    assert (done.value.code, out, err.count("\n")) == (1, "", 1)
+    assert "and 16.0 MB may be used: --kv-bits 4 needs" in err
+    with pytest.raises(SystemExit) as done:
+        main([*command, "16 apples"])
+    assert done.value.code == 1
+    assert "16 apples" in capsys.readouterr().err
+    before = memory.room()
+    with memory.at_most(10**6), memory.at_most(10**7):
+        assert memory.room() <= 10**6
+    assert memory.room() > before / 2  # what other processes take meanwhile
 
 
 def main_debug(monkeypatch, args):
@@ -236,7 +280,7 @@ def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_
     code, _, err = summarise()
     assert code == 1
     assert err.count("\n") == 1
-    assert "24 MB may be used: --kv-bits 4 needs" in err
+    assert "24.0 MB may be used: --kv-bits 4 needs" in err
     code, peak, _ = summarise("--kv-bits", "4")
     assert code == 0
     assert peak < limit
@@ -289,13 +333,19 @@ def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("16GB", 16 * 2**30), ("800 MiB", 800 * 2**20), ("1.5g", 3 * 2**29), ("4096", 4096)]
+    ("text", "size"),
+    [("16GB", 16 * 10**9), ("800 MiB", 800 * 2**20), ("1.5g", 15 * 10**8), ("2gi", 2**31), ("4096", 4096), (7, 7)],
 )
 def test_sizes_of_memory(text, size):
     assert memory.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4"])
+@pytest.mark.parametrize("text", ["2.20 GB", "310 MB", "99.9 MB", "3.4 MB", "12 kB"])
+def test_a_size_is_read_as_it_is_shown(text):
+    assert memory.size_text(memory.parse_size(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4", "nan", "1e9", -5, 0])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OptionError, match="16GB"):
         memory.parse_size(text)
@@ -331,20 +381,20 @@ def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkey
     assert "131,072 tokens need" in out
     rows = [line for line in out.splitlines() if "GB Mac" in line]
     assert [int(line.split()[0]) for line in rows] == [8, 16, 24, 32, 64, 128]
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GiB", "--context", "32768")
     facts = json.loads(out)
     (machine,) = facts["machines"]
     run = Run(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
     assert machine["longest"]["4"] == run.longest(machine["room"])
     assert list(machine["longest"].values()) == sorted(machine["longest"].values())
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GiB", "--context", "32768")
     assert out.endswith("fit with --kv-bits 8.\n")
 
 
 def test_plan_of_the_bundled_model_and_of_nonsense(capsys):
     code, out, _ = plan(capsys)
     assert code == 0
-    assert out.startswith("tiny: weights 3 MB, context 4,096 tokens")
+    assert out.startswith("tiny: weights 3.4 MB, context 4,096 tokens")
     for args, words in (
         (["--context", "5000"], "4,096"),
         (["--memory", "lots"], "16GB"),

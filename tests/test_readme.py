@@ -9,9 +9,9 @@ import sys
 import click
 import pytest
 from conftest import ROOT
+from tuning_models import make_directory
 
 from bench.readme import BLOCKS, filled, shown_in
-from phi3_mlx import convert
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -33,8 +33,14 @@ def test_every_shell_line_is_known_here():
             assert re.search(rf"^{line.split()[1]}:", targets, re.M), line
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small random model with the bundled tokenizer."""
+    return make_directory(tmp_path_factory.mktemp("models") / "floats", hidden_size=128, intermediate_size=128)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, tmp_path):
+def test_commands_run(command, checkpoint, tmp_path):
     (tmp_path / "notes.txt").write_text("The dog ran.")
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
     words = shlex.split(command)[1:]
@@ -47,10 +53,8 @@ def test_commands_run(command, tmp_path):
     if "--cache" in words:  # another line makes it
         (build,) = [line for line in COMMANDS if line.startswith("phi3-mlx cache build")]
         assert run(shlex.split(build)[1:]).returncode == 0
-    if words[0] in ("convert", "compare"):  # checkpoints of the bundled model for those of the hub
-        floats = tmp_path / "floats"
-        convert(ROOT / "weights" / "tiny-8bit", floats, dequantize=True)
-        words[1] = str(floats)
+    if words[0] in ("convert", "compare"):  # for those of the hub
+        words[1] = str(checkpoint)
         words[2] = "tiny" if words[0] == "compare" else words[2]
     done = run(words)
     if "-m" in words and words[0] != "plan":  # a real model: without the network its name is known, and what is missing

@@ -224,7 +224,7 @@ def test_widths_that_no_group_divides_stay_unpacked():
         ({"target_bpw": 2.0}, "too small: 2 bits everywhere take 3."),
         ({"target_bytes": 1000}, "too small"),
         ({"target_bpw": 12.0}, "too large: 8 bits everywhere take"),
-        ({"target_bytes": 10**9}, "1,000.0 MB is too large"),
+        ({"target_bytes": 10**9}, "1.00 GB is too large"),
         ({"target_bpw": math.nan}, "nan"),
         ({"target_bpw": 4.0, "target_bytes": 10**6}, "one target"),
         ({}, "one target"),

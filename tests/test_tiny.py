@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from oracle import torch_logits
 
 from phi3_mlx import generate, load, stream_generate
+from phi3_mlx.generation import encode_prompt
 from phi3_mlx.models import read_config
 
 TINY = ROOT / "weights" / "tiny"
@@ -55,6 +56,7 @@ def reference(tiny):
     transformers = pytest.importorskip("transformers")
     import torch
 
+    torch.set_num_threads(1)  # more threads than free cores cost small models a factor of ten
     model, _ = tiny
     raw = json.loads((TINY / "config.json").read_text())
     for key in ("quantization", "quantization_config", "torch_dtype"):  # in bfloat16 it would round our weights
@@ -94,8 +96,6 @@ def test_trained_weights_give_the_references_logits(tiny, reference, length):
 def test_the_reference_generates_the_same_story(tiny, reference):
     import torch
 
-    from phi3_mlx.generation import encode_prompt
-
     model, tokenizer = tiny
     prompt = encode_prompt(tokenizer, "Write a story about a rabbit who finds a key.")
     theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=80, do_sample=False, eos_token_id=None)
@@ -112,8 +112,7 @@ def test_the_demo_is_a_story_about_what_was_asked_and_ends_by_itself(tiny):
     assert re.search(r"\bkey\b", text, re.I)
 
 
-FACTS = [("fox", "lantern"), ("owl", "castle"), ("bear", "ribbon"), ("frog", "garden"), ("lion", "basket"),
-         ("duck", "bridge"), ("queen", "drum"), ("mouse", "kitchen")]  # fmt: skip
+FACTS = [("fox", "lantern"), ("owl", "castle"), ("bear", "ribbon"), ("frog", "garden")]
 
 
 def planted(tokenizer, length, owner, word):
@@ -127,22 +126,33 @@ def planted(tokenizer, length, owner, word):
     return f"Read this text. {' '.join(sentences)}\nWhat is the secret word of the {owner}?", fact
 
 
-def found(tiny, length, count=8):
+def found(tiny, length, facts):
     """How many of the facts come back word for word, each in a text of its own."""
     model, tokenizer = tiny
-    pairs = [planted(tokenizer, length, owner, word) for owner, word in FACTS[:count]]
+    pairs = [planted(tokenizer, length, owner, word) for owner, word in facts]
     return sum(generate(model, tokenizer, prompt, max_tokens=20).strip() == fact for prompt, fact in pairs)
 
 
 @pytest.mark.parametrize("length", [490, 1000])
 def test_planted_facts_are_found_at_the_original_length_and_beyond(tiny, length):
-    """By chance a word of about eighty is right, so six of eight are no accident."""
-    assert found(tiny, length) >= 6
+    """By chance a word of about eighty is right, so three of four are no accident."""
+    assert found(tiny, length, FACTS[:4]) >= 3
 
 
 def test_far_beyond_it_the_long_factors_are_needed(tiny):
-    assert found(tiny, 3000, count=4) >= 3
-    assert found(load("tiny", longrope="short"), 3000, count=4) <= 1
+    """By the log-probability of a planted fact as the answer."""
+    tokenizer = tiny[1]
+    prompt, fact = planted(tokenizer, 3000, "owl", "castle")
+    asked, answer = encode_prompt(tokenizer, prompt), tokenizer.encode(fact)
+    assert len(asked) > 2900
+
+    def certainty(model):
+        scores = model(mx.array([asked + answer]))[0, len(asked) - 1 : -1]
+        odds = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+        return mx.take_along_axis(odds, mx.array(answer)[:, None], axis=-1).sum().item()
+
+    assert certainty(tiny[0]) > -0.1
+    assert certainty(load("tiny", longrope="short")[0]) < -1
 
 
 def test_its_evaluation_is_that_of_these_weights():

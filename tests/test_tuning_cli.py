@@ -104,7 +104,7 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
     assert "of training" in out
     assert "tok/s" in out
     assert [p.name for p in tmp_path.iterdir()] == ["my.jsonl"]
-    code, out, _ = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--memory", 0.0001)
+    code, out, _ = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--memory", "100kB")
     assert code == 0
     assert "does NOT fit in" in out
 

@@ -17,7 +17,7 @@ TINY = str(ROOT / "weights" / "tiny")
 def test_held_out_accuracy_before_after_and_fused(tmp_path: Path):
     """One of five words, said alone; no story of the test was in the training data."""
     task = tmp_path / "task"
-    write(task, {"train": 400, "valid": 16, "test": 60})
+    write(task, {"train": 400, "valid": 16, "test": 40})
     assert accuracy(task, TINY) <= 0.4
     result = tune(TINY, task, tmp_path / "adapter", batch_size=16, learning_rate=2e-3, epochs=2)
     assert result.finished

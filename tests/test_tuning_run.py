@@ -41,6 +41,13 @@ def data(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "facts.jsonl", facts(40))
 
 
+@pytest.fixture(autouse=True)
+def no_plot(request, monkeypatch):
+    """Drawing takes as long as a small run: only the test that looks for the plot has it drawn."""
+    if request.function is not test_a_run_learns_and_leaves_its_files:
+        monkeypatch.setattr(runs, "plot_losses", lambda _: True)
+
+
 def weights(folder):
     return {name: np.array(array) for name, array in mx.load(str(folder / "adapters.safetensors")).items()}
 
@@ -284,11 +291,11 @@ def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
     with pytest.raises(
         MemoryLimitError, match=r"needs about .* MB .*weights.*it would fit with --gradient-checkpointing"
     ):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.15)
+        tune(str(base), path, tmp_path / "out", **options, memory="150MB")
     with pytest.raises(MemoryLimitError, match=r"--accumulate (32|64)"):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.06)
+        tune(str(base), path, tmp_path / "out", **options, memory="60MB")
     with pytest.raises(MemoryLimitError, match="even with"):
-        tune(str(base), path, tmp_path / "out", **options, memory=0.001)
+        tune(str(base), path, tmp_path / "out", **options, memory="1MB")
     assert not (tmp_path / "out").exists()
 
 

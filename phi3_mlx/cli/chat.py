@@ -7,10 +7,12 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ..atomic import replace_file
 from ..errors import Phi3Error, PromptError
 from .options import (
     MemoryOptions,
@@ -141,13 +143,8 @@ def _command(conversation: Conversation, line: str) -> None:
 
 def _save(conversation: Conversation, path: str) -> None:
     """Write the messages; a file that is there already is replaced only by a whole one."""
-    beside = f"{path}.{os.getpid()}.tmp"
+    text = json.dumps(conversation.messages, ensure_ascii=False, indent=2)
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump(conversation.messages, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        os.replace(beside, path)
+        replace_file(Path(path), f"{text}\n".encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
         raise Phi3Error(f"{path} cannot be written: {error.strerror}; name another file") from error

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dequantize", is_flag=True, help="Write plain weights, unpacked and fused.")
 @click.option("--target-bpw", type=float, metavar="X", help="Choose bits layer by layer: X bits a weight in all.")
-@click.option("--target-size", metavar="SIZE", help='The same by size, "2.0GB".')
+@click.option("--target-size", metavar="SIZE", help="The same by size: 2.0GB.")
 @click.option("--recipe", metavar="FILE", help="Bits layer by layer as in this file: recipe.json of an earlier run.")
 @click.option(
     "--method",
@@ -109,6 +109,8 @@ def convert(
 
 def _describe(done: Conversion) -> None:
     """What was made: a table of what it cost on stdout, the rest on stderr."""
+    from ..memory import size_text
+
     if done.report is not None:
         from rich.console import Console
 
@@ -119,11 +121,7 @@ def _describe(done: Conversion) -> None:
         click.echo(f"note: {note}", err=True)
     if done.kept:
         click.echo(f"note: kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}", err=True)
-    click.echo(f"{done.path}: {_size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight", err=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    click.echo(f"{done.path}: {size_text(done.bytes)}, {done.bits_per_weight:.2f} bits a weight", err=True)
 
 
 class _Bar:
@@ -154,8 +152,10 @@ class _Bar:
             for task in list(self._bar.task_ids):
                 self._bar.remove_task(task)
             self._stage, self._task = now.stage, self._bar.add_task(now.stage, total=1.0, count="")
+        from ..memory import size_text
+
         count = f"{now.done:,} of {now.total:,} {now.unit}"
         if now.all_bytes:
-            count += f", {_size(now.bytes)} of {_size(now.all_bytes)}"
+            count += f", {size_text(now.bytes)} of {size_text(now.all_bytes)}"
         share = now.bytes / now.all_bytes if now.all_bytes else now.done / now.total
         self._bar.update(self._task, completed=share, count=count)

@@ -45,16 +45,13 @@ class ModelOptions:
 
     def load_model(self, directory: Path, length: int, bits: KVBits | None, force: bool) -> Model:
         """The model, unless it and a sequence of `length` tokens do not fit in memory (and not `force`)."""
-        from ..checkpoint import load_model
-        from ..generation import plan_run
+        from ..generation import load_adapted, plan_run
 
         plan_run(directory, length, dtype=self.dtype, kv_bits=bits, force=force)
-        model = load_model(directory, dtype=self.dtype, longrope=self.longrope)
-        if self.adapter:
-            from ..tuning.adapters import apply, base_of
-
-            apply(model, base_of(directory, self.model, self.revision), dict(map(_weighted, self.adapter)))
-        return model
+        adapters = dict(map(_weighted, self.adapter))
+        return load_adapted(
+            directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
+        )
 
 
 def _weighted(given: str) -> tuple[str, float]:
@@ -132,6 +129,14 @@ class _KVBitsType(click.ParamType):
         return found[0], found[-1]
 
 
+def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Bounds the plans of the whole command."""
+    if value is not None:
+        from ..memory import at_most, parse_size
+
+        ctx.with_resource(at_most(parse_size(value)))
+
+
 def memory_options(function: F) -> F:
     """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
     return _gathered(
@@ -150,6 +155,13 @@ def memory_options(function: F) -> F:
                 default=32,
                 show_default=True,
                 help="Packed numbers that share a scale: 32 or 64.",
+            ),
+            click.option(
+                "--memory",
+                metavar="SIZE",
+                expose_value=False,
+                callback=_keep_within,
+                help="What the run may use, such as 16GB; by default what the machine has free.",
             ),
             click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
         ],

@@ -12,7 +12,7 @@ from ..errors import OptionError
 if TYPE_CHECKING:
     from ..memory import Run
 
-_MACS = (8, 16, 24, 32, 64, 128)  # GB
+_MACS = (8, 16, 24, 32, 64, 128)  # GiB, which are sold as GB
 _BITS = (16, 8, 6, 4, 3, 2)
 
 
@@ -22,14 +22,14 @@ _BITS = (16, 8, 6, 4, 3, 2)
 )
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
 @click.option("--context", type=int, metavar="N", help="What a sequence of N tokens needs, prompt and answer together.")
-@click.option("--memory", metavar="SIZE", help="A machine with so much memory (16GB), instead of the usual Macs.")
+@click.option("--memory", metavar="SIZE", help="A machine with so much memory, instead of the usual Macs: 16GiB.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def plan(model: str, revision: str | None, context: int | None, memory: str | None, as_json: bool) -> None:
     """Say what fits in memory, at which length and bits.
 
     \b
     phi3-mlx plan -m phi-3.5-mini-4bit
-    phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GB
+    phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GiB
 
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 # Metal ends kernels that hold the GPU for long, and steps of a long example do. It is read when MLX starts.
 _WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _SHORT = {"model": "-m", "data": "-d", "output": "-o"}
-_METAVARS = {"model": "NAME", "data": "DATA", "output": "DIR", "revision": "REV", "valid": "FILE", "layers": "RANGE"}
+_METAVARS = {
+    "model": "NAME",
+    "data": "DATA",
+    "output": "DIR",
+    "revision": "REV",
+    "valid": "FILE",
+    "layers": "RANGE",
+    "memory": "SIZE",
+}
 _MANY = {"targets": "--target", "samples": "--sample"}
 
 
@@ -159,6 +167,9 @@ class _Progress:
     def step(self, report: StepReport) -> None:
         if not self._live:
             return
+        from ..memory import size_text
+        from ..tuning.dryrun import duration_text
+
         now = time.monotonic()
         self._started = self._started or (now - report.seconds, report.step - 1)
         # Averages that forget half in about 14 steps.
@@ -167,7 +178,7 @@ class _Progress:
         left = (now - self._started[0]) / (report.step - self._started[1]) * (report.steps - report.step)
         line = (
             f"step {report.step:,}/{report.steps:,}  epoch {report.epoch:.2f}  loss {report.loss:.4f}  "
-            f"{self._tokens / self._seconds:,.0f} tok/s  {report.peak_memory / 1e9:.2f} GB  {_duration(left)} left"
+            f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
         click.echo(f"\r\033[K{line}", err=True, nl=False)
 
@@ -180,12 +191,6 @@ class _Progress:
     def _say(self, text: str) -> None:
         if self._live:
             click.echo(f"\r\033[K{text}", err=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 tune = _TuneCommand(

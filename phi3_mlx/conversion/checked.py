@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
-from .sources import SPELLING, Source, tensor_of, to_mlx
+from .sources import SPELLING, Blocks, Source, tensor_of, to_mlx
 
 _INFINITY = {"BF16": (np.int16, 0x7F80), "F16": (np.int16, 0x7C00), "F32": (np.int32, 0x7F800000)}
 
@@ -22,7 +24,7 @@ class CheckedSource:
     """
 
     def __init__(self, source: Source, *, dtype: str | None = None, allow_nan: bool = False):
-        self.name, self.quantization, self.blocks = source.name, source.quantization, source.blocks
+        self.name, self.quantization = source.name, source.quantization
         self.config: dict[str, Any] = dict(source.config)
         self.tensors = source.tensors
         if dtype is not None:
@@ -30,13 +32,17 @@ class CheckedSource:
             self.config |= dict.fromkeys(keys, dtype)
             stored = SPELLING[dtype]
             self.tensors = {name: tensor_of(stored, tensor.shape) for name, tensor in source.tensors.items()}
+        self.blocks: Mapping[str, Blocks] = {
+            name: replace(blocks, read=partial(self._converted_blocks, name, blocks))
+            for name, blocks in source.blocks.items()
+        }
         self._source, self._allow_nan = source, allow_nan
 
     def read(self, name: str) -> mx.array:
         return self._converted(name, self._source.read(name))
 
-    def read_blocks(self, name: str) -> list[mx.array]:
-        weight, *scales = self._source.read_blocks(name)
+    def _converted_blocks(self, name: str, blocks: Blocks) -> list[mx.array]:
+        weight, *scales = blocks.read()
         return [weight, *(self._converted(name, array) for array in scales)]
 
     def _converted(self, name: str, array: mx.array) -> mx.array:

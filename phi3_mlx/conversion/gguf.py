@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from ..models import parse_config, shapes
 from ..safetensors import Tensor
 from .gguf_file import BLOCKS, GgufFile
 from .gguf_tokenizer import tokenizer_files
+from .sources import Blocks
 from .split import require
 
 _ARCHITECTURES = ("phi3", "llama")
@@ -82,13 +84,15 @@ class GgufSource:
         self.config |= {key: value for key, value in ids.items() if value is not None}
         self.tensors = {name: self._tensor(name, shape) for name, shape in wanted.items()}
         kinds = {name: {self._file.tensors[part].type for part in parts} for name, parts in self._parts.items()}
-        self.blocks: Mapping[str, Mapping[str, Any]] = {
-            name: {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}
+        self.blocks: Mapping[str, Blocks] = {
+            name: Blocks(
+                {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}, partial(self._read_blocks, name)
+            )
             for name, of in kinds.items()
             if of <= set(BLOCKS) and len({BLOCKS[kind] for kind in of}) == 1
         }
 
-    def read_blocks(self, name: str) -> list[mx.array]:
+    def _read_blocks(self, name: str) -> list[mx.array]:
         """Weight, scales and biases of a tensor of `blocks`; scales and biases are float16."""
         parts = [self._file.read_blocks(part, self._orders.get(part)) for part in self._parts[name]]
         return [mx.concatenate(list(of_all)) for of_all in zip(*parts, strict=True)]

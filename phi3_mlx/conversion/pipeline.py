@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..hub import resolve
-from ..memory import room
+from ..memory import parse_size, room, size_text
 from .checked import CheckedSource
 from .rounding import Recipe, packings, planned, rounded, uniform
 from .sources import Source, open_source
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .report import Report
 
 RECIPE = "recipe.json"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def convert(
         chosen = choose_recipe(
             read,
             target_bpw=target_bpw,
-            target_bytes=None if target_size is None else _bytes(target_size),
+            target_bytes=None if target_size is None else parse_size(target_size),
             group_size=wanted["group_size"],
             ids=ids,
             progress=_staged(progress, "measuring", "layers"),
@@ -155,7 +155,7 @@ def convert(
             notes.append(f"no report: {error}")
     matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) == 2]
     excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
-    weights = sum(_count(tensor.shape) for tensor in read.tensors.values())
+    weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
     return Conversion(
         path=Path(os.path.abspath(destination)),
         recipe=chosen,
@@ -181,8 +181,8 @@ def _report(
     needed, available = memory_needed(source, size), room()
     if only_if_it_fits and needed > available:
         raise MemoryLimitError(
-            f"it takes about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; --report makes it "
-            "nonetheless"
+            f"it takes about {size_text(needed)} of memory, and {size_text(available)} are free; --report makes "
+            "it nonetheless"
         )
     return write_report(
         directory,
@@ -229,7 +229,7 @@ def _check_options(
     if clash:
         raise OptionError(f"--{plans[0]} decides what --{clash} would; leave one out")
     if target_size is not None:
-        _bytes(target_size)
+        parse_size(target_size)
 
 
 def _resolve(source: str | Path, revision: str | None) -> Path:
@@ -250,14 +250,15 @@ def _check_places(source: Path, destination: Path, force: bool) -> None:
 
 def _recipe_of_blocks(source: Source) -> Recipe:
     """The recipe that keeps what a source stores in blocks; matrices of other packed types get 8 bits."""
-    widths = [packing["bits"] for packing in source.blocks.values()]
+    stored = {name: blocks.packing for name, blocks in source.blocks.items()}
+    widths = [packing["bits"] for packing in stored.values()]
     every = {"group_size": 32, "bits": max(set(widths), key=widths.count), "mode": "affine"}
     recipe: Recipe = dict(every)
     for name, tensor in source.tensors.items():
-        if len(tensor.shape) == 2 and source.blocks.get(name) != every:
+        if len(tensor.shape) == 2 and stored.get(name) != every:
             # A source spells packed tensors that mlx has no blocks for as float32.
             other = every | {"bits": 8} if tensor.dtype == "F32" else False
-            recipe[name.removesuffix(".weight")] = source.blocks.get(name, other)
+            recipe[name.removesuffix(".weight")] = stored.get(name, other)
     return recipe
 
 
@@ -307,26 +308,3 @@ def _staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) 
     if progress is None:
         return None
     return lambda done, total: progress(Progress(stage, unit, done, total))
-
-
-def _bytes(size: int | str) -> int:
-    """Bytes from a number or "2.0GB"."""
-    number, unit = size, 1
-    if isinstance(size, str):
-        suffix = size.strip()[-2:].upper()
-        unit = _UNITS.get(suffix, 1)
-        number = size.strip()[:-2] if suffix in _UNITS else size
-    try:
-        value = int(float(number) * unit)
-    except (ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise OptionError(f"size {size!r} is none; give bytes or something like 2.0GB")
-    return value
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -94,8 +94,11 @@ def rounded(source: Source, recipe: Mapping[str, Any] | None) -> Iterator[tuple[
         if name not in found:
             yield name, source.read(name)
             continue
-        kept = source.blocks.get(name) == found[name]
-        parts = source.read_blocks(name) if kept else pack(source.read(name), found[name])
+        stored = source.blocks.get(name)
+        if stored is not None and stored.packing == found[name]:
+            parts = stored.read()
+        else:
+            parts = pack(source.read(name), found[name])
         path = name.removesuffix(".weight")
         for part in ("weight", "scales", "biases")[: len(parts)]:
             yield f"{path}.{part}", parts.pop(0)

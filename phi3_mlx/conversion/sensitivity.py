@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OptionError
+from ..memory import size_text
 from ..quality import chunks, kl_divergence, log_softmax
 from .gptq import unpack
 from .layerwise import EMBEDDING, LayerStream, linear
@@ -90,12 +91,12 @@ def _budget(
             raise OptionError(f"target {target_bpw} is no number of bits; give something like 4.5")
         target_bytes, asked = math.floor(target_bpw * weights / 8 + 1e-6), f"{target_bpw:g} bits per weight"
     else:
-        asked = f"{target_bytes / 1e6:,.1f} MB"
+        asked = size_text(target_bytes)
     ends = {width: fixed + sum(of[width] for of in sizes.values()) for width in _widths(sizes)}
     (least, smallest), (most, largest) = min(ends.items()), max(ends.items())
 
     def size(width: int, total: int) -> str:
-        return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({total / 1e6:,.1f} MB)"
+        return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({size_text(total)})"
 
     if target_bytes < smallest:
         hint = "" if group_size >= 128 else ", or larger groups (--group-size 128)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,27 +14,26 @@ import mlx.core as mx
 from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import CheckpointError
+from ..hub import COMPANIONS
 from ..models import parse_config, shapes
 from ..quantize import packing_of
 from ..safetensors import Tensor, find_weights
 from .split import plan
 
-# What goes along with the weights. No code; the licence, because it asks to be kept with the model.
-_EXTRAS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.*",
-    "LICENSE*",
-    "NOTICE*",
-)
+_EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
 _FLOATS = ("BF16", "F16", "F32")  # each fits the last
 SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor that a checkpoint stores in blocks which mlx has too.
+
+    `packing` is their group size, bits and mode; `read` gives weight, scales and biases as stored: nothing is rounded.
+    """
+
+    packing: Mapping[str, Any]
+    read: Callable[[], list[mx.array]]
 
 
 class Source(Protocol):
@@ -40,17 +41,14 @@ class Source(Protocol):
 
     `name` is what messages call it. `config` is the config.json of the unquantized phi3 model, `tensors` its tensors
     in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is. `blocks`
-    says which tensors are stored in blocks that mlx has too, and of which group size, bits and mode.
+    are those of the tensors that can be taken as they are stored.
     """
 
     name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     quantization: Mapping[str, Any] | None
-    blocks: Mapping[str, Mapping[str, Any]]
-
-    def read_blocks(self, name: str) -> list[mx.array]:
-        """Weight, scales and biases of a tensor of `blocks`, as stored: nothing is rounded."""
+    blocks: Mapping[str, Blocks]
 
     def read(self, name: str) -> mx.array:
         """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
@@ -74,7 +72,7 @@ def open_source(path: Path) -> Source:
 class DirectorySource:
     """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
 
-    blocks: Mapping[str, Mapping[str, Any]] = {}
+    blocks: Mapping[str, Blocks] = {}
 
     def __init__(self, directory: Path):
         self.name = str(directory)
@@ -110,9 +108,6 @@ class DirectorySource:
             dtype = found[0].dtype if len(kinds) == 1 else "F32"
             self.tensors[name] = tensor_of(dtype, layout[name])
         self._check_tied()
-
-    def read_blocks(self, name: str) -> list[mx.array]:
-        raise KeyError(name)
 
     def read(self, name: str) -> mx.array:
         parts = [self._part(part) for part in self._parts[name]]
@@ -207,10 +202,7 @@ class DirectorySource:
 
 def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A `Tensor` of that dtype (safetensors' spelling) and shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return Tensor(dtype, shape, count * to_mlx(dtype).size)
+    return Tensor(dtype, shape, math.prod(shape) * to_mlx(dtype).size)
 
 
 def to_mlx(dtype: str) -> mx.Dtype:

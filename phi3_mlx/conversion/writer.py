@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..memory import size_text
 from ..safetensors import INDEX, Tensor
 from .sources import to_mlx
 
@@ -79,7 +80,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed + _SPARE:
         raise CheckpointError(
-            f"{directory} is on a disk with {free / 1e9:,.2f} GB free, and the model takes {needed / 1e9:,.2f} GB; "
+            f"{directory} is on a disk with {size_text(free)} free, and the model takes {size_text(needed + _SPARE)}; "
             "free some space or name a directory on another disk"
         )
 

@@ -59,7 +59,7 @@ def tune(
     sample_tokens: int = 64,
     gradient_checkpointing: bool = False,
     dtype: str | None = None,
-    memory: float | None = None,
+    memory: int | str | None = None,
     tensorboard: bool = False,
     resume: bool = False,
     notify: Callable[[str], None] | None = None,
@@ -112,7 +112,7 @@ def tune(
         sample_tokens=sample_tokens,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
-        memory=memory,
+        memory=None if memory is None else str(memory),
         tensorboard=tensorboard,
     )
     return run.start(settings, resume=resume, notify=notify, on_step=on_step, on_validation=on_validation)

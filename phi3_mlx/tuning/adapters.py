@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..atomic import new_file, replace_file
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
 from ..models.decoder import Model
@@ -105,24 +104,8 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapp
     """Write the two files into `directory`, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    with tempfile.TemporaryDirectory(prefix=".writing.", dir=directory) as folder:
-        mx.save_safetensors(str(Path(folder, WEIGHTS)), dict(tensors), {"format": "mlx"})
-        sync(Path(folder, WEIGHTS))
-        os.replace(Path(folder, WEIGHTS), directory / WEIGHTS)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place in one step: a run killed meanwhile leaves the old one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    sync(beside)
-    os.replace(beside, path)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with new_file(directory / WEIGHTS) as file:
+        mx.save_safetensors(file, dict(tensors), {"format": "mlx"})
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
@@ -134,20 +117,25 @@ def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 def read_config_of(directory: Path) -> dict[str, Any]:
     """The config of a folder whose two files are there and whole. Raises AdapterError."""
-    for name in (CONFIG, WEIGHTS):
+    peft = (directory / "adapter_model.safetensors").is_file()
+    hint = "; phi3-mlx adapter import makes one of it" if peft else "; name one that has"
+    return checked_config(directory, CONFIG, WEIGHTS, f", so it is no adapter folder{hint}")
+
+
+def checked_config(directory: Path, config: str, weights: str, without: str) -> dict[str, Any]:
+    """What the file `config` holds, if it and the safetensors file `weights` are there and whole.
+
+    Raises AdapterError; `without` goes on with the sentence that one of them is missing.
+    """
+    for name in (config, weights):
         if not (directory / name).is_file():
-            hint = (
-                "; phi3-mlx adapter import makes one of it"
-                if (directory / "adapter_model.safetensors").is_file()
-                else ""
-            )
-            raise AdapterError(f"{directory} has no {name}, so it is no adapter folder{hint or '; name one that has'}")
+            raise AdapterError(f"{directory} has no {name}{without}")
     try:
-        config = read_json(directory / CONFIG)
-        read_header(directory / WEIGHTS)
+        value = read_json(directory / config)
+        read_header(directory / weights)
     except CheckpointError as error:
         raise AdapterError(str(error).replace("; download it again", "; it is damaged")) from error
-    return config
+    return value
 
 
 def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from .examples import Example
+
+if TYPE_CHECKING:
+    from .settings import Settings
 
 Order = Literal["shuffle", "bucket"]
 _POOL = 32  # batches that "bucket" sorts by length together: enough to be even, few enough to stay random
@@ -37,6 +40,18 @@ class Plan:
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self.steps = steps if steps is not None else max(1, round(epochs * self.steps_per_epoch))
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], settings: Settings) -> Plan:
+        """The batches of a run with these settings over examples of these lengths."""
+        return cls(
+            lengths,
+            settings.batch_size,
+            steps=settings.steps,
+            epochs=settings.epochs,
+            order=settings.order,
+            seed=settings.seed,
+        )
 
     def batch(self, step: int) -> list[int]:
         """Indexes of the examples of a step, counted from 0."""

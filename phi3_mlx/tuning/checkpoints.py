@@ -19,8 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..atomic import sync
 from ..errors import TrainingError
-from .adapters import sync
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -41,8 +41,7 @@ def save_checkpoint(
     mx.save_safetensors(str(unfinished / "weights.safetensors"), dict(weights))
     mx.save_safetensors(str(unfinished / "optimizer.safetensors"), dict(optimizer))
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-    for file in unfinished.iterdir():
-        sync(file)
+    sync(unfinished)
     shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from before this step
     unfinished.rename(final)
     for other in folder.iterdir():

@@ -12,6 +12,7 @@ from ..memory import size_text
 from .batches import Plan, make_part, split_parts
 from .examples import Example, histogram
 from .loss import part_loss
+from .plan import memory_limit
 from .run import Prepared, load_for_training
 
 if TYPE_CHECKING:
@@ -28,14 +29,7 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     """
     settings, train, valid = prepared.settings, prepared.train, prepared.valid
     lengths = [len(example) - 1 for example in train.examples]
-    plan = Plan(
-        lengths,
-        settings.batch_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        order=settings.order,
-        seed=settings.seed,
-    )
+    plan = Plan.of(lengths, settings)
     lines = [
         f"Data      {len(train.lengths):,} training examples, {len(valid.lengths):,} to validate on",
         f"          {sum(lengths):,} tokens an epoch, {train.trained_tokens:,} of them learnt; "
@@ -46,7 +40,7 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     for example in train.examples[:_SHOWN]:
         lines += [f"Example   {example.source}", _rendered(example, prepared.tokenizer, color), ""]
     memory = prepared.plan
-    limit = settings.memory * 1e9 if settings.memory is not None else prepared.available
+    limit = memory_limit(settings, prepared.available)
     verdict = "fits in" if memory.total <= limit else "does NOT fit in"
     lines += [
         f"Memory    about {size_text(memory.total)}: weights {size_text(memory.weights)}, training "
@@ -58,7 +52,7 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
         seconds, tokens = _time_a_batch(prepared, plan)
         total = sum(sum(lengths[i] for i in plan.batch(step)) for step in range(plan.steps))
         lines.append(
-            f"Time      about {_spell(seconds / tokens * total)} of training; "
+            f"Time      about {duration_text(seconds / tokens * total)} of training; "
             f"{tokens / seconds:,.0f} tok/s in one batch"
         )
     return "\n".join(lines)
@@ -108,7 +102,8 @@ def _time_a_batch(prepared: Prepared, plan: Plan) -> tuple[float, int]:
     return time.perf_counter() - started, sum(lengths[i] for part in parts for i in part)
 
 
-def _spell(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Seconds as people read them: "45 seconds", "12 minutes", "1.5 hours"."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from ..atomic import new_file, replace_file
 from ..errors import OptionError
-from .adapters import replace_file
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 _FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis
@@ -104,7 +104,6 @@ def plot_losses(directory: Path) -> bool:
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
     axes.legend()
-    beside = directory / f".{PLOT}"
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(directory / PLOT)
+    with new_file(directory / PLOT) as file:
+        figure.savefig(file, format="png", dpi=120)
     return True

@@ -17,18 +17,18 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from .. import hub
+from ..atomic import new_file, replace_file
 from ..checkpoint import load_model
-from ..config import Config, read_json
-from ..errors import AdapterError, CheckpointError, OptionError
+from ..config import Config
+from ..errors import AdapterError, OptionError
 from ..models.decoder import Model
-from ..safetensors import read_header
 from .adapters import (
     adapter_files,
     base_of,
     check_base,
+    checked_config,
     make_adapters,
     read_adapter,
-    replace_file,
     trained_on,
     write_adapter,
 )
@@ -191,7 +191,8 @@ def export_peft(
         "alpha_pattern": {_exactly(path): alpha[path] for path, rank in ranks.items() if rank != common},
     }
     output.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(output / _WEIGHTS), arrays, {"format": "pt"})
+    with new_file(output / _WEIGHTS) as file:
+        mx.save_safetensors(file, arrays, {"format": "pt"})
     replace_file(output / _CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     return len(adapters)
 
@@ -221,19 +222,9 @@ def peft_tensors(
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    for name in (_CONFIG, _WEIGHTS):
-        if not (source / name).is_file():
-            pickle = (
-                " (adapter_model.bin is pickle, which is never read)"
-                if (source / "adapter_model.bin").is_file()
-                else ""
-            )
-            raise AdapterError(f"{source} has no {name}{pickle}; name a folder that PEFT's save_pretrained has written")
-    try:
-        raw = read_json(source / _CONFIG)
-        read_header(source / _WEIGHTS)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
+    pickle = (source / "adapter_model.bin").is_file()
+    hint = " (adapter_model.bin is pickle, which is never read)" if pickle else ""
+    raw = checked_config(source, _CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
     for key, allowed in _MUST_BE.items():
         if raw.get(key, allowed[0]) not in allowed:
             _refuse(source, f"{key} is {raw[key]!r}, which a LoRA or DoRA layer here does not have")

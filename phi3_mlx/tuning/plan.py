@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint import computed_size, weight_bytes
 from ..config import Config
 from ..errors import MemoryLimitError
-from ..memory import size_text
+from ..memory import parse_size, size_text
 from ..models.attention import SCORES, fused_attention
 from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
@@ -70,14 +70,7 @@ def plan_memory(
     # Full fine-tuning trains the weights themselves, which are counted already.
     own = numbers * (item if full else 4)
     copies = (0 if full else 1) + 2 + kept  # gradients of a part and their sum
-    plan = Plan(
-        lengths,
-        settings.batch_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        order=settings.order,
-        seed=settings.seed,
-    )
+    plan = Plan.of(lengths, settings)
     part = plan.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
     scores = item * part.scores * config.num_attention_heads
@@ -116,6 +109,11 @@ def training_dtype(settings: Settings) -> str | None:
     return settings.dtype
 
 
+def memory_limit(settings: Settings, available: int) -> int:
+    """Bytes that a run may use: what its settings say, else what is `available`."""
+    return available if settings.memory is None else parse_size(settings.memory)
+
+
 def refuse_if_too_large(
     needed: MemoryPlan, settings: Settings, available: int, replan: Callable[[Settings], MemoryPlan]
 ) -> None:
@@ -123,7 +121,7 @@ def refuse_if_too_large(
 
     `replan` gives the plan of changed settings.
     """
-    limit = int(settings.memory * 1e9) if settings.memory is not None else available
+    limit = memory_limit(settings, available)
     if needed.total <= limit:
         return
     parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ..atomic import replace_file
 from ..config import read_json
 from ..errors import CheckpointError, OptionError, TrainingError
 from ..memory import bounded_run, room
 from ..models import read_config
-from .adapters import Base, adapter_files, base_of, replace_file, write_adapter
+from .adapters import Base, adapter_files, base_of, write_adapter
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records

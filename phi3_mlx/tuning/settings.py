@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from ..checkpoint import DTYPES
 from ..errors import OptionError
+from ..memory import parse_size
 from .batches import Order
 from .examples import Overflow, TrainOn
 
@@ -71,7 +72,7 @@ class Settings:
 
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
-    memory: float | None = _option(None, "GB the run may use; by default what the machine has free.")
+    memory: str | None = _option(None, "What the run may use, such as 16GB; by default what the machine has free.")
     tensorboard: bool = _option(False, "Write TensorBoard files too (needs the extra of that name).")
 
     def check(self) -> Settings:
@@ -89,6 +90,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{name} {value} is outside its range; give more than 0")
+        if self.memory is not None:
+            parse_size(self.memory)
         for name in ("weight_decay", "clip", "warmup", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -121,7 +124,6 @@ _POSITIVE = (
     "save_every",
     "patience",
     "sample_tokens",
-    "memory",
 )
 
 

@@ -85,14 +85,7 @@ class Trainer:
         self._group = group or mx.distributed.init()
         self.rank, self._ranks = self._group.rank(), self._group.size()
         self._lengths = [len(example) - 1 for example in train]
-        self.plan = Plan(
-            self._lengths,
-            settings.batch_size,
-            steps=settings.steps,
-            epochs=settings.epochs,
-            order=settings.order,
-            seed=settings.seed,
-        )
+        self.plan = Plan.of(self._lengths, settings)
         default = min(100, self.plan.steps_per_epoch)
         self.validate_every = settings.validate_every or default
         self.save_every = settings.save_every or self.validate_every
