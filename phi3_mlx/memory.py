@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .config import Config
+from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
 from .models.attention import SCORES, UNPACKED, fused_attention, tile_shape
 from .models.blocksparse import tile_size
@@ -140,7 +140,7 @@ class Run:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
-        attention = max(self._dense_attention(chunk, seen), self._sparse_attention(chunk))
+        attention = self._attention(chunk, seen)
         logits = 2 * self.rows * config.vocab_size * 4
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
@@ -151,11 +151,20 @@ class Run:
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         return max(tokens * numbers * self.itemsize + attention + grown, logits)
 
+    def _attention(self, chunk: int, seen: int) -> int:
+        """What a call of attention to `seen` keys writes, the largest of the layers'."""
+        pattern = self.config.sparse_layers
+        dense = any(map(self.config.is_dense, range(self.config.num_hidden_layers)))
+        if pattern is None or self.length <= pattern.reach:
+            return self._dense_attention(chunk, seen)
+        if dense:
+            return max(self._dense_attention(chunk, seen), self._sparse_attention(chunk, pattern))
+        # Up to the pattern's reach they are dense; what the cache takes more in the end was free then.
+        later = self.cache_bytes() - replace(self, length=pattern.reach).cache_bytes()
+        return max(self._dense_attention(chunk, pattern.reach) - later, self._sparse_attention(chunk, pattern))
+
     def _dense_attention(self, chunk: int, seen: int) -> int:
-        """What a call of attention to `seen` keys writes; nothing where no layer is dense."""
         config, queries = self.config, min(chunk, self.length)
-        if not any(map(config.is_dense, range(config.num_hidden_layers))):
-            return 0
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         total = 0
         if not self.fused:  # scores, and the mask of a head
@@ -171,20 +180,14 @@ class Run:
             total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
         return total
 
-    def _sparse_attention(self, chunk: int) -> int:
-        """What a tile of a block-sparse layer writes: its copied keys and values, its mask, on the CPU its scores."""
-        config, pattern = self.config, self.config.sparse_layers
-        if pattern is None or self.length <= pattern.reach:
-            return 0
+    def _sparse_attention(self, chunk: int, pattern: BlockPattern) -> int:
+        """A tile's copied keys and values and, on the CPU, its scores; four of each were alive at once."""
+        config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         queries, keys, heads, kv_heads = tile_size(self.rows, heads, kv_heads, chunk, self.length, pattern)
-        copied = 2 * self.rows * kv_heads * keys * dim * self.itemsize
-        total = copied + queries * keys
-        if self.bits is not None:
-            total += self._layer_bytes(keys) * kv_heads // config.num_key_value_heads
-        if not self.fused:
-            total += self.rows * heads * queries * keys * 4
-        return total
+        copied = 2 * kv_heads * keys * dim * self.itemsize
+        scores = 0 if self.fused else heads * queries * keys * 4
+        return 4 * self.rows * (copied + scores)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""

@@ -208,7 +208,7 @@ def _attend_few(
     return mx.flatten(out, 1, 2)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _visible_near(pattern: BlockPattern, residues: tuple[int, ...], start: int, length: int, split: int) -> mx.array:
     """Whether heads of these residues see the keys from `split` on: (G, L, keys). The same in all layers of a step."""
     queries, keys = np.arange(start, start + length)[:, None], np.arange(split, start + length)
