@@ -214,7 +214,7 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys, monkeypatch):
     assert "and 16.0 MB may be used: --kv-bits 4 needs" in err
     with pytest.raises(SystemExit) as done:
         main([*command, "16 apples"])
-    assert done.value.code == 1
+    assert done.value.code == 2
     assert "16 apples" in capsys.readouterr().err
     before = memory.room()
     with memory.at_most(10**6), memory.at_most(10**7):
