@@ -1,7 +1,7 @@
 """The slow oracle of Phi-3-small: float64 numpy from a config.json dictionary, dense masks, every formula written out.
 
-No cache, no blocks, no code of the package. Source: arXiv 2404.14219, section 2; the checkpoints' `modeling_phi3_small`,
-`configuration_phi3_small` and `positional_embedding`.
+No cache, no blocks, no code of the package. Source: arXiv 2404.14219, section 2; `modeling_phi3_small`,
+`configuration_phi3_small` and `positional_embedding` of the checkpoints.
 """
 
 import math

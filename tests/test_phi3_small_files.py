@@ -11,8 +11,8 @@ from oracle import ids_of
 from tuning_models import facts, write_jsonl
 
 from phi3_mlx import batch_generate, convert, generate, hub, load
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.chat import render_chat
+from phi3_mlx.checkpoint import load_model
 from phi3_mlx.cli import main
 from phi3_mlx.engine import Generation
 from phi3_mlx.family import MEMBERS, parameter_count
@@ -141,7 +141,14 @@ def test_gptq_mixed_bits_and_the_report(folder, tmp_path):
     for method in ("round", "gptq"):
         calibration = text if method == "gptq" else None
         made = convert(
-            folder, tmp_path / method, bits=3, group_size=32, method=method, calibration=calibration, text=other, report=True
+            folder,
+            tmp_path / method,
+            bits=3,
+            group_size=32,
+            method=method,
+            calibration=calibration,
+            text=other,
+            report=True,
         )
         errors[method] = made.report.comparison.kl
         assert (tmp_path / method / "REPORT.md").is_file()
@@ -153,8 +160,10 @@ def test_gptq_mixed_bits_and_the_report(folder, tmp_path):
 
 
 def test_mlx_lm_decodes_the_same_numbers(tmp_path):
-    """Token by token, past what is dense. Its prefill is another matter, and its ids without a token too: it masks those
-    along the wrong axis, past the end of its array, so hidden states are compared."""
+    """Token by token, past what is dense: its prefill has another mask than the reference.
+
+    Hidden states are compared: the ids without a token it masks along the wrong axis, past the end of its array.
+    """
     phi3small = pytest.importorskip("mlx_lm.models.phi3small")
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -215,8 +224,10 @@ def test_aliases_and_context(run):
     assert parameter_count(MEMBERS["phi-3-small-8k"].shape) == 7_392_272_384
     small, long = hub.find_alias("phi-3-small-8k"), hub.find_alias("phi-3-small-128k")
     assert (small.repo_id, small.context) == ("microsoft/Phi-3-small-8k-instruct", 8192)
-    assert (long.repo_id, long.context, long.shape) == ("microsoft/Phi-3-small-128k-instruct", 131072, MEMBERS["phi-3-small-128k"].shape)
+    assert (long.repo_id, long.context, long.shape) == (
+        "microsoft/Phi-3-small-128k-instruct",
+        131072,
+        MEMBERS["phi-3-small-128k"].shape,
+    )
     assert "phi-3-small-8k" in run("models")
     assert "phi-3-small-128k" in run("plan", "-m", "phi-3-small-128k", "--memory", "32GB")
-
-

@@ -33,9 +33,7 @@ ALL_SPARSE = {"dense_attention_every_n_layers": None, "blocksparse_block_size": 
     ],
     ids=str,
 )
-def test_the_prediction_is_what_mlx_takes_within_a_tenth(
-    shape, changes, chunk, length, bits, rows, pays, monkeypatch
-):
+def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, length, bits, rows, pays, monkeypatch):
     for module in (linear, decoder, memory):
         monkeypatch.setattr(module, "unpacking_pays", lambda: pays)
     names = ("hidden_size", "ff_intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -64,7 +62,8 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(
         del generation
         if predicted < 1.1 * peak:
             break
-    print(shape, chunk, length, bits, rows, pays, predicted / peak)
+    del model
+    gc.collect()  # other tests count what MLX holds
     assert 0.9 * peak < predicted < 1.1 * peak
 
 

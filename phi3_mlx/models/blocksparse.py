@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from ..config import BlockPattern
 from . import attention
-from .attention import SCORES, Mask
+from .attention import SCORES, Mask, scores_of, weighted
 from .cache import KVBits, KVCache
 
 _FEW = 32  # queries at most that read the cache where it lies
@@ -173,7 +174,7 @@ def _attend_few(
 
     Old blocks are taken by whole strides, of which every head sees one block each; what is left counts as near.
     """
-    batch, heads, length, dim = q.shape
+    _, heads, length, dim = q.shape
     kv_heads, block, stride = seen[0].shape[1], pattern.block_size, pattern.stride
     group, half = heads // kv_heads, len(seen) // 2
     strides = pattern.oldest_local(start) // stride
@@ -186,21 +187,22 @@ def _attend_few(
         rows, stored = _pick(q, phase.kv), [_pick(array, phase.kv) for array in seen]
         flat = mx.flatten(rows, 2, 3)  # (B, U, G * L, D)
         close = [array[:, :, split:] for array in stored]
-        scores = mx.unflatten(_scores(flat, close[:half], bits), 2, (group, length)).astype(mx.float32)
+        scores = mx.unflatten(scores_of(flat, close[:half], bits), 2, (group, length)).astype(mx.float32)
         scores = mx.where(_visible_near(pattern, phase.residues, start, length, split), scores, -mx.inf)
         old = []
         if strides:
             for array in stored:
                 blocks = mx.unflatten(array[:, :, :split], 2, (strides, stride, block))
                 old.append(_pick(blocks, phase.residues, axis=3).transpose(0, 1, 3, 2, 4, 5))  # (B, U, G, n, b, ·)
-            far = _scores(rows[:, :, :, None], old[:half], bits)  # (B, U, G, n, L, b)
+            each = mx.broadcast_to(rows[:, :, :, None], (*rows.shape[:3], strides, length, dim))
+            far = scores_of(each, old[:half], bits)  # (B, U, G, n, L, b)
             far = far.transpose(0, 1, 2, 4, 3, 5).reshape(*scores.shape[:4], -1).astype(mx.float32)
             scores = mx.concatenate([scores, far], axis=-1)
         weights = mx.softmax(scores, axis=-1).astype(q.dtype)  # (B, U, G, L, near + n * b)
-        out = _weighted(mx.flatten(weights[..., :near], 2, 3), close[half:], bits).reshape(rows.shape)
+        out = weighted(mx.flatten(weights[..., :near], 2, 3), close[half:], bits).reshape(rows.shape)
         if strides:
             apart = mx.unflatten(weights[..., near:], -1, (strides, block)).transpose(0, 1, 2, 4, 3, 5)
-            out = out + _weighted(apart, old[half:], bits).sum(axis=3)
+            out = out + weighted(apart, old[half:], bits).sum(axis=3)
         parts.append(out)
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     order = [kv for phase in phases for kv in phase.kv]
@@ -217,24 +219,9 @@ def _visible_near(pattern: BlockPattern, residues: tuple[int, ...], start: int, 
     return mx.array((keys <= queries) & (local | vertical))
 
 
-def _scores(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.array:
-    """q (..., L, D) with keys (..., S, D) as a cache stores them -> (..., L, S)."""
-    if bits is None:
-        return q @ keys[0].swapaxes(-1, -2)
-    q = mx.broadcast_to(q, (*keys[0].shape[:-2], *q.shape[-2:])) if q.ndim > 4 else q
-    return mx.quantized_matmul(q, *keys, transpose=True, group_size=bits.group_size, bits=bits.keys)
-
-
-def _weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> mx.array:
-    """weights (..., L, S) of values (..., S, D) as a cache stores them -> (..., L, D)."""
-    if bits is None:
-        return weights @ values[0]
-    return mx.quantized_matmul(weights, *values, transpose=False, group_size=bits.group_size, bits=bits.values)
-
-
 def _pick(array: mx.array, indexes: tuple[int, ...], axis: int = 1) -> mx.array:
-    """`array` at these places of an axis: a view where they are evenly spaced; one place where they are all the same."""
-    steps = {b - a for a, b in zip(indexes, indexes[1:], strict=False)}
+    """`array` at these places of an axis: a view if they are evenly spaced, of one place if they are all the same."""
+    steps = {b - a for a, b in pairwise(indexes)}
     if len(steps) > 1:
         return mx.take(array, mx.array(indexes), axis=axis)
     step = steps.pop() if steps else 1

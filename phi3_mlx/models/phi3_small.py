@@ -180,13 +180,11 @@ class Attention(decoder.Attention):
 
 
 @partial(mx.compile, shapeless=True)
-def _gegelu(gate: mx.array, linear: mx.array) -> mx.array:
+def _gegelu(gate: mx.array, linear: mx.array, limit: float) -> mx.array:
+    # Infinities stay, as in the reference.
+    gate = mx.where(mx.isinf(gate), gate, mx.minimum(gate, limit))
+    linear = mx.where(mx.isinf(linear), linear, mx.clip(linear, -limit, limit))
     return gate * mx.sigmoid(1.702 * gate) * (linear + 1)
-
-
-def _bounded(x: mx.array, low: float, high: float) -> mx.array:
-    """Infinities stay, as in the reference."""
-    return mx.where(mx.isinf(x), x, mx.clip(x, low, high))
 
 
 class MLP(nn.Module):
@@ -194,17 +192,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self._limit = config.gegelu_limit
+        self._limit = math.inf if config.gegelu_limit is None else config.gegelu_limit
         self.up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         both = self.up_proj(x)
-        gate, linear = both[..., 0::2], both[..., 1::2]
-        if self._limit is not None:
-            gate = _bounded(gate, -math.inf, self._limit)
-            linear = _bounded(linear, -self._limit, self._limit)
-        return self.down_proj(_gegelu(gate, linear))
+        return self.down_proj(_gegelu(both[..., 0::2], both[..., 1::2], self._limit))
 
 
 class DecoderLayer(decoder.DecoderLayer):
