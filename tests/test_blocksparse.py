@@ -32,6 +32,7 @@ def raw_of(pattern: BlockPattern, heads: int) -> dict:
 
 def expected(q, k, v, pattern: BlockPattern) -> np.ndarray:
     """One row, q (H, L, D), k and v (Hkv, L, D) -> (L, H * D), by the oracle."""
+    q, k, v = (array.astype(np.float64) for array in (q, k, v))
     heads, length, _ = q.shape
     raw, group, out = raw_of(pattern, heads), heads // len(k), []
     for head in range(heads):
@@ -78,7 +79,7 @@ def test_any_pattern_in_any_pieces_is_the_oracle(case, seed):
         patch.setattr(blocksparse, "TILE", tile)
         patch.setattr(blocksparse, "_FEW", few)
         found = read(arrays, pattern, edges)[0]
-    assert np.abs(found - expected(*(array[0] for array in arrays), pattern)).max() < 2e-5
+    assert np.abs(found - expected(*(array[0] for array in arrays), pattern)).max() < 1e-4
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,7 +95,7 @@ def test_rows_of_any_padding_are_as_alone(case, padding):
     assert np.isfinite(found).all(), "padding that were NaN would poison its row"
     for row, before in enumerate(padding):
         alone = expected(*(array[row, :, before:] for array in arrays), pattern)
-        assert np.abs(found[row, before:] - alone).max() < 2e-5
+        assert np.abs(found[row, before:] - alone).max() < 1e-4
 
 
 @settings(max_examples=25, deadline=None)
@@ -126,7 +127,7 @@ def test_the_true_pattern_at_the_true_block_size(length):
     for head in (0, 5, 7, 15):
         mask = causal & (near | ((blocks + head + 1) % 8 == 0))
         out = naive_small.attention(q[head, -80:], k[head // 4], v[head // 4], mask[-80:], SCALE)
-        assert np.abs(found[-80:, head * DIM : (head + 1) * DIM] - out).max() < 2e-5
+        assert np.abs(found[-80:, head * DIM : (head + 1) * DIM] - out).max() < 1e-4
 
 
 @pytest.mark.parametrize("queries", [1, 20, 200])

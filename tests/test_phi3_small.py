@@ -183,6 +183,19 @@ def test_gegelu_bounds_what_is_finite(limit):
     )
 
 
+@pytest.mark.parametrize("limit", [np.inf, 2.0])
+def test_gegelus_gradient_is_that_of_its_formula(limit):
+    x = mx.random.normal((3, 40), key=mx.random.key(2)) * 2.5
+    weights = mx.random.normal((3, 20), key=mx.random.key(3))
+
+    def formula(x):
+        gate, linear = mx.minimum(x[:, 0::2], limit), mx.clip(x[:, 1::2], -limit, limit)
+        return (gate * mx.sigmoid(1.702 * gate) * (linear + 1) * weights).sum()
+
+    found, expected = (mx.grad(f)(x) for f in (lambda x: (phi3_small.gegelu(x, limit) * weights).sum(), formula))
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
+
+
 # The config
 
 

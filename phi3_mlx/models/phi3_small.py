@@ -179,12 +179,44 @@ class Attention(decoder.Attention):
         return blocksparse.attend(q, k, v, cache, self._rope.scale, mask, self._pattern)
 
 
+def _bounded(gate: mx.array, linear: mx.array, limit: float) -> tuple[mx.array, mx.array]:
+    """Infinities stay, as in the reference."""
+    gate = mx.where(mx.isinf(gate), gate, mx.minimum(gate, limit))
+    return gate, mx.where(mx.isinf(linear), linear, mx.clip(linear, -limit, limit))
+
+
 @partial(mx.compile, shapeless=True)
 def _gegelu(gate: mx.array, linear: mx.array, limit: float) -> mx.array:
-    # Infinities stay, as in the reference.
-    gate = mx.where(mx.isinf(gate), gate, mx.minimum(gate, limit))
-    linear = mx.where(mx.isinf(linear), linear, mx.clip(linear, -limit, limit))
+    gate, linear = _bounded(gate, linear, limit)
     return gate * mx.sigmoid(1.702 * gate) * (linear + 1)
+
+
+@partial(mx.compile, shapeless=True)
+def _gegelu_gradients(
+    gate: mx.array, linear: mx.array, cotangent: mx.array, limit: float
+) -> tuple[mx.array, mx.array]:
+    # MLX's own would be a dozen arrays of this size, one an operation.
+    free_gate, free_linear = (gate <= limit) | mx.isinf(gate), (mx.abs(linear) <= limit) | mx.isinf(linear)
+    gate, linear = _bounded(gate, linear, limit)
+    slope = mx.sigmoid(1.702 * gate)
+    by_gate = cotangent * (linear + 1) * (slope + 1.702 * gate * slope * (1 - slope))
+    return mx.where(free_gate, by_gate, 0), mx.where(free_linear, cotangent * gate * slope, 0)
+
+
+def gegelu(both: mx.array, limit: float) -> mx.array:
+    """(..., 2 n), gates and linear parts in turn, -> (..., n); for the backward pass `both` alone is kept."""
+
+    @mx.custom_function
+    def forward(both: mx.array) -> mx.array:
+        return _gegelu(both[..., 0::2], both[..., 1::2], limit)
+
+    @forward.vjp
+    def backward(both: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        gradients = _gegelu_gradients(both[..., 0::2], both[..., 1::2], cotangent, limit)
+        return mx.stack(gradients, axis=-1).reshape(both.shape)
+
+    result: mx.array = forward(both)
+    return result
 
 
 class MLP(nn.Module):
@@ -197,8 +229,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        both = self.up_proj(x)
-        return self.down_proj(_gegelu(both[..., 0::2], both[..., 1::2], self._limit))
+        return self.down_proj(gegelu(self.up_proj(x), self._limit))
 
 
 class DecoderLayer(decoder.DecoderLayer):
