@@ -119,6 +119,11 @@ class Config:
         return max(outputs * inputs for outputs, inputs in self.linears.values())
 
     @property
+    def mlp_kept(self) -> int:
+        """How many arrays of `mlp_width` the backward pass needs of the feed-forward part."""
+        return 3  # gate, up and their product
+
+    @property
     def mlp_width(self) -> int:
         """Numbers that a token's activations have inside the feed-forward part, of each of its projections."""
         return self.intermediate_size

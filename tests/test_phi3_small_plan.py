@@ -2,12 +2,15 @@
 
 import gc
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import small_models
+import test_tuning_plan
 from mlx.utils import tree_flatten
+from test_tuning_plan import CHECKPOINTED
 
 from phi3_mlx import memory
 from phi3_mlx.engine import Generation
@@ -65,6 +68,19 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     del model
     gc.collect()  # other tests count what MLX holds
     assert 0.9 * peak < predicted < 1.1 * peak
+
+
+TRAINING = {"plain": ([120] * 6, {}), "checkpointed": ([120] * 6, CHECKPOINTED), "long": ([700], {})}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_a_training_plan_is_what_the_run_takes(case, tmp_path, monkeypatch):
+    shape = {"vocab_size": 4032, "hidden_size": 128, "ff_intermediate_size": 352, "max_position_embeddings": 1024}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    made = partial(small_models.write, **shape, **PATTERN)
+    monkeypatch.setattr(test_tuning_plan, "make_directory", lambda folder, **_: made(folder))
+    lengths, settings = TRAINING[case]
+    assert 0.85 < test_tuning_plan.ratio(tmp_path, {}, lengths, 0.05, settings) < 1.18
 
 
 def test_keys_and_values_of_the_released_models():

@@ -109,6 +109,10 @@ class Config(config.Config):
         }
 
     @property
+    def mlp_kept(self) -> int:
+        return 2  # gates and linear parts; what becomes of them is computed again
+
+    @property
     def softmax_scale(self) -> float:
         if self.attention_multiplier is None:
             return super().softmax_scale
@@ -192,9 +196,7 @@ def _gegelu(gate: mx.array, linear: mx.array, limit: float) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def _gegelu_gradients(
-    gate: mx.array, linear: mx.array, cotangent: mx.array, limit: float
-) -> tuple[mx.array, mx.array]:
+def _gegelu_gradients(gate: mx.array, linear: mx.array, cotangent: mx.array, limit: float) -> tuple[mx.array, mx.array]:
     # MLX's own would be a dozen arrays of this size, one an operation.
     free_gate, free_linear = (gate <= limit) | mx.isinf(gate), (mx.abs(linear) <= limit) | mx.isinf(linear)
     gate, linear = _bounded(gate, linear, limit)
