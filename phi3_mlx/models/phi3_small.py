@@ -215,10 +215,9 @@ def gegelu(both: mx.array, limit: float) -> mx.array:
     @forward.vjp
     def backward(both: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
         gradients = _gegelu_gradients(both[..., 0::2], both[..., 1::2], cotangent, limit)
-        return mx.stack(gradients, axis=-1).reshape(both.shape)
+        return mx.stack(list(gradients), axis=-1).reshape(both.shape)
 
-    result: mx.array = forward(both)
-    return result
+    return forward(both)  # type: ignore[return-value]
 
 
 class MLP(nn.Module):
