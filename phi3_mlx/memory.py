@@ -132,13 +132,13 @@ class Run:
     def workspace(self, chunk: int) -> int:
         """What reading a chunk at the end of the sequence holds beside weights and cache.
 
-        The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
-        (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
+        The counts of arrays alive at once were read off measurements: 7 of the hidden width, of the MLP's one more
+        than it keeps for training (a copy), 3 of queries, keys and values; then one layer's cache, copied when it
         last grows, and what one call of attention writes.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = 7 * config.hidden_size + 4 * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
+        numbers = 7 * config.hidden_size + (config.mlp_kept + 1) * config.mlp_width + 3 * (heads + 2 * kv_heads) * dim
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = self._attention(chunk, seen)
         logits = 2 * self.rows * config.vocab_size * 4
