@@ -2,6 +2,7 @@
 #   make demo    set up and let the bundled model tell a story (offline)
 #   make test    set up and run the tests, in two processes
 #   make check   lint, format and types as well
+#   make docs    the documentation, in site/; a warning is an error
 #   make bench   the benchmarks, side by side with mlx-lm
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
 
@@ -13,7 +14,7 @@ BACKEND ?= cpu
 endif
 comma := ,
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: $(VENV)/.package
 	$(BIN)/phi3-mlx generate -p "Write a story about a rabbit who finds a key."
@@ -25,6 +26,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Not --quiet: it would keep warnings from --strict.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench --all
@@ -40,5 +45,9 @@ $(VENV)/.test: $(VENV)/.package
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test$(if $(BACKEND),$(comma)$(BACKEND))]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.package
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs$(if $(BACKEND),$(comma)$(BACKEND))]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build site

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Every public name and the module it lives in: imported when first used, so `import phi3_mlx` costs nothing.
 _PUBLIC = {
     "Chunk": "generation",
     "Conversation": "conversation",
     "Phi3Error": "errors",
+    "ProgressBar": "display",
     "PromptCache": "prompt_cache",
     "batch_generate": "generation",
     "compare": "quality",
     "convert": "conversion",
+    "export_peft": "tuning.peft",
+    "fuse": "tuning.fuse",
     "generate": "generation",
+    "import_peft": "tuning.peft",
     "load": "generation",
     "load_model": "generation",
     "load_tokenizer": "generation",
@@ -33,6 +37,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from .conversation import Conversation as Conversation
     from .conversion import convert as convert
+    from .display import ProgressBar as ProgressBar
     from .errors import Phi3Error as Phi3Error
     from .generation import Chunk as Chunk
     from .generation import batch_generate as batch_generate
@@ -45,6 +50,9 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache as PromptCache
     from .quality import compare as compare
     from .tuning import tune as tune
+    from .tuning.fuse import fuse as fuse
+    from .tuning.peft import export_peft as export_peft
+    from .tuning.peft import import_peft as import_peft
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

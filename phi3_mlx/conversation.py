@@ -57,6 +57,11 @@ class Conversation:
         self._actual: list[int] = []
         self._answer: list[int] = []
 
+    def _repr_html_(self) -> str:
+        from .display import conversation_html
+
+        return conversation_html(self.messages)
+
     @property
     def cached_tokens(self) -> int:
         """How many tokens the cache has read."""

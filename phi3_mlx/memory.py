@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import SCORES, UNPACKED, fused_attention, tile_shape
+from .models.attention import SCORES, fused_attention, tile_of
 from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.linear import unpacking_pays
@@ -149,7 +149,8 @@ class Run:
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
-        return max(tokens * numbers * self.itemsize + attention + grown, logits)
+        at_attention = attention + grown if self.bits is None else max(attention, grown)
+        return max(tokens * numbers * self.itemsize + at_attention, logits)
 
     def _attention(self, chunk: int, seen: int) -> int:
         """What a call of attention to `seen` keys writes, the largest of the layers'."""
@@ -167,17 +168,17 @@ class Run:
         config, queries = self.config, min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         total = 0
-        if not self.fused:  # scores, and the mask of a head
-            scores = self.rows * heads * queries * seen
-            if self.bits is not None or scores > SCORES:
-                rows, at_once = tile_shape(self.rows, heads, kv_heads, queries, seen, dim, fused=False)
-                scores = self.rows * at_once * heads // kv_heads * rows * seen
-            total = scores * 4 + queries * seen
+        tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
+        scores = self.rows * queries * heads * seen
+        tiled = self.bits is not None or (not self.fused and scores > SCORES)
+        at_once = min(at_once, kv_heads)
+        if not self.fused:  # scores, twice where tiles are made ahead of their use, and the mask of a head
+            part = self.rows * tile * at_once * heads // kv_heads * seen
+            total = (scores if not tiled else part if self.bits else 2 * part) * 4 + queries * seen
         if self.bits is not None:
             # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
-            one = self.rows * seen * dim
-            unpacked = min(max(UNPACKED, one), kv_heads * one)
-            total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * unpacked // (kv_heads * one)
+            unpacked = at_once * self.rows * seen * dim
+            total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
         return total
 
     def _sparse_attention(self, chunk: int, pattern: BlockPattern) -> int:
@@ -285,3 +286,8 @@ def parse_size(size: int | str) -> int:
         if count := int(float(found[1]) * unit):
             return count
     raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB, or bytes")
+
+
+def memory_sold_as(text: str) -> int:
+    """The bytes of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34. Raises OptionError."""
+    return parse_size(re.sub(r"(?<=[KMGT])B?\s*$", "iB", text, flags=re.IGNORECASE))

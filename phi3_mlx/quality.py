@@ -58,6 +58,11 @@ class Comparison:
     top1: float | None
     note: str | None = None
 
+    def _repr_markdown_(self) -> str:
+        from .display import comparison_markdown
+
+        return comparison_markdown(self)
+
 
 def compare(
     model_a: Model,

@@ -20,7 +20,7 @@ from bench import kvquality, longcontext, record
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
 from phi3_mlx import hub
 
-NOT_BENCHES = {"__init__", "__main__", "record", "feelings"}  # feelings makes data
+NOT_BENCHES = {"__init__", "__main__", "record", "feelings", "notebooks", "terminal"}  # feelings makes data
 
 
 @pytest.fixture

@@ -344,32 +344,34 @@ def test_a_closed_pipe_is_one_line_and_a_failure():
     assert "stopped" in one_line(done.stderr)
 
 
+INTERRUPTED = """
+import os, signal
+from phi3_mlx import cli, engine
+
+token = engine.Generation._token
+
+def interrupted(self, *given):
+    if self.statistics.generated_tokens == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+    return token(self, *given)
+
+engine.Generation._token = interrupted
+cli.main()
+"""
+
+
 def test_ctrl_c_with_json_prints_what_was_said():
-    child = subprocess.Popen(
-        [
-            *COMMAND,
-            "generate",
-            "-p",
-            "Tell me.",
-            "--max-tokens",
-            "3900",
-            "--temperature",
-            "50",
-            "--seed",
-            "2",
-            "--json",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    """Nothing is printed until then, so the command interrupts itself at the 21st token."""
+    words = ["generate", "-p", "Tell me.", "--max-tokens", "3900", "--temperature", "50", "--seed", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        capture_output=True,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    time.sleep(3)
-    child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == 130
-    answer = json.loads(out)
-    assert 0 < answer["generation_tokens"] < 3900
+    assert done.returncode == 130, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["generation_tokens"] == len(answer["tokens"]) == 20
     assert answer["finish_reason"] is None
 
 
@@ -468,7 +470,8 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_keeps_the_chat(tmp_path):
             read_until("> ")
             os.write(parent, b"Tell me a story.\n")
             read_until("story.")
-            time.sleep(1.5)
+            while not seen.strip():  # until the answer has begun
+                seen += os.read(parent, 4096).decode("utf-8", "replace")
             child.send_signal(signal.SIGINT)
             read_until("[stopped]")
             read_until("> ")

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 
 import mlx.core as mx
@@ -46,13 +47,13 @@ def random_model(hidden, intermediate, layers, heads, kv_heads, vocab=500, windo
 
 
 SHAPES = [  # of the model; tokens of a chunk and in all, bits of the cache, rows
-    ((256, 704, 4, 4, 2), 256, 768, None, 1),
-    ((256, 704, 4, 4, 2), 256, 768, 8, 1),
+    ((256, 704, 2, 4, 2), 256, 768, None, 1),
+    ((256, 704, 2, 4, 2), 256, 768, 8, 1),
     ((256, 704, 3, 4, 2), 128, 384, None, 4),
-    ((256, 704, 4, 4, 2, 500, 200), 128, 900, None, 1),
-    ((512, 1024, 3, 8, 8), 128, 384, None, 1),
-    ((512, 1024, 3, 8, 8), 256, 768, 4, 1),
-    ((512, 3072, 2, 8, 2), 128, 256, None, 1),
+    ((256, 704, 2, 4, 2, 500, 200), 128, 900, None, 1),
+    ((512, 1024, 2, 8, 8), 128, 384, None, 1),
+    ((512, 1024, 2, 8, 8), 256, 768, 4, 1),
+    ((512, 3072, 1, 8, 2), 128, 256, None, 1),
     ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
 ]
 
@@ -211,7 +212,8 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys, monkeypatch):
         main([*command, "16MB", "--max-tokens", "3000"])
     out, err = capsys.readouterr()
     assert (done.value.code, out, err.count("\n")) == (1, "", 1)
-    assert "and 16.0 MB may be used: --kv-bits 4 needs" in err
+    allowed = float(re.search(r"and ([\d.]+) MB may be used", err)[1])
+    assert 0 < allowed <= 16  # less what other tests hold
     with pytest.raises(SystemExit) as done:
         main([*command, "16 apples"])
     assert done.value.code == 2
@@ -381,13 +383,14 @@ def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkey
     assert "131,072 tokens need" in out
     rows = [line for line in out.splitlines() if "GB Mac" in line]
     assert [int(line.split()[0]) for line in rows] == [8, 16, 24, 32, 64, 128]
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GiB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--json", "--memory", "16GB", "--context", "32768")
     facts = json.loads(out)
     (machine,) = facts["machines"]
+    assert machine["memory"] == 16 * 2**30  # as memory is sold
     run = Run(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
     assert machine["longest"]["4"] == run.longest(machine["room"])
     assert list(machine["longest"].values()) == sorted(machine["longest"].values())
-    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GiB", "--context", "32768")
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
     assert out.endswith("fit with --kv-bits 8.\n")
 
 

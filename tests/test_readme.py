@@ -12,6 +12,7 @@ from conftest import ROOT
 from tuning_models import make_directory
 
 from bench.readme import BLOCKS, filled, shown_in
+from bench.terminal import PICTURE, draw
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -92,3 +93,8 @@ def test_no_marker_is_left_alone():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_picture_of_a_terminal_is_what_the_commands_print():
+    assert "](docs/terminal.svg)" in README
+    assert draw() == PICTURE.read_text(encoding="utf-8"), "run python -m bench.terminal"

@@ -25,6 +25,7 @@ _COMMANDS = {
     "cache": "Read a long text once, for many questions.",
     "plan": "Say what fits in memory, at which length and bits.",
     "models": "List the models known by a short name, and what is on this disk.",
+    "doctor": "Check this machine: Python, MLX and its device, memory, disk, packages.",
 }
 
 

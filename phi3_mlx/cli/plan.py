@@ -22,25 +22,25 @@ _BITS = (16, 8, 6, 4, 3, 2)
 )
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
 @click.option("--context", type=int, metavar="N", help="What a sequence of N tokens needs, prompt and answer together.")
-@click.option("--memory", metavar="SIZE", help="A machine with so much memory, instead of the usual Macs: 16GiB.")
+@click.option("--memory", metavar="SIZE", help="A machine sold with so much memory (16GB), instead of the usual Macs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def plan(model: str, revision: str | None, context: int | None, memory: str | None, as_json: bool) -> None:
     """Say what fits in memory, at which length and bits.
 
     \b
     phi3-mlx plan -m phi-3.5-mini-4bit
-    phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GiB
+    phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GB
 
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..memory import mac_working_set, parse_size, size_text
+    from ..memory import mac_working_set, memory_sold_as, size_text
 
     run = _run(model, revision)
     longest = run.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
-    sizes = [gb * 2**30 for gb in _MACS] if memory is None else [parse_size(memory)]
+    sizes = [gb * 2**30 for gb in _MACS] if memory is None else [memory_sold_as(memory)]
     rows: list[dict[str, Any]] = []
     for size in sizes:
         room = mac_working_set(size)

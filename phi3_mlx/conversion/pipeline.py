@@ -44,6 +44,11 @@ class Conversion:
     notes: tuple[str, ...]
     report: Report | None = None
 
+    def _repr_markdown_(self) -> str:
+        from ..display import conversion_markdown
+
+        return conversion_markdown(self)
+
 
 def convert(
     source: str | Path,

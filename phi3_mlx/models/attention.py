@@ -66,6 +66,15 @@ def weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> 
     )
 
 
+def tile_of(batch: int, group: int, length: int, slots: int, dim: int, fused: bool) -> tuple[int, int]:
+    """How many queries of a sequence, and how many key heads with their `group` of queries, are treated at once."""
+    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
+    if not fused:
+        rows = max(1, min(length, SCORES // (batch * group * slots)))
+        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
+    return rows, at_once
+
+
 def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask) -> mx.array:
     """Some heads, and on the CPU some queries, at a time: what is unpacked and scored at once stays bounded.
 
@@ -74,7 +83,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     group = heads // kv_heads
-    rows, at_once = tile_shape(batch, heads, kv_heads, length, slots, dim, fused_attention())
+    rows, at_once = tile_of(batch, group, length, slots, dim, fused_attention())
     parts: list[list[mx.array]] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]
@@ -94,18 +103,6 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
             )
         parts.append(tiles)
     return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
-
-
-def tile_shape(
-    batch: int, heads: int, kv_heads: int, length: int, slots: int, dim: int, fused: bool
-) -> tuple[int, int]:
-    """How many queries and kv heads attention in tiles takes at once."""
-    group = heads // kv_heads
-    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
-    if not fused:
-        rows = max(1, min(length, SCORES // (batch * group * slots)))
-        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
-    return rows, min(at_once, kv_heads)
 
 
 def unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:

@@ -63,6 +63,11 @@ class Result:
     seconds: float
     first_rank: bool = True  # False in the other processes of a distributed run, which write and print nothing
 
+    def _repr_markdown_(self) -> str:
+        from ..display import result_markdown
+
+        return result_markdown(self)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -1,0 +1,159 @@
+"""The documentation is true to the code: commands parse, quoted messages exist, public names are all there."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import click
+import pytest
+import yaml
+from conftest import ROOT
+
+import phi3_mlx
+from phi3_mlx.cli import cli
+
+sys.path.insert(0, str(ROOT / "docs"))
+from _commands import help_pages, on_page_markdown
+
+DOCS = ROOT / "docs"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
+OTHERS_OPTIONS = {"--force-reinstall"}  # pip's
+
+
+def lines(language):
+    """(page, line) of every block in a language."""
+    return [
+        (page, line)
+        for page, text in PAGES.items()
+        for kind, block in BLOCKS.findall(text)
+        if kind == language
+        for line in block.splitlines()
+        if line.strip()
+    ]
+
+
+def parse(words):
+    """Let Click read a command line, down to the command that would run."""
+    context = cli.make_context("phi3-mlx", list(words))
+    while isinstance(context.command, click.Group):
+        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+
+
+def commands_in(text):
+    """The words after `phi3-mlx` wherever a line of shell has it."""
+    words = shlex.split(text.split("  #")[0])
+    return [words[i + 1 :] for i, word in enumerate(words) if word == "phi3-mlx"]
+
+
+def test_every_command_in_a_block_is_a_valid_invocation():
+    found = [(page, words) for page, line in lines("shell") for words in commands_in(line)]
+    assert len(found) >= 5
+    for page, words in found:
+        try:
+            parse(words)
+        except click.ClickException as error:
+            pytest.fail(f"{page}: phi3-mlx {' '.join(words)}: {error.format_message()}")
+
+
+def test_every_command_in_a_sentence_exists_with_its_options():
+    found = [(page, code) for page, text in PAGES.items() for code in re.findall(r"`(phi3-mlx [^`\n]+)`", text)]
+    assert len(found) >= 10
+    for page, code in found:
+        for words in commands_in(code):
+            try:
+                parse(words)
+            except (click.MissingParameter, click.exceptions.NoArgsIsHelpError):
+                pass  # a sentence may leave out what the command needs
+            except click.ClickException as error:
+                if words[0] != "COMMAND":
+                    pytest.fail(f"{page}: {code}: {error.format_message()}")
+
+
+def test_a_wrong_command_would_be_found():
+    for words in (["generate", "--colour"], ["tune", "--rank", "many"], ["adapter", "send"], ["nothing"]):
+        with pytest.raises(click.ClickException):
+            parse(words)
+
+
+def test_every_option_named_anywhere_is_one():
+    known = set(re.findall(r"--[a-z][a-z-]*", "\n".join(help_pages().values()))) | OTHERS_OPTIONS
+    for page, text in PAGES.items():
+        for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)):
+            assert option in known, f"{page}: {option}"
+
+
+def templates():
+    """Every text in the package, with … for what is filled in."""
+    found = []
+    for path in (ROOT / "phi3_mlx").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return [re.sub("…+", "…", text) for text in found]
+
+
+def test_every_quoted_message_is_one_that_the_code_makes():
+    known = templates()
+    quoted = [(page, line) for page, line in lines("text") if page == "troubleshooting.md"]
+    assert len(quoted) >= 15
+    for page, line in quoted:
+        assert any(line in template for template in known), f"{page}: {line}"
+
+
+def test_links_lead_to_pages_and_headings_that_exist():
+    def anchors(text):
+        titles = re.findall(r"^#+ (.+)$", text, re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+            name, _, anchor = target.partition("#")
+            assert not name or name in PAGES, f"{page}: {target}"
+            assert not anchor or anchor in anchors(PAGES[name or page]), f"{page}: {target}"
+
+
+def test_files_named_in_the_pages_exist():
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:notebooks|weights|bench|docs)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_the_python_page_lists_the_public_names_and_where_they_live():
+    listed = re.findall(r"^::: ([\w.]+)$", PAGES["python.md"], re.M)
+    for name in phi3_mlx.__all__[1:]:
+        if name == "Phi3Error":  # on the page of all errors
+            assert "phi3_mlx.errors" in listed
+            continue
+        home = getattr(phi3_mlx, name).__module__
+        assert f"{home}.{name}" in listed, name
+
+
+def test_the_command_page_is_what_help_prints():
+    page = type("page", (), {"file": type("file", (), {"src_uri": "commands.md"})})
+    text = on_page_markdown(PAGES["commands.md"], page)
+    for name in cli.list_commands(click.Context(cli)):
+        assert f"\n## phi3-mlx {name}\n" in text
+    assert "### phi3-mlx adapter export" in text
+    done = subprocess.run(
+        [sys.executable, "-m", "phi3_mlx", "plan", "-h"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip().replace("python -m phi3_mlx", "phi3-mlx") in text
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "license"} <= set(citation)
+    assert citation["version"] == phi3_mlx.__version__
+    newest = re.findall(r"^## \[([\d.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
+    assert newest == (phi3_mlx.__version__, str(citation["date-released"]))
