@@ -129,7 +129,7 @@ def main(
         model = build(parse_config(raw))
         model.set_dtype(dtype)
         mx.eval(model.parameters())
-        cache = model.make_cache(bits=packing)
+        cache = model.make_cache(tokens, bits=packing)
         base = mx.get_active_memory()
         rows = read_prompt(model, cache, tokens, chunk, whole=not last)
         if steps:

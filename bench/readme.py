@@ -183,6 +183,25 @@ def longcontext() -> str:
     return "\n".join([*lines, "", sources(results)])
 
 
+def blocksparse() -> str:
+    """Attention of Phi-3-small's sparse layers against dense attention."""
+    result = read("blocksparse")
+    rows = {(row["queries"], row["tokens"], row["attention"]): row for row in result["rows"]}
+    lines = ["| | keys | seconds | faster than masked | than causal | peak, of masked |", "|---|--:|--:|--:|--:|--:|"]
+    for (queries, tokens, attention), row in rows.items():
+        if attention != "sparse":
+            continue
+        what = "one token" if queries == 1 else f"{queries} tokens"
+        cells = []
+        for other in ("dense masked", "causal"):
+            against = rows.get((queries, tokens, other))
+            cells.append(f"{against['times_slower']:.1f}×" if against else "")
+        masked = rows.get((queries, tokens, "dense masked"))
+        cells.append(f"{masked['sparse_peak_ratio']:.2f}×" if masked else "")
+        lines.append(f"| {what} | {tokens:,} | {shown_small(row['seconds'])} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
+
+
 def report() -> str:
     """The summary of the bundled model's own report."""
     text = (README.parent / "weights" / "tiny" / "REPORT.md").read_text(encoding="utf-8")
@@ -207,6 +226,7 @@ BLOCKS = {
     "kvquality": kvquality,
     "longcontext": longcontext,
     "family": family,
+    "blocksparse": blocksparse,
 }
 
 
@@ -244,6 +264,11 @@ def shown(figure: dict[str, float], unit: str) -> str:
     digits = 0 if figure["median"] >= 100 else 2
     median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} {unit} ({least} to {most})"
+
+
+def shown_small(figure: dict[str, float]) -> str:
+    """Seconds to three digits."""
+    return f"{figure['median']:.3g} ({figure['min']:.3g} to {figure['max']:.3g})"
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:

@@ -40,6 +40,33 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class BlockPattern:
+    """Which keys a head of a block-sparse layer sees (arXiv 2404.14219, section 2).
+
+    Blocks of `block_size` keys are counted from the sequence's first token. A query sees the `local_blocks` that end
+    with its own, and of the older ones every `stride`-th. `head_step` is how far a head's lie before its predecessor's.
+    """
+
+    block_size: int
+    local_blocks: int
+    stride: int
+    head_step: int
+
+    @property
+    def reach(self) -> int:
+        """The longest sequence of which every token sees all before it."""
+        return self.block_size * self.local_blocks
+
+    def residue(self, head: int) -> int:
+        """Which of `stride` blocks the head sees however old they are."""
+        return -(head * self.head_step + 1) % self.stride
+
+    def oldest_local(self, position: int) -> int:
+        """The first local block of the query at `position`."""
+        return max(0, position // self.block_size - self.local_blocks + 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """What every member of the family has, whatever its architecture; each member's own config adds to it."""
 
@@ -105,6 +132,15 @@ class Config:
         return self.head_dim**-0.5
 
     @property
+    def sparse_layers(self) -> BlockPattern | None:
+        """What the layers see that are not dense, if there are any."""
+        return None
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether every query of that decoder layer may see all keys before it, or all in its window."""
+        return True
+
+    @property
     def largest_linear(self) -> int:
         """Numbers of the largest matrix of a decoder layer."""
         return max(shape[-2] * shape[-1] for shape in self.linears.values())
@@ -113,6 +149,11 @@ class Config:
     def experts_per_token(self) -> int:
         """How many feed-forward networks a token goes through in a layer."""
         return 1
+
+    @property
+    def mlp_kept(self) -> int:
+        """How many arrays of `mlp_width` the backward pass needs of the feed-forward part."""
+        return 3  # gate, up and their product
 
     @property
     def mlp_width(self) -> int:

@@ -96,7 +96,7 @@ class Generation:
         self._budgets = [min(max_tokens, context - len(prompt)) for prompt in prompts]
         self._kv_bits = kv_bits if cache is None else cache[0].bits
         longest = max(len(prompt) + budget for prompt, budget in zip(prompts, self._budgets, strict=True))
-        itemsize = model.model.norm.weight.dtype.size
+        itemsize = model.dtype.size
         run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk)
         room = memory.room() if room is None else room
         held = sum(layer.nbytes for layer in cache or ())

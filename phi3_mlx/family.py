@@ -32,9 +32,36 @@ def _shape(
 _MINI = (3072, 8192, 32, 32, 32, 32064)
 _MEDIUM = (5120, 17920, 40, 40, 10, 32064)
 _MOE = (4096, 6400, 32, 32, 8, 32064)
-_MOE_HAS = {"model_type": "phimoe", "num_local_experts": 16, "attention_bias": True, "lm_head_bias": True,
-            "sliding_window": 131072}  # fmt: skip
 _PHI_4 = (5120, 17920, 40, 40, 10, 100352)
+
+_MOE_HAS: dict[str, Any] = {
+    "model_type": "phimoe",
+    "num_local_experts": 16,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "sliding_window": 131072,
+}
+_SMALL: dict[str, Any] = {
+    "model_type": "phi3small",
+    "hidden_size": 4096,
+    "ff_intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 100352,
+    "hidden_act": "gegelu",
+    "gegelu_limit": 20.0,
+    "layer_norm_epsilon": 1e-5,
+    "rope_embedding_base": 1000000,
+    "blocksparse_block_size": 64,
+    "blocksparse_num_local_blocks": 16,
+    "blocksparse_vert_stride": 8,
+    "dense_attention_every_n_layers": 2,
+    "mup_use_scaling": True,
+    "mup_attn_multiplier": 1.0,
+    "mup_embedding_multiplier": 10.0,
+    "mup_width_multiplier": 8.0,
+}
 
 
 @dataclass(frozen=True)
@@ -55,20 +82,11 @@ MEMBERS = {
     "phi-3-mini-4k": Member(_shape(*_MINI, 4096, sliding_window=2047), 70.9, 8.38),
     "phi-3-mini-128k": Member(_shape(*_MINI, 131072), 69.7),
     "phi-3.5-mini": Member(_shape(*_MINI, 131072)),
+    "phi-3-small-8k": Member(parse_config({**_SMALL, "max_position_embeddings": 8192}), 75.7, 8.7),
+    "phi-3-small-128k": Member(parse_config({**_SMALL, "max_position_embeddings": 131072}), 75.5),
     "phi-3-medium-4k": Member(_shape(*_MEDIUM, 4096, sliding_window=2047), 78.0, 8.9),
     "phi-3-medium-128k": Member(_shape(*_MEDIUM, 131072), 76.6),
     "phi-3.5-moe": Member(_shape(*_MOE, 131072, **_MOE_HAS), 78.9),
-        _shape(
-            *_MOE,
-            131072,
-            model_type="phimoe",
-            num_local_experts=16,
-            attention_bias=True,
-            lm_head_bias=True,
-            sliding_window=131072,
-        ),
-        78.9,
-    ),
     "phi-4": Member(_shape(*_PHI_4, 16384), 84.8),
     "phi-4-reasoning": Member(_shape(*_PHI_4, 32768)),
     "phi-4-mini": Member(_shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)),

@@ -72,6 +72,8 @@ ALIASES = (
     _alias("phi-3-mini-128k", "Phi-3-mini-128k-instruct", "phi-3-mini-128k"),
     _alias("phi-3-mini-128k-4bit", "Phi-3-mini-128k-instruct-4bit", "phi-3-mini-128k"),
     _alias("phi-3-mini-128k-8bit", "Phi-3-mini-128k-instruct-8bit", "phi-3-mini-128k"),
+    _alias("phi-3-small-8k", "Phi-3-small-8k-instruct", "phi-3-small-8k"),
+    _alias("phi-3-small-128k", "Phi-3-small-128k-instruct", "phi-3-small-128k"),
     _alias("phi-3-medium-4k", "Phi-3-medium-4k-instruct", "phi-3-medium-4k"),
     _alias("phi-3-medium-4k-4bit", "Phi-3-medium-4k-instruct-4bit", "phi-3-medium-4k"),
     _alias("phi-3-medium-128k", "Phi-3-medium-128k-instruct", "phi-3-medium-128k"),

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .config import Config
+from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
 from .models.attention import SCORES, fused_attention, tile_of
+from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.linear import unpacking_pays
 
@@ -132,29 +133,17 @@ class Run:
     def workspace(self, chunk: int) -> int:
         """What reading a chunk at the end of the sequence holds beside weights and cache.
 
-        The counts of arrays alive at once were read off measurements: 7 of the hidden width, 4 of the MLP's
-        (gate, up and their product, one copy), 3 of queries, keys and values; then one layer's cache, copied when it
-        last grows, and what one call of attention writes. A mixture of experts has a row of a token for each of its
+        The counts of arrays alive at once were read off measurements: 7 of the hidden width, of the MLP's one more
+        than it keeps for training (a copy), 3 of queries, keys and values; then one layer's cache, copied when it
+        last grows, or what one call of attention writes. A mixture of experts has a row of a token for each of its
         experts, and begins its MLPs when attention has left.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        mixing, inner = 3 * (heads + 2 * kv_heads) * dim, 4 * config.mlp_width
+        mixing, inner = 3 * (heads + 2 * kv_heads) * dim, (config.mlp_kept + 1) * config.mlp_width
         numbers = 7 * config.hidden_size + inner + mixing
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
-        attention, queries = 0, min(chunk, self.length)
-        tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
-        scores = tokens * heads * seen
-        tiled = self.bits is not None or (not self.fused and scores > SCORES)
-        at_once = min(at_once, kv_heads)
-        if not self.fused:  # scores, of several tiles where MLX makes them ahead of their use, and the mask of a head
-            part = self.rows * tile * at_once * heads // kv_heads * seen
-            ahead = 1 if self.bits else min(-(-kv_heads // at_once) * -(-queries // tile), _TILES_AHEAD)
-            attention = (ahead * part if tiled else scores) * 4 + queries * seen
-        if self.bits is not None:
-            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
-            unpacked = at_once * self.rows * seen * dim
-            attention += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
+        attention = self._attention(chunk, seen)
         logits = 2 * self.rows * config.vocab_size * 4
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         if config.experts_per_token > 1:
@@ -169,6 +158,45 @@ class Run:
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
         return max(tokens * numbers * self.itemsize + max(attention, grown), logits)
+
+    def _attention(self, chunk: int, seen: int) -> int:
+        """What a call of attention to `seen` keys writes, the largest of the layers'."""
+        pattern = self.config.sparse_layers
+        dense = any(map(self.config.is_dense, range(self.config.num_hidden_layers)))
+        if pattern is None or self.length <= pattern.reach:
+            return self._dense_attention(chunk, seen)
+        if dense:
+            return max(self._dense_attention(chunk, seen), self._sparse_attention(chunk, pattern))
+        # Up to the pattern's reach they are dense; what the cache takes more in the end was free then.
+        later = self.cache_bytes() - replace(self, length=pattern.reach).cache_bytes()
+        return max(self._dense_attention(chunk, pattern.reach) - later, self._sparse_attention(chunk, pattern))
+
+    def _dense_attention(self, chunk: int, seen: int) -> int:
+        config, queries = self.config, min(chunk, self.length)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        total = 0
+        tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
+        scores = self.rows * queries * heads * seen
+        tiled = self.bits is not None or (not self.fused and scores > SCORES)
+        at_once = min(at_once, kv_heads)
+        if not self.fused:  # scores, of several tiles where MLX makes them ahead of their use, and the mask of a head
+            part = self.rows * tile * at_once * heads // kv_heads * seen
+            ahead = 1 if self.bits else min(-(-kv_heads // at_once) * -(-queries // tile), _TILES_AHEAD)
+            total = (ahead * part if tiled else scores) * 4 + queries * seen
+        if self.bits is not None:
+            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
+            unpacked = at_once * self.rows * seen * dim
+            total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
+        return total
+
+    def _sparse_attention(self, chunk: int, pattern: BlockPattern) -> int:
+        """A tile's copied keys and values and, on the CPU, its scores; four of each were alive at once."""
+        config = self.config
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        queries, keys, heads, kv_heads = tile_size(self.rows, heads, kv_heads, chunk, self.length, pattern)
+        copied = 2 * kv_heads * keys * dim * self.itemsize
+        scores = 0 if self.fused else heads * queries * keys * 4
+        return 4 * self.rows * (copied + scores)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""

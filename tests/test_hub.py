@@ -142,12 +142,16 @@ def test_alias_sizes(shared):
         hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
         qkv = hidden + 2 * raw["num_key_value_heads"] * (hidden // heads)
         experts = raw.get("num_local_experts", 1)
-        layer = hidden * (qkv + hidden + experts * 3 * raw["intermediate_size"] + 2)
-        tables = 1 if raw["tie_word_embeddings"] else 2
+        small = raw["model_type"] == "phi3small"
+        inner = raw["ff_intermediate_size"] if small else raw["intermediate_size"]
+        layer = hidden * (qkv + hidden + experts * 3 * inner + 2)
+        tables = 1 if raw.get("tie_word_embeddings", small) else 2
         parameters = raw["num_hidden_layers"] * layer + tables * raw["vocab_size"] * hidden + hidden
         if raw["model_type"] == "phimoe":  # routers, and biases of projections, norms and head
             more = experts * hidden + qkv + hidden + 2 * hidden
             parameters += raw["num_hidden_layers"] * more + hidden + raw["vocab_size"]
+        if small:  # biases of projections and norms
+            parameters += raw["num_hidden_layers"] * (qkv + hidden + 2 * inner + hidden + 2 * hidden) + hidden
         assert (alias.bytes, alias.bits, alias.parameters) == (2 * parameters, 16, parameters)
         assert alias.shape.max_position_embeddings == raw["max_position_embeddings"]
     assert seen >= 6

@@ -217,7 +217,7 @@ def _width(path: str, raw: Mapping[str, Any]) -> int:
         return value if type(value) is int else 0
 
     if path.endswith((".down_proj", ".w2")):
-        return number("intermediate_size")
+        return number("intermediate_size") or number("ff_intermediate_size")
     if path.endswith(".o_proj") and number("head_dim"):
         return number("num_attention_heads") * number("head_dim")
     return number("hidden_size")

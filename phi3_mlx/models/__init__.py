@@ -21,6 +21,7 @@ from .decoder import Model
 MEMBERS = {
     "phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "phimoe": ("phi_moe", "Phi-3.5-MoE"),
+    "phi3small": ("phi3_small", "Phi-3-small"),
 }
 
 

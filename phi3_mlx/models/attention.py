@@ -38,19 +38,32 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
     """A few queries against packed keys and values, which are read as they are: scores (B, Hkv, G * L, S)."""
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
-    (k, k_scales, k_biases), (v, v_scales, v_biases) = seen[:3], seen[3:]
     q = (q * scale).reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G * L, D)
-    scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, group_size=bits.group_size, bits=bits.keys)
-    scores = scores.astype(mx.float32).reshape(batch, kv_heads, -1, length, slots)
+    scores = scores_of(q, seen[:3], bits).astype(mx.float32).reshape(batch, kv_heads, -1, length, slots)
     if isinstance(mask, str):
         mask = mx.arange(slots) <= mx.arange(slots - length, slots)[:, None]  # (L, S)
     if mask is not None:
         scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, -mx.inf)
     weights = mx.softmax(scores, axis=-1).astype(q.dtype).reshape(batch, kv_heads, -1, slots)
-    out = mx.quantized_matmul(
-        weights, v, v_scales, v_biases, transpose=False, group_size=bits.group_size, bits=bits.values
+    return weighted(weights, seen[3:], bits).reshape(batch, heads, length, dim)
+
+
+def scores_of(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.array:
+    """q (..., L, D) with keys (..., S, D) as a cache stores them -> (..., L, S)."""
+    if bits is None:
+        return q @ keys[0].swapaxes(-1, -2)
+    k, scales, biases = keys
+    return mx.quantized_matmul(q, k, scales, biases, transpose=True, group_size=bits.group_size, bits=bits.keys)
+
+
+def weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> mx.array:
+    """weights (..., L, S) of values (..., S, D) as a cache stores them -> (..., L, D)."""
+    if bits is None:
+        return weights @ values[0]
+    v, scales, biases = values
+    return mx.quantized_matmul(
+        weights, v, scales, biases, transpose=False, group_size=bits.group_size, bits=bits.values
     )
-    return out.reshape(batch, heads, length, dim)
 
 
 def tile_of(batch: int, group: int, length: int, slots: int, dim: int, fused: bool) -> tuple[int, int]:
@@ -76,7 +89,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
         own = [array[:, head : head + at_once] for array in seen]
         if parts:
             own = mx.depends(own, parts[-1])
-        k, v = (own[0], own[1]) if bits is None else _unpack(own, bits)
+        k, v = (own[0], own[1]) if bits is None else unpack(own, bits)
         tiles: list[mx.array] = []
         for first in range(0, length, rows):
             last = min(first + rows, length)
@@ -92,7 +105,7 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
 
 
-def _unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
+def unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
     (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
     return (
         mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys),

@@ -259,6 +259,12 @@ class Model(nn.Module):
         return self._config
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the numbers that it computes with."""
+        dtype: mx.Dtype = self.layers[0].input_layernorm.weight.dtype
+        return dtype
+
+    @property
     def layers(self) -> list[DecoderLayer]:
         return self.model.layers
 

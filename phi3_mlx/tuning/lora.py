@@ -79,7 +79,7 @@ class Adapter(nn.Module):
             return z
         gain = self.gain(linear).astype(x.dtype)
         if "bias" in linear:
-            y = y - linear.bias  # not a part of the weight that is scaled
+            y = y - linear.bias  # DoRA is about the matrix: a bias keeps its length
         return gain * (y + z) - y
 
     def gain(self, linear: nn.Module) -> mx.array:

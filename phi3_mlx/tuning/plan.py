@@ -13,9 +13,10 @@ from ..config import Config
 from ..errors import MemoryLimitError
 from ..memory import parse_size, size_text
 from ..models.attention import SCORES, fused_attention
+from ..models.blocksparse import TILE
 from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
-from .batches import Plan
+from .batches import PartSize, Plan
 from .loss import places_at_once
 from .settings import Settings
 from .targets import Target, find_targets
@@ -80,7 +81,11 @@ def plan_memory(
     scores = item * part.scores * config.num_attention_heads
     one, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
     # The backward pass begins at the output layer, when all layers keep what they need.
-    kept_by_layers = config.num_hidden_layers * (between if settings.gradient_checkpointing else between + one)
+    kept_by_layers = config.num_hidden_layers * between
+    if not settings.gradient_checkpointing:
+        dense = sum(map(config.is_dense, range(config.num_hidden_layers)))
+        fewer = layer + item * _sparse_scores(config, part) * config.num_attention_heads
+        kept_by_layers += dense * one + (config.num_hidden_layers - dense) * fewer
     routed = config.experts_per_token > 1
     again = _AGAIN[routed] * layer + scores
     in_work = _WORK * layer + _WORK_SCORES * scores + (again if settings.gradient_checkpointing else 0)
@@ -96,17 +101,25 @@ def plan_memory(
     return MemoryPlan(weight_bytes(directory, dtype), own * copies, activations, part.tokens)
 
 
+def _sparse_scores(config: Config, part: PartSize) -> int:
+    """Attention scores of a head of a block-sparse layer."""
+    pattern, length = config.sparse_layers, part.scores // part.tokens
+    if pattern is None or length <= pattern.reach:
+        return part.scores
+    return min(part.scores, part.tokens * (pattern.reach + TILE + length // pattern.stride))
+
+
 def _layer_numbers(config: Config, settings: Settings) -> int:
     """Activations of one decoder layer for one token that the backward pass needs."""
     hidden, inner = config.hidden_size, config.mlp_width
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
-    # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; gate, up, their product.
-    numbers = 5 * hidden + (heads + keys) + heads + 3 * inner
-    if config.experts_per_token > 1:
-        numbers += (
-            inner - 2 * hidden
-        )  # measured: padded blocks on one side, hidden states that are not kept on the other
+    # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; the feed-forward part's.
+    numbers = 5 * hidden + (heads + keys) + heads + config.mlp_kept * inner
+    if (
+        config.experts_per_token > 1
+    ):  # measured: padded blocks on one side, hidden states that are not kept on the other
+        numbers += inner - 2 * hidden
     adapted = config.adaptable.values()
     if settings.dropout:
         numbers += sum(columns for _, columns in adapted)  # the projections' inputs as the adapters see them

@@ -1,0 +1,264 @@
+"""Attention of which each head sees only some blocks of the keys, and reads no others: Phi-3-small's.
+
+The sequence is cut into blocks, counted from its first token whatever padding stands before it. Query i, in block
+i // b, sees key j <= i if j's block is one of the `local_blocks` that end with the query's own, or is a *vertical*
+one: every `stride`-th block, at a place (the head's residue) that differs from head to head. So a query's keys are
+the last blocks of the cache, which all heads share, and a strided slice of the older ones.
+
+Many queries are taken some blocks at a time, and heads of one residue together: their keys are copied end to end,
+so that MLX's attention runs on them with one small mask. A few queries read the cache where it lies: for kv heads
+whose query heads have the same residues the older blocks are a view of it. Neither ever makes a mask or scores of
+queries x all keys. Source: arXiv 2404.14219, section 2; `modeling_phi3_small` of the checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import BlockPattern
+from . import attention
+from .attention import SCORES, Mask, scores_of, weighted
+from .cache import KVBits, KVCache
+
+_FEW = 32  # queries at most that read the cache where it lies
+TILE = 256  # queries at most that share their copied keys; the fewer, the fewer local keys they do not see
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query heads that are computed together, the kv heads they read, and their residues."""
+
+    query: tuple[int, ...]
+    kv: tuple[int, ...]
+    residues: tuple[int, ...]
+
+
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask, pattern: BlockPattern
+) -> mx.array:
+    """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).
+
+    `mask` is that of the model's other layers, for sequences that the pattern hides nothing of.
+    """
+    batch, _, length, _ = q.shape
+    offset = 0 if cache is None else cache.offset
+    padding = (None if cache is None else cache.sequence.left_padding) or (0,) * batch
+    if offset + length - min(padding) <= pattern.reach:
+        return attention.attend(q, k, v, cache, scale, mask)
+    seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
+    bits = None if cache is None else cache.bits
+    if len(set(padding)) == 1:
+        out = _attend_unpadded(q, seen, bits, scale, pattern, padding[0])
+    else:  # blocks lie apart in every row
+        rows = [
+            _attend_unpadded(q[b : b + 1], [array[b : b + 1] for array in seen], bits, scale, pattern, before)
+            for b, before in enumerate(padding)
+        ]
+        out = mx.concatenate(rows)
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def _attend_unpadded(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, padding: int
+) -> mx.array:
+    """Rows with the same padding, which is cut off; zeros come out for queries that are padding."""
+    batch, heads, length, dim = q.shape
+    start = seen[0].shape[2] - length - padding  # position of the first query
+    if start + length <= 0:
+        return mx.zeros_like(q)
+    if start < 0:
+        rest = _attend_unpadded(q[:, :, -start:], seen, bits, scale, pattern, padding)
+        return mx.concatenate([mx.zeros((batch, heads, -start, dim), rest.dtype), rest], axis=2)
+    seen = [array[:, :, padding:] for array in seen]
+    few = length <= _FEW and batch * heads * length * (start + length) <= SCORES
+    return (_attend_few if few else _attend_in_tiles)(q, seen, bits, scale, pattern, start)
+
+
+def _attend_in_tiles(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, start: int
+) -> mx.array:
+    """Some blocks of queries and the heads of one residue at a time, each waiting for those before it."""
+    batch, heads, length, _ = q.shape
+    classes = _by_residue(pattern, heads, seen[0].shape[1])
+    tiles: list[mx.array] = []
+    first, end = start, start + length
+    while first < end:
+        last = min(end, (first // pattern.block_size + _tile_blocks(batch, heads, first, pattern)) * pattern.block_size)
+        old = pattern.oldest_local(first)
+        parts: list[mx.array] = []
+        for heads_ in classes:
+            (residue,) = heads_.residues
+            vertical = slice(residue, old, pattern.stride)  # blocks
+            near = slice(old * pattern.block_size, last)
+            stored = seen
+            if parts or tiles:
+                stored = mx.depends(seen, (parts or tiles)[-1:])
+            keys = [_gather(_pick(array, heads_.kv), vertical, near, pattern.block_size) for array in stored]
+            key, value = (keys[0], keys[1]) if bits is None else attention.unpack(keys, bits)
+            positions = np.concatenate([_tokens(range(old)[vertical], pattern.block_size), np.arange(near.start, last)])
+            parts.append(
+                mx.fast.scaled_dot_product_attention(
+                    _pick(q[:, :, first - start : last - start], heads_.query),
+                    key,
+                    value,
+                    scale=scale,
+                    mask=_visible(pattern, residue, first, last, positions),
+                )
+            )
+        tiles.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
+        first = last
+    out = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+    order = [head for heads_ in classes for head in heads_.query]
+    return out if order == sorted(order) else out[:, mx.array(np.argsort(order))]
+
+
+def _tile_blocks(batch: int, heads: int, first: int, pattern: BlockPattern) -> int:
+    """How many blocks of queries to take at once from position `first` on, so that their scores stay bounded."""
+    block, most = pattern.block_size, max(1, TILE // pattern.block_size)
+    return max(1, min(most, SCORES // (batch * _at_once(heads, pattern) * _keys(first, most, pattern) * block)))
+
+
+def _at_once(heads: int, pattern: BlockPattern) -> int:
+    """About how many heads have the same residue."""
+    return -(-heads // pattern.stride) if pattern.head_step else heads
+
+
+def _keys(first: int, blocks: int, pattern: BlockPattern) -> int:
+    """How many keys so many blocks of queries, from position `first` on, read."""
+    old = pattern.oldest_local(first)
+    return pattern.block_size * (old // pattern.stride + pattern.local_blocks - 1 + blocks)
+
+
+def tile_size(
+    batch: int, heads: int, kv_heads: int, chunk: int, length: int, pattern: BlockPattern
+) -> tuple[int, int, int, int]:
+    """What the last tile of a chunk that ends a sequence of `length` has: queries, keys, heads, kv heads."""
+    first = max(0, length - chunk)
+    blocks = _tile_blocks(batch, heads, first, pattern)
+    here = _at_once(heads, pattern)
+    return min(chunk, blocks * pattern.block_size), _keys(first, blocks, pattern), here, min(here, kv_heads)
+
+
+def _visible(pattern: BlockPattern, residue: int, first: int, last: int, keys: np.ndarray) -> mx.array:
+    """Whether queries first..last-1 of a head of that residue see the keys at those positions: (queries, keys)."""
+    block = pattern.block_size
+    queries, positions = mx.arange(first, last)[:, None], mx.array(keys.astype(np.int32))
+    local = positions >= (queries // block - (pattern.local_blocks - 1)) * block
+    vertical = mx.array(keys // block % pattern.stride == residue)
+    return (positions <= queries) & (local | vertical)
+
+
+def _gather(array: mx.array, vertical: slice, near: slice, block: int) -> mx.array:
+    """The vertical blocks and then the slots `near` of (B, H, slots, n), end to end."""
+    if vertical.start >= vertical.stop:
+        return array[:, :, near]
+    old = mx.unflatten(array[:, :, : vertical.stop * block], 2, (vertical.stop, block))[:, :, vertical]
+    return mx.concatenate([mx.flatten(old, 2, 3), array[:, :, near]], axis=2)
+
+
+def _tokens(blocks: Rows[int], block: int) -> np.ndarray:
+    """The positions in these blocks."""
+    return (np.array(blocks, dtype=np.int64)[:, None] * block + np.arange(block)).reshape(-1)
+
+
+def _attend_few(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, start: int
+) -> mx.array:
+    """A few queries: scores of the near keys and of the older vertical blocks, side by side under one softmax.
+
+    Old blocks are taken by whole strides, of which every head sees one block each; what is left counts as near.
+    """
+    _, heads, length, dim = q.shape
+    kv_heads, block, stride = seen[0].shape[1], pattern.block_size, pattern.stride
+    group, half = heads // kv_heads, len(seen) // 2
+    strides = pattern.oldest_local(start) // stride
+    split = strides * stride * block
+    near = seen[0].shape[2] - split
+    q = mx.unflatten(q * scale, 1, (kv_heads, group))  # (B, Hkv, G, L, D)
+    parts = []
+    phases = _by_phase(pattern, heads, kv_heads)
+    for phase in phases:
+        rows, stored = _pick(q, phase.kv), [_pick(array, phase.kv) for array in seen]
+        flat = mx.flatten(rows, 2, 3)  # (B, U, G * L, D)
+        close = [array[:, :, split:] for array in stored]
+        scores = mx.unflatten(scores_of(flat, close[:half], bits), 2, (group, length)).astype(mx.float32)
+        scores = mx.where(_visible_near(pattern, phase.residues, start, length, split), scores, -mx.inf)
+        old = []
+        if strides:
+            for array in stored:
+                blocks = mx.unflatten(array[:, :, :split], 2, (strides, stride, block))
+                old.append(_pick(blocks, phase.residues, axis=3).transpose(0, 1, 3, 2, 4, 5))  # (B, U, G, n, b, ·)
+            each = mx.broadcast_to(rows[:, :, :, None], (*rows.shape[:3], strides, length, dim))
+            far = scores_of(each, old[:half], bits)  # (B, U, G, n, L, b)
+            far = far.transpose(0, 1, 2, 4, 3, 5).reshape(*scores.shape[:4], -1).astype(mx.float32)
+            scores = mx.concatenate([scores, far], axis=-1)
+        weights = mx.softmax(scores, axis=-1).astype(q.dtype)  # (B, U, G, L, near + n * b)
+        out = weighted(mx.flatten(weights[..., :near], 2, 3), close[half:], bits).reshape(rows.shape)
+        if strides:
+            apart = mx.unflatten(weights[..., near:], -1, (strides, block)).transpose(0, 1, 2, 4, 3, 5)
+            out = out + weighted(apart, old[half:], bits).sum(axis=3)
+        parts.append(out)
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    order = [kv for phase in phases for kv in phase.kv]
+    out = out if order == sorted(order) else out[:, mx.array(np.argsort(order))]
+    return mx.flatten(out, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _visible_near(pattern: BlockPattern, residues: tuple[int, ...], start: int, length: int, split: int) -> mx.array:
+    """Whether heads of these residues see the keys from `split` on: (G, L, keys). The same in all layers of a step."""
+    queries, keys = np.arange(start, start + length)[:, None], np.arange(split, start + length)
+    local = keys >= (queries // pattern.block_size - (pattern.local_blocks - 1)) * pattern.block_size
+    vertical = keys // pattern.block_size % pattern.stride == np.array(residues)[:, None, None]
+    return mx.array((keys <= queries) & (local | vertical))
+
+
+def _pick(array: mx.array, indexes: tuple[int, ...], axis: int = 1) -> mx.array:
+    """`array` at these places of an axis: a view if they are evenly spaced, of one place if they are all the same."""
+    steps = {b - a for a, b in pairwise(indexes)}
+    if len(steps) > 1:
+        return mx.take(array, mx.array(indexes), axis=axis)
+    step = steps.pop() if steps else 1
+    first, last = indexes[0], indexes[-1]
+    if step == 0:
+        here = slice(first, first + 1)
+    elif step > 0:
+        here = slice(first, last + 1, step)
+    else:
+        here = slice(first, last - 1 if last else None, step)
+    return array[(slice(None),) * axis + (here,)]
+
+
+@cache
+def _by_residue(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
+    """Heads of one residue together."""
+    group = heads // kv_heads
+    classes = []
+    for residue in sorted({pattern.residue(head) for head in range(heads)}, reverse=True):
+        query = tuple(head for head in range(heads) if pattern.residue(head) == residue)
+        kv = tuple(head // group for head in query)
+        once = tuple(sorted(set(kv)))
+        each = len(kv) // len(once)
+        if kv == tuple(head for head in once for _ in range(each)):
+            kv = once  # as many query heads each, which is what MLX's attention wants
+        classes.append(_Heads(query, kv, (residue,)))
+    return tuple(classes)
+
+
+@cache
+def _by_phase(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
+    """kv heads whose query heads have the same residues together."""
+    group = heads // kv_heads
+    phases: dict[tuple[int, ...], list[int]] = {}
+    for kv in range(kv_heads):
+        phases.setdefault(tuple(pattern.residue(kv * group + j) for j in range(group)), []).append(kv)
+    return tuple(
+        _Heads(tuple(kv * group + j for kv in members for j in range(group)), tuple(members), residues)
+        for residues, members in phases.items()
+    )
