@@ -1,9 +1,13 @@
 """What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# In the background of some shells Ctrl-C is ignored, by the processes that tests start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
