@@ -139,7 +139,7 @@ def test_memory_says_what_of_the_family_fits(mac):
     assert found(big, "models")[0] == "ok"
     small = replace(mac, mlx=METAL | {"memory_size": GB, "max_recommended_working_set_size": GB})
     assert "none of the released models fits" in found(small, "models")[1]
-    cuda = {"version": "0.32.4", "backend": "CUDA", "flops": 1e13, "device_name": "H200", "total_memory": 80 * GB}
+    cuda = {"version": "0.32.4", "backend": "CUDA", "flops": 1e13, "device_name": "GPU", "total_memory": 80 * GB}
     assert found(replace(mac, system="Linux", mlx=cuda), "memory")[1].startswith("85.90 GB on the GPU")
 
 
