@@ -165,7 +165,7 @@ class Generation:
 
         The tokens are those of `_decode`: a draft's token counts only if the same was drawn in its place.
         """
-        drafter = Drafter(self._prompts[0], self._lookup, self._model.draft_cost)
+        drafter = Drafter(self._prompts[0], self._lookup)
         pending: Drawn | None = first
         budget, step, last = self._budgets[0], 0, _PAD
         while step < budget and 0 not in self._finished:
@@ -178,7 +178,6 @@ class Generation:
                     continue
                 read = self._verify(last, draft)
                 drafter.saw_draft(len(draft), len(read) - 1, time.perf_counter() - started)
-                self._model.draft_cost = drafter.extra  # the next answer need not find out again
                 self._count_step(len(read))
             else:
                 # A step is queued before the last token is read, unless it is likely to become a draft's.

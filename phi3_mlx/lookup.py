@@ -20,18 +20,17 @@ _TRUST = 0.7  # the share of guesses believed to hold before any was tried
 class Drafter:
     """What was read and said so far, and the drafts made from it.
 
-    `most`: tokens a draft has at most. `extra`: what each further token of a step adds, as a share of a plain step's
-    time, if an earlier run has measured it. Tell it every token (`add`) and the outcome of every step (`saw_plain`,
+    `most`: tokens a draft has at most. Tell it every token (`add`) and the outcome of every step (`saw_plain`,
     `saw_draft`); `draft()` is empty where nothing agrees or where it would not pay.
     """
 
-    def __init__(self, ids: Iterable[int], most: int = MAX_DRAFT, extra: float | None = None):
+    def __init__(self, ids: Iterable[int], most: int = MAX_DRAFT):
         self._most = most
-        self.extra = extra
         self._ids: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}  # n-gram -> positions after it, oldest first
         self._holding = _TRUST
         self._plain: float | None = None  # seconds of a step of one token
+        self._extra: float | None = None  # seconds that each further token adds, of those of a plain step
         for token in ids:
             self.add(token)
 
@@ -65,16 +64,16 @@ class Drafter:
         weight = _FADING**tried
         self._holding = weight * self._holding + (1 - weight) * accepted / tried
         if self._plain:
-            self.extra = _faded(self.extra, max(0.0, seconds / self._plain - 1) / drafted)
+            self._extra = _faded(self._extra, max(0.0, seconds / self._plain - 1) / drafted)
 
     def _length(self, most: int) -> int:
         """The draft length with the most tokens a second, as far as one can tell; 0 if a plain step is as good.
 
         Of k guesses that each hold with probability p, (p - p^(k+1)) / (1 - p) are expected to.
         """
-        extra = self.extra if self.extra is not None else 0.0
+        extra = self._extra if self._extra is not None else 0.0
         hold = min(max(self._holding, 0.02), 0.98)
-        most = most if self.extra is not None else min(most, _UNTIMED)
+        most = most if self._extra is not None else min(most, _UNTIMED)
         best, best_rate, expected, power = 0, 1.0, 1.0, 1.0
         for k in range(1, most + 1):
             power *= hold

@@ -230,8 +230,6 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
 
-    # What each further token of a step costs beside the first, as the engine has measured it on this device.
-    draft_cost: float | None = None
     decoder_type: type[Decoder]
 
     def __init__(self, config: Config):
