@@ -113,7 +113,7 @@ def speed() -> str:
 
 
 def _row(what: str, result: dict[str, Any], figure: str, unit: str, scale: float = 1.0) -> str:
-    rows = {row["package"]: {key: value / scale for key, value in row[figure].items()} for row in result["rows"]}
+    rows = {row["package"]: scaled(row[figure], scale) for row in result["rows"]}
     ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
     ratio = ours["median"] / theirs["median"]
     return f"| {what} | {shown(ours, unit)} | {shown(theirs, unit)} | {ratio:.2f}× |"
@@ -125,17 +125,12 @@ def family() -> str:
 
     rows = family_rows()
     lines = [
-        "| | parameters | layers | heads (of keys) | context | MMLU | MT-bench | 4-bit | "
+        "| | parameters | layers | heads/of keys | context | MMLU | MT-bench | 4-bit | "
         + " | ".join(f"longest on {gb} GB" for gb in rows[0].longest)
         + " |",
         "|---" + "|--:" * (7 + len(rows[0].longest)) + "|",
     ]
-    for row in rows:
-        heads = str(row.heads) if row.heads == row.kv_heads else f"{row.heads} ({row.kv_heads})"
-        scores = ["" if row.mmlu is None else f"{row.mmlu:.1f}", "" if row.mt_bench is None else f"{row.mt_bench:g}"]
-        cells = [row.name, f"{row.parameters / 1e9:.1f}B", str(row.layers), heads, f"{row.context:,}", *scores]
-        cells += [f"{row.bytes_4bit / 1e9:.2f} GB", *(f"{n:,}" if n else "no" for n in row.longest.values())]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(row.cells())} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -187,7 +182,7 @@ def blocksparse() -> str:
     """Attention of Phi-3-small's sparse layers against dense attention."""
     result = read("blocksparse")
     rows = {(row["queries"], row["tokens"], row["attention"]): row for row in result["rows"]}
-    lines = ["| | keys | seconds | faster than masked | than causal | peak, of masked |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| | keys | time | faster than masked | than causal | peak, of masked |", "|---|--:|--:|--:|--:|--:|"]
     for (queries, tokens, attention), row in rows.items():
         if attention != "sparse":
             continue
@@ -198,7 +193,7 @@ def blocksparse() -> str:
             cells.append(f"{against['times_slower']:.1f}×" if against else "")
         masked = rows.get((queries, tokens, "dense masked"))
         cells.append(f"{masked['sparse_peak_ratio']:.2f}×" if masked else "")
-        lines.append(f"| {what} | {tokens:,} | {shown_small(row['seconds'])} | {' | '.join(cells)} |")
+        lines.append(f"| {what} | {tokens:,} | {shown(scaled(row['seconds'], 1e-3), 'ms')} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
 
 
@@ -260,15 +255,14 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((record.PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def scaled(figure: dict[str, float], unit: float) -> dict[str, float]:
+    return {key: value / unit for key, value in figure.items()}
+
+
 def shown(figure: dict[str, float], unit: str) -> str:
     digits = 0 if figure["median"] >= 100 else 2
     median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} {unit} ({least} to {most})"
-
-
-def shown_small(figure: dict[str, float]) -> str:
-    """Seconds to three digits."""
-    return f"{figure['median']:.3g} ({figure['min']:.3g} to {figure['max']:.3g})"
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 Status = Literal["ok", "note", "wrong"]
 
 PYTHON, MACOS = (3, 10), (14, 0)  # the oldest that MLX is built for
+# Metal ends kernels that hold the GPU for long, and steps of a long example do. It is read when MLX starts.
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _SLOW = 10e9  # float32 operations a second; a BLAS has several times as many on one core, MLX's own product fewer

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .config import Config
+from .memory import Run, mac_working_set, size_text
 from .models import parse_config, shapes
 
 
@@ -77,6 +79,11 @@ class Member:
     mmlu: float | None = None
     mt_bench: float | None = None
 
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers the model learned."""
+        return parameter_count(self.shape)
+
 
 MEMBERS = {
     "phi-3-mini-4k": Member(_shape(*_MINI, 4096, sliding_window=2047), 70.9, 8.38),
@@ -111,14 +118,26 @@ class FamilyRow:
     bytes_4bit: int
     longest: dict[int, int]
 
+    def cells(self) -> list[str]:
+        """As tables show it; empty where nothing was published, "no" where the weights alone do not fit."""
+        return [
+            self.name,
+            f"{self.parameters / 1e9:.1f}B",
+            str(self.layers),
+            str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}",
+            f"{self.context:,}",
+            "" if self.mmlu is None else f"{self.mmlu:.1f}",
+            "" if self.mt_bench is None else f"{self.mt_bench:g}",
+            size_text(self.bytes_4bit),
+            *(f"{tokens:,}" if tokens else "no" for tokens in self.longest.values()),
+        ]
+
 
 def family_rows(macs: Sequence[int] = (16, 32)) -> list[FamilyRow]:
     """The family, as `phi3-mlx models` shows it, with the longest contexts on Macs of so many gigabytes."""
-    from .memory import Run, mac_working_set
-
     rows = []
     for name, member in MEMBERS.items():
-        shape, parameters = member.shape, parameter_count(member.shape)
+        shape, parameters = member.shape, member.parameters
         size = packed_bytes(parameters, 4)
         longest = {gb: Run(shape, size, 1).longest(mac_working_set(gb * 2**30)) for gb in macs}
         rows.append(

@@ -35,9 +35,9 @@ class Alias:
     @property
     def parameters(self) -> int:
         """How many numbers the model learned."""
-        from .family import parameter_count
+        from .family import MEMBERS
 
-        return parameter_count(self.shape)
+        return MEMBERS[self.member].parameters
 
     @property
     def bytes(self) -> int:

@@ -188,7 +188,7 @@ def test_extras_named_here_are_those_of_the_package():
 
 
 def test_the_watchdog_is_that_of_tune(mac):
-    assert doctor.WATCHDOG == tune._WATCHDOG
+    assert doctor.WATCHDOG == tune.WATCHDOG
     assert found(mac, "tune")[0] == "note"
     assert found(replace(mac, environment={doctor.WATCHDOG: "1"}), "tune")[0] == "ok"
 

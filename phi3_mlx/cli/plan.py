@@ -35,6 +35,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
     from ..memory import mac_working_set, memory_sold_as, size_text
+    from .tables import print_table
 
     run = _run(model, revision)
     longest = run.config.max_position_embeddings
@@ -64,11 +65,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         name = memory or f"{row['memory'] >> 30} GB Mac"
         lengths = [f"{row['longest'][bits]:,}" if row["longest"][bits] else "-" for bits in _BITS]
         table.append([f"{name} ({size_text(row['room'])}) holds", *lengths])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        click.echo(
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        )
+    print_table(table, right=range(1, len(table[0])))
     if context is not None and memory is not None:
         enough = [bits for bits in _BITS if rows[0]["longest"][bits] >= context]
         flag = f" with --kv-bits {enough[0]}" if enough and enough[0] != 16 else ""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..doctor import WATCHDOG
+
 if TYPE_CHECKING:
     from ..tuning.run import Result
     from ..tuning.settings import Settings
     from ..tuning.trainer import StepReport
 
-# Metal ends kernels that hold the GPU for long, and steps of a long example do. It is read when MLX starts.
-_WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _SHORT = {"model": "-m", "data": "-d", "output": "-o"}
 _METAVARS = {
     "model": "NAME",
@@ -33,9 +33,9 @@ _MANY = {"targets": "--target", "samples": "--sample"}
 
 def relax_watchdog() -> bool:
     """On a Mac, tell Metal to let long kernels be; to be called before MLX is imported. True if it was not told yet."""
-    if sys.platform != "darwin" or _WATCHDOG in os.environ:
+    if sys.platform != "darwin" or WATCHDOG in os.environ:
         return False
-    os.environ[_WATCHDOG] = "1"
+    os.environ[WATCHDOG] = "1"
     return True
 
 
@@ -44,7 +44,7 @@ class _TuneCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
-            ctx.meta[_WATCHDOG] = relax_watchdog()
+            ctx.meta[WATCHDOG] = relax_watchdog()
             self.params = [*_setting_options(), *_RUN_OPTIONS]
         return super().get_params(ctx)
 
@@ -119,8 +119,8 @@ def _tune(config: str | None, resume: bool, dry_run: bool, **given: Any) -> None
                 raise click.UsageError(f"{name} is missing; give it with {_SHORT[name]}")
         settings = Settings(**{"output": "(dry run)", **chosen} if dry_run else chosen)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
-    if click.get_current_context().meta.get(_WATCHDOG):
-        note(f"{_WATCHDOG}=1 is set, so that macOS does not end long steps")
+    if click.get_current_context().meta.get(WATCHDOG):
+        note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
         from ..tuning.dryrun import describe
 

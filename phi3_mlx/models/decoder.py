@@ -28,6 +28,12 @@ LongRopeRule = Literal["auto", "short", "long"]
 _REREAD_CHUNK = 512
 
 
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """What most members do to the two halves of their feed-forward part."""
+    return nn.silu(gate) * up
+
+
 class Attention(nn.Module):
     """Self-attention. A member has the projections: `rows`, `split` and `output`."""
 
@@ -217,7 +223,7 @@ class Decoder(nn.Module):
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(Sequence(), cache[0].bits)
+            fresh = self.make_cache(Sequence(prompt_length=(offset - padding,)), cache[0].bits)
             for first in range(padding, offset, _REREAD_CHUNK):
                 last = min(first + _REREAD_CHUNK, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])

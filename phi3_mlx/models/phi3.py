@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -81,11 +80,6 @@ class Config(config.Config):
         return (name,)
 
 
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
-
-
 class Attention(decoder.Attention):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
@@ -108,7 +102,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(_swiglu(gate, up))
+        return self.down_proj(decoder.swiglu(gate, up))
 
 
 class DecoderLayer(decoder.DecoderLayer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -154,11 +153,6 @@ def route(scores: mx.array, tolerance: float) -> tuple[mx.array, mx.array]:
     return mx.concatenate(experts, axis=-1), mx.concatenate(weights, axis=-1)
 
 
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
-
-
 class Attention(decoder.Attention):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
@@ -187,7 +181,7 @@ class Experts(nn.Module):
         self.down_proj = SwitchLinear(experts, inner, hidden)
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
-        return self.down_proj(_swiglu(self.gate_proj(rows, groups), self.up_proj(rows, groups)), groups)
+        return self.down_proj(decoder.swiglu(self.gate_proj(rows, groups), self.up_proj(rows, groups)), groups)
 
 
 class SparseMoeBlock(nn.Module):

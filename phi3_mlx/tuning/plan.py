@@ -116,9 +116,8 @@ def _layer_numbers(config: Config, settings: Settings) -> int:
     keys = 2 * config.num_key_value_heads * config.head_dim
     # Both norms' inputs and outputs, and a sum; queries, keys and values; attention's result; the feed-forward part's.
     numbers = 5 * hidden + (heads + keys) + heads + config.mlp_kept * inner
-    if (
-        config.experts_per_token > 1
-    ):  # measured: padded blocks on one side, hidden states that are not kept on the other
+    if config.experts_per_token > 1:
+        # Measured: padded blocks on one side, hidden states that are not kept on the other.
         numbers += inner - 2 * hidden
     adapted = config.adaptable.values()
     if settings.dropout:
