@@ -71,8 +71,10 @@ def accuracy(directory: Path, model: str, adapter: str | None = None) -> float:
     """The share of test.jsonl whose answer is the right word and nothing else, decoded greedily."""
     from phi3_mlx import batch_generate, load
 
-    loaded, tokenizer = load(model, adapter=adapter)
+    if not (directory / "test.jsonl").is_file():
+        raise click.ClickException(f"{directory} has no test.jsonl; write it with python -m bench.feelings {directory}")
     lines = [json.loads(line) for line in (directory / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    loaded, tokenizer = load(model, adapter=adapter)
     right = 0
     for first in range(0, len(lines), 20):
         some = lines[first : first + 20]

@@ -10,11 +10,14 @@ phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on
 first chunk and the last before each point, those with the most to score; between them the cache is filled with random
 keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
 `--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does.
+results/longcontext.png shows the figures of all lengths.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -99,6 +102,36 @@ def decode(model: Any, cache: list[Any], steps: int, base: int) -> dict[str, flo
     return {"tokens": steps, "tokens_per_second": steps / seconds, "peak": mx.get_peak_memory() - base}
 
 
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """The peaks of all results against the length, with the plan's and the cache's own bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rows = {(row["package"], row["tokens"]): row for result in results for row in result["rows"]}
+    of = {package: sorted(tokens for name, tokens in rows if name == package) for package, _ in rows}
+    for package, key, style in (
+        ("mlx-lm", "peak", "o-C1"),
+        ("phi3-mlx", "peak", "o-C0"),
+        ("phi3-mlx", "planned", "--C0"),
+        ("phi3-mlx", "cache", ":C0"),
+    ):
+        if tokens := of.get(package):
+            label = {"peak": package, "planned": "phi3-mlx, as planned", "cache": "keys and values alone"}[key]
+            axes.plot([n / 1000 for n in tokens], [rows[package, n][key] / 1e6 for n in tokens], style, label=label)
+    layers, bits = results[0]["layers"], results[0]["bits"]
+    axes.set(
+        xlabel="thousand tokens",
+        ylabel="peak memory, MB",
+        title=f"Reading a long prompt: {layers} layers of Phi-3-mini's heads, {bits}-bit keys and values",
+    )
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 @click.command(help=__doc__)
 @click.option("--tokens", default=32768, show_default=True)
 @click.option("--chunk", default=512, show_default=True)
@@ -171,6 +204,10 @@ def main(
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
     path = record.RESULTS / (f"longcontext-{name}.json" if name else "longcontext.json")
     record.write(path, rows, "mlx", "mlx-lm", **facts)
+    results = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(record.RESULTS.glob("longcontext*.json"))
+    ]
+    plot(results, record.RESULTS / "longcontext.png")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def family() -> str:
 
     rows = family_rows()
     lines = [
-        "| | parameters | layers | heads/of keys | context | MMLU | MT-bench | 4-bit | "
+        "| | parameters | layers | heads | context | MMLU | MT-bench | 4-bit | "
         + " | ".join(f"longest on {gb} GB" for gb in rows[0].longest)
         + " |",
         "|---" + "|--:" * (7 + len(rows[0].longest)) + "|",
@@ -161,20 +161,23 @@ def longcontext() -> str:
     """Peak memory of long prompts."""
     lines = ["| | tokens | phi3-mlx peak | planned | mlx-lm peak | ratio |", "|---|--:|--:|--:|--:|--:|"]
     results = needed("longcontext")
+    seen: set[tuple[str, int]] = set()
     for result in results:
         name = (
             f"{result['layers']} {'layer' if result['layers'] == 1 else 'layers'}, {result['bits']}-bit keys and values"
         )
         rows = {(row["package"], row["tokens"]): row for row in result["rows"]}
         for (package, tokens), row in rows.items():
-            if package != "phi3-mlx":
+            if package != "phi3-mlx" or (name, tokens) in seen:
                 continue
+            seen.add((name, tokens))
             theirs = rows.get(("mlx-lm", tokens))
             cells = (f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")
             lines.append(
                 f"| {name} | {tokens:,} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
                 f"| {cells[0]} | {cells[1]} |"
             )
+    lines += ["", "![Peak memory against the prompt's length](bench/results/longcontext.png)"]
     return "\n".join([*lines, "", sources(results)])
 
 

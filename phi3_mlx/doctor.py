@@ -141,7 +141,7 @@ def _python(machine: Machine) -> list[Finding]:
     if machine.system == "Darwin" and machine.architecture != "arm64":
         return [Finding("python", "wrong", f"{text}: MLX does not run on Intel Macs; use Linux or Apple silicon")]
     if machine.python[:2] < PYTHON:
-        cure = "brew install python@3.12" if machine.system == "Darwin" else "apt-get install python3.12-venv"
+        cure = "brew install python@3.12" if machine.system == "Darwin" else "sudo apt-get install python3.12-venv"
         return [Finding("python", "wrong", f"{text}: older than {_dotted(PYTHON)}", cure)]
     if machine.system == "Darwin" and machine.macos < MACOS:
         found = _dotted(machine.macos)
@@ -192,7 +192,7 @@ def _device(machine: Machine) -> list[Finding]:
     else:
         findings.append(Finding("device", "ok", text))
     if speed < _SLOW:
-        cure = "apt-get install libopenblas0-pthread && export LD_PRELOAD=libopenblas.so.0"
+        cure = "sudo apt-get install libopenblas0-pthread && export LD_PRELOAD=libopenblas.so.0"
         findings.append(Finding("blas", "note", "float products are slow here; a faster BLAS can be preloaded", cure))
     return findings
 
@@ -228,10 +228,11 @@ def _models(machine: Machine, room: int) -> Finding:
         return Finding("models", "note", "none of the released models fits; the bundled one does", "phi3-mlx models")
     largest = max(fits, key=lambda alias: alias.bytes)
     small = next((alias for alias in fits if alias.name == "phi-3.5-mini-4bit"), largest)
-    shown = dict.fromkeys((small, largest))
-    named = "; ".join(f"{alias.name} up to {fits[alias]:,} tokens" for alias in shown)
+    named = f"the largest is {largest.name}, up to {fits[largest]:,} tokens"
+    if small is not largest:
+        named += f"; {small.name} up to {fits[small]:,}"
     status: Status = "ok" if len(fits) == len(hub.ALIASES) else "note"
-    return Finding("models", status, f"{len(fits)} of {len(hub.ALIASES)} fit: {named}", "phi3-mlx plan -m NAME")
+    return Finding("models", status, f"{len(fits)} of {len(hub.ALIASES)} fit: {named}", "phi3-mlx plan -m NAME --here")
 
 
 def _room(machine: Machine) -> tuple[int, int]:

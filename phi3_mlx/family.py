@@ -70,9 +70,9 @@ _SMALL: dict[str, Any] = {
 class Member:
     """A released model: its `shape`, and the scores that were published.
 
-    The shape is what memory depends on; the rotation is left out, it costs none. `mmlu` in percent, 5-shot, is the
-    model card's; `mt_bench` the technical report's (arXiv 2404.14219), which gives one for a size, not for a context.
-    None where none was published.
+    The shape is what memory depends on; the rotation is left out, it costs none. `mmlu`, in percent, is the model
+    card's, 5-shot (phi-4: by OpenAI's simple-evals); `mt_bench` the technical report's (arXiv 2404.14219), which gives
+    one for a size, not for a context. None where neither gives one.
     """
 
     shape: Config

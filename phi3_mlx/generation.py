@@ -298,9 +298,10 @@ def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int 
 
 def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> KVBits | None:
     """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
-    from .models.cache import KVBits
+    from .models.cache import KV_BITS, KVBits
 
     if kv_bits is None:
+        KVBits(KV_BITS[0], KV_BITS[0], kv_group_size)  # a group that cannot be is refused in any case
         return None
     keys, values = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
     return KVBits(keys, values, kv_group_size)

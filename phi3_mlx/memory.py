@@ -219,7 +219,8 @@ def check_fits(run: Run, room: float) -> Plan:
     if longest := run.longest(room):
         ways.append(f"up to {longest:,} tokens fit")
     elif not ways:
-        ways.append("take a model of fewer bits")
+        packed_already = (run.config.quantization or {}).get("bits", 16) <= 4
+        ways.append("take a smaller model" if packed_already else "take a model of fewer bits")
     raise MemoryLimitError(
         f"{run.length:,} tokens need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
         f"{size_text(plan.cache)}, work {size_text(plan.workspace)}), and {size_text(room)} may be used: "
@@ -288,12 +289,14 @@ def size_text(size: float) -> str:
 
 def parse_size(size: int | str) -> int:
     """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError."""
+    if isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", size):
+        raise OptionError(f"{size!r} has no unit; write {size.strip()}GB or {size.strip()}MB")
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     if found:
         unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
         if count := int(float(found[1]) * unit):
             return count
-    raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB, or bytes")
+    raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB")
 
 
 def memory_sold_as(text: str) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,14 @@ _REDONE = 16  # tokens at the end of a stored prefix that another continuation m
 
 @dataclass(frozen=True)
 class Document:
-    """A text that questions are asked about, and the system message they are asked under."""
+    """A text that questions are asked about, the system message they are asked under, and the model that read it.
+
+    `model` is what was given to name it, a directory by its whole path.
+    """
 
     text: str
     system: str | None = None
+    model: str | None = None
 
 
 class PromptCache:
@@ -128,7 +132,7 @@ class PromptCache:
             "start": first.start,
             "long": first.sequence.long,
             "kv_bits": None if bits is None else [bits.keys, bits.values, bits.group_size],
-            "document": None if self.document is None else [self.document.text, self.document.system],
+            "document": None if self.document is None else list(astuple(self.document)),
         }
         check_writable(path)
         try:
@@ -142,9 +146,10 @@ class PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         facts = read_facts(path)
         if facts["model"] != fingerprint(model):
+            made = (facts["document"] or [None])[-1]
             raise CacheError(
-                f"{path} was made with another model, other weights or another number type; build it anew with "
-                "`phi3-mlx cache build`"
+                f"{path} was made with {made or 'another model'}, and this is another model, with other weights or in "
+                "another number type; give the same with -m, or build it anew with `phi3-mlx cache build`"
             )
         layers = model.make_cache(bits=None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"]))
         read_header(Path(path))  # truncated files are found here

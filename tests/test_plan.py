@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,12 +14,13 @@ from mlx.utils import tree_flatten
 from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, hub, load, memory, stream_generate
 from phi3_mlx.checkpoint import weight_bytes
 from phi3_mlx.cli import main
+from phi3_mlx.cli.tables import print_table
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.family import MEMBERS
 from phi3_mlx.memory import Run
-from phi3_mlx.models import build, decoder, linear, parse_config
+from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 
@@ -209,7 +211,7 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys):
     command = ["generate", "-p", "Write a story about a dog.", "--memory"]
     allowed = mx.get_active_memory() + 16_000_000
     with pytest.raises(SystemExit) as done:
-        main([*command, str(allowed), "--max-tokens", "3000"])
+        main([*command, f"{allowed}B", "--max-tokens", "3000"])
     out, err = capsys.readouterr()
     assert (done.value.code, out, err.count("\n")) == (1, "", 1)
     assert "and 16.0 MB may be used" in err
@@ -294,10 +296,10 @@ def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--kv-bits", "5"], "kv_bits 5"),
+        (["--kv-bits", "5"], "--kv-bits 5"),
         (["--kv-bits", "x"], "not a number of bits"),
         (["--kv-bits", "4,4,4"], "not a number of bits"),
-        (["--kv-bits", "4", "--kv-group-size", "48"], "kv_group_size 48"),
+        (["--kv-bits", "4", "--kv-group-size", "48"], "--kv-group-size 48"),
     ],
 )
 def test_bits_that_cannot_be_are_a_usage_fault(args, words, capsys):
@@ -335,7 +337,7 @@ def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("16GB", 16 * 10**9), ("800 MiB", 800 * 2**20), ("1.5g", 15 * 10**8), ("2gi", 2**31), ("4096", 4096), (7, 7)],
+    [("16GB", 16 * 10**9), ("800 MiB", 800 * 2**20), ("1.5g", 15 * 10**8), ("2gi", 2**31), (4096, 4096), (7, 7)],
 )
 def test_sizes_of_memory(text, size):
     assert memory.parse_size(text) == size
@@ -350,6 +352,11 @@ def test_a_size_is_read_as_it_is_shown(text):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OptionError, match="16GB"):
         memory.parse_size(text)
+
+
+def test_a_size_without_a_unit_is_asked_for_one():
+    with pytest.raises(OptionError, match="'16' has no unit; write 16GB or 16MB"):
+        memory.parse_size("16")
 
 
 def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
@@ -407,6 +414,42 @@ def test_plan_of_the_bundled_model_and_of_nonsense(capsys):
         assert words in err
         assert err.count("\n") == 1
         assert out == ""
+
+
+def test_plan_of_this_machine(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "room", lambda: 20_000_000)
+    code, out, _ = plan(capsys, "--here", "--context", "4096")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("this machine (20.0 MB) holds")]
+    longest = int(line.split()[-6].replace(",", ""))
+    fused = attention.fused_attention()
+    model, _ = load("tiny")
+    run = Run(model.config, weight_bytes(hub.resolve("tiny")), 1, itemsize=2 if fused else 4, fused=fused)
+    assert longest == run.longest(20_000_000) < 4096
+    assert "4,096 tokens fit with --kv-bits" in out
+    monkeypatch.setattr(hub, "on_disk", lambda *_: None)
+    monkeypatch.setattr(memory, "room", lambda: 16 * 10**9)
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
+    alias = hub.find_alias("phi-3.5-mini-4bit")
+    run = Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
+    assert json.loads(out)["machines"][0]["longest"]["16"] == run.longest(16 * 10**9)
+    code, _, err = plan(capsys, "--here", "--memory", "16GB")
+    assert code == 2
+    assert "two machines" in err
+
+
+def test_tables_leave_out_what_a_narrow_terminal_cannot_hold(capsys, monkeypatch):
+    lines = [["NAME", "LONG COLUMN", "LAST"], ["a", "b", "c"]]
+
+    def printed(columns, tty):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: tty)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        print_table(lines, right=(2,), spare=(1,))
+        return capsys.readouterr().out
+
+    assert printed(23, True) == "NAME  LONG COLUMN  LAST\na     b               c\n"
+    assert printed(22, True) == "NAME  LAST\na        c\n"
+    assert printed(22, False) == printed(23, True)
 
 
 def test_memory_errors_are_faults_of_the_run():

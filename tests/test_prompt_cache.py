@@ -1,9 +1,12 @@
 """Caches that outlive a run: the next answer is the one it would be without, or the cache is refused."""
 
+import json
+
 import mlx.core as mx
 import oracle
 import pytest
 from oracle import CONFIGS, ORIGINAL, slim
+from tuning_models import make_directory
 
 from phi3_mlx import PromptCache, generate, load, stream_generate
 from phi3_mlx.cli import main
@@ -151,6 +154,7 @@ def built(tmp_path_factory):
     (folder / "book.txt").write_text("Tim had a dog. " * 20)
     with pytest.raises(SystemExit):
         main(["cache", "build", "-f", str(folder / "book.txt"), "-o", str(folder / "book.cache")])
+    make_directory(folder / "other")
     return folder
 
 
@@ -160,8 +164,9 @@ def built(tmp_path_factory):
         (["--cache", "BUILT/book.txt", "-p", "Why?"], "no prompt cache"),
         (["--cache", "BUILT/none", "-p", "Why?"], "cannot be read"),
         (["--cache", "BUILT/book.cache", "-f", "BUILT/other.txt", "-p", "Why?"], "does not begin"),
-        (["--cache", "BUILT/book.cache", "--system", "Be brief.", "-p", "Why?"], "does not begin"),
+        (["--cache", "BUILT/book.cache", "--system", "Be brief.", "-p", "Why?"], "leave --system out"),
         (["--cache", "BUILT/book.cache", "--kv-bits", "4", "-p", "Why?"], "leave it out"),
+        (["--cache", "BUILT/book.cache", "-m", "BUILT/other", "-p", "Why?"], "book.cache was made with tiny"),
         (["--cache", "BUILT/book.cache", "--raw", "-p", "Why?"], "--raw"),
     ],
 )
@@ -172,6 +177,18 @@ def test_a_cache_that_does_not_fit_is_refused_in_a_line(built, args, words, caps
     assert out == ""
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_the_model_is_the_one_that_read_the_text(built, capsys, monkeypatch):
+    monkeypatch.chdir(built)
+    assert run(capsys, "cache", "build", "-m", "other", "-f", "book.txt", "-o", "of-other.cache")[0] == 0
+    monkeypatch.chdir("/")  # a directory is found again from anywhere
+    asked = ["generate", "--cache", str(built / "of-other.cache"), "-p", "Why?", "--max-tokens", "3", "--json"]
+    code, out, err = run(capsys, *asked)
+    assert code == 0, err
+    assert json.loads(out)["model"] == str(built / "other")
+    _, again, _ = run(capsys, *asked, "-m", str(built / "other"))
+    assert json.loads(again)["text"] == json.loads(out)["text"]
 
 
 def test_a_place_that_cannot_be_written_is_said_before_reading(built, capsys, monkeypatch):

@@ -29,7 +29,7 @@ def converted(tmp_path_factory):
     report = write_report(
         directory, source, text=TEXT, text_name="a story", window=64, progress=lambda *n: done.append(n)
     )
-    assert done == [(i, 6) for i in range(1, 7)]
+    assert done == [(i, 6) for i in range(7)]
     return source, directory, report
 
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx.cli import main
+from phi3_mlx.cli.options import Pulse
 from phi3_mlx.errors import OptionError
 from phi3_mlx.tuning.log import read_metrics
 from phi3_mlx.tuning.settings import read_settings
@@ -78,7 +79,10 @@ def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
     assert "exists already; go on with it by --resume" in err
     code, _, err = call(capsys, "tune", "--resume", "-o", tmp_path / "none")
     assert code == 1
-    assert "no run to go on with" in err
+    assert "none holds no run to go on with; begin one without --resume" in err
+    code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", packed)
+    assert code == 2
+    assert "holds no run to go on with; name another -o" in err
 
 
 def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
@@ -90,7 +94,7 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
         "21 training examples",
         "tokens an epoch",
         "65-128",
-        "1 are longer than 60",
+        "1 is longer than 60",
         "my.jsonl:21",
         "were left out",
     ):
@@ -107,6 +111,19 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
     code, out, _ = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--memory", "100kB")
     assert code == 0
     assert "does NOT fit in" in out
+
+
+def test_a_log_says_how_far_a_long_run_is(packed, data, tmp_path, capsys, monkeypatch):
+    options = ["tune", "-m", packed, "-d", data, "--steps", 2, "--rank", 1]
+    _, _, err = call(capsys, *options, "-o", tmp_path / "short")
+    assert "validation loss" in err
+    assert "step 1/2" not in err
+    monkeypatch.setattr(Pulse, "SECONDS", 0.0)
+    _, out, err = call(capsys, *options, "-o", tmp_path / "long")
+    assert out == ""
+    assert "step 1/2" in err
+    assert "left" in err
+    assert "\r" not in err
 
 
 def test_settings_file(packed, data, tmp_path, capsys):

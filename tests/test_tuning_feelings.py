@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import click
 import pytest
 from conftest import ROOT
 
@@ -25,3 +26,8 @@ def test_held_out_accuracy_before_after_and_fused(tmp_path: Path):
     assert learnt >= 0.9
     fused = fuse(tmp_path / "adapter", tmp_path / "fused", dequantize=True, dtype="bfloat16")
     assert abs(accuracy(task, str(fused.path)) - learnt) <= 0.02
+
+
+def test_a_folder_without_the_task_says_how_to_make_it(tmp_path):
+    with pytest.raises(click.ClickException, match=r"has no test\.jsonl; write it with python -m bench\.feelings"):
+        accuracy(tmp_path, "tiny")

@@ -296,6 +296,9 @@ def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
         tune(str(base), path, tmp_path / "out", **options, memory="60MB")
     with pytest.raises(MemoryLimitError, match="even with"):
         tune(str(base), path, tmp_path / "out", **options, memory="1MB")
+    monkeypatch.setattr(runs, "room", lambda: 1_000_000)
+    with pytest.raises(MemoryLimitError, match=r"and 1\.0 MB may be used"):  # no setting makes the machine larger
+        tune(str(base), path, tmp_path / "out", **options, memory="64GB")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 import click
 
 from .. import __version__
-from ..errors import Phi3Error
+from ..errors import OptionError, Phi3Error
 
 # Command -> what it does, so that the list of commands imports none of them.
 _COMMANDS = {
@@ -27,6 +28,16 @@ _COMMANDS = {
     "models": "List the models known by a short name, and what is on this disk.",
     "doctor": "Check this machine: Python, MLX and its device, memory, disk, packages.",
 }
+# What was forgotten where an argument stands alone.
+_STRAY = {
+    "generate": "-p",
+    "chat": "-m",
+    "plan": "-m",
+    "tune": "-d",
+    "convert": "-o",
+    "fuse": "--adapter",
+    "build": "-f",
+}
 
 
 class _Commands(click.Group):
@@ -34,6 +45,14 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+        if near and args[0] not in _COMMANDS:
+            ctx.fail(f"no such command {args[0]!r}; did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return getattr(import_module(f".{name}", __name__), name) if name in _COMMANDS else None
@@ -62,9 +81,10 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (<&-, >&-)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    given = list(sys.argv[1:] if args is None else args)
     try:
         # Not cli.main(): it would turn a closed pipe into a silent exit.
-        with cli.make_context("phi3-mlx", list(sys.argv[1:] if args is None else args)) as context:
+        with cli.make_context("phi3-mlx", list(given)) as context:
             cli.invoke(context)
         sys.stdout.flush()
         code = 0
@@ -82,13 +102,16 @@ def main(args: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "phi3-mlx"
-        code = _say(f"{error.format_message().rstrip('.')}; see {command} -h", error.exit_code)
+        message = error.format_message().rstrip(".")
+        if "unexpected extra argument" in message and (option := _STRAY.get(command.split()[-1])):
+            message += f"; {option} goes before it"
+        code = _say(f"{message}; see {command} -h", error.exit_code)
     except click.ClickException as error:
         code = _say(error.format_message(), error.exit_code)
     except Phi3Error as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
-        code = _say(str(error), error.exit_code)
+        code = _say(_as_typed(str(error), given) if isinstance(error, OptionError) else str(error), error.exit_code)
     except OSError as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
@@ -102,6 +125,23 @@ def main(args: Sequence[str] | None = None) -> None:
             message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
         code = _say(message.replace("\n", " "), 1)
     sys.exit(code)
+
+
+def _as_typed(message: str, args: Sequence[str]) -> str:
+    """A message that begins with a parameter's name in Python, with the option that sets it."""
+    name = message.split(" ", 1)[0]
+    command = next((cli.get_command(click.Context(cli), arg) for arg in args if arg in _COMMANDS), None)
+    option = dict(_options(command)).get(name) if command else None
+    return option + message.removeprefix(name) if option else message
+
+
+def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:
+    """Parameters of a command, and of those below it, with their options."""
+    for below in getattr(command, "commands", {}).values():
+        yield from _options(below)
+    for param in command.params:
+        if isinstance(param, click.Option):
+            yield param.name, max(param.opts, key=len)
 
 
 def _say(message: str, code: int) -> int:

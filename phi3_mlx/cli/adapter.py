@@ -16,7 +16,9 @@ def adapter() -> None:
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="The adapter folder to write.")
 def take(source: str, model: str, revision: str | None, output: str) -> None:
-    """Make an adapter folder of one that PEFT has saved; fused or split projections, LoRA, rsLoRA or DoRA.
+    """Turn what PEFT has saved into an adapter.
+
+    Its projections may be fused or split; LoRA, rsLoRA or DoRA.
 
     \b
     phi3-mlx adapter import peft-adapter -m phi-3.5-mini -o adapter
@@ -34,7 +36,7 @@ def take(source: str, model: str, revision: str | None, output: str) -> None:
 @click.option("-o", "--output", required=True, metavar="DIR", help="The PEFT folder to write.")
 @click.option("--split", is_flag=True, help="For models that have q, k, v, gate and up apart.")
 def give(source: str, model: str | None, revision: str | None, output: str, split: bool) -> None:
-    """Make a folder that PEFT loads of an adapter folder.
+    """Turn an adapter into what PEFT loads.
 
     \b
     phi3-mlx adapter export adapter -o peft-adapter

@@ -13,7 +13,7 @@ def cache() -> None:
 
     \b
     phi3-mlx cache build -m phi-3.5-mini-4bit -f book.txt -o book.cache
-    phi3-mlx generate -m phi-3.5-mini-4bit --cache book.cache -p "Who is the heroine?"
+    phi3-mlx generate --cache book.cache -p "Who is the heroine?"
     """
 
 
@@ -26,7 +26,12 @@ def cache() -> None:
 @click.option("--system", metavar="TEXT", help="A system message, for every question.")
 @memory_options
 def build(source: ModelOptions, file: str, output: str, system: str | None, memory: MemoryOptions) -> None:
-    """Read a text with a model and write what it remembers of it to a file."""
+    """Read a text and keep what was read in a file.
+
+    \b
+    phi3-mlx cache build -m phi-3.5-mini-4bit -f book.txt -o book.cache
+    phi3-mlx generate --cache book.cache -p "Who is the heroine?"
+    """
     text = read_text(file)
     if system:
         check_text(system, "--system")
@@ -39,7 +44,7 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
-    document = Document(text, system)
+    document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
     model = source.load_model(directory, len(ids) + 1, bits, memory.force)
     prompt_cache = PromptCache(model, kv_bits=bits, document=document)

@@ -33,7 +33,7 @@ _HELP = """\
 /system TEXT   begin anew with this system message
 /save FILE     write the conversation as JSON messages
 /help          this list
-/exit          leave (Ctrl-D too); Ctrl-C stops an answer and keeps the chat"""
+/exit          leave (/quit, /bye and Ctrl-D too); Ctrl-C stops an answer and keeps the chat"""
 
 
 @click.command()
@@ -67,7 +67,7 @@ def chat(
     while True:
         try:
             line = _read_line()
-            if line is None or line.strip() == "/exit":
+            if line is None or line.strip() in ("/exit", "/quit", "/bye"):
                 return
             if line.startswith("/"):
                 _command(conversation, line)

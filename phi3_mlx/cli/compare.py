@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import read_text
+from .options import Pulse, read_text
 
 if TYPE_CHECKING:
     from ..quality import Comparison, Quality
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. A bundled sample without it.')
+@click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. Without it: a sample.')
 @click.option(
     "--window", type=int, default=512, show_default=True, help="Tokens read together; each window begins anew."
 )
@@ -94,10 +94,11 @@ def _lines(a: str, b: str, text: str, found: Comparison) -> list[str]:
 
 
 class _Bar:
-    """Positions read, on a terminal; nothing in a pipe."""
+    """Positions read, on a terminal; a line now and then in a log."""
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._pulse = Pulse()
 
     def __enter__(self) -> _Bar:
         if sys.stderr.isatty():
@@ -115,5 +116,7 @@ class _Bar:
             self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
-        if self._bar is not None:
+        if self._bar is None:
+            self._pulse.say(f"{done:,} of {total:,} tokens")
+        else:
             self._bar.update(self._task, completed=done, total=total)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import read_text
+from .options import Pulse, read_text
 
 if TYPE_CHECKING:
     from ..conversion import Conversion
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, metavar="DST", help="The directory to write.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight; 4 without it.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; 64.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight. Without it: 4.")
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale. Without it: 64."
+)
 @click.option(
     "--mode",
     type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]),
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of what is not packed, scales included; the model's own without it.",
+    help="Type of what is not packed, scales included. Without it: the model's own.",
 )
 @click.option("--dequantize", is_flag=True, help="Write plain weights, unpacked and fused.")
 @click.option("--target-bpw", type=float, metavar="X", help="Choose bits layer by layer: X bits a weight in all.")
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="gptq: round so that the layers' outputs on a text change least; slower, better.",
 )
-@click.option("--calibration", metavar="FILE", help="The text that gptq and --target-… read; a sample without it.")
-@click.option("--text", metavar="FILE", help="The text that the report reads; another sample without it.")
+@click.option("--calibration", metavar="FILE", help="The text that gptq and --target-… read. Without it: a sample.")
+@click.option("--text", metavar="FILE", help="The text that the report reads. Without it: another sample.")
 @click.option(
     "--report/--no-report",
     default=None,
@@ -125,10 +127,11 @@ def _describe(done: Conversion) -> None:
 
 
 class _Bar:
-    """What is being done, how far it is and the time left, on a terminal; nothing in a pipe."""
+    """What is being done, how far it is and the time left, on a terminal; a line now and then in a log."""
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._pulse = Pulse()
         self._stage = ""
 
     def __enter__(self) -> _Bar:
@@ -139,6 +142,7 @@ class _Bar:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._bar.start()
+            self._bar.add_task("loading", total=None, count="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,16 +150,17 @@ class _Bar:
             self._bar.stop()
 
     def update(self, now: Progress) -> None:
-        if self._bar is None:
-            return
-        if now.stage != self._stage:  # each has a time of its own
-            for task in list(self._bar.task_ids):
-                self._bar.remove_task(task)
-            self._stage, self._task = now.stage, self._bar.add_task(now.stage, total=1.0, count="")
         from ..memory import size_text
 
         count = f"{now.done:,} of {now.total:,} {now.unit}"
         if now.all_bytes:
             count += f", {size_text(now.bytes)} of {size_text(now.all_bytes)}"
+        if self._bar is None:
+            self._pulse.say(f"{now.stage}: {count}")
+            return
+        if now.stage != self._stage:  # each has a time of its own
+            for task in list(self._bar.task_ids):
+                self._bar.remove_task(task)
+            self._stage, self._task = now.stage, self._bar.add_task(now.stage, total=1.0, count="")
         share = now.bytes / now.all_bytes if now.all_bytes else now.done / now.total
         self._bar.update(self._task, completed=share, count=count)

@@ -15,11 +15,17 @@ from .options import read_text
 @click.option("--adapter", required=True, metavar="DIR", help="The folder of the adapter.")
 @click.option("-o", "--output", required=True, metavar="DST", help="The model directory to write.")
 @click.option("--dequantize", is_flag=True, help="Write floats: all of the adapter is kept.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the floats; the model's own.")
 @click.option(
-    "--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Pack the changed layers so; as before."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of the floats. Without it: the model's own.",
 )
-@click.option("--text", metavar="FILE", help="What the measurement reads; a sample without it.")
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Pack the changed layers in so many bits. Without it: as they were.",
+)
+@click.option("--text", metavar="FILE", help="The text that the measurement reads. Without it: a sample.")
 @click.option("--force", is_flag=True, help="Replace a model that is at DST already.")
 def fuse(adapter: str, output: str, bits: str | None, text: str | None, **options: Any) -> None:
     """Make one model of a model and its adapter.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from ..errors import PromptError
 from .options import (
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 @model_options
 @click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
 @click.option("-f", "--file", metavar="FILE", help='A text file, put after the prompt if there is one; "-" is stdin.')
-@click.option("--cache", metavar="FILE", help="Go on from a text read before, by `phi3-mlx cache build`.")
+@click.option(
+    "--cache",
+    metavar="FILE",
+    help="Go on from a text read before, by `phi3-mlx cache build`, with the model that read it.",
+)
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @sampling_options(max_tokens=512)
@@ -66,7 +71,11 @@ def generate(
         from ..prompt_cache import PromptCache, about_document, read_document
 
         document, bits = read_document(cache)
-        system = system or document.system
+        if system is not None and system != document.system:
+            raise click.UsageError(f"{cache} begins with another system message; leave --system out, or build it anew")
+        system = document.system
+        if document.model and click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
+            source = dataclasses.replace(source, model=document.model)
         text = about_document(read_text(file) if file else document.text, _prompt(prompt, None, raw))
     else:
         text = _prompt(prompt, file, raw)
@@ -113,7 +122,7 @@ def _prompt(prompt: str | None, file: str | None, raw: bool) -> str:
     else:
         text = "\n\n".join(part.replace("\r\n", "\n").strip("\n") for part in parts if part.strip())
     if not text.strip():
-        raise PromptError("the prompt is empty; give some text")
+        raise PromptError('the prompt is empty; give -p "TEXT", -f FILE, or text on stdin')
     return text
 
 

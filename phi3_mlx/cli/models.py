@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import click
 
 _SOURCES = (
-    "MMLU: percent, 5-shot, from each model's card. MT-BENCH: technical report, arXiv 2404.14219. 4-BIT: size of the "
-    "weights. 16 GB, 32 GB: longest context on such a Mac (phi3-mlx plan)."
+    "MMLU: percent, 5-shot, from each model's card (phi-4: as OpenAI's simple-evals asks). MT-BENCH: technical report, "
+    "arXiv 2404.14219. 4-BIT: size of the weights. 16 GB, 32 GB: longest context on such a Mac (phi3-mlx plan)."
 )
 
 
@@ -32,10 +33,10 @@ def models(as_json: bool) -> None:
         click.echo(json.dumps({"family": [dataclasses.asdict(row) for row in family], "models": named}, indent=2))
         return
     header = ["FAMILY", "PARAMETERS", "LAYERS", "HEADS", "CONTEXT", "MMLU", "MT-BENCH", "4-BIT", "16 GB", "32 GB"]
-    print_table([header, *(row.cells() for row in family)], right=range(1, len(header)))
-    click.echo(f"\n{click.wrap_text(_SOURCES, 100)}\n")
+    print_table([header, *(row.cells() for row in family)], right=range(1, len(header)), spare=(2, 3, 6))
+    click.echo(f"\n{click.wrap_text(_SOURCES, min(100, shutil.get_terminal_size().columns))}\n")
     table = [["NAME", "REPOSITORY", "BITS", "SIZE", "CONTEXT", "ON DISK"]]
     for row in rows:
         place = "bundled" if row.name == "tiny" else "yes" if row.path else ""
         table.append([row.name, row.repo_id or "", str(row.bits), size_text(row.bytes), f"{row.context:,}", place])
-    print_table(table, right=range(2, 5))
+    print_table(table, right=range(2, 5), spare=(1,))

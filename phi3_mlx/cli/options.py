@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import PromptError
+from ..errors import OptionError, PromptError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +40,13 @@ class ModelOptions:
 
         return resolve(self.model, self.revision)
 
+    def name(self) -> str:
+        """The model's name wherever it is used from: a directory's is its whole path."""
+        from ..hub import find_alias
+
+        there = find_alias(self.model) is None and os.path.isdir(self.model)
+        return os.path.abspath(self.model) if there else self.model
+
     def load_tokenizer(self, directory: Path) -> Tokenizer:
         from ..tokenizer import load_tokenizer
 
@@ -57,10 +66,12 @@ class ModelOptions:
 def _weighted(given: str) -> tuple[str, float]:
     """DIR or DIR=WEIGHT."""
     directory, equals, weight = given.rpartition("=")
+    if not equals or os.path.isdir(given):  # a folder may have = in its name
+        return given, 1.0
     try:
-        return (directory, float(weight)) if equals else (given, 1.0)
-    except ValueError:
-        return given, 1.0  # a folder with = in its name
+        return directory, float(weight)
+    except ValueError as error:
+        raise OptionError(f"{weight!r} is no weight of an adapter; write --adapter {directory}=0.5") from error
 
 
 def model_options(function: F) -> F:
@@ -161,7 +172,7 @@ def memory_options(function: F) -> F:
                 metavar="SIZE",
                 expose_value=False,
                 callback=_keep_within,
-                help="What the run may use, such as 16GB; by default what the machine has free.",
+                help="Use at most this much, such as 16GB, and never more than the machine has free.",
             ),
             click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
         ],
@@ -262,6 +273,21 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it with iconv -t utf-8") from error
+
+
+class Pulse:
+    """How far a long run is, where no terminal shows it: a line in half a minute, so that short runs say none."""
+
+    SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.SECONDS:
+            self._last = now
+            click.echo(line, err=True)
 
 
 class PrefillProgress:

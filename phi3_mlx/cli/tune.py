@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..doctor import WATCHDOG
+from .options import Pulse
 
 if TYPE_CHECKING:
     from ..tuning.run import Result
@@ -150,10 +151,11 @@ def _summary(result: Result) -> None:
 
 
 class _Progress:
-    """A line on the terminal that follows the run; nothing in a pipe."""
+    """A line on the terminal that follows the run; in a log file, a line now and then and one for each validation."""
 
     def __init__(self, settings: Settings):
         self._live = sys.stderr.isatty()
+        self._pulse = Pulse()
         self._started: tuple[float, int] | None = None
         self._tokens, self._seconds = 0, 0.0
 
@@ -165,8 +167,6 @@ class _Progress:
             click.echo(err=True)
 
     def step(self, report: StepReport) -> None:
-        if not self._live:
-            return
         from ..memory import size_text
         from ..tuning.dryrun import duration_text
 
@@ -180,7 +180,10 @@ class _Progress:
             f"step {report.step:,}/{report.steps:,}  epoch {report.epoch:.2f}  loss {report.loss:.4f}  "
             f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
-        click.echo(f"\r\033[K{line}", err=True, nl=False)
+        if self._live:
+            click.echo(f"\r\033[K{line}", err=True, nl=False)
+        else:
+            self._pulse.say(line)
 
     def validated(self, step: int, loss: float, best: bool) -> None:
         self._say(f"step {step:,}: validation loss {loss:.4f}{', the best so far' if best else ''}")
@@ -189,8 +192,7 @@ class _Progress:
         self._say(f"  {prompt!r} -> {answer!r}")
 
     def _say(self, text: str) -> None:
-        if self._live:
-            click.echo(f"\r\033[K{text}", err=True)
+        click.echo(f"\r\033[K{text}" if self._live else text, err=True)
 
 
 tune = _TuneCommand(

@@ -171,6 +171,8 @@ class _Comparison:
         self.difference = Difference()
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
+        if progress is not None:
+            progress(0, len(self._model.layers))
         embedding = self._stream.source.read(f"{EMBEDDING}.weight")
         ours = [self._stream.embedded(embedding[ids]) for ids in self._inputs]
         theirs = [self._model.model.embed(ids) for ids in self._inputs]

@@ -131,8 +131,10 @@ class _Measurement:
         self._moved: dict[str, mx.array] = {}  # the activations that follow from rounding one tensor
 
     def run(self, progress: Callable[[int, int], None] | None) -> Costs:
-        self._embedding()
         layers = self._stream.config.num_hidden_layers
+        if progress is not None:
+            progress(0, layers)
+        self._embedding()
         for i in range(layers):
             self._layer(i)
             mx.clear_cache()

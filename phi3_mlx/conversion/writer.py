@@ -54,6 +54,8 @@ def write_weights(
     weight_map = {}
     written = count = 0
     total = sum(tensor.nbytes for tensor in tensors.values())
+    if progress is not None:
+        progress(Progress("writing", "tensors", 0, len(tensors), 0, total))
     for i, names in enumerate(shards):
         several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file_name = several if len(shards) > 1 else "model.safetensors"

@@ -31,7 +31,8 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     lengths = [len(example) - 1 for example in train.examples]
     plan = Plan.of(lengths, settings)
     lines = [
-        f"Data      {len(train.lengths):,} training examples, {len(valid.lengths):,} to validate on",
+        f"Data      {len(train.lengths):,} training example{'' if len(train.lengths) == 1 else 's'}, "
+        f"{len(valid.lengths):,} to validate on",
         f"          {sum(lengths):,} tokens an epoch, {train.trained_tokens:,} of them learnt; "
         f"{plan.steps:,} steps, {plan.steps_per_epoch:,} an epoch",
     ]
@@ -65,8 +66,8 @@ def _bars(lengths: list[int], longest: int | None) -> list[str]:
         f"          {f'{first:,}-{last:,}':13} {count:6,}  {'#' * max(bool(count), round(30 * count / most))}"
         for first, last, count in rows
     ]
-    if longest is not None:
-        lines.append(f"          {sum(length > longest for length in lengths):,} are longer than {longest:,}")
+    if longest is not None and (over := sum(length > longest for length in lengths)):
+        lines.append(f"          {over:,} {'is' if over == 1 else 'are'} longer than {longest:,}")
     return lines
 
 

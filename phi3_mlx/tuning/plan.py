@@ -135,8 +135,8 @@ def training_dtype(settings: Settings) -> str | None:
 
 
 def memory_limit(settings: Settings, available: int) -> int:
-    """Bytes that a run may use: what its settings say, else what is `available`."""
-    return available if settings.memory is None else parse_size(settings.memory)
+    """Bytes that a run may use: what is `available`, or less if its settings say so."""
+    return available if settings.memory is None else min(available, parse_size(settings.memory))
 
 
 def refuse_if_too_large(

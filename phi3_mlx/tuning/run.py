@@ -232,7 +232,8 @@ def start(
     first = group.rank() == 0
     output = Path(os.path.abspath(os.path.expanduser(settings.output)))
     if settings.output and not resume and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise OptionError(f"{output} exists already; go on with it by --resume, or name another -o")
+        on = "go on with it by --resume, or name" if (output / RUN).is_file() else "it holds no run to go on with; name"
+        raise OptionError(f"{output} exists already; {on} another -o")
     prepared = prepare(settings, notify if first else None, group.size())
     settings = prepared.settings
     checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
@@ -391,7 +392,8 @@ def stored_settings(output: Path) -> Settings:
     try:
         return Settings(**from_mapping(read_json(output / RUN).get("settings") or {}, str(output / RUN)))
     except CheckpointError as error:
-        raise TrainingError(f"{output} holds no run to go on with ({error})") from error
+        why = f" ({error})" if (output / RUN).is_file() else ""
+        raise TrainingError(f"{output} holds no run to go on with{why}; begin one without --resume") from error
 
 
 def comparable(settings: Settings, name: str) -> Any:

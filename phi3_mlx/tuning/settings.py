@@ -72,7 +72,7 @@ class Settings:
 
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
-    memory: str | None = _option(None, "What the run may use, such as 16GB; by default what the machine has free.")
+    memory: str | None = _option(None, "Use at most this much, such as 16GB, and never more than the machine has free.")
     tensorboard: bool = _option(False, "Write TensorBoard files too (needs the extra of that name).")
 
     def check(self) -> Settings:

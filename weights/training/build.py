@@ -20,7 +20,7 @@ from phi3_mlx.config import read_json
 from phi3_mlx.conversion.report import write_report
 from phi3_mlx.conversion.sources import open_source
 
-CALIBRATION = 200  # stories
+CALIBRATION = 400  # stories
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 

@@ -27,8 +27,9 @@ SHORT = [round(1 + 0.9 * (k / (HALF - 1)) ** 2, 2) for k in range(HALF)]
 LONG = [round(1.02 * math.exp(math.log(10) * min(max((k - 5) / 14, 0), 1)), 2) for k in range(HALF)]
 
 
-def make_config() -> Phi3Config:
+def make_config(dropout: float = 0.0) -> Phi3Config:
     return Phi3Config(
+        resid_pdrop=dropout,
         vocab_size=4032,  # 4,011 tokens and padding rows, as in the family
         hidden_size=256,
         intermediate_size=704,
@@ -51,6 +52,15 @@ def make_config() -> Phi3Config:
         pad_token_id=vocab.ENDOFTEXT,
         use_cache=False,
     )
+
+
+def mean_of(checkpoints: list[Path], **config) -> Phi3ForCausalLM:
+    """The mean of several checkpoints' weights, in float32; of none: the weights a training begins with."""
+    several = [Phi3ForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in checkpoints]
+    model = Phi3ForCausalLM._from_config(make_config(**config), attn_implementation="sdpa")
+    if several:
+        model.load_state_dict({name: sum(one[name] for one in several) / len(several) for name in several[0]})
+    return model
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,6 +96,7 @@ def batches(args, sp, seed: int):
     train, _ = data.split_stories(args.corpus)
     fables = [t for t in data.read_jsonl(args.corpus / "tinyfabulist.jsonl") if len(t) < 1800]
     docs = data.Documents(train, fables, sp, seed)
+    guided = [json.loads(line) for line in args.guided.open(encoding="utf-8")] if args.guided else []
     rng = docs.rng
 
     def short():
@@ -95,6 +106,10 @@ def batches(args, sp, seed: int):
                 yield docs.fable()
             elif choice < 0.02 + args.exercises:
                 yield docs.exercise()
+            elif guided and rng.random() < args.guided_share:
+                one = rng.choice(guided)
+                # Negative: these texts are learnt from themselves also where a teacher gives the rest.
+                yield [(ids, -weight) for ids, weight in docs.chat((one["request"], one["story"]), asked=4.0)]
             else:
                 yield docs.story()
 
@@ -113,12 +128,16 @@ def batches(args, sp, seed: int):
         yield torch.tensor(ids), torch.tensor(weights)
 
 
-def loss_of(model, ids, weights):
+def loss_of(model, ids, weights, teacher=None):
     hidden = model.model(ids[:, :-1]).last_hidden_state
     target, w = ids[:, 1:].reshape(-1), weights[:, 1:].reshape(-1)
     logits = model.lm_head(hidden).flatten(0, 1).float()
     losses = F.cross_entropy(logits, target, reduction="none")
-    return (losses * w).sum() / w.sum()
+    if teacher is not None:
+        with torch.no_grad():
+            likely = teacher(ids[:, :-1]).logits.flatten(0, 1).float().softmax(-1)
+        losses = torch.where(w < 0, losses, F.cross_entropy(logits, likely, reduction="none"))
+    return (losses * w.abs()).sum() / w.abs().sum()
 
 
 @torch.no_grad()
@@ -165,7 +184,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--batch", type=int, default=12, help="rows of 512 tokens a step")
-    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="0: all weights by AdamW")
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--exercises", type=float, default=0.28, help="share of short documents")
@@ -177,6 +196,11 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, nargs="+", help="checkpoints whose mean to begin with")
+    parser.add_argument("--teacher", type=Path, nargs="+",
+                        help="checkpoints whose mean says what follows in all texts but the guided ones")  # fmt: skip
+    parser.add_argument("--guided", type=Path, help="what guided.py wrote")
+    parser.add_argument("--guided-share", type=float, default=0.5, help="of the short documents that are stories")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -190,15 +214,15 @@ def main():
         sp = vocab.train([line for t in train_texts for line in t.splitlines() if line], args.out)
 
     torch.set_float32_matmul_precision("high")
-    config = make_config()
-    config.resid_pdrop = args.dropout
-    model = Phi3ForCausalLM._from_config(config, attn_implementation="sdpa").to(args.device).train()
+    model = mean_of(args.start or [], dropout=args.dropout).to(args.device).train()
+    teacher = mean_of(args.teacher).to(args.device).eval() if args.teacher else None
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizers = [
-        Muon(hidden, args.muon_lr, weight_decay=args.weight_decay),
-        torch.optim.AdamW(rest, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    if not args.muon_lr:
+        hidden, rest = [], hidden + rest
+    optimizers = [torch.optim.AdamW(rest, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if hidden:
+        optimizers.insert(0, Muon(hidden, args.muon_lr, weight_decay=args.weight_decay))
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     step, tokens, spent = 0, 0, 0.0
     if args.resume:
@@ -229,7 +253,7 @@ def main():
         exact = [(p, p.data) for p in model.parameters() if p.ndim == 2 and progress >= args.quantized_from]
         for p, data_of_p in exact:
             p.data = quantized(data_of_p)
-        loss = objective(model, ids.to(args.device), weights.to(args.device))
+        loss = objective(model, ids.to(args.device), weights.to(args.device), teacher)
         loss.backward()
         for p, data_of_p in exact:
             p.data = data_of_p
