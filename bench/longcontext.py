@@ -3,11 +3,11 @@
     python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--name NAME]
 
 Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
-adds to what grows with the length. Memory is MLX's own peak, less the weights, at a quarter, a half and the whole of
-the prompt. Beside it stands what `phi3-mlx plan` foretells.
+adds to what grows with the length. Memory is MLX's own peak, less the weights, of prompts of a quarter, a half and all
+of the tokens. Beside it stands what `phi3-mlx plan` foretells.
 
 phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on a CPU, so there the model reads the
-first chunk and the last before each point, those with the most to score; between them the cache is filled with random
+first chunk and the last, those with the most to score; between them the cache is filled with random
 keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
 `--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does.
 results/longcontext.png shows the figures of all lengths.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,36 +54,42 @@ def make_config(layers: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def read_prompt(model: Any, cache: list[Any], tokens: int, chunk: int, whole: bool) -> list[dict[str, Any]]:
-    """At each point: tokens in the cache, those that the model read, peak bytes and seconds so far."""
+def read_prompts(
+    model: Any, make_cache: Callable[[int], list[Any]], tokens: int, chunk: int, whole: bool
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A prompt of a quarter, one of a half, and one of all tokens: tokens, those read, peak bytes, seconds.
+
+    And the cache of the last.
+    """
     dtype = model.model.norm.weight.dtype
     ids = mx.random.randint(0, 500, (1, tokens))
     mx.eval(ids)
-    mx.clear_cache()
-    base, started, read, rows = mx.get_active_memory(), time.perf_counter(), 0, []
-    points = (tokens // 4, tokens // 2, tokens)
-    first = peak = 0
-    while first < tokens:
-        point = next(point for point in points if point > first)
-        if whole or not first or first >= point - chunk:
-            last = min(first + chunk, point)
-            read += last - first
-            mx.reset_peak_memory()
-            mx.eval(model.model(ids[:, first:last], cache), state_of(cache))
-            peak = max(peak, mx.get_peak_memory() - base)
-        else:
-            last = min(first + _FILL, point - chunk)
-            for layer in cache:
-                shape = (1, HEADS, last - first, HEAD_DIM)
-                layer.update_and_fetch(mx.random.normal(shape, dtype), mx.random.normal(shape, dtype))
-                mx.eval(state_of([layer]))
+    rows = []
+    cache: list[Any] = []
+    for length in (tokens // 4, tokens // 2, tokens):
+        cache.clear()
         mx.clear_cache()
-        first = last
-        if last == point:
-            seconds = time.perf_counter() - started
-            rows.append({"tokens": last, "read": read, "peak": peak, "seconds": seconds})
-            click.echo(f"{last:9,} tokens, {read:7,} read   peak {peak / 1e6:9,.1f} MB  {seconds:7.1f} s")
-    return rows
+        base, started, first, read, peak = mx.get_active_memory(), time.perf_counter(), 0, 0, 0
+        cache = make_cache(length)
+        while first < length:
+            if whole or not first or first >= length - chunk:
+                last = min(first + chunk, length)
+                read += last - first
+                mx.reset_peak_memory()
+                mx.eval(model.model(ids[:, first:last], cache), state_of(cache))
+                peak = max(peak, mx.get_peak_memory() - base)
+            else:
+                last = min(first + _FILL, length - chunk)
+                for layer in cache:
+                    shape = (1, HEADS, last - first, HEAD_DIM)
+                    layer.update_and_fetch(mx.random.normal(shape, dtype), mx.random.normal(shape, dtype))
+                    mx.eval(state_of([layer]))
+            mx.clear_cache()
+            first = last
+        seconds = time.perf_counter() - started
+        rows.append({"tokens": length, "read": read, "peak": peak, "seconds": seconds})
+        click.echo(f"{length:9,} tokens, {read:7,} read   peak {peak / 1e6:9,.1f} MB  {seconds:7.1f} s")
+    return rows, cache
 
 
 def state_of(cache: list[Any]) -> list[Any]:
@@ -162,9 +169,10 @@ def main(
         model = build(parse_config(raw))
         model.set_dtype(dtype)
         mx.eval(model.parameters())
-        cache = model.make_cache(tokens, bits=packing)
         base = mx.get_active_memory()
-        rows = read_prompt(model, cache, tokens, chunk, whole=not last)
+        rows, cache = read_prompts(
+            model, lambda length: model.make_cache(length, bits=packing), tokens, chunk, whole=not last
+        )
         if steps:
             facts["decode"] = decode(model, cache, steps, base)
             click.echo(
@@ -182,8 +190,13 @@ def main(
         model = phi3.Model(phi3.ModelArgs.from_dict(raw))
         model.set_dtype(dtype)
         mx.eval(model.parameters())
-        cache = [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in range(layers)]
-        return read_prompt(model, cache, tokens, chunk, whole=mlx_lm_whole)
+        return read_prompts(
+            model,
+            lambda _: [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in range(layers)],
+            tokens,
+            chunk,
+            whole=mlx_lm_whole,
+        )[0]
 
     rows: list[dict[str, Any]] = []
     for package, contender in {"phi3-mlx": ours, "mlx-lm": theirs}.items():

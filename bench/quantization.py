@@ -91,6 +91,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Of the text, at most.")
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="Of the other, at most.")
 @click.option("--name", help="Of the result files; MODEL's last part without it.")
+@click.option("--gptq/--no-gptq", "with_gptq", default=True, help="GPTQ takes most of the time.")
 def main(
     model: str,
     text: Any,
@@ -100,6 +101,7 @@ def main(
     tokens: int,
     calibration_tokens: int,
     name: str | None,
+    with_gptq: bool,
 ) -> None:
     path = Path(model) if model.endswith(".gguf") else resolve(model)
     name = name or path.stem
@@ -141,13 +143,14 @@ def main(
         alike = {width: fixed + sum(of[width] for of in sizes.values()) for width in widths}
         for width in widths:
             point("uniform", uniform(width, group_size), gptq=False)
-            point("gptq", uniform(width, group_size), gptq=True)
+            if with_gptq:
+                point("gptq", uniform(width, group_size), gptq=True)
         ends = min(alike.values()), max(alike.values())
         between = {int(bpw * weights / 8) for bpw in _MIXED} | set(alike.values())
         for size in sorted(size for size in between if ends[0] <= size <= ends[1]):
             recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
             point("mixed", recipe, gptq=False)
-            if size in alike.values():
+            if with_gptq and size in alike.values():
                 point("mixed + gptq", recipe, gptq=True)
     results = record.RESULTS / f"quantization-{name}.json"
     facts = {

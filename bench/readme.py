@@ -177,6 +177,14 @@ def longcontext() -> str:
                 f"| {name} | {tokens:,} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
                 f"| {cells[0]} | {cells[1]} |"
             )
+    for result in results:
+        if decode := result.get("decode"):
+            last = result["rows"][-1]
+            lines += [
+                "",
+                f"Decoding behind {last['tokens']:,} tokens peaks at {decode['peak'] / 1e6:,.0f} MB "
+                f"({last['planned'] / 1e6:,.0f} MB planned).",
+            ]
     lines += ["", "![Peak memory against the prompt's length](bench/results/longcontext.png)"]
     return "\n".join([*lines, "", sources(results)])
 
