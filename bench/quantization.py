@@ -61,15 +61,18 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A table of KL by method and size, a column for every result file."""
+    """A table of KL by method at the sizes of uniform 3 and 4 bits, for every result file."""
     methods = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
-    widths = (3.5, 4.5)  # what uniform 3 and 4 bits in groups of 64 take, scales included
-    title = " | ".join(f"{result['model']}, {width:g} bits" for result in results for width in widths)
-    lines = [f"| | {title} |", "|---|" + "--:|" * (len(results) * len(widths))]
+    widths = {
+        result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
+        for result in results
+    }
+    columns = [f"{model}, {width:.1f} bits" for model, sizes in widths.items() for width in sizes]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for method in methods:
         cells = []
         for result in results:
-            for width in widths:
+            for width in widths[result["model"]]:
                 near = [
                     row["kl"]
                     for row in result["rows"]
