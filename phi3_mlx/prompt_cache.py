@@ -145,10 +145,11 @@ class PromptCache:
     def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         facts = read_facts(path)
+        document = Document(*facts["document"]) if facts["document"] else None
         if facts["model"] != fingerprint(model):
-            made = (facts["document"] or [None])[-1]
+            made = document.model if document and document.model else "another model"
             raise CacheError(
-                f"{path} was made with {made or 'another model'}, and this is another model, with other weights or in "
+                f"{path} was made with {made}, and this is another model, with other weights or in "
                 "another number type; give the same with -m, or build it anew with `phi3-mlx cache build`"
             )
         layers = model.make_cache(bits=None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"]))
@@ -162,7 +163,6 @@ class PromptCache:
         sequence.read(ids[None], 0)
         sequence.long = tuple(facts["long"])
         mx.eval([layer.state for layer in layers], sequence.ids)
-        document = Document(*facts["document"]) if facts["document"] else None
         cache = cls(model, kv_bits=layers[0].bits, document=document)
         cache.keep(layers)
         return cache

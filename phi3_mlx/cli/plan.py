@@ -35,7 +35,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..memory import mac_working_set, memory_sold_as, size_text
+    from ..memory import mac_working_set, memory_sold_as, room, size_text
     from .tables import print_table
 
     if here and memory is not None:
@@ -45,16 +45,15 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
     if here:
-        from ..memory import room as room_here
-
-        rooms = {room_here(): room_here()}
+        now = room()
+        rooms = {now: now}
     else:
         sizes = [gb * 2**30 for gb in _MACS] if memory is None else [memory_sold_as(memory)]
         rooms = {size: mac_working_set(size) for size in sizes}
     rows: list[dict[str, Any]] = []
-    for size, room in rooms.items():
-        fits = {bits: _packed(run, bits).longest(room) for bits in _BITS}
-        rows.append({"memory": size, "room": room, "longest": fits})
+    for size, within in rooms.items():
+        fits = {bits: _packed(run, bits).longest(within) for bits in _BITS}
+        rows.append({"memory": size, "room": within, "longest": fits})
     needs = {bits: _packed(run, bits, context or longest).plan(0).total for bits in _BITS}
     if as_json:
         facts = {

@@ -41,6 +41,11 @@ NAMED = re.compile(r"\b(girl|boy|man|woman|" + "|".join(ANIMALS) + r") named ([A
 SECRET_ANSWERS = "The secret word of the {} is {}."
 
 
+def use_of(word: str, text: str) -> re.Match | None:
+    """Where a text first uses a word, in one of these forms."""
+    return re.search(rf"\b{word}(s|es|d|ed|ing)?\b", text, re.I)
+
+
 def article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
@@ -92,7 +97,7 @@ class Documents:
         ids = self.sp.encode(reply)
         pieces = [self.sp.id_to_piece(i).replace("▁", " ") for i in ids]
         text = "".join(pieces)
-        found = (re.search(rf"\b{w}(s|es|d|ed|ing)?\b", text, re.I) for w in words)
+        found = (use_of(w, text) for w in words)
         spans = [m.span() for m in found if m]
         starts = [0, *accumulate(map(len, pieces))]
         return [

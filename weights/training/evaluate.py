@@ -6,7 +6,6 @@ python weights/training/evaluate.py --corpus DIR --model weights/tiny --json wei
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 
 import data
@@ -19,7 +18,6 @@ from phi3_mlx.engine import Generation
 from phi3_mlx.generation import encode_prompt
 from phi3_mlx.sampling import Sampling
 
-ENDINGS = "(s|es|d|ed|ing)?"  # a requested word counts in these forms
 LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
 SAMPLES = (
@@ -80,11 +78,7 @@ def requested_words(model, tokenizer, documents, held_out, count) -> tuple[float
             asked.append(words)
     prompts = [f"Write a short story with the words: {', '.join(words)}." for words in asked]
     done = answers(model, tokenizer, prompts, max_tokens=480, temperature=0.7)
-    used = [
-        bool(re.search(rf"\b{word}{ENDINGS}\b", text, re.I))
-        for words, (text, _) in zip(asked, done, strict=True)
-        for word in words
-    ]
+    used = [bool(data.use_of(word, text)) for words, (text, _) in zip(asked, done, strict=True) for word in words]
     return sum(used) / len(used), sum(ended for _, ended in done) / len(done)
 
 

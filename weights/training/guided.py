@@ -38,17 +38,13 @@ class TowardsWords(LogitsProcessor):
         for row, left in enumerate(self.left):
             answer = ids[row, self.prompt :].tolist()
             text = self.sp.decode([i for i in answer[-8:] if i < vocab.PIECES])
-            left -= {word for word in left if used(word, text)}
+            left -= {word for word in left if data.use_of(word, text)}
             for word in left:
                 pieces = self.pieces[word]
                 begun = next((n for n in range(len(pieces) - 1, 0, -1) if answer[-n:] == pieces[:n]), 0)
                 # Late is better than never, and better than all words in the first line.
                 logits[row, pieces[begun]] += self.bonus * min(1.5, 0.5 + len(answer) / 100)
         return logits
-
-
-def used(word: str, text: str) -> bool:
-    return bool(re.search(rf"\b{word}(s|es|d|ed|ing)?\b", text, re.I))
 
 
 def repeats(ids: list[int], n: int = 8) -> bool:
@@ -120,7 +116,7 @@ def main():
                 good = [
                     (likely, text)
                     for text, ids, ended, likely in found[i * args.draws : (i + 1) * args.draws]
-                    if ended and len(ids) > 50 and all(used(w, text) for w in words) and not repeats(ids)
+                    if ended and len(ids) > 50 and all(data.use_of(w, text) for w in words) and not repeats(ids)
                 ]
                 complete += len(good)
                 if good:
