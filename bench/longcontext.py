@@ -111,12 +111,10 @@ def decode(model: Any, cache: list[Any], steps: int, base: int) -> dict[str, flo
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """The peaks of all results against the length, with the plan's and the cache's own bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     rows = {(row["package"], row["tokens"]): row for result in results for row in result["rows"]}
     of = {package: sorted(tokens for name, tokens in rows if name == package) for package, _ in rows}
     for package, key, style in (

@@ -45,12 +45,10 @@ def _write(directory: Path, source: Source, recipe: Recipe | None, arrays: Itera
 
 
 def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted((row["bits_per_weight"], row["kl"]) for row in rows if row["method"] == method)
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
@@ -73,12 +71,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
         cells = []
         for result in results:
             for width in widths[result["model"]]:
-                near = [
-                    row["kl"]
-                    for row in result["rows"]
-                    if row["method"] == method and abs(row["bits_per_weight"] - width) < 0.02
-                ]
-                cells.append(f"{near[0]:.4f}" if near else "")
+                found = [(abs(r["bits_per_weight"] - width), r["kl"]) for r in result["rows"] if r["method"] == method]
+                off, kl = min(found, default=(math.inf, 0.0))
+                cells.append(f"{kl:.4f}" if off < 0.01 else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(
         [*lines, "", *(f"![KL against bits](bench/results/quantization-{r['model']}.png)" for r in results)]

@@ -223,9 +223,17 @@ def quantization() -> str:
     return f"{markdown(results)}\n\n{sources(results)}"
 
 
+def finetune() -> str:
+    from .finetune import markdown
+
+    result = read("finetune")
+    return f"{markdown(result)}\n\n{sources([result])}"
+
+
 BLOCKS = {
     "report": report,
     "quantization": quantization,
+    "finetune": finetune,
     "demo": demo,
     "parity": parity,
     "speed": speed,

@@ -1,12 +1,17 @@
-"""Fills commands.md with what `phi3-mlx COMMAND -h` prints, whenever the documentation is built."""
+"""Write commands.md: what `phi3-mlx COMMAND -h` prints.
+
+python docs/_commands.py
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-_MARKER = "<!-- commands -->"
+PAGE = Path(__file__).with_name("commands.md")
+_MARKER = "<!-- What follows is written by docs/_commands.py. -->\n"
 _WIDTH = 100
 
 
@@ -39,6 +44,10 @@ def reference() -> str:
     return "\n\n".join(parts)
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by MkDocs for every page."""
-    return markdown.replace(_MARKER, reference()) if page.file.src_uri == "commands.md" else markdown
+def with_help(text: str) -> str:
+    """The text of commands.md with the help pages of today."""
+    return f"{text.split(_MARKER)[0]}{_MARKER}\n{reference()}\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_help(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+from .hub import cache_folder
+
 Status = Literal["ok", "note", "wrong"]
 
 PYTHON, MACOS = (3, 10), (14, 0)  # the oldest that MLX is built for
@@ -347,10 +349,9 @@ def _required() -> tuple[str, ...] | None:
 
 def _cache() -> Path | None:
     try:
-        from huggingface_hub import constants
+        return cache_folder()
     except ImportError:
         return None
-    return Path(constants.HF_HUB_CACHE)
 
 
 def _sysctl(name: str) -> str:

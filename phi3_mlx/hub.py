@@ -136,7 +136,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
-    folder = _cache() / f"models--{repo_id.replace('/', '--')}"
+    folder = cache_folder() / f"models--{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
         commit = (folder / "refs" / revision).read_text().strip()
@@ -162,7 +162,7 @@ def list_models() -> list[ModelRow]:
         context = alias.shape.max_position_embeddings
         rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, context, path))
     known = set(_REPO_IDS.values())
-    for folder in sorted(_cache().glob("models--*")):
+    for folder in sorted(cache_folder().glob("models--*")):
         repo_id = folder.name.removeprefix("models--").replace("--", "/")
         path = None if repo_id in known else on_disk(repo_id)
         row = None if path is None else _describe(repo_id, repo_id, path)
@@ -180,7 +180,8 @@ def _bundled() -> Path:
     raise ModelNotFoundError("the bundled model tiny is missing from this installation; install phi3-mlx again")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps what it downloads. ImportError without that package."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

@@ -75,13 +75,13 @@ def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
     assert "rank was 2" in err
     assert call(capsys, "tune", "--resume", "-o", out, "--rank", 2)[0] == 0
     code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", out)
-    assert code == 2
+    assert code == 1
     assert "exists already; go on with it by --resume" in err
     code, _, err = call(capsys, "tune", "--resume", "-o", tmp_path / "none")
     assert code == 1
     assert "none holds no run to go on with; begin one without --resume" in err
     code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", packed)
-    assert code == 2
+    assert code == 1
     assert "holds no run to go on with; name another -o" in err
 
 

@@ -204,7 +204,7 @@ def test_resume_refuses_another_run(base, packed, data, tmp_path):
     with pytest.raises(TrainingError, match="no checkpoint"):
         tune(str(base), data, out, **options, resume=True)
     tune(str(base), data, out, **options)
-    with pytest.raises(OptionError, match=r"exists already.*--resume"):
+    with pytest.raises(TrainingError, match=r"exists already.*--resume"):
         tune(str(base), data, out, **options)
     with pytest.raises(TrainingError, match="another setting"):
         tune(str(base), data, out, **{**options, "learning_rate": 0.5}, resume=True)

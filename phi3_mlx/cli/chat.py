@@ -39,7 +39,7 @@ _HELP = """\
 @click.command()
 @model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
-@sampling_options(max_tokens=1024)
+@sampling_options
 @memory_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
 def chat(

@@ -26,7 +26,7 @@ from .options import read_text
     help="Pack the changed layers in so many bits. Without it: as they were.",
 )
 @click.option("--text", metavar="FILE", help="The text that the measurement reads. Without it: a sample.")
-@click.option("--force", is_flag=True, help="Replace a model that is at DST already.")
+@click.option("--force", is_flag=True, help="Go on where DST exists already: it is replaced.")
 def fuse(adapter: str, output: str, bits: str | None, text: str | None, **options: Any) -> None:
     """Make one model of a model and its adapter.
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
-@sampling_options(max_tokens=512)
+@sampling_options
 @memory_options
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")

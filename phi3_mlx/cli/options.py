@@ -174,7 +174,7 @@ def memory_options(function: F) -> F:
                 callback=_keep_within,
                 help="Use at most this much, such as 16GB, and never more than the machine has free.",
             ),
-            click.option("--force", is_flag=True, help="Try a run that the memory at hand cannot hold."),
+            click.option("--force", is_flag=True, help="Go on where the memory at hand is too small."),
         ],
     )
 
@@ -202,10 +202,10 @@ class SamplingOptions:
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
-def sampling_options(max_tokens: int) -> Callable[[F], F]:
+def sampling_options(function: F) -> F:
     """Adds the sampling options; the command gets them as one `sampling: SamplingOptions`."""
     options = [
-        click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."),
+        click.option("--max-tokens", type=int, default=1024, show_default=True, help="Longest answer."),
         click.option(
             "--temperature",
             type=float,
@@ -227,7 +227,7 @@ def sampling_options(max_tokens: int) -> Callable[[F], F]:
             help="Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
         ),
     ]
-    return lambda function: _gathered(function, "sampling", SamplingOptions, options)
+    return _gathered(function, "sampling", SamplingOptions, options)
 
 
 def _gathered(function: F, name: str, kind: type, options: Sequence[Callable[[Any], Any]]) -> F:

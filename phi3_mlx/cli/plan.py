@@ -31,6 +31,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     \b
     phi3-mlx plan -m phi-3.5-mini-4bit
     phi3-mlx plan -m phi-3.5-mini-4bit --context 32768 --memory 16GB
+    phi3-mlx plan --here
 
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.

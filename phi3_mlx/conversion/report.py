@@ -281,14 +281,12 @@ def table(report: Report) -> Table:
 def plot(tensors: Sequence[TensorReport], path: Path) -> bool:
     """Relative output error along the layers, a line for each kind of tensor; False where matplotlib is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     kinds = dict.fromkeys(tensor.path.split(".", 3)[3] for tensor in tensors if layer_of(tensor.path) is not None)
     for kind in kinds:
         points = [tensor.relative_error for tensor in tensors if tensor.path.endswith(kind)]

@@ -73,8 +73,8 @@ def tune(
     gets sentences about the data, `on_step` a report of every step, `on_validation` (step, loss, is it the best).
 
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
-    MemoryLimitError (numbers, and flags that would fit), TrainingError (no number; another run's checkpoint), and what
-    `load` raises. Ctrl-C saves and returns a Result whose `interrupted` is True.
+    MemoryLimitError (numbers, and flags that would fit), TrainingError (no number; another run's checkpoint or folder),
+    and what `load` raises. Ctrl-C saves and returns a Result whose `interrupted` is True.
     """
     settings = Settings(
         model=model,

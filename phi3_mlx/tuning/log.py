@@ -83,15 +83,13 @@ def plot_losses(directory: Path) -> bool:
     train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
     valid = [(line["step"], line["loss"]) for line in lines if line["kind"] == "valid"]
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     if not train:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training")
     if valid:
         step, best = min(valid, key=lambda point: point[1])

@@ -20,7 +20,7 @@ from .. import hub
 from ..atomic import new_file, replace_file
 from ..checkpoint import load_model
 from ..config import Config
-from ..errors import AdapterError, OptionError
+from ..errors import AdapterError
 from ..models.decoder import Model
 from .adapters import (
     adapter_files,
@@ -252,7 +252,7 @@ def _exactly(path: str) -> str:
 
 def _must_be_new(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OptionError(f"{output} exists already; name another directory")
+        raise AdapterError(f"{output} exists already; name another directory")
 
 
 def _refuse(source: Path, why: str) -> NoReturn:

@@ -233,7 +233,7 @@ def start(
     output = Path(os.path.abspath(os.path.expanduser(settings.output)))
     if settings.output and not resume and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         on = "go on with it by --resume, or name" if (output / RUN).is_file() else "it holds no run to go on with; name"
-        raise OptionError(f"{output} exists already; {on} another -o")
+        raise TrainingError(f"{output} exists already; {on} another -o")
     prepared = prepare(settings, notify if first else None, group.size())
     settings = prepared.settings
     checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
