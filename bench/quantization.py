@@ -89,7 +89,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Of the text, at most.")
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="Of the other, at most.")
 @click.option("--name", help="Of the result files; MODEL's last part without it.")
-@click.option("--gptq/--no-gptq", "with_gptq", default=True, help="GPTQ takes most of the time.")
+@click.option("--gptq-bits", default="2,3,4,5,6,8", show_default=True, help='Of them those also fitted; "": none.')
 def main(
     model: str,
     text: Any,
@@ -99,7 +99,7 @@ def main(
     tokens: int,
     calibration_tokens: int,
     name: str | None,
-    with_gptq: bool,
+    gptq_bits: str,
 ) -> None:
     path = Path(model) if model.endswith(".gguf") else resolve(model)
     name = name or path.stem
@@ -138,17 +138,18 @@ def main(
         sizes, fixed = sizes_of(source, group_size, BITS)
         weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
         widths = [int(width) for width in bits.split(",")]
+        fitted = [width for width in widths if str(width) in gptq_bits.split(",")]
         alike = {width: fixed + sum(of[width] for of in sizes.values()) for width in widths}
         for width in widths:
             point("uniform", uniform(width, group_size), gptq=False)
-            if with_gptq:
+            if width in fitted:
                 point("gptq", uniform(width, group_size), gptq=True)
         ends = min(alike.values()), max(alike.values())
         between = {int(bpw * weights / 8) for bpw in _MIXED} | set(alike.values())
         for size in sorted(size for size in between if ends[0] <= size <= ends[1]):
             recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
             point("mixed", recipe, gptq=False)
-            if with_gptq and size in alike.values():
+            if size in [alike[width] for width in fitted]:
                 point("mixed + gptq", recipe, gptq=True)
     results = record.RESULTS / f"quantization-{name}.json"
     facts = {

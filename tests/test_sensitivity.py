@@ -47,7 +47,7 @@ def test_costs_are_kl_divergences_of_whole_models(tied):
     """Against models that differ in one rounded tensor, computed whole by the naive formula."""
     source = RandomSource(num_hidden_layers=2, tie_word_embeddings=tied, scale=0.1)
     ids = random_ids(128)
-    costs = measure(source, ids, bits=(3, 4, 8))
+    costs = measure(source, ids, bits=(2, 3, 4, 8))
     model = oracle.make_ours(source.config)
     model.load_weights([(name, source.read(name)) for name in source.tensors])
 
@@ -59,14 +59,14 @@ def test_costs_are_kl_divergences_of_whole_models(tied):
     assert list(costs) == [name for name in source.tensors if len(source.tensors[name].shape) == 2]
     for name, of in costs.items():
         weight = source.read(name)
-        for bits in (3, 4):
+        for bits in (2, 3, 4):
             parts = mx.quantize(weight, 64, bits)
             model.load_weights([(name, mx.dequantize(*parts, 64, bits))], strict=False)
             true = (np.exp(clean) * (clean - logs())).sum(-1).mean()
-            # At 4 bits it is measured; 3 follows from the tensor's own output error.
-            assert of[bits] == pytest.approx(true, rel=1e-3 if bits == 4 else 0.5), (name, bits)
+            # At 2 and 3 bits it is measured; 4 follows from the tensor's own output error.
+            assert of[bits] == pytest.approx(true, rel=1e-3 if bits < 4 else 0.5), (name, bits)
         model.load_weights([(name, weight)], strict=False)
-        assert of[3] > of[4] > of[8] >= 0
+        assert of[2] > of[3] > of[4] > of[8] >= 0
 
 
 def test_costs_of_trained_tensors_add_up(tiny, reference, tmp_path):
@@ -117,7 +117,7 @@ def test_memory_is_a_layer_and_activations():
     activations = len(costs) * 128 * 256 * 4
     assert source.float_bytes > 9 * source.layer_bytes
     assert peak < activations + 4 * source.layer_bytes
-    assert all(count <= 2 for count in source.reads.values())
+    assert all(count <= 4 for count in source.reads.values())
 
 
 # ----------------------------------------------------------------------------------------- allocating
@@ -178,7 +178,7 @@ def test_the_recipe_as_json_makes_the_same_model_again(tiny, tmp_path):
     options = {"target_bpw": 4.2, "ids": ids, "bits": (3, 4, 6)}
     done = []
     recipe = choose_recipe(source, **options, progress=lambda *count: done.append(count))
-    assert done == [(i, 6) for i in range(7)]
+    assert done == [*((i, 12) for i in range(7)), *((i, 12) for i in range(6, 13))]
     assert recipe == choose_recipe(source, **options) == json.loads(json.dumps(recipe))
     widths = {of["bits"] for of in packings(recipe, source.tensors, "test").values()}
     assert widths <= {3, 4, 6}

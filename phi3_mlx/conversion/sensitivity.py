@@ -1,10 +1,10 @@
 """Bits for every tensor from a measurement: what rounding it does to the model's output, for the bits it takes.
 
 How far rounding one tensor moves the model is measured at the output, as KL divergence: the activations that follow
-from it run beside the clean ones to the last layer. That is done at one width for every tensor. Other widths follow
-from the tensor's own output error on the same inputs, because KL grows with the square of a small error (both halves
-of that are checked in tests/test_sensitivity.py). Rounding errors of different tensors are nearly uncorrelated, so
-their divergences add up, and the best choice for a size is a knapsack.
+from it run beside the clean ones to the last layer. That is done at the two smallest widths, whose errors are too large
+for any rule. Larger widths follow from the tensor's own output error on the same inputs, because KL grows with the
+square of a small error (both halves of that are checked in tests/test_sensitivity.py). Rounding errors of different
+tensors are nearly uncorrelated, so their divergences add up, and the best choice for a size is a knapsack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError, OptionError
 from ..memory import size_text
-from ..quality import chunks, kl_divergence, log_softmax
+from ..quality import chunks, divergence_from, log_softmax
 from .gptq import unpack
 from .layerwise import EMBEDDING, LayerStream, linear
 from .rounding import Recipe, left_alone, pack, packings, planned, uniform
@@ -30,6 +30,7 @@ _WINDOW = 128
 _TOKENS = 1024  # of the text that are measured
 _ACTIVATION_BYTES = 1 << 30  # fewer tokens where the activations of all tensors would take more
 _STEPS = 100_000  # of the knapsack
+_MEASURED = 2  # widths of each tensor
 
 Costs = dict[str, dict[int, float]]  # tensor name -> bits -> KL divergence in nats
 Sizes = dict[str, dict[int, int]]  # tensor name -> bits -> bytes
@@ -49,7 +50,7 @@ def choose_recipe(
 
     The target is `target_bytes`, or `target_bpw` bits for each of the model's weights, scales and norms included.
     `ids`: the token ids of a text like those that the model will read; about a thousand are used. `progress` counts
-    layers measured. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the format demands: its
+    layers, each measured at two widths. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the format demands: its
     sensitivity is measured with the rows of q, k and v (gate and up) all rounded, so that it is what packing costs.
 
     Memory: one layer in float32, and the activations of one row of the text for every tensor of the model, or about
@@ -127,43 +128,57 @@ class _Measurement:
         rows = max(1, min(_TOKENS // _WINDOW, _ACTIVATION_BYTES // row))
         self._ids = windows(ids, _WINDOW)[:rows]
         self._errors: Costs = {}  # squared output error of each tensor at each width
+        self._compared = False  # whether that is complete
         self._clean = mx.array(0.0)
         self._moved: dict[str, mx.array] = {}  # the activations that follow from rounding one tensor
 
     def run(self, progress: Callable[[int, int], None] | None) -> Costs:
-        layers = self._stream.config.num_hidden_layers
-        if progress is not None:
-            progress(0, layers)
-        self._embedding()
-        for i in range(layers):
-            self._layer(i)
-            mx.clear_cache()
-            if progress is not None:
-                progress(i + 1, layers)
-        divergences = self._divergences()
-        costs = {}
+        measured, layers = self._bits[:_MEASURED], self._stream.config.num_hidden_layers
+        divergences = {}
+        for i, width in enumerate(measured):  # one after the other: the activations of all tensors are large
+            first, total = i * layers, len(measured) * layers
+            divergences[width] = self._divergences(width, first, total, progress)
+        costs: Costs = {}
         for name, errors in self._errors.items():
-            at = errors[self._anchor(name)]
-            if not math.isfinite(divergences[name]):
+            anchor = _anchor(errors, measured)
+            at = divergences[anchor][name] / errors[anchor] if errors[anchor] else 0.0
+            costs[name] = {width: at * error for width, error in errors.items()}
+            costs[name] |= {width: divergences[width][name] for width in measured}
+        return costs
+
+    def _divergences(
+        self, width: int, done: int, total: int, progress: Callable[[int, int], None] | None
+    ) -> dict[str, float]:
+        """Mean KL divergence of the outputs with each tensor alone rounded to `width`, in nats."""
+        self._moved = {}
+        self._embedding(width)
+        for i in range(self._stream.config.num_hidden_layers):
+            if progress is not None:
+                progress(done + i, total)
+            self._layer(i, width)
+            mx.clear_cache()
+        divergences = self._at_the_output(width)
+        self._compared = True
+        if progress is not None:
+            progress(done + self._stream.config.num_hidden_layers, total)
+        for name, divergence in divergences.items():
+            if not math.isfinite(divergence):
                 raise CheckpointError(
                     f"{self._source.name}: outputs are not finite with {name} rounded, so no bits can be chosen; "
                     "use --bits or --recipe"
                 )
-            costs[name] = {
-                width: max(divergences[name], 0.0) * error / at if at else 0.0 for width, error in errors.items()
-            }
-        return costs
+        return divergences
 
-    def _embedding(self) -> None:
+    def _embedding(self, width: int) -> None:
         name = f"{EMBEDDING}.weight"
         rows = self._source.read(name)[self._ids.flatten()]
         shape = (*self._ids.shape, -1)
         self._clean = self._stream.embedded(rows.reshape(shape))
         if name in self._found:
             self._compare(name, rows.astype(mx.float32))
-            self._moved[name] = self._stream.embedded(self._rounded(name, rows, self._anchor(name)).reshape(shape))
+            self._moved[name] = self._stream.embedded(self._rounded(name, rows, width).reshape(shape))
 
-    def _layer(self, i: int) -> None:
+    def _layer(self, i: int, width: int) -> None:
         layer = self._stream.layer(i)
         for name, hidden in self._moved.items():
             self._moved[name] = self._stream.run(layer, hidden)
@@ -175,12 +190,12 @@ class _Measurement:
             weight = module.weight
             by_matrix = zip(*(inputs[path] for inputs, _ in traced), strict=True)
             self._compare(name, weight, [mx.concatenate(list(parts)) for parts in by_matrix])
-            module.weight = self._rounded(name, weight, self._anchor(name))
+            module.weight = self._rounded(name, weight, width)
             self._moved[name] = self._stream.run(layer, self._clean)
             module.weight = weight
         self._clean = mx.concatenate([after for _, after in traced])
 
-    def _divergences(self) -> dict[str, float]:
+    def _at_the_output(self, width: int) -> dict[str, float]:
         """Mean KL divergence of each tensor's activations, and of the head's own rounding."""
         name = f"{self._stream.head_path}.weight"
         weight = self._source.read(name).astype(mx.float32)
@@ -188,22 +203,25 @@ class _Measurement:
         head = weight
         if name in self._found:
             self._compare(name, weight, [hidden])
-            head = self._rounded(name, weight, self._anchor(name))
+            head = self._rounded(name, weight, width)
             self._moved.setdefault(name, self._clean)
         sums = dict.fromkeys(self._moved, 0.0)
         for here in chunks(len(hidden), len(weight)):
             clean = log_softmax(self._stream.logits(hidden[here], weight))
+            likely = np.exp(clean)
             for moved, states in self._moved.items():
                 normed = self._stream.norm(states.flatten(0, 1)[here])
-                logs = log_softmax(self._stream.logits(normed, head if moved == name else weight))
-                sums[moved] += float(kl_divergence(clean, logs).sum(dtype=np.float64))
-        return {moved: total / len(hidden) for moved, total in sums.items()}
+                logits = self._stream.logits(normed, head if moved == name else weight)
+                sums[moved] += float(divergence_from(clean, likely, logits).sum(dtype=np.float64))
+        return {moved: max(total / len(hidden), 0.0) for moved, total in sums.items()}
 
     def _compare(self, name: str, weight: mx.array, inputs: Sequence[mx.array] | None = None) -> None:
         """Note the squared error of the outputs at each width (without inputs: of the weight).
 
         `inputs` of each matrix that `weight` is.
         """
+        if self._compared:
+            return
         self._errors[name] = {}
         for width in self._bits:
             error = self._rounded(name, weight, width) - weight
@@ -220,14 +238,14 @@ class _Measurement:
         packing = {**self._found[name], "bits": width}
         return unpack(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
 
-    def _anchor(self, name: str) -> int:
-        """The width at which a tensor is measured at the output: a middle one.
 
-        A lower one where the source lies on that width's own grid already, having been packed with it.
-        """
-        errors = self._errors[name]
-        middle = self._bits[: (len(self._bits) + 1) // 2]
-        return next((width for width in reversed(middle) if errors[width] > 1e-3 * errors[middle[0]]), middle[0])
+def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:
+    """The measured width that larger ones are reckoned from: the largest.
+
+    A lower one where the source lies on that width's own grid already, having been packed with it.
+    """
+    least = measured[0]
+    return next((width for width in reversed(measured) if errors[width] > 1e-3 * errors[least]), least)
 
 
 def allocate(
