@@ -44,7 +44,7 @@ _QUICK = {
     "kvquality": "--tokens 256 --bits 8 --bits 4",
     "convert": "--layers 1 --runs 1",
     "tune": "--small --steps 2 --runs 1",
-    "finetune": "--epochs 1 --questions 10",
+    "finetune": "--steps 4 --questions 5",
     "quantization": "tiny --bits 4 --tokens 256 --calibration-tokens 512 --group-size 32",
     "parity": "--only Phi-3-mini-4k --case short",
     "readme": "--check",
@@ -80,10 +80,10 @@ def main(context: click.Context, everything: bool, quick: bool) -> None:
     elif quick:
         with tempfile.TemporaryDirectory() as folder:
             run(_QUICK, {record.ELSEWHERE: folder})
-            written = sorted(path.name for path in Path(folder).glob("*.json"))
-            click.echo(f"results written, and thrown away: {', '.join(written)}")
+            click.echo(f"results written, and thrown away: {', '.join(record.read(Path(folder)))}")
     elif everything:
         run({name: _FULL.get(name, "") for name in _BENCHES}, {})
+        click.echo(f"all results: {record.file_here()}")
     else:
         click.echo(context.get_help())
 

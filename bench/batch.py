@@ -80,7 +80,7 @@ def main(only: tuple[str, ...], rows: int, layers: int, tokens: int, runs: int) 
         if answers["together"] != answers["alone"]:
             raise click.ClickException(f"{name}: a prompt's tokens are not the same in a batch")
         results += rows_of(case, name, figures, base="phi3-mlx, one by one", tokens=count, rows=rows)
-    record.write(record.RESULTS / "batch.json", results, "mlx", "mlx-lm")
+    record.write("batch", results, "mlx", "mlx-lm")
 
 
 if __name__ == "__main__":

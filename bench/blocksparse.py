@@ -119,7 +119,7 @@ def main(tokens: tuple[int, ...], linear: tuple[int, ...], chunk: int, runs: int
             rows += measure(queries, length, runs, dense=True)
         for length in linear:
             rows += measure(queries, length, runs, dense=False)
-    record.write(record.RESULTS / "blocksparse.json", rows, "mlx", pattern=PATTERN.__dict__, tile=blocksparse.TILE)
+    record.write("blocksparse", rows, "mlx", pattern=PATTERN.__dict__, tile=blocksparse.TILE)
 
 
 if __name__ == "__main__":

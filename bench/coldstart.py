@@ -51,8 +51,7 @@ def main(model: str, runs: int) -> None:
         click.echo(f"{name:16} {figure['median']:6.2f} s   ({figure['min']:.2f} to {figure['max']:.2f})")
     click.echo(f"phi3-mlx / mlx-lm: {ratio:.2f}")
     rows = [{"command": name, "seconds": figure} for name, figure in figures.items()]
-    path = record.RESULTS / "coldstart.json"
-    record.write(path, rows, "mlx", "mlx-lm", "transformers", model=os.path.basename(directory), ratio=ratio)
+    record.write("coldstart", rows, "mlx", "mlx-lm", "transformers", model=os.path.basename(directory), ratio=ratio)
 
 
 if __name__ == "__main__":

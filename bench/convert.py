@@ -109,8 +109,7 @@ def main(layers: int, runs: int, folder: Path | None) -> None:
         for kind, values in (("time", seconds), ("memory", peaks))
     }
     click.echo(f"phi3-mlx / mlx-lm: time {ratios['time']:.2f}, memory {ratios['memory']:.2f}")
-    path = record.RESULTS / "convert.json"
-    record.write(path, rows, "mlx", "mlx-lm", layers=layers, source_bytes=size, ratios=ratios)
+    record.write("convert", rows, "mlx", "mlx-lm", layers=layers, source_bytes=size, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def main(only: tuple[str, ...], layers: int, tokens: int, runs: int) -> None:
         with loaded(case, layers) as (model, other, name):
             contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
-    record.write(record.RESULTS / "decode.json", rows, "mlx", "mlx-lm")
+    record.write("decode", rows, "mlx", "mlx-lm")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What fine-tuning does to the bundled model: questions it answers right before, after, and fused.
 
-    python -m bench finetune [--epochs N] [--questions N]
+    python -m bench finetune [--steps N] [--questions N]
 
 The task is that of `python -m bench.feelings`; no question was in the training data, and only the right word alone is
-right. Writes results/finetune.json.
+right. Its result is `finetune`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--epochs", type=int, default=2, show_default=True)
+@click.option("--steps", type=int, help="Instead of two epochs.")
 @click.option("--questions", type=int, default=feelings.SIZES["test"], show_default=True)
-def main(epochs: int, questions: int) -> None:
+def main(steps: int | None, questions: int) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         task, adapter = Path(folder, "task"), Path(folder, "adapter")
@@ -51,13 +51,14 @@ def main(epochs: int, questions: int) -> None:
             click.echo(f"{what:32} {right:6.1%} of {questions}")
 
         row(MODEL, MODEL)
-        result = tune(MODEL, task, adapter, learning_rate=2e-3, batch_size=16, epochs=epochs)
+        how = {"epochs": 2.0} if steps is None else {"steps": steps}
+        result = tune(MODEL, task, adapter, learning_rate=2e-3, batch_size=16, **how)
         row("with the adapter", MODEL, str(adapter))
         for what, options in _FUSED.items():
             fused = fuse(adapter, Path(folder, what), **options)
             row(what, str(fused.path), survived=fused.survived)
-    facts = {"questions": questions, "epochs": epochs, "steps": result.step, "seconds": result.seconds}
-    record.write(record.RESULTS / "finetune.json", rows, "mlx", **facts, loss=result.best_loss)
+    facts = {"questions": questions, "steps": result.step, "seconds": result.seconds}
+    record.write("finetune", rows, "mlx", **facts, loss=result.best_loss)
 
 
 if __name__ == "__main__":

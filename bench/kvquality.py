@@ -5,7 +5,7 @@
 The text is read 16 tokens at a time, in windows that begin anew: every token attends to packed keys and values by the
 path that decoding takes. KL is that of the next token's distribution, packed from unpacked, in nats; "same choice" is
 how often both find the same token likeliest. Then both go on by themselves, greedily, from four places of the text.
-Writes results/kvquality.json, for other models results/kvquality-NAME.json.
+The result is `kvquality`, for other models `kvquality-NAME`.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def main(name: str, widths: tuple[str, ...], groups: tuple[int, ...], tokens: in
     directory = resolve(name)
     rows = measure(directory, settings, tokens, window)
     facts = {"tokens": tokens, "window": window, "chunk": CHUNK, "generated": GENERATED, "generations": GENERATIONS}
-    file = "kvquality.json" if name == "tiny" else f"kvquality-{directory.name}.json"
-    record.write(record.RESULTS / file, rows, "mlx", model=directory.name, **facts)
+    result = "kvquality" if name == "tiny" else f"kvquality-{directory.name}"
+    record.write(result, rows, "mlx", model=directory.name, **facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ results/longcontext.png shows the figures of all lengths.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,11 +212,8 @@ def main(
     if not alone:
         facts["ratio"] = mine[-1]["peak"] / rows[-1]["peak"]
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
-    path = record.RESULTS / (f"longcontext-{name}.json" if name else "longcontext.json")
-    record.write(path, rows, "mlx", "mlx-lm", **facts)
-    results = [
-        json.loads(file.read_text(encoding="utf-8")) for file in sorted(record.RESULTS.glob("longcontext*.json"))
-    ]
+    record.write(f"longcontext-{name}" if name else "longcontext", rows, "mlx", "mlx-lm", **facts)
+    results = [result for other, result in record.read().items() if other.startswith("longcontext")]
     plot(results, record.RESULTS / "longcontext.png")
 
 

@@ -6,7 +6,7 @@ The model is real. The bundled one is asked to repeat and to edit stories that i
 to correct, to quote and to change passages and code of the text that comes with this package. Answers are greedy there.
 The last kind of prompt asks for something new, drawn at temperature 1, because small models that are greedy repeat
 themselves: it shows what lookup costs where there is nothing to find. Both ways must give the same tokens; the run
-fails if they do not. Writes results/lookup.json, for other models results/lookup-NAME.json.
+fails if they do not. The result is `lookup`, for other models `lookup-NAME`.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def main(name: str, runs: int, max_tokens: int) -> None:
             f"{drafting['median']:.2f} s, {ratio:.2f}x"
         )
     directory = resolve(name)
-    file = "lookup.json" if name == "tiny" else f"lookup-{directory.name}.json"
-    record.write(record.RESULTS / file, rows, "mlx", model=directory.name, max_tokens=max_tokens)
+    result = "lookup" if name == "tiny" else f"lookup-{directory.name}"
+    record.write(result, rows, "mlx", model=directory.name, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ LongRoPE lists, original lengths and windows are the released models' own: no le
 transformers 5 uses the short factors at every length; past the boundary the reference is its model with the long ones.
 """
 
-import json
 import os
 import sys
 import time
@@ -31,7 +30,6 @@ import moe_models  # type: ignore[import-not-found]
 import oracle  # type: ignore[import-not-found]
 import released  # type: ignore[import-not-found]
 
-RESULT = record.RESULTS / "parity.json"
 STEPS = 64  # tokens of the generation
 CHUNK = 512  # prefill chunk of both MLX packages
 
@@ -178,14 +176,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--json", "path", type=click.Path(path_type=Path), default=RESULT, help="The result file.")
 @click.option("--only", multiple=True, type=click.Choice(list(MODELS)), help="Some models (repeatable).")
 @click.option("--case", "cases", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print the result file as a table; compute nothing.")
-def main(path: Path, only: tuple[str, ...], cases: tuple[str, ...], as_markdown: bool) -> None:
-    if as_markdown:
-        click.echo(markdown(json.loads(path.read_text(encoding="utf-8"))))
-        return
+def main(only: tuple[str, ...], cases: tuple[str, ...]) -> None:
     mx.set_default_device(mx.cpu)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
@@ -198,7 +191,7 @@ def main(path: Path, only: tuple[str, ...], cases: tuple[str, ...], as_markdown:
         rows += compare(name, cases or CASES)
         click.echo(f"{name}: {time.perf_counter() - started:.0f} s", err=True)
     show(rows)
-    record.write(path, rows, "mlx", "mlx-lm", "transformers", "torch", "numpy")
+    record.write("parity", rows, "mlx", "mlx-lm", "transformers", "torch", "numpy")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) 
             if many:
                 contenders[f"phi3-mlx, {many:,} tokens"] = partial(ours, model, many)
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
-    record.write(record.RESULTS / "prefill.json", rows, "mlx", "mlx-lm")
+    record.write("prefill", rows, "mlx", "mlx-lm")
 
 
 def prompt_of(tokens: int) -> list[int]:

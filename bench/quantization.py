@@ -3,7 +3,8 @@
     python -m bench.quantization MODEL [--text FILE] [--calibration FILE] [--group-size N] [--tokens N]
 
 MODEL is a name, a directory or a GGUF file. Sensitivity and GPTQ read the calibration text, the figures come from the
-other one; by default both are texts that come with the package. Writes results/quantization-NAME.json and .png.
+other one; by default both are texts that come with the package. The result is `quantization-NAME`, drawn in
+results/quantization-NAME.png.
 """
 
 from __future__ import annotations
@@ -151,7 +152,6 @@ def main(
             point("mixed", recipe, gptq=False)
             if size in [alike[width] for width in fitted]:
                 point("mixed + gptq", recipe, gptq=True)
-    results = record.RESULTS / f"quantization-{name}.json"
     facts = {
         "model": name,
         "text": text.name if text else "the bundled sample",
@@ -161,8 +161,9 @@ def main(
         "group_size": group_size,
         "seconds_measuring": measured,
     }
-    record.write(results, rows, "mlx", **facts)
-    _plot(rows, f"{name}: {facts['text']}, {len(read):,} tokens", results.with_suffix(".png"))
+    result = f"quantization-{name}"
+    record.write(result, rows, "mlx", **facts)
+    _plot(rows, f"{name}: {facts['text']}, {len(read):,} tokens", record.RESULTS / f"{result}.png")
 
 
 if __name__ == "__main__":

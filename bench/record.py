@@ -1,8 +1,9 @@
 """A published number's passport: machine, versions, date and the command, beside the rows.
 
-One file a bench, in bench/results/ or where the environment variable PHI3_MLX_BENCH_RESULTS says:
+One file a machine, in bench/results/ or where the environment variable PHI3_MLX_BENCH_RESULTS says:
 
-    {"command": ..., "date": ..., "machine": ..., "versions": {...}, the bench's own facts ..., "rows": [{...}, ...]}
+    {"machine": ..., "results": {"decode": {"command": ..., "date": ..., "versions": {...}, the bench's own facts ...,
+                                            "rows": [{...}, ...]}, ...}}
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from phi3_mlx.atomic import replace_file
 
 ELSEWHERE = "PHI3_MLX_BENCH_RESULTS"
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -27,6 +32,9 @@ RESULTS = Path(os.environ.get(ELSEWHERE) or PUBLISHED)
 def machine() -> str:
     """The processor's name and core count, and the system."""
     name = platform.processor() or platform.machine()
+    if platform.system() == "Darwin":  # which says "arm" of all its processors
+        brand = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(brand, capture_output=True, text=True, check=False).stdout.strip() or name
     info = Path("/proc/cpuinfo")
     if info.is_file():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
@@ -56,16 +64,32 @@ def command() -> str:
     return shlex.join(["python", "-m", "bench", *([] if module == "__main__" else [module]), *sys.argv[1:]])
 
 
-def write(path: Path, rows: list[dict[str, Any]], *packages: str, **facts: Any) -> dict[str, Any]:
-    """Write a result file and return what it holds."""
-    record = {
+def file_here() -> Path:
+    """The file of this machine's results."""
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine().lower()).strip('-')}.json"
+
+
+def write(name: str, rows: list[dict[str, Any]], *packages: str, **facts: Any) -> dict[str, Any]:
+    """Put the result `name` into this machine's file and return it."""
+    result = {
         "command": command(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": machine(),
         "versions": versions(*packages),
         **facts,
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+    file = file_here()
+    known = json.loads(file.read_text(encoding="utf-8"))["results"] if file.is_file() else {}
+    content = {"machine": machine(), "results": dict(sorted((known | {name: result}).items()))}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
+    return result
+
+
+def read(folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The results by name, each with its machine: of the file in `folder` that has most of them."""
+    files = sorted((RESULTS if folder is None else folder).glob("*.json"))
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    nothing: dict[str, Any] = {"machine": "", "results": {}}
+    most = max(contents, key=lambda content: len(content["results"]), default=nothing)
+    return {name: {"machine": most["machine"], **result} for name, result in most["results"].items()}

@@ -159,7 +159,7 @@ def main(layers: int, small: bool, bits: int, batch: int, steps: int, runs: int)
     click.echo(f"phi3-mlx / mlx-lm: speed {speed:.2f}, memory {memory:.2f}")
     facts = {"layers": layers, "small": small, "bits": bits, "batch": batch, "steps": steps, "rank": RANK}
     if not small:
-        record.write(record.RESULTS / "tune.json", rows, "mlx", "mlx-lm", **facts, speed=speed, memory=memory)
+        record.write("tune", rows, "mlx", "mlx-lm", **facts, speed=speed, memory=memory)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,32 @@ def invoke(command, *args):
     return CliRunner().invoke(command, list(args), catch_exceptions=False)
 
 
-def check(path):
-    """A record has its passport and rows of plain facts."""
-    written = json.loads(path.read_text())
-    assert list(written)[:4] == ["command", "date", "machine", "versions"]
+def check(folder, name):
+    """A result has its passport and rows of plain facts."""
+    (file,) = folder.glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["machine"] == record.machine()
+    written = content["results"][name]
+    assert list(written)[:3] == ["command", "date", "versions"]
     assert written["command"].startswith("python -m bench ")
     assert date.fromisoformat(written["date"])
     assert {"python", "mlx"} <= set(written["versions"])
     assert all(isinstance(row, dict) for row in written["rows"])
     assert written["rows"]
     return written
+
+
+def test_a_machine_has_one_file_and_the_fullest_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for machine, names in (("A 1.5GHz, 2 cores", ["b", "a", "b"]), ("C", ["a"])):
+        monkeypatch.setattr(record, "machine", lambda machine=machine: machine)
+        for i, name in enumerate(names):
+            record.write(name, [{"row": i}], "mlx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-1-5ghz-2-cores.json", "c.json"]
+    read = record.read()
+    assert list(read) == ["a", "b"]
+    assert (read["b"]["rows"], read["b"]["machine"]) == ([{"row": 2}], "A 1.5GHz, 2 cores")
+    assert record.read(tmp_path / "none") == {}
 
 
 def test_the_group_lists_every_bench():
@@ -103,7 +119,7 @@ def test_either_name_runs_a_bench(words, small, tmp_path):
         env={**os.environ, record.ELSEWHERE: str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    written = check(tmp_path / "kvquality-small.json")
+    written = check(tmp_path, "kvquality-small")
     assert written["command"].startswith("python -m bench kvquality --model ")
 
 
@@ -114,7 +130,7 @@ def test_fewer_bits_differ_more_and_the_record_says_so(small, results):
         ).exit_code
         == 0
     )
-    written = check(results / "kvquality-small.json")
+    written = check(results, "kvquality-small")
     assert written["command"] == "python -m bench somebench --option 'two words'"
     rows = {(row["keys"], row["values"]): row for row in written["rows"]}
     assert list(rows) == [(8, 8), (6, 6), (4, 4), (3, 3), (2, 2), (8, 4), (4, 8)]
@@ -137,7 +153,7 @@ def test_reading_only_the_last_chunks_has_the_peak_of_reading_all(results, monke
     def peak(*more):
         options = ["--tokens", "1024", "--chunk", "256", "--layers", "1", "--alone", *more]
         assert invoke(longcontext.main, *options).exit_code == 0
-        rows = check(results / "longcontext.json")["rows"]
+        rows = check(results, "longcontext")["rows"]
         assert [row["tokens"] for row in rows] == [256, 512, 1024]
         assert [row["read"] for row in rows] == ([256, 512, 512] if more else [256, 512, 1024])
         return rows[-1]["peak"]
@@ -150,7 +166,7 @@ def test_decode_writes_both_packages_side_by_side(results):
     from bench import decode
 
     assert invoke(decode.main, "--only", "tiny", "--runs", "1", "--tokens", "1").exit_code == 0
-    ours, theirs = check(results / "decode.json")["rows"]
+    ours, theirs = check(results, "decode")["rows"]
     assert (ours["package"], theirs["package"]) == ("phi3-mlx", "mlx-lm")
     assert ours["ratio"] == pytest.approx(ours["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"])
 

@@ -50,8 +50,9 @@ def choose_recipe(
 
     The target is `target_bytes`, or `target_bpw` bits for each of the model's weights, scales and norms included.
     `ids`: the token ids of a text like those that the model will read; about a thousand are used. `progress` counts
-    layers, each measured at two widths. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the format demands: its
-    sensitivity is measured with the rows of q, k and v (gate and up) all rounded, so that it is what packing costs.
+    layers, each measured at two widths. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the
+    format demands: its sensitivity is measured with the rows of q, k and v (gate and up) all rounded, so that it is
+    what packing costs.
 
     Memory: one layer in float32, and the activations of one row of the text for every tensor of the model, or about
     a gigabyte of them if that is more. Raises OptionError for a target that no choice of bits meets, PromptError for
