@@ -183,8 +183,8 @@ def longcontext() -> str:
             lines += [
                 "",
                 f"Decoding behind {last['tokens']:,} tokens peaks at {decode['peak'] / 1e6:,.0f} MB "
-                f"({last['planned'] / 1e6:,.0f} MB planned): a layer's keys and values are copied when they grow, one of "
-                f"{result['layers']} here and one of 32 in Phi-3-mini.",
+                f"({last['planned'] / 1e6:,.0f} MB planned): a layer's keys and values are copied when they "
+                f"grow, one of {result['layers']} here and one of 32 in Phi-3-mini.",
             ]
     lines += ["", "![Peak memory against the prompt's length](bench/results/longcontext.png)"]
     return "\n".join([*lines, "", sources(results)])
