@@ -1,6 +1,8 @@
 """What of this machine runs Phi-3, what does not, and what to type about it.
 
 `look()` gathers facts, each check reads them: a check needs no machine of its own, so that any can be tested anywhere.
+`python3 -m phi3_mlx.doctor`, in a clone, needs nothing installed: it says why an installation fails.
+
 Nothing here imports MLX before a process of its own has shown that it can be imported: a build for another processor
 ends the process that tries, and Metal without a screen or a GPU does.
 """
@@ -14,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -31,7 +33,8 @@ _BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _SLOW = 10e9  # float32 operations a second; a BLAS has several times as many on one core, MLX's own product fewer
 _SMALLEST = 3e9  # bytes of disk that the smallest real model fills, and a bit
 _SECONDS = 60
-_LINUX_CURE = 'pip install "phi3-mlx[cpu]"     # or "phi3-mlx[cuda]" with an NVIDIA GPU'
+_LINUX_CURE = 'pip install "phi3-mlx[cpu]"'
+_ON_NVIDIA = "; with an NVIDIA GPU [cuda] instead of [cpu]"
 
 _PROBE = """
 import json, sys, time
@@ -129,6 +132,17 @@ def ask_mlx() -> tuple[dict[str, Any] | None, str | None]:
         return None, lines[-1] if lines else ended
 
 
+def report(findings: Sequence[Finding], status: Callable[[str], str] = "{:6}".format) -> str:
+    """What `phi3-mlx doctor` prints; `status` writes the first column."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{status(finding.status)} {finding.check:9} {finding.text}")
+        if finding.cure:
+            lines.append(f"{'':16} → {finding.cure}")
+    wrong = sum(finding.status == "wrong" for finding in findings)
+    return "\n".join([*lines, "", f"{wrong} wrong." if wrong else "Nothing is wrong."])
+
+
 def _python(machine: Machine) -> list[Finding]:
     text = f"{'.'.join(map(str, machine.python))}, {machine.architecture}, {machine.executable}"
     if machine.system == "Darwin" and machine.translated:
@@ -136,8 +150,9 @@ def _python(machine: Machine) -> list[Finding]:
             Finding(
                 "python",
                 "wrong",
-                f"{text}: an Intel build, which Rosetta translates; MLX exists for Apple silicon's own alone",
-                "arch -arm64 /bin/zsh -c 'brew install python'     # or python.org's installer; then a new environment",
+                f"{text}: an Intel build, which Rosetta translates; MLX exists for Apple silicon's own alone. Make "
+                "a new environment with python.org's or Homebrew's Python",
+                "arch -arm64 /bin/zsh -c 'brew install python'",
             )
         ]
     if machine.system == "Darwin" and machine.architecture != "arm64":
@@ -160,7 +175,7 @@ def _mlx(machine: Machine) -> list[Finding]:
         reason = "it is not installed" if missing else str(machine.mlx_error)
         if machine.system == "Linux" and ("libmlx" in reason or not backends):
             cure = _LINUX_CURE
-            reason = reason if missing else f"{reason}; on Linux mlx comes without a backend"
+            reason = f"{reason if missing else f'{reason}; on Linux mlx comes without a backend'}{_ON_NVIDIA}"
         else:
             cure = f"pip install --force-reinstall {' '.join(['mlx', *backends])}"
         return [Finding("mlx", "wrong", f"MLX cannot be used: {reason}", cure)]
@@ -169,7 +184,7 @@ def _mlx(machine: Machine) -> list[Finding]:
     if len(backends) > 1:
         # They hold files of the same names: the one installed last decides, and removing it breaks the other.
         names = " ".join(backends)
-        text += ": they overwrite each other's files"
+        text += f": they overwrite each other's files{_ON_NVIDIA}"
         return [Finding("mlx", "wrong", text, f"pip uninstall -y {names} && {_LINUX_CURE}")]
     if any(number != found for number in backends.values()):
         cure = f"pip install --upgrade mlx {' '.join(backends)}"
@@ -254,11 +269,18 @@ def _disk(machine: Machine) -> list[Finding]:
     if cache is None:
         return []
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    cure = 'export HF_HOME="$HOME/.cache/huggingface"     # or a folder that can be written to'
+    cure = 'export HF_HOME="$HOME/.cache/huggingface"'
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         name = next((name for name in ("HF_HUB_CACHE", "HF_HOME") if machine.environment.get(name)), None)
         why = f" ({name} names it)" if name else ""
-        return [Finding("cache", "wrong", f"{cache}{why} cannot be written to, so nothing can be downloaded", cure)]
+        return [
+            Finding(
+                "cache",
+                "wrong",
+                f"{cache}{why} cannot be written to, so nothing can be downloaded; name one that can",
+                cure,
+            )
+        ]
     free = shutil.disk_usage(there).free
     text = f"{cache}, {free / 1e9:,.1f} GB free"
     if free < _SMALLEST:
@@ -276,7 +298,8 @@ def _packages(machine: Machine) -> list[Finding]:
     if machine.required is None:
         text = "phi3-mlx runs from a folder and is not installed, so no versions are known that it needs"
         return [Finding("packages", "note", text, "pip install -e .")]
-    faults, good, missing = [], [], {}
+    faults: dict[str, str] = {}
+    good, missing = [], {}
     for line in machine.required:
         found = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(?:.*extra == ['\"]([\w-]+)['\"])?", line)
         if found is None:
@@ -284,14 +307,16 @@ def _packages(machine: Machine) -> list[Finding]:
         name, least, extra = found[1], found[2], found[3]
         have = machine.installed.get(name)
         if extra is None and (have is None or _numbers(have) < _numbers(least)):
-            faults.append(f"{name} {have or 'is missing'}{'' if have is None else f' (below {least})'}")
+            faults[name] = f"{name} {have or 'is missing'}{'' if have is None else f' (below {least})'}"
         elif extra is None:
             good.append(f"{name} {have}")
         elif extra in EXTRAS and have is None:
             missing[extra] = name
     findings = []
     if faults:
-        findings.append(Finding("packages", "wrong", ", ".join(faults), "pip install --upgrade phi3-mlx"))
+        findings.append(
+            Finding("packages", "wrong", ", ".join(faults.values()), f"pip install --upgrade {' '.join(faults)}")
+        )
     else:
         findings.append(Finding("packages", "ok", ", ".join(good)))
     for extra, name in missing.items():
@@ -313,8 +338,8 @@ def _watchdog(machine: Machine) -> list[Finding]:
         return []
     if machine.environment.get(WATCHDOG) == "1":
         return [Finding("tune", "ok", f"{WATCHDOG}=1: macOS lets long training steps be")]
-    text = f"macOS may end long training steps; `phi3-mlx tune` sets {WATCHDOG} itself, a notebook must be told"
-    return [Finding("tune", "note", text, f"export {WATCHDOG}=1     # before Python or Jupyter starts")]
+    text = f"macOS may end long training steps; `phi3-mlx tune` sets {WATCHDOG}, for a notebook type it before Jupyter"
+    return [Finding("tune", "note", text, f"export {WATCHDOG}=1")]
 
 
 _CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
@@ -369,3 +394,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    every = examine(look())
+    print(report(every))
+    sys.exit(any(finding.status == "wrong" for finding in every))

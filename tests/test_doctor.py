@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import venv
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_a_missing_backend_on_linux_names_both_extras(linux):
     assert status == "wrong"
     assert "libmlx.so" in text
     assert 'pip install "phi3-mlx[cpu]"' in text
-    assert "phi3-mlx[cuda]" in text
+    assert "with an NVIDIA GPU [cuda]" in text
     # What needs MLX is left out, the rest is still looked at.
     assert {finding.check for finding in examine(broken)} == {"python", "mlx", "cache", "packages"}
 
@@ -231,6 +233,16 @@ def test_it_works_where_mlx_does_not(tmp_path, fault, words):
     assert "pip install" in done.stdout
     assert done.stdout.endswith("1 wrong.\n")
     assert done.stderr == ""
+
+
+def test_it_works_where_nothing_is_installed(tmp_path):
+    """As after a failed installation: the standard library and the clone."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    command = [tmp_path / "venv" / "bin" / "python", "-m", "phi3_mlx.doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^wrong  mlx       MLX cannot be used: it is not installed", done.stdout, re.M)
+    assert done.stdout.endswith(" wrong.\n")
 
 
 def test_an_mlx_that_never_answers(monkeypatch):

@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -16,18 +18,21 @@ from bench.terminal import PICTURE, draw
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-SHELL = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```shell\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
+
+
+def lines_of(language):
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+SHELL = lines_of("shell")  # each stands for itself
+WALK = lines_of("sh")  # one after the other: fine-tuning, from its data to the end
 COMMANDS = [line for line in SHELL if line.startswith("phi3-mlx ")]
 
 
 def test_every_shell_line_is_known_here():
     assert COMMANDS
-    assert [line.split()[0] for line in SHELL if line not in COMMANDS] == ["make", "make", "python3", "pip", "pip"]
+    assert [line.split()[0] for line in SHELL if line not in COMMANDS] == ["make", "make", "python3", "pip"]
     targets = (ROOT / "Makefile").read_text()
     for line in SHELL:
         if line.startswith("make "):
@@ -68,6 +73,47 @@ def test_commands_run(command, checkpoint, tmp_path):
         done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
+
+
+def test_the_walk_through_fine_tuning(tmp_path):
+    """Line by line as it stands, in one folder, with less data than `bench.feelings` makes."""
+    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    said = {}
+    for line in WALK:
+        words = shlex.split(line)
+        known = {"python": [sys.executable], "phi3-mlx": [sys.executable, "-m", "phi3_mlx"]}
+        if words[0] == "mlx.launch" and shutil.which(words[0], path=environment["PATH"]) is None:
+            continue  # an older mlx has none
+        words = [*known.get(words[0], words[:1]), *words[1:]]
+        if "mlx.launch" in line and shutil.which("phi3-mlx", path=environment["PATH"]) is None:  # not installed here
+            words[words.index("phi3-mlx") :] = [*known["phi3-mlx"], *words[words.index("phi3-mlx") + 1 :]]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        said[line] = done.stdout + done.stderr
+        if line == "python -m bench.feelings task":
+            for split, size in {"train": 48, "valid": 4, "test": 4}.items():
+                file = tmp_path / "task" / f"{split}.jsonl"
+                file.write_text("".join(file.read_text().splitlines(keepends=True)[:size]))
+    dry = next(text for line, text in said.items() if line.endswith("--dry-run"))
+    for label in re.search(r"From what it prints:\n\n```\n(.*?)```", README, re.S)[1].splitlines():
+        if label[0] != " ":
+            assert label.split()[0] in dry
+    assert all("right" in text for line, text in said.items() if " -m tiny" in line and "bench.feelings" in line)
+    assert (tmp_path / "peft-adapter").is_dir()
+    assert (tmp_path / "adapter2").is_dir()
+
+
+def test_no_command_is_followed_by_a_comment():
+    """zsh, a Mac's own shell, takes it for arguments where somebody types it or pastes it."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    blocks = [
+        (page.name, line)
+        for page in pages
+        for block in re.findall(r"```(?:shell|sh)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+        for line in block.splitlines()
+    ]
+    assert len(blocks) > 40
+    assert [found for found in blocks if re.search(r"(^|\s)#", found[1])] == []
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))

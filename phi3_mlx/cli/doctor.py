@@ -20,7 +20,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     works where MLX does not.
     """
     from .. import __version__
-    from ..doctor import examine, look
+    from ..doctor import examine, look, report
 
     findings = examine(look())
     wrong = sum(finding.status == "wrong" for finding in findings)
@@ -28,10 +28,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         facts = {"phi3_mlx": __version__, "wrong": wrong, "checks": [dataclasses.asdict(one) for one in findings]}
         click.echo(json.dumps(facts, indent=2))
     else:
-        for finding in findings:
-            status = click.style(f"{finding.status:6}", fg=_COLORS[finding.status], bold=finding.status == "wrong")
-            click.echo(f"{status} {finding.check:9} {finding.text}")
-            if finding.cure:
-                click.echo(f"{'':16} → {finding.cure}")
-        click.echo(f"\n{wrong} wrong." if wrong else "\nNothing is wrong.")
+
+        def colored(status: str) -> str:
+            return click.style(f"{status:6}", fg=_COLORS[status], bold=status == "wrong")
+
+        click.echo(report(findings, colored))
     ctx.exit(1 if wrong else 0)

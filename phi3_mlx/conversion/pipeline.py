@@ -127,7 +127,7 @@ def convert(
             target_bytes=None if target_size is None else parse_size(target_size),
             group_size=wanted["group_size"],
             ids=ids,
-            progress=_staged(progress, "measuring", "layers"),
+            progress=_staged(progress, "measuring", "readings of a layer"),
         )
     packed = packings(chosen, read.tensors, where)
     if chosen is not None and not packed:

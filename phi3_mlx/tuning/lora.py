@@ -8,7 +8,7 @@ length `m`; the length it is divided by counts as a constant in the gradient, as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -168,13 +168,6 @@ def attach(
     return adapters
 
 
-def detach(model: nn.Module) -> None:
-    """Take all adapters off again."""
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, AdaptedLinear):
-            set_layer(model, path, layer.linear)
-
-
 def get_layer(model: nn.Module, path: str) -> Any:
     """The module at a dotted path such as "model.layers.0.mlp.down_proj"."""
     layer: Any = model
@@ -209,14 +202,3 @@ def changed_lengths(linear: nn.Module, a: mx.array, b: mx.array) -> mx.array:
     crossed = mx.sum((weight @ a) * b.T, axis=1)
     own = mx.sum(b * ((a.T @ a) @ b), axis=0)
     return mx.sqrt(mx.maximum(squares + 2 * crossed + own, 1e-30))
-
-
-def trainable_size(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> int:
-    """Numbers that training changes."""
-    values = adapters.values() if isinstance(adapters, Mapping) else adapters
-    return sum(
-        array.size
-        for adapter in values
-        for array in (adapter.lora_a, adapter.lora_b, adapter.get("m"))
-        if array is not None
-    )
