@@ -60,11 +60,8 @@ def _setting_options() -> list[click.Parameter]:
         declarations = [_SHORT[one.name], flag] if one.name in _SHORT else [flag]
         default = one.default
         if (not kind.startswith("tuple") and default not in (None, "", False)) or one.name == "holdout":
-            help_text = (
-                f"{help_text} [default: {default:g}]"
-                if isinstance(default, float)
-                else f"{help_text} [default: {default}]"
-            )
+            shown = f"{default:g}" if isinstance(default, float) else default
+            help_text = f"{help_text}  [default: {shown}]"  # as Click writes it
         choices = one.metadata.get("choices")
         # No defaults here: what is not given may come from run.yaml or from the run that is resumed.
         options.append(
@@ -117,7 +114,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, **given: Any) -> None
     else:
         for name in ("data", "output"):
             if not chosen.get(name) and not (dry_run and name == "output"):
-                raise click.UsageError(f"{name} is missing; give it with {_SHORT[name]}")
+                raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
         settings = Settings(**{"output": "(dry run)", **chosen} if dry_run else chosen)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
