@@ -66,7 +66,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
         for result in results
     }
-    columns = [f"{model}, {width:.1f} bits" for model, sizes in widths.items() for width in sizes]
+    columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for method in methods:
         cells = []

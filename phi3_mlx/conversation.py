@@ -57,6 +57,9 @@ class Conversation:
         self._actual: list[int] = []
         self._answer: list[int] = []
 
+    def __repr__(self) -> str:
+        return f"<Conversation: {len(self.messages)} messages, {self.cached_tokens:,} tokens read>"
+
     def _repr_html_(self) -> str:
         from .display import conversation_html
 

@@ -53,6 +53,7 @@ def test_a_chat_is_a_block_a_message_and_its_text_stays_text():
     shown = chat._repr_html_()
     assert re.findall(r"<b style=[^>]*>(\w+)</b>", shown) == ["system", "user"]
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;<br>why?" in shown
+    assert repr(chat) == "<Conversation: 2 messages, 0 tokens read>"
 
 
 def test_comparison_and_conversion():

@@ -118,6 +118,19 @@ def test_what_cannot_be_read_is_refused(pair):
 # ------------------------------------------------------------------------------------------- the command
 
 
+def test_models_that_do_not_fit_together_are_refused(run):  # noqa: F811
+    ask = ["compare", "tiny", TRAINED, "--window", 64, "--memory"]
+    held = mx.get_active_memory()  # by other tests
+    code, out, err = run(*ask, f"{held + 2_000_000}B")
+    assert (code, out) == (1, "")
+    assert "weights 4.1 MB" in err
+    either = f"{held + 12_800_000}B"  # room for one alone, and not for both
+    code, _, err = run(*ask, either)
+    assert code == 1, err
+    assert "weights 6.2 MB" in err
+    assert run(*ask, either, "--force")[0] == 0
+
+
 def test_the_command_says_what_the_function_finds(run, tmp_path):  # noqa: F811
     text = tmp_path / "story.txt"
     text.write_text(stories("sample")[:400])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Pulse, read_text
+from .options import Pulse, force_memory, read_text, within_memory
 
 if TYPE_CHECKING:
     from ..quality import Comparison, Quality
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
 )
+@within_memory
+@force_memory
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, as_json: bool) -> None:
+def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, force: bool, as_json: bool) -> None:
     """Say how far apart two models are on a text: perplexities, KL divergence, same likeliest token.
 
     A is the one to be compared with, usually the original; both are names of `phi3-mlx models`, directories or Hugging
@@ -41,12 +43,17 @@ def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, as
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
     words = None if text is None else read_text(text)
     from ..conversion.texts import bundled
-    from ..generation import load
+    from ..generation import load, plan_run
+    from ..hub import resolve
     from ..quality import compare as compare_models
 
     words = bundled("sample") if words is None else words
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text
-    (model_a, tokenizer_a), (model_b, tokenizer_b) = load(a, dtype=dtype), load(b, dtype=dtype)
+    loaded = []
+    for model in (a, b):  # one is planned when the other is in memory
+        plan_run(resolve(model), window, dtype=dtype, force=force)
+        loaded.append(load(model, dtype=dtype))
+    (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:
         found = compare_models(model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, progress=bar.update)
     if as_json:

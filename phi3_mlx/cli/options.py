@@ -148,6 +148,16 @@ def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) 
         ctx.with_resource(at_most(parse_size(value)))
 
 
+within_memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    expose_value=False,
+    callback=_keep_within,
+    help="Use at most this much, such as 16GB, and never more than the machine has free.",
+)
+force_memory = click.option("--force", is_flag=True, help="Go on where the memory at hand is too small.")
+
+
 def memory_options(function: F) -> F:
     """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
     return _gathered(
@@ -167,14 +177,8 @@ def memory_options(function: F) -> F:
                 show_default=True,
                 help="Packed numbers that share a scale: 32 or 64.",
             ),
-            click.option(
-                "--memory",
-                metavar="SIZE",
-                expose_value=False,
-                callback=_keep_within,
-                help="Use at most this much, such as 16GB, and never more than the machine has free.",
-            ),
-            click.option("--force", is_flag=True, help="Go on where the memory at hand is too small."),
+            within_memory,
+            force_memory,
         ],
     )
 
