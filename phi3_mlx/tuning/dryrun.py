@@ -41,15 +41,15 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
     for example in train.examples[:_SHOWN]:
         lines += [f"Example   {example.source}", _rendered(example, prepared.tokenizer, color), ""]
     memory = prepared.plan
-    limit = memory_limit(settings, prepared.available)
-    verdict = "fits in" if memory.total <= limit else "does NOT fit in"
+    limit = size_text(memory_limit(settings, prepared.available))
+    verdict = f"does NOT fit in {limit}; {prepared.way_out}" if prepared.way_out else f"fits in {limit}"
     lines += [
         f"Memory    about {size_text(memory.total)}: weights {size_text(memory.weights)}, training "
         f"{size_text(memory.trained)}, activations {size_text(memory.activations)} for {memory.part_tokens:,} tokens "
         "at once",
-        f"          {verdict} {size_text(limit)}",
+        f"          {verdict}",
     ]
-    if measure and memory.total <= limit:
+    if measure and not prepared.way_out:
         seconds, tokens = _time_a_batch(prepared, plan)
         total = sum(sum(lengths[i] for i in plan.batch(step)) for step in range(plan.steps))
         lines.append(

@@ -139,26 +139,21 @@ def memory_limit(settings: Settings, available: int) -> int:
     return available if settings.memory is None else min(available, parse_size(settings.memory))
 
 
-def refuse_if_too_large(
-    needed: MemoryPlan, settings: Settings, available: int, replan: Callable[[Settings], MemoryPlan]
-) -> None:
-    """Raise MemoryLimitError, with the numbers and what would make the run fit, if it does not.
-
-    `replan` gives the plan of changed settings.
-    """
-    limit = memory_limit(settings, available)
-    if needed.total <= limit:
-        return
+def refusal(needed: MemoryPlan, limit: int, way_out: str) -> MemoryLimitError:
+    """The numbers, and what would make the run fit."""
     parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))
-    raise MemoryLimitError(
+    return MemoryLimitError(
         f"this run needs about {size_text(needed.total)} ("
         f"{', '.join(f'{name} {size_text(size)}' for name, size in parts)} for {needed.part_tokens:,} tokens at once) "
-        f"and {size_text(limit)} may be used; {_way_out(settings, limit, replan)}"
+        f"and {size_text(limit)} may be used; {way_out}"
     )
 
 
-def _way_out(settings: Settings, limit: int, replan: Callable[[Settings], MemoryPlan]) -> str:
-    """The flags of the first milder settings that fit; how far they get where none does."""
+def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], MemoryPlan]) -> str:
+    """The flags of the first milder settings that fit; how far they get where none does.
+
+    `replan` gives the plan of changed settings.
+    """
     now = settings
     flags: list[str] = []
     for change in (

@@ -35,7 +35,7 @@ from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
 from .log import Log, plot_losses
 from .lora import Adapter, attach
-from .plan import MemoryPlan, plan_memory, refuse_if_too_large, training_dtype
+from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
 from .settings import Settings, from_mapping
 from .targets import find_targets
 from .trainer import Listener, StepReport, Trainer
@@ -82,6 +82,7 @@ class Prepared:
     plan: MemoryPlan
     available: int
     notes: tuple[str, ...]
+    way_out: str  # what would make it fit, if it does not
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -140,12 +141,14 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
         *_losses(train, "training", settings),
         *_losses(valid, "validation", settings),
     )
-    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes)
+    limit = memory_limit(settings, available)
+    way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
+    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, way_out)
     for note in notes:
         if notify:
             notify(note)
-    if fits:
-        refuse_if_too_large(plan, settings, available, replan)
+    if fits and way_out:
+        raise refusal(plan, limit, way_out)
     return prepared
 
 
