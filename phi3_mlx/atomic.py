@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def _partial(destination: Path) -> Iterator[Path]:
 
 def _sweep(destination: Path) -> None:
     """Remove what dead runs left beside `destination`: no process holds its lock any more."""
-    for folder in destination.parent.glob(f".{destination.name}.*{_SUFFIX}"):
+    ours = re.compile(rf"\.{re.escape(destination.name)}\.[^.]+{re.escape(_SUFFIX)}")  # no other name that begins so
+    for folder in [path for path in destination.parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
             lock = os.open(folder, os.O_RDONLY)
             try:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from . import memory
-from .errors import Phi3Error, PromptError
+from .errors import CacheError, Phi3Error, PromptError
 from .lookup import Drafter, accepted_of
 from .memory import Run, bounded_run
 from .models.attention import fused_attention
@@ -67,9 +67,10 @@ class Generation:
     `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of a new cache.
     `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
     `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
-    by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it.
-    Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer, and
-    MemoryLimitError for a run that does not fit.
+    by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it. `force`
+    refuses nothing.
+    Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
+    MemoryLimitError for a run that does not fit, and while it runs CacheError if the cache was given to another.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Generation:
         kv_bits: KVBits | None = None,
         lookup: int = 0,
         room: float | None = None,
+        force: bool = False,
         prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
@@ -95,13 +97,22 @@ class Generation:
         context = model.config.max_position_embeddings
         self._budgets = [min(max_tokens, context - len(prompt)) for prompt in prompts]
         self._kv_bits = kv_bits if cache is None else cache[0].bits
-        longest = max(len(prompt) + budget for prompt, budget in zip(prompts, self._budgets, strict=True))
-        itemsize = model.dtype.size
-        run = Run(model.config, 0, longest, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk)
-        room = memory.room() if room is None else room
-        held = sum(layer.nbytes for layer in cache or ())
-        plan = memory.check_fits(run, room + held)
-        self._chunk, self._spare = plan.chunk, room + held - plan.total
+        lengths = [len(prompt) for prompt in prompts]
+        ends = max(map(sum, zip(lengths, self._budgets, strict=True)))
+        crosses = model.model.is_long(ends) and not all(map(model.model.is_long, lengths))
+        # Shorter rows are padded in front, so every row's answer begins behind the longest prompt.
+        slots, itemsize = max(lengths) + max(self._budgets), model.dtype.size
+        run = Run(
+            model.config, 0, slots, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk, crosses
+        )
+        held = min(sum(layer.nbytes for layer in cache or ()), run.cache_bytes())
+        if force:
+            room = memory.room() + held
+            plan = run.plan(room)
+        else:
+            room = (memory.room() if room is None else room) + held
+            plan = memory.check_fits(run, room)
+        self._chunk, self._spare = plan.chunk, max(room - plan.total, 0)
         self._on_prefill = on_prefill
         self._lookup = lookup if len(prompts) == 1 else 0
         self._finished: set[int] = set()
@@ -110,6 +121,7 @@ class Generation:
         self.cache = self._new_cache() if cache is None else cache
         if cache is not None:
             cache[0].sequence.prompt_length = (len(prompts[0]),)
+        self.cache[0].sequence.reader = self
 
     def _new_cache(self) -> list[KVCache]:
         lengths = [len(prompt) for prompt in self._prompts]
@@ -173,7 +185,7 @@ class Generation:
             if pending is None:
                 draft = drafter.draft(self._most_drafted(budget - step - 1))
                 if not draft:
-                    pending = self._draw(self._model.model(mx.array([[last]]), self.cache))
+                    pending = self._draw(self._forward(mx.array([[last]])))
                     mx.async_eval(pending)
                     continue
                 read = self._verify(last, draft)
@@ -194,7 +206,7 @@ class Generation:
                 drafter.add(last)
                 token = self._token(0, last, logprob, step)
                 yield token
-                if token.finish_reason:
+                if token.finish_reason or 0 in self._finished:  # a stop string may end the row amid a draft
                     return
 
     def _most_drafted(self, wanted: int) -> int:
@@ -206,7 +218,7 @@ class Generation:
 
     def _verify(self, last: int, draft: list[int]) -> list[tuple[int, float]]:
         """Read `last` and the draft in one step; what is drawn after `last` and every right token of the draft."""
-        logits = self._model.logits(self._model.model(mx.array([[last, *draft]]), self.cache))
+        logits = self._model.logits(self._forward(mx.array([[last, *draft]])))
         states, drawn = [], []
         for i in range(len(draft) + 1):
             drawn.append(self._sampler(logits[:, i]))
@@ -221,7 +233,7 @@ class Generation:
         return read[: accepted + 1]
 
     def _queue_next(self, drawn: Drawn) -> Drawn:
-        pending = self._draw(self._model.model(drawn[0][:, None], self.cache))
+        pending = self._draw(self._forward(drawn[0][:, None]))
         mx.async_eval(pending)
         return pending
 
@@ -258,7 +270,7 @@ class Generation:
         self.statistics.prefilled_tokens = self.statistics.prompt_tokens - done
         while True:
             last = min(done + self._chunk, longest)
-            hidden = self._model.model(ids[:, done:last], self.cache)
+            hidden = self._forward(ids[:, done:last])
             mx.eval([layer.state for layer in self.cache])
             if self._on_prefill:
                 self._on_prefill(last, longest)
@@ -266,6 +278,12 @@ class Generation:
                 return hidden[:, -1:]
             mx.clear_cache()
             done = last
+
+    def _forward(self, ids: mx.array) -> mx.array:
+        """Hidden states of `ids` (B, L), which the cache takes in."""
+        if self.cache[0].sequence.reader is not self:
+            raise CacheError("another prompt was read with this prompt cache meanwhile; use one cache for each stream")
+        return self._model.model(ids, self.cache)
 
     def _draw(self, hidden: mx.array) -> Drawn:
         return self._sampler(self._model.logits(hidden)[:, -1])

@@ -343,7 +343,7 @@ class _Run:
             cache=prompt_cache.take(model, rows[0]) if prompt_cache else None,
             kv_bits=prompt_cache.kv_bits if prompt_cache else kv_bits,
             lookup=lookup,
-            room=math.inf if force else None,
+            force=force,
             on_prefill=on_prefill,
         )
         if prompt_cache is not None:

@@ -73,6 +73,8 @@ class Drafter:
         """
         extra = self._extra if self._extra is not None else 0.0
         hold = min(max(self._holding, 0.02), 0.98)
+        if self._plain is None and hold < _TRUST / 2:
+            return 0  # nothing to compare with yet, and guesses fail: time a plain step
         most = most if self._extra is not None else min(most, _UNTIMED)
         best, best_rate, expected, power = 0, 1.0, 1.0, 1.0
         for k in range(1, most + 1):

@@ -17,6 +17,7 @@ from .errors import MemoryLimitError, OptionError
 from .models.attention import SCORES, fused_attention, tile_of
 from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
+from .models.decoder import REREAD_CHUNK
 from .models.linear import unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
@@ -83,7 +84,8 @@ class Run:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit.
+    read at once; without it, as many as fit. `crosses`: whether decoding takes a row over the boundary of a LongRoPE
+    regime, where what it has read is read again into keys and values of its own.
     """
 
     config: Config
@@ -94,11 +96,13 @@ class Run:
     itemsize: int = 2
     fused: bool = True
     chunk: int | None = None
+    crosses: bool = False
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
         chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
-        plans = (Plan(self.weights, self.cache_bytes(), self.workspace(chunk), chunk) for chunk in chunks)
+        cache, crossing = self.cache_bytes(), self._crossing()
+        plans = (Plan(self.weights, cache, max(self.workspace(chunk), crossing - cache), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:
                 break
@@ -107,6 +111,15 @@ class Run:
     def cache_bytes(self) -> int:
         """Keys and values of all layers at the end."""
         return self.config.num_hidden_layers * self._layer_bytes(self.length)
+
+    def _crossing(self) -> int:
+        """Bytes beside the weights while a row is read again."""
+        if not self.crosses:
+            return 0
+        boundary = min(self.config.original_max_position_embeddings + 1, self.length)
+        row = replace(self, length=boundary, rows=1, crosses=False)
+        held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
+        return held + row.cache_bytes() + row.workspace(REREAD_CHUNK)
 
     def longest(self, room: float) -> int:
         """The most tokens that fit, 0 if none do; at most the model's context."""
@@ -264,18 +277,21 @@ def available_ram() -> int:
     try:
         limit, used = (CONTROL_GROUP / "memory.max").read_text().strip(), (CONTROL_GROUP / "memory.current").read_text()
         if limit != "max":
-            available = min(available, int(limit) - int(used))
+            # Pages of files count as used, and are given up when somebody needs them.
+            stat = CONTROL_GROUP / "memory.stat"
+            files = re.search(r"^inactive_file (\d+)$", stat.read_text(), re.MULTILINE) if stat.is_file() else None
+            available = min(available, int(limit) - int(used) + (int(files[1]) if files else 0))
     except (OSError, ValueError):
         pass  # no control group, or an older kind
     return available
 
 
 def mac_working_set(memory: int) -> int:
-    """Metal's recommended working set of a Mac with `memory` bytes: two thirds, from 64 GB on three quarters.
+    """Metal's recommended working set of a Mac with `memory` bytes: two thirds, above 32 GB three quarters.
 
     As `max_recommended_working_set_size` reports it on M1 to M4; a system setting can change it.
     """
-    return memory * 3 // 4 if memory >= 64 * 2**30 else memory * 2 // 3
+    return memory * 3 // 4 if memory > 32 * 2**30 else memory * 2 // 3
 
 
 def size_text(size: float) -> str:

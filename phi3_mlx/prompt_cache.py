@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -17,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from .atomic import new_file
 from .chat import render_chat
-from .engine import Generation
+from .engine import Generation, check_prompt
 from .errors import CacheError
 from .models.cache import KVBits, KVCache
 from .safetensors import read_header
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from .models.decoder import Model
     from .tokenizer import Tokenizer
 
-_FORMAT = "phi3-mlx prompt cache 1"
-_SAMPLE = 64  # numbers of each weight that tell one model from another
+_FORMAT = "phi3-mlx prompt cache 2"
 _REDONE = 16  # tokens at the end of a stored prefix that another continuation may tokenize differently
 
 
@@ -82,6 +80,7 @@ class PromptCache:
         shared = _common(self.ids, ids[:-1])
         for layer in self._layers:
             layer.trim(layer.offset - shared)
+            layer.shrink()
         return self._layers if shared else None
 
     def keep(self, layers: list[KVCache]) -> None:
@@ -89,9 +88,11 @@ class PromptCache:
         self._layers = layers
 
     def _whole(self) -> bool:
-        """Whether the layers agree; a Ctrl-C can fall between two."""
+        """Whether the layers agree; a Ctrl-C can fall between two, or into the rereading at a regime's boundary."""
         layers = self._layers or []
-        return bool(layers[0].offset) and all(la.offset == layers[0].offset and not la.empty() for la in layers)
+        if not layers[0].offset or layers[0].sequence.long is None:
+            return False
+        return all(layer.offset == layers[0].offset and not layer.empty() for layer in layers)
 
     def read(
         self, ids: Sequence[int], *, force: bool = False, on_prefill: Callable[[int, int], None] | None = None
@@ -100,6 +101,7 @@ class PromptCache:
 
         `force` and `on_prefill` are `stream_generate`'s. Raises PromptError or MemoryLimitError.
         """
+        check_prompt(self._model, ids)  # before what is held is trimmed for it
         generation = Generation(
             self._model,
             [ids],
@@ -107,7 +109,7 @@ class PromptCache:
             sampling=Sampling(),
             cache=self.take(self._model, ids),
             kv_bits=self.kv_bits,
-            room=math.inf if force else None,
+            force=force,
             on_prefill=on_prefill,
         )
         self.keep(generation.cache)
@@ -227,16 +229,14 @@ def document_ids(tokenizer: Tokenizer, document: Document, *, notify: Callable[[
 
 
 def fingerprint(model: Model) -> str:
-    """Tells models apart by config, names, shapes, types and some numbers of every weight."""
+    """Tells models apart by config, names, shapes, types and every number: sums of rows and of columns."""
     digest = hashlib.sha256(repr((model.config, model.model.longrope)).encode())
-    names, samples = [], []
     for name, array in tree_flatten(model.parameters()):
-        names.append(f"{name} {array.shape} {array.dtype}")
-        flat = array.reshape(-1)
-        step = max(1, flat.size // _SAMPLE)
-        samples.append(flat[::step][:_SAMPLE].astype(mx.float32))
-    digest.update("\n".join(names).encode())
-    digest.update(np.array(mx.concatenate(samples)).tobytes())
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        flat = array.reshape(-1, array.shape[-1])
+        bits = flat.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]).astype(mx.uint32)
+        for sums in (bits.sum(axis=0), bits.sum(axis=1)):  # of integers: no order of adding changes them
+            digest.update(np.array(sums).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from .errors import OptionError, PromptError
+from .errors import MemoryLimitError, OptionError, PromptError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .models.decoder import Model
     from .tokenizer import Tokenizer
 
@@ -100,6 +102,25 @@ def compare(
         if progress is not None:
             progress(difference.tokens, total)
     return difference.result(_characters(tokenizer_a, text, ids_a))
+
+
+def check_fits(directory: Path, window: int, dtype: str | None = None) -> None:
+    """MemoryLimitError unless the model of `directory` can be loaded and read windows; only headers are read for it."""
+    from . import checkpoint, memory
+    from .models import read_config
+    from .models.attention import fused_attention
+
+    config, weights = read_config(directory), checkpoint.weight_bytes(directory, dtype)
+    rows, itemsize = max(1, _TOKENS_AT_ONCE // window), checkpoint.computed_size(config, dtype)
+    work = memory.Run(config, weights, window, rows, itemsize=itemsize, fused=fused_attention()).workspace(window)
+    logits = 4 * 4 * min(LOGITS_AT_ONCE, rows * window * config.vocab_size)  # of two models, and their copies
+    total, room = weights + work + logits, memory.room()
+    if total > room:
+        raise MemoryLimitError(
+            f"{directory.name} needs {memory.size_text(total)} to be compared (weights {memory.size_text(weights)}, "
+            f"work {memory.size_text(work + logits)}), and {memory.size_text(room)} may be used: take models of fewer "
+            "bits, and --force tries all the same"
+        )
 
 
 class Difference:

@@ -125,6 +125,34 @@ def test_a_stop_id_inside_a_draft_ends_the_answer_there(monkeypatch):
     assert drafted[-1] == (stop, "stop")
 
 
+def test_a_stop_string_inside_a_draft_ends_the_answer_there(monkeypatch):
+    """The reader of the tokens finishes the row; what the step has verified behind that is not said."""
+    model = MODELS["mini-4k"]
+    prompt = PHRASE * 6
+    plain, _ = run(model, prompt, 30)
+    prophecy(monkeypatch, [token for token, _ in plain])
+    generation = Generation(model, [prompt], max_tokens=30, sampling=Sampling(), lookup=9, room=math.inf)
+    said = []
+    for token in generation:
+        said.append(token.id)
+        if len(said) == 17:
+            generation.finish(0)
+    assert said == [token for token, _ in plain[:17]]
+    assert generation.statistics.accepted_tokens > 17 - generation.statistics.decode_steps  # it was amid a draft
+
+
+def test_guesses_that_never_hold_do_not_go_on_untimed():
+    drafter = Drafter([1, 2, 3] * 20, 16)
+    lengths = []
+    for _ in range(40):
+        draft = drafter.draft(8)
+        lengths.append(len(draft))
+        if not draft:
+            break
+        drafter.saw_draft(len(draft), 0, 1.0)
+    assert lengths[-1] == 0
+
+
 def test_no_draft_reads_over_the_boundary(monkeypatch):
     """Were one to, the tokens before the boundary would get the long factors, and the cache be read again each time."""
     model, prompt = MODELS["3.5-mini"], (PHRASE * 20)[: ORIGINAL - 12]

@@ -99,6 +99,33 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
     assert 0.9 * peak < predicted < 1.1 * peak
 
 
+LONGROPE = {
+    "original_max_position_embeddings": 1024,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+}
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [([1016], 24), ([900, 10, 10, 10], 100)], ids=["crossing", "ragged"])
+def test_an_answer_over_the_boundary_and_ragged_rows_are_planned(lengths, budget, monkeypatch):
+    model = random_model(256, 512, 6, 4, 4, **(LONGROPE if len(lengths) == 1 else {}))
+    mx.eval(model.parameters())
+    plans = []
+    original = memory.check_fits
+    monkeypatch.setattr(memory, "check_fits", lambda *args: plans.append(original(*args)) or plans[-1])
+    prompts = [[1 + i % 400 for i in range(length)] for length in lengths]
+    peak = 0
+    for _ in range(3):
+        gc.collect()
+        mx.clear_cache()
+        others = mx.get_active_memory()
+        run = Generation(model, prompts, max_tokens=budget, sampling=Sampling(), prefill_chunk=64, room=math.inf)
+        list(run)
+        peak = max(peak, run.statistics.peak_memory - others)
+        del run
+    assert peak < 1.1 * plans[0].total
+    assert plans[0].total < 1.25 * peak
+
+
 def test_keys_and_values_of_the_released_models():
     """393,216 bytes a token of Phi-3-mini in 16 bits; 4 bits and a 16-bit scale and bias for 32 numbers are 5/16."""
     token = 393_216
@@ -369,6 +396,8 @@ def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
     assert memory.available_ram() == 8_192_000
     (tmp_path / "memory.max").write_text("5000\n")
     assert memory.available_ram() == 4000
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 700\nactive_file 50\n")
+    assert memory.available_ram() == 4700  # pages of files are given up
     (tmp_path / "meminfo").unlink()
     assert memory.available_ram() > 0
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -124,7 +125,8 @@ def test_models_that_do_not_fit_together_are_refused(run):  # noqa: F811
     code, out, err = run(*ask, f"{held + 2_000_000}B")
     assert (code, out) == (1, "")
     assert "weights 4.1 MB" in err
-    either = f"{held + 12_800_000}B"  # room for one alone, and not for both
+    needed = int(re.search(r"needs (\d+) MB", err)[1]) * 1_000_000
+    either = f"{held + needed + 3_000_000}B"  # room for one alone, and not for both
     code, _, err = run(*ask, either)
     assert code == 1, err
     assert "weights 6.2 MB" in err

@@ -43,15 +43,17 @@ def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, fo
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
     words = None if text is None else read_text(text)
     from ..conversion.texts import bundled
-    from ..generation import load, plan_run
+    from ..generation import load
     from ..hub import resolve
+    from ..quality import check_fits
     from ..quality import compare as compare_models
 
     words = bundled("sample") if words is None else words
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text
     loaded = []
     for model in (a, b):  # one is planned when the other is in memory
-        plan_run(resolve(model), window, dtype=dtype, force=force)
+        if not force:
+            check_fits(resolve(model), window, dtype)
         loaded.append(load(model, dtype=dtype))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:

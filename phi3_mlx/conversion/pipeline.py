@@ -106,7 +106,8 @@ def convert(
     keeps = bool(opened.blocks) and not (asked or dequantize or method == "gptq")
     if keeps:
         wanted = _recipe_of_blocks(opened)
-        notes.append(f"the blocks of {opened.name} are kept as they are; --bits N rounds them a second time")
+        but = "" if dtype in (None, "float16", "float32") else f", but for their scales, rounded to {dtype}"
+        notes.append(f"the blocks of {opened.name} are kept as they are{but}; --bits N rounds them a second time")
     # float16 holds the scales of GGUF's blocks exactly.
     dtype = dtype or ("float16" if keeps else _own_dtype(opened.config))
     read = CheckedSource(opened, dtype=dtype, allow_nan=allow_nan)
@@ -118,23 +119,30 @@ def convert(
     where = opened.name
     if recipe is not None:
         chosen, where = _given_recipe(recipe)
-    elif target_bpw is not None or target_size is not None:
-        from .sensitivity import choose_recipe
-
-        chosen = choose_recipe(
-            read,
-            target_bpw=target_bpw,
-            target_bytes=None if target_size is None else parse_size(target_size),
-            group_size=wanted["group_size"],
-            ids=ids,
-            progress=_staged(progress, "measuring", "readings of a layer"),
-        )
-    packed = packings(chosen, read.tensors, where)
-    if chosen is not None and not packed:
-        raise OptionError(f"{where}: groups of {chosen['group_size']} divide no layer's width; choose a smaller group")
-    tensors = planned(read.tensors, packed)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    target_bytes = None if target_size is None else parse_size(target_size)
+    # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     with new_directory(destination, force=force) as folder:
+        if target_bpw is not None or target_bytes is not None:
+            from .sensitivity import choose_recipe
+
+            weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
+            asked_for = target_bytes if target_bytes is not None else target_bpw * weights / 8  # type: ignore[operator]
+            check_space(folder.parent.parent, int(asked_for) if math.isfinite(asked_for) else 0)
+            chosen = choose_recipe(
+                read,
+                target_bpw=target_bpw,
+                target_bytes=target_bytes,
+                group_size=wanted["group_size"],
+                ids=ids,
+                progress=_staged(progress, "measuring", "readings of a layer"),
+            )
+        packed = packings(chosen, read.tensors, where)
+        if chosen is not None and not packed:
+            raise OptionError(
+                f"{where}: groups of {chosen['group_size']} divide no layer's width; choose a smaller group"
+            )
+        tensors = planned(read.tensors, packed)
+        total = sum(tensor.nbytes for tensor in tensors.values())
         check_space(folder.parent.parent, total)
         if chosen is not None and method == "gptq":
             from .gptq import calibrated

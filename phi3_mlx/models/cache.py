@@ -24,6 +24,7 @@ class Sequence:
         self.left_padding = left_padding
         self.prompt_length = prompt_length
         self.long: tuple[bool, ...] | None = None
+        self.reader: object = None  # the run that it belongs to
         self._pieces: list[mx.array] = []
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
@@ -157,6 +158,12 @@ class KVCache:
         self._reserve(end - first + self.step, kept)
         for array, part in zip(self.state, kept, strict=True):
             array[..., : end - first, :] = part
+
+    def shrink(self) -> None:
+        """Let go of the slots behind the last token where they are most of all."""
+        used = self.offset - self.start
+        if self.state and self.state[0].shape[2] > 2 * (used + self.step):
+            self._drop(0, used)
 
     def forget(self) -> None:
         """Make the slots that the tokens read need, empty, for `write_row` to fill."""

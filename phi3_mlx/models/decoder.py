@@ -25,7 +25,7 @@ from .packing import Packing
 from .rope import Regime, Rope
 
 LongRopeRule = Literal["auto", "short", "long"]
-_REREAD_CHUNK = 512
+REREAD_CHUNK = 512
 
 
 @partial(mx.compile, shapeless=True)
@@ -224,8 +224,8 @@ class Decoder(nn.Module):
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
             fresh = self.make_cache(Sequence(prompt_length=(offset - padding,)), cache[0].bits)
-            for first in range(padding, offset, _REREAD_CHUNK):
-                last = min(first + _REREAD_CHUNK, offset)
+            for first in range(padding, offset, REREAD_CHUNK):
+                last = min(first + REREAD_CHUNK, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
                 mx.eval([layer.state for layer in fresh])
             if offset > padding:
