@@ -3,12 +3,13 @@
 #   make test    set up and run the tests, in two processes
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
-#   make bench   the benchmarks, side by side with mlx-lm
+#   make bench   the benchmarks, side by side with mlx-lm and, for parity, with PyTorch (TORCH=... says which)
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= torch
 ifeq ($(shell uname -s),Linux)
 BACKEND ?= cpu
 endif
@@ -32,6 +33,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m bench --all
 
 $(VENV)/bin/python:

@@ -4,7 +4,9 @@
 
 MODEL is a name, a directory or a GGUF file. Sensitivity and GPTQ read the calibration text, the figures come from the
 other one; by default both are texts that come with the package. The result is `quantization-NAME`, drawn in
-results/quantization-NAME.png.
+results/quantization-NAME.png. The published figures of the bundled model are of its
+checkpoint before packing and of stories that weights/training/data.py splits off; those of SmolLM2-135M-Instruct are of
+its Q4_1 GGUF file, converted with --dequantize --dtype float32.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from quality_models import TRAINED, Letters, RandomSource, stories, write_model
 from test_cli import one_line, run  # noqa: F401
+from tuning_models import make_directory
 
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.rounding import rounded, uniform
@@ -117,6 +118,27 @@ def test_what_cannot_be_read_is_refused(pair):
 
 
 # ------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_the_report_of_any_two_models_of_a_shape(run, tmp_path):  # noqa: F811
+    text = tmp_path / "story.txt"
+    text.write_text(stories("sample")[:400])
+    ask = ["compare", TRAINED, "tiny", "--text", text, "--window", 64, "-o", tmp_path / "report"]
+    code, out, err = run(*ask)
+    assert code == 0, err
+    assert re.search(r"^bits per weight +8\.505 +5\.007$", out, re.M)
+    assert re.search(r"^bytes +5,803,520 +3,416,576$", out, re.M)
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = float(re.search(r"KL.* ([\d.]+)$", out, re.M)[1])
+    assert figures["kl"] == pytest.approx(found, rel=0.05)  # from the source's numbers as bfloat16
+    assert {tensor["path"] for tensor in figures["tensors"]} > {"model.embed_tokens", "model.layers.5.mlp.down_proj"}
+    assert (tmp_path / "report" / "REPORT.md").read_text().startswith(f"# tiny beside {TRAINED.name}\n")
+    code, _, err = run(*ask)
+    assert (code, "exists already" in err) == (1, True)
+    other = make_directory(tmp_path / "other", hidden_size=128, intermediate_size=128)
+    code, _, err = run("compare", "tiny", other, "--text", text, "--window", 64, "-o", tmp_path / "other report")
+    assert code == 2
+    assert "of one shape" in err
 
 
 def test_models_that_do_not_fit_together_are_refused(run):  # noqa: F811

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import CheckpointError
 from .options import Pulse, force_memory, read_text, within_memory
 
 if TYPE_CHECKING:
@@ -26,10 +32,25 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
 )
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    help="Also compare layer by layer, and write REPORT.md, report.json and report.png into this new directory.",
+)
 @within_memory
 @force_memory
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, force: bool, as_json: bool) -> None:
+def compare(
+    a: str,
+    b: str,
+    text: str | None,
+    window: int,
+    dtype: str | None,
+    output: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Say how far apart two models are on a text: perplexities, KL divergence, same likeliest token.
 
     A is the one to be compared with, usually the original; both are names of `phi3-mlx models`, directories or Hugging
@@ -38,9 +59,12 @@ def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, fo
 
     \b
     phi3-mlx compare phi-3.5-mini-8bit phi-3.5-mini-4bit --text book.txt
+    phi3-mlx compare phi-3.5-mini phi-3.5-mini-4bit --text book.txt -o report
     """
     if window < 1:
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
+    if output is not None and os.path.lexists(output):
+        raise CheckpointError(f"{output} exists already; name another directory")
     words = None if text is None else read_text(text)
     from ..conversion.texts import bundled
     from ..generation import load
@@ -58,11 +82,44 @@ def compare(a: str, b: str, text: str | None, window: int, dtype: str | None, fo
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:
         found = compare_models(model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, progress=bar.update)
+    del loaded, model_a, model_b
+    sizes = [_size(resolve(model)) for model in (a, b)]
+    if output is not None:
+        _report(a, b, output, words, name, window)
     if as_json:
-        click.echo(json.dumps({"a": a, "b": b, "text": name, "window": window, **_figures(found)}, ensure_ascii=False))
+        facts = {"a": a, "b": b, "text": name, "window": window, **_figures(found)}
+        for side, (size, weights) in zip("ab", sizes, strict=True):
+            facts[f"quality_{side}"] |= {"bytes": size, "bits_per_weight": 8 * size / weights}
+        click.echo(json.dumps(facts, ensure_ascii=False))
         return
-    for line in _lines(a, b, name, found):
+    for line in _lines(a, b, name, found, sizes):
         click.echo(line)
+    if output is not None:
+        click.echo(f"\nlayer by layer: {os.path.join(output, 'REPORT.md')}")
+
+
+def _size(directory: Path) -> tuple[int, int]:
+    """(bytes of all tensors, how many weights they stand for)"""
+    from ..conversion.sources import open_source
+    from ..safetensors import find_weights
+
+    weights = sum(math.prod(tensor.shape) for tensor in open_source(directory).tensors.values())
+    return sum(tensor.nbytes for tensor in find_weights(directory).tensors.values()), weights
+
+
+def _report(a: str, b: str, output: str, text: str, name: str, window: int) -> None:
+    from ..atomic import new_directory
+    from ..conversion import report
+    from ..conversion.sources import open_source
+    from ..hub import resolve
+
+    source = open_source(resolve(a))
+    source.name = a
+    with new_directory(Path(output)) as folder, _Bar("layers") as bar:
+        made = report.measure(
+            resolve(b), source, text=text, text_name=name, fitted=False, window=window, progress=bar.update
+        )
+        report.save(replace(made, result=Path(b).name if os.path.isabs(b) else b), folder)
 
 
 def _figures(found: Comparison) -> dict[str, Any]:
@@ -85,7 +142,7 @@ def _figures(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _lines(a: str, b: str, text: str, found: Comparison) -> list[str]:
+def _lines(a: str, b: str, text: str, found: Comparison, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """A small table, and below it what belongs to both."""
     rows = [("", "A", "B")]
     if found.kl is not None:
@@ -96,6 +153,9 @@ def _lines(a: str, b: str, text: str, found: Comparison) -> list[str]:
     if found.kl is not None and found.top1 is not None:
         rows.append(("mean KL(A || B), nats a token", "", f"{found.kl:.5f}"))
         rows.append(("same likeliest token", "", f"{100 * found.top1:.2f} %"))
+    (size_a, weights_a), (size_b, weights_b) = sizes
+    rows.append(("bits per weight", f"{8 * size_a / weights_a:.3f}", f"{8 * size_b / weights_b:.3f}"))
+    rows.append(("bytes", f"{size_a:,}", f"{size_b:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"A: {a}", f"B: {b}", f"text: {text}, {found.a.characters:,} characters", ""]
     lines += [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
@@ -105,8 +165,9 @@ def _lines(a: str, b: str, text: str, found: Comparison) -> list[str]:
 class _Bar:
     """Positions read, on a terminal; a line now and then in a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tokens") -> None:
         self._bar: Any = None
+        self._unit = unit
         self._pulse = Pulse()
 
     def __enter__(self) -> _Bar:
@@ -114,7 +175,7 @@ class _Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = ("reading", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
+            columns = ("reading", BarColumn(), TextColumn(f"{{task.completed:,.0f}} of {{task.total:,}} {self._unit}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
@@ -126,6 +187,6 @@ class _Bar:
 
     def update(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._pulse.say(f"{done:,} of {total:,} tokens")
+            self._pulse.say(f"{done:,} of {total:,} {self._unit}")
         else:
             self._bar.update(self._task, completed=done, total=total)

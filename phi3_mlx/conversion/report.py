@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..checkpoint import load_model
+from ..errors import OptionError
 from ..models.linear import matrices, plain_weight
 from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
+from .sources import open_source
 from .texts import bundled
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A conversion's cost. `text` says what was read.
+    """A conversion's cost, or how far one model is from another. `text` says what was read.
 
     Bytes and bits per weight are of all tensors, the source's as if unpacked; `notes` qualify the figures.
     """
@@ -69,6 +71,7 @@ class Report:
     bits_per_weight: float
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...] = ()
+    result: str | None = None  # its name, where the report does not lie beside it
 
     def figures(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -103,12 +106,45 @@ def write_report(
     window: int = _WINDOW,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Compare the model in `directory` with the `source` it was made from; write REPORT.md, report.json, report.png.
+    """Compare the model in `directory` with the `source` it was made from, and `save` the report beside it.
 
     `text` (called `text_name`) is read up to 16,384 tokens; by default a bundled sample is. `fitted` says that bits or
-    rounding were fitted to this very text. `progress` counts layers. Without matplotlib there is no plot, and a note
-    says what to install. Raises PromptError for a text of fewer than two tokens.
+    rounding were fitted to this very text. `progress` counts layers. Raises PromptError for a text of fewer than two
+    tokens, OptionError for a source of other shapes.
     """
+    report = measure(directory, source, text=text, text_name=text_name, fitted=fitted, window=window, progress=progress)
+    return save(report, directory)
+
+
+def save(report: Report, directory: Path) -> Report:
+    """Write REPORT.md, report.json and report.png; without matplotlib no plot, and a note that says what to install."""
+    plotted = plot(report.tensors, directory / PLOT)
+    if not plotted:
+        report = replace(report, notes=(*report.notes, f"{INSTALL_PLOT[0].upper()}{INSTALL_PLOT[1:]}."))
+    figures = json.dumps(report.figures(), indent=1, ensure_ascii=False)
+    (directory / FIGURES).write_text(figures + "\n", encoding="utf-8")
+    (directory / REPORT).write_text(markdown(report, PLOT if plotted else None), encoding="utf-8")
+    return report
+
+
+def measure(
+    directory: Path,
+    source: Source,
+    *,
+    text: str | None,
+    text_name: str | None,
+    fitted: bool,
+    window: int,
+    progress: Callable[[int, int], None] | None,
+) -> Report:
+    """The report of `write_report`, not written."""
+    shapes = {name: tensor.shape for name, tensor in open_source(directory).tensors.items()}
+    for name, tensor in source.tensors.items():
+        if shapes.get(name) != tensor.shape:
+            raise OptionError(
+                f"{name} is {tensor.shape} in {source.name} and {shapes.get(name, 'not')} in {directory}: layers can "
+                "be compared of models of one shape alone"
+            )
     name = (text_name or "the given text") if text is not None else "the bundled sample"
     tokenizer = load_tokenizer(directory)
     text = bundled("sample") if text is None else text
@@ -129,10 +165,7 @@ def write_report(
     total = sum(tensor.nbytes for tensor in stored.values())
     before = sum(tensor.nbytes for tensor in source.tensors.values())
     tensors = tuple(_tensor(path, error, model, stored) for path, error in comparison.errors.items())
-    plotted = plot(tensors, directory / PLOT)
-    if not plotted:
-        notes.append(f"{INSTALL_PLOT[0].upper()}{INSTALL_PLOT[1:]}.")
-    report = Report(
+    return Report(
         # Reports are published beside models: where the source lies on this disk is nobody's business.
         source=Path(source.name).name if Path(source.name).is_absolute() else source.name,
         text=name,
@@ -145,10 +178,6 @@ def write_report(
         tensors=tensors,
         notes=tuple(notes),
     )
-    figures = json.dumps(report.figures(), indent=1, ensure_ascii=False)
-    (directory / FIGURES).write_text(figures + "\n", encoding="utf-8")
-    (directory / REPORT).write_text(markdown(report, PLOT if plotted else None), encoding="utf-8")
-    return report
 
 
 def memory_needed(source: Source, size: int) -> int:
@@ -244,11 +273,12 @@ def _tensor(path: str, error: float, model: Model, stored: Mapping[str, Tensor])
 
 def markdown(report: Report, plot: str | None) -> str:
     """REPORT.md."""
-    lines = ["# What this conversion cost", ""]
-    lines += [
-        f"`{report.source}`, and this model made from it, read {report.text} in windows of {report.window} tokens."
-    ]
-    lines += ["", "| | source | this model |", "|---|---:|---:|"]
+    title, model = "What this conversion cost", "this model made from it"
+    if report.result is not None:
+        title, model = f"{report.result} beside {report.source}", f"`{report.result}`"
+    lines = [f"# {title}", ""]
+    lines += [f"`{report.source}`, and {model}, read {report.text} in windows of {report.window} tokens."]
+    lines += ["", f"| | source | {report.result or 'this model'} |", "|---|---:|---:|"]
     lines += [f"| {name} | {a} | {b} |" for name, a, b in _summary(report)]
     lines += ["", *(f"{note}\n" for note in report.notes)]
     if plot:

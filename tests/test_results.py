@@ -1,0 +1,70 @@
+"""The published figures are what this project promises; one that is not, measured anew, fails here."""
+
+import pytest
+
+from bench import record
+
+RESULTS = record.read(record.PUBLISHED)
+
+
+def rows(name, **wanted):
+    found = [row for row in RESULTS[name]["rows"] if all(row[key] == value for key, value in wanted.items())]
+    assert found, (name, wanted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["quantization-tiny", "quantization-SmolLM2-135M-Instruct"])
+def test_mixed_bits_and_gptq_beat_uniform_rounding_at_every_size_they_share(name):
+    curves = {
+        method: {row["bits_per_weight"]: row["kl"] for row in rows(name, method=method)}
+        for method in ("uniform", "mixed", "gptq")
+    }
+    sizes = sorted(curves["uniform"])
+    assert len(sizes) == 6
+    for size in sizes[1:-1]:  # at the ends there is no choice
+        largest = max(at for at in curves["mixed"] if at <= size + 1e-9)
+        assert largest > size - 0.01
+        assert curves["mixed"][largest] < curves["uniform"][size]
+    for size, kl in curves["gptq"].items():
+        assert kl < 0.6 * curves["uniform"][size]
+
+
+def test_conversion_takes_half_the_memory_and_no_more_time():
+    assert RESULTS["convert"]["source_bytes"] > 2e9
+    assert RESULTS["convert"]["ratios"]["memory"] <= 0.5
+    assert RESULTS["convert"]["ratios"]["time"] <= 1.0
+
+
+def test_long_prompts_take_little_memory_and_what_was_planned():
+    result = RESULTS["longcontext"]
+    assert result["rows"][-1]["tokens"] >= 32768
+    assert result["ratio"] <= 0.6
+    far = RESULTS["longcontext-128k"]
+    assert far["rows"][-1]["tokens"] == 131072
+    assert far["slope"] == pytest.approx(far["cache_slope"], rel=0.1)
+    assert far["decode"]["peak"] == pytest.approx(far["rows"][-1]["planned"], rel=0.1)
+
+
+def test_lookup_pays_where_text_repeats_and_costs_little_where_it_does_not():
+    name = "lookup-SmolLM2-135M-Instruct"
+    for kind in ("edit", "quote", "code change"):
+        assert rows(name, prompts=kind)[0]["ratio"] >= 2
+    assert rows(name, prompts="something new")[0]["ratio"] >= 0.97
+
+
+def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
+    for name in ("decode", "prefill"):
+        assert all(row["ratio"] >= 1 for row in rows(name, package="phi3-mlx"))
+    assert RESULTS["tune"]["speed"] >= 1
+    assert RESULTS["coldstart"]["ratio"] <= 1
+    (together,) = rows("batch", package="phi3-mlx")
+    assert together["rows"] == 8
+    assert together["ratio"] >= 4
+
+
+def test_the_numbers_are_the_references():
+    measured = [row["phi3-mlx"] for row in rows("parity")]
+    assert len(measured) >= 30
+    for row in measured:
+        assert row.get("max_difference", 0) < 1e-4
+        assert row.get("greedy_agreement", 1.0) == 1.0
