@@ -20,7 +20,7 @@ import phi3_mlx
 from phi3_mlx import atomic
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.cli import main
-from phi3_mlx.conversion import convert, pipeline, writer
+from phi3_mlx.conversion import convert, pipeline, sensitivity, writer
 from phi3_mlx.conversion.checked import is_finite
 from phi3_mlx.conversion.sources import open_source
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
@@ -179,6 +179,28 @@ def test_every_width(tmp_path, source, bits, group_size):
     count = sum(array.size for array in weights_of().values())
     assert done.bits_per_weight == pytest.approx(8 * done.bytes / count)
     assert np.isfinite(oracle.logits_of(load_model(tmp_path / "new"), IDS[None])).all()
+
+
+def test_a_size_that_was_asked_for_is_kept_to_and_its_recipe_makes_the_same_again(tmp_path):
+    tiny = ROOT / "weights" / "tiny-8bit"
+    done = convert(tiny, tmp_path / "a", target_size="2.6MB", report=False)
+    assert 2_500_000 < done.bytes <= 2_600_000
+    assert len({own["bits"] for path, own in done.recipe.items() if isinstance(own, dict)}) > 1
+    convert(tiny, tmp_path / "b", recipe=tmp_path / "a" / "recipe.json", report=False)
+    a, b = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "choose_recipe", lambda *_, **__: pytest.fail("measured"))
+
+    def full(directory, needed):
+        raise CheckpointError(f"{needed} bytes are too many")
+
+    monkeypatch.setattr(pipeline, "check_space", full)
+    with pytest.raises(CheckpointError, match="2600000 bytes"):
+        convert(ROOT / "weights" / "tiny-8bit", tmp_path / "a", target_size="2.6MB")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recipe_is_followed_and_reproduces_itself(tmp_path, source):

@@ -22,6 +22,17 @@ def tiny():
     return load("tiny")
 
 
+def test_its_report_is_of_these_weights():
+    report = json.loads((TINY / "report.json").read_text())
+    arrays = mx.load(str(TINY / "model.safetensors"))
+    assert report["bytes"]["result"] == sum(array.nbytes for array in arrays.values())
+    packed = {name.removesuffix(".scales") for name in arrays if name.endswith(".scales")}
+    assert {tensor["path"] for tensor in report["tensors"]} == packed
+    for tensor in report["tensors"]:
+        parts = [array.nbytes for name, array in arrays.items() if name.rpartition(".")[0] == tensor["path"]]
+        assert tensor["bytes"] == sum(parts)
+
+
 def test_it_has_every_part_of_phi3s_structure():
     config = read_config(TINY)
     assert config.num_key_value_heads < config.num_attention_heads
