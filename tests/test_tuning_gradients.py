@@ -16,7 +16,7 @@ from phi3_mlx.errors import OptionError
 from phi3_mlx.models.decoder import Model
 from phi3_mlx.models.packing import Packing
 from phi3_mlx.tuning.batches import Plan, make_part, split_parts
-from phi3_mlx.tuning.lora import attach, detach
+from phi3_mlx.tuning.lora import AdaptedLinear, attach, set_layer
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
 from phi3_mlx.tuning.settings import Settings
@@ -24,6 +24,13 @@ from phi3_mlx.tuning.targets import find_targets, names_of
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23, ORIGINAL, ORIGINAL + 1, ORIGINAL + 2)  # read: one fewer, so short and long ones
 RUN = {"data": "x", "output": "y"}
+
+
+def detach(model):
+    """Take all adapters off again, for the next test of this model."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedLinear):
+            set_layer(model, path, layer.linear)
 
 
 def make(name="3.5-mini", **options):
