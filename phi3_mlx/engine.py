@@ -121,7 +121,8 @@ class Generation:
         self.cache = self._new_cache() if cache is None else cache
         if cache is not None:
             cache[0].sequence.prompt_length = (len(prompts[0]),)
-        self.cache[0].sequence.reader = self
+        # Not the run itself: a cycle would keep its keys and values until Python looks for cycles.
+        self.cache[0].sequence.reader = self._reader = object()
 
     def _new_cache(self) -> list[KVCache]:
         lengths = [len(prompt) for prompt in self._prompts]
@@ -281,7 +282,7 @@ class Generation:
 
     def _forward(self, ids: mx.array) -> mx.array:
         """Hidden states of `ids` (B, L), which the cache takes in."""
-        if self.cache[0].sequence.reader is not self:
+        if self.cache[0].sequence.reader is not self._reader:
             raise CacheError("another prompt was read with this prompt cache meanwhile; use one cache for each stream")
         return self._model.model(ids, self.cache)
 

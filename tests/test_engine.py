@@ -1,5 +1,6 @@
 """The engine against the plainest loop there is, and rows together against rows alone."""
 
+import gc
 import itertools
 
 import mlx.core as mx
@@ -257,3 +258,20 @@ def test_options_outside_their_range_are_refused(options):
     (name,) = options
     with pytest.raises(OptionError, match=name):
         Sampling(**options)
+
+
+def test_a_run_that_is_over_gives_its_memory_back_at_once(model):
+    """And not when Python next looks for cycles: keys and values are the largest thing there is."""
+    mx.eval(model.parameters())
+    list(Generation(model, [[1, 2, 3]], max_tokens=4, sampling=GREEDY))
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        generation = Generation(model, [[1, 2, 3]], max_tokens=4, sampling=GREEDY)
+        list(generation)
+        assert mx.get_active_memory() > before
+        del generation
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()
