@@ -3,6 +3,7 @@
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import oracle
 import pytest
@@ -13,7 +14,7 @@ from oracle import CONFIGS, ORIGINAL, slim
 from phi3_mlx import engine
 from phi3_mlx.engine import Generation
 from phi3_mlx.lookup import Drafter, accepted_of
-from phi3_mlx.models.cache import KVCache
+from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
 from phi3_mlx.sampling import Sampling
 
@@ -123,6 +124,27 @@ def test_a_stop_id_inside_a_draft_ends_the_answer_there(monkeypatch):
     drafted, _ = run(model, prompt, 30, stop_ids={stop}, lookup=9)
     assert drafted == expected
     assert drafted[-1] == (stop, "stop")
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=["plain cache", "4-bit cache"])
+@pytest.mark.parametrize("packed", [False, True], ids=["float32", "4-bit weights"])
+def test_packed_caches_and_weights_give_the_same_tokens_too(bits, packed, monkeypatch):
+    """A step that verifies a draft reads packed keys, and multiplies packed weights, in other ways than one token."""
+    model = oracle.make_ours(slim(CONFIGS["mini-4k"]))
+    if packed:
+        nn.quantize(
+            model,
+            group_size=32,
+            bits=4,
+            class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0,
+        )
+    for seed in range(3):
+        prompt = (np.random.default_rng(seed).integers(1, 90, 7).tolist()) * 5
+        plain, _ = run(model, prompt, 30, kv_bits=bits)
+        prophecy(monkeypatch, [token for token, _ in plain], seed)
+        drafted, generation = run(model, prompt, 30, kv_bits=bits, lookup=9)
+        assert drafted == plain
+        assert generation.statistics.accepted_tokens > 5
 
 
 def test_a_stop_string_inside_a_draft_ends_the_answer_there(monkeypatch):
