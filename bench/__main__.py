@@ -37,7 +37,7 @@ _QUICK = {
     "coldstart": "--runs 1",
     "decode": "--only float32 --only tiny --layers 1 --tokens 4 --runs 1",
     "prefill": "--only float32 --only tiny --layers 1 --tokens 16 --runs 1",
-    "lookup": "--runs 1 --max-tokens 40",
+    "lookup": "--runs 1 --max-tokens 24",
     "batch": "--only tiny --tokens 1 --runs 1",
     "longcontext": "--tokens 1024 --chunk 256 --layers 1",
     "blocksparse": "--tokens 1280 --linear 1536 --chunk 64 --runs 1",

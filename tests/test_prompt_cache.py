@@ -1,6 +1,7 @@
 """Caches that outlive a run: the next answer is the one it would be without, or the cache is refused."""
 
 import json
+import re
 
 import mlx.core as mx
 import oracle
@@ -8,8 +9,9 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import PromptCache, generate, load, stream_generate
+from phi3_mlx import PromptCache, generate, load, memory, stream_generate
 from phi3_mlx.cli import main
+from phi3_mlx.cli.options import Pulse
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import CacheError, PromptError
 from phi3_mlx.models.cache import KVBits, KVCache
@@ -232,3 +234,13 @@ def test_a_place_that_cannot_be_written_is_said_before_reading(built, capsys, mo
     code, _, err = run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "no" / "a.cache"))
     assert code == 1
     assert "cannot be written" in err
+
+
+def test_a_log_says_how_far_a_long_prompt_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Pulse, "SECONDS", 0.0)
+    monkeypatch.setattr(memory, "CHUNKS", (64,))
+    book = tmp_path / "book.txt"
+    book.write_text("Once there was a boy named Tim. " * 40)
+    code, out, err = run(capsys, "cache", "build", "-f", str(book), "-o", str(tmp_path / "book.cache"))
+    assert (code, out) == (0, "")
+    assert re.match(r"read 64 of \d+ tokens\n", err)

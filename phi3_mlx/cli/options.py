@@ -295,10 +295,10 @@ class Pulse:
 
 
 class PrefillProgress:
-    """A bar on the terminal while a long prompt is read; nothing in a pipe or for a short one."""
+    """A bar on the terminal while a long prompt is read, a line now and then in a log; nothing for a short one."""
 
     def __init__(self, total: int):
-        self._bar = None
+        self._bar, self._pulse = None, Pulse()
         if sys.stderr.isatty() and total > 2048:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -321,3 +321,5 @@ class PrefillProgress:
             self._bar.update(self._task, completed=done)
             if done == total:
                 self._bar.stop()
+        elif done < total:
+            self._pulse.say(f"read {done:,} of {total:,} tokens")

@@ -108,6 +108,13 @@ def convert(
         wanted = _recipe_of_blocks(opened)
         but = "" if dtype in (None, "float16", "float32") else f", but for their scales, rounded to {dtype}"
         notes.append(f"the blocks of {opened.name} are kept as they are{but}; --bits N rounds them a second time")
+        others = [
+            path for path, own in wanted.items() if isinstance(own, dict) and f"{path}.weight" not in opened.blocks
+        ]
+        if others:
+            notes.append(
+                f"{len(others)} matrices of other types are rounded to 8 bits ({others[0]}, ...); not with --dequantize"
+            )
     # float16 holds the scales of GGUF's blocks exactly.
     dtype = dtype or ("float16" if keeps else _own_dtype(opened.config))
     read = CheckedSource(opened, dtype=dtype, allow_nan=allow_nan)
