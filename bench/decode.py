@@ -9,6 +9,7 @@ backend phi3-mlx computes in float32 in every case, mlx-lm in the type of the sc
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -79,30 +80,40 @@ def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
         yield load_model(directory), load_mlx_lm(directory)[0], name
 
 
-def in_turn(contenders: Mapping[str, Callable[[], float]], runs: int) -> dict[str, dict[str, float]]:
-    """Each contender's figures, measured alternately; a first round warms up."""
+def in_turn(contenders: Mapping[str, Callable[[], float]], runs: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Each contender's tokens a second, and its peak of MLX's memory less what was held before (the weights).
+
+    Measured alternately; a first round warms up.
+    """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 1):
         for name, contender in contenders.items():
+            gc.collect()
+            held = mx.get_active_memory()
+            mx.reset_peak_memory()
             figure = contender()
             if run:
                 figures[name].append(figure)
-    return {name: record.spread(values) for name, values in figures.items()}
+                peaks[name].append(mx.get_peak_memory() - held)
+    return {
+        name: {"tokens_per_second": record.spread(figures[name]), "peak_memory": record.spread(peaks[name])}
+        for name in contenders
+    }
 
 
 def rows_of(
-    case: str, name: str, figures: dict[str, dict[str, float]], base: str = "mlx-lm", **facts: Any
+    case: str, name: str, figures: dict[str, dict[str, dict[str, float]]], base: str = "mlx-lm", **facts: Any
 ) -> list[dict[str, Any]]:
     """A case's rows, one a contender, each with its speed over that of `base`."""
     click.echo(name)
     rows = []
-    for package, figure in figures.items():
-        ratio = figure["median"] / figures[base]["median"]
+    for package, measured in figures.items():
+        figure, peak = measured["tokens_per_second"], measured["peak_memory"]["median"]
+        ratio = figure["median"] / figures[base]["tokens_per_second"]["median"]
         ends = f"({figure['min']:.2f} to {figure['max']:.2f})"
-        click.echo(f"  {package:22} {figure['median']:9.2f} tok/s   {ends}   {ratio:.2f}x")
-        rows.append(
-            {"case": case, "model": name, "package": package, "tokens_per_second": figure, "ratio": ratio, **facts}
-        )
+        click.echo(f"  {package:22} {figure['median']:9.2f} tok/s   {ends}   {ratio:.2f}x   peak {peak / 1e6:,.1f} MB")
+        rows.append({"case": case, "model": name, "package": package, **measured, "ratio": ratio, **facts})
     return rows
 
 

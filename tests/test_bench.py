@@ -168,6 +168,7 @@ def test_decode_writes_both_packages_side_by_side(results):
     assert invoke(decode.main, "--only", "tiny", "--runs", "1", "--tokens", "1").exit_code == 0
     ours, theirs = check(results, "decode")["rows"]
     assert (ours["package"], theirs["package"]) == ("phi3-mlx", "mlx-lm")
+    assert 0 < ours["peak_memory"]["median"] < 1e9
     assert ours["ratio"] == pytest.approx(ours["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"])
 
 
