@@ -25,7 +25,7 @@ from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.gptq import calibrated
 from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
-from phi3_mlx.conversion.sources import Source, open_source
+from phi3_mlx.conversion.sources import Source, open_source, weights_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_json, write_weights
 from phi3_mlx.hub import resolve
@@ -43,7 +43,7 @@ def _write(directory: Path, source: Source, recipe: Recipe | None, arrays: Itera
     tensors = planned(source.tensors, packings(recipe, source.tensors, source.name))
     write_weights(directory, tensors, arrays)
     write_json(directory / "config.json", source.config | ({"quantization": recipe} if recipe else {}))
-    weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    weights = weights_of(source)
     return 8 * sum(tensor.nbytes for tensor in tensors.values()) / weights
 
 
@@ -139,7 +139,7 @@ def main(
         costs = measure(source, ids, group_size=group_size)
         measured = time.perf_counter() - start
         sizes, fixed = sizes_of(source, group_size, BITS)
-        weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+        weights = weights_of(source)
         widths = [int(width) for width in bits.split(",")]
         fitted = [width for width in widths if str(width) in gptq_bits.split(",")]
         alike = {width: fixed + sum(of[width] for of in sizes.values()) for width in widths}

@@ -19,6 +19,7 @@ from .models.cache import KVCache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
+    from .memory import Run
     from .models.cache import KVBits
     from .models.decoder import LongRopeRule, Model
     from .prompt_cache import PromptCache
@@ -117,12 +118,19 @@ def plan_run(
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `force` refuses nothing.
     """
+    from . import memory
+
+    memory.check_fits(run_of(directory, length, dtype=dtype, kv_bits=kv_bits), math.inf if force else memory.room())
+
+
+def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
+    """What memory depends on, of the model of `directory` on this machine; only headers are read."""
     from . import checkpoint, memory
     from .models import read_config
     from .models.attention import fused_attention
 
     config = read_config(directory)
-    run = memory.Run(
+    return memory.Run(
         config,
         checkpoint.weight_bytes(directory, dtype),
         min(length, config.max_position_embeddings),
@@ -130,7 +138,6 @@ def plan_run(
         itemsize=checkpoint.computed_size(config, dtype),
         fused=fused_attention(),
     )
-    memory.check_fits(run, math.inf if force else memory.room())
 
 
 def unload(model: Model) -> None:

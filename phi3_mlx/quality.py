@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -104,20 +104,18 @@ def compare(
     return difference.result(_characters(tokenizer_a, text, ids_a))
 
 
-def check_fits(directory: Path, window: int, dtype: str | None = None) -> None:
-    """MemoryLimitError unless the model of `directory` can be loaded and read windows; only headers are read for it."""
-    from . import checkpoint, memory
-    from .models import read_config
-    from .models.attention import fused_attention
+def check_fits(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
+    """MemoryLimitError unless the model `name` of `directory` can be loaded and read windows. Only headers are read."""
+    from . import memory
+    from .generation import run_of
 
-    config, weights = read_config(directory), checkpoint.weight_bytes(directory, dtype)
-    rows, itemsize = max(1, _TOKENS_AT_ONCE // window), checkpoint.computed_size(config, dtype)
-    work = memory.Run(config, weights, window, rows, itemsize=itemsize, fused=fused_attention()).workspace(window)
-    logits = 4 * 4 * min(LOGITS_AT_ONCE, rows * window * config.vocab_size)  # of two models, and their copies
-    total, room = weights + work + logits, memory.room()
+    run = replace(run_of(directory, window, dtype=dtype), rows=max(1, _TOKENS_AT_ONCE // window))
+    logits = 4 * 4 * min(LOGITS_AT_ONCE, run.rows * window * run.config.vocab_size)  # of two models, and their copies
+    weights, work, room = run.weights, run.workspace(window), memory.room()
+    total = weights + work + logits
     if total > room:
         raise MemoryLimitError(
-            f"{directory.name} needs {memory.size_text(total)} to be compared (weights {memory.size_text(weights)}, "
+            f"{name} needs {memory.size_text(total)} to be compared (weights {memory.size_text(weights)}, "
             f"work {memory.size_text(work + logits)}), and {memory.size_text(room)} may be used: take models of fewer "
             "bits, and --force tries all the same"
         )

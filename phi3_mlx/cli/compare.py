@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -66,26 +65,46 @@ def compare(
     if output is not None and os.path.lexists(output):
         raise CheckpointError(f"{output} exists already; name another directory")
     words = None if text is None else read_text(text)
+    from ..atomic import new_directory
+    from ..conversion import report
+    from ..conversion.sources import open_source, weights_of
     from ..conversion.texts import bundled
     from ..generation import load
     from ..hub import resolve
     from ..quality import check_fits
     from ..quality import compare as compare_models
+    from ..safetensors import find_weights
 
     words = bundled("sample") if words is None else words
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text
+    places = [resolve(a), resolve(b)]
     loaded = []
-    for model in (a, b):  # one is planned when the other is in memory
+    for model, directory in zip((a, b), places, strict=True):  # one is planned when the other is in memory
         if not force:
-            check_fits(resolve(model), window, dtype)
-        loaded.append(load(model, dtype=dtype))
+            check_fits(directory, model, window, dtype)
+        loaded.append(load(directory, dtype=dtype))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:
         found = compare_models(model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, progress=bar.update)
     del loaded, model_a, model_b
-    sizes = [_size(resolve(model)) for model in (a, b)]
+    sources = [open_source(directory) for directory in places]
+    sizes = [
+        (sum(tensor.nbytes for tensor in find_weights(directory).tensors.values()), weights_of(source))
+        for directory, source in zip(places, sources, strict=True)
+    ]
     if output is not None:
-        _report(a, b, output, words, name, window)
+        sources[0].name = a
+        with new_directory(Path(output)) as folder, _Bar("layers") as bar:
+            made = report.measure(
+                places[1],
+                sources[0],
+                text=words,
+                text_name=name,
+                fitted=False,
+                window=window,
+                progress=bar.update,
+            )
+            report.save(replace(made, result=Path(b).name if os.path.isabs(b) else b), folder)
     if as_json:
         facts = {"a": a, "b": b, "text": name, "window": window, **_figures(found)}
         for side, (size, weights) in zip("ab", sizes, strict=True):
@@ -96,30 +115,6 @@ def compare(
         click.echo(line)
     if output is not None:
         click.echo(f"\nlayer by layer: {os.path.join(output, 'REPORT.md')}")
-
-
-def _size(directory: Path) -> tuple[int, int]:
-    """(bytes of all tensors, how many weights they stand for)"""
-    from ..conversion.sources import open_source
-    from ..safetensors import find_weights
-
-    weights = sum(math.prod(tensor.shape) for tensor in open_source(directory).tensors.values())
-    return sum(tensor.nbytes for tensor in find_weights(directory).tensors.values()), weights
-
-
-def _report(a: str, b: str, output: str, text: str, name: str, window: int) -> None:
-    from ..atomic import new_directory
-    from ..conversion import report
-    from ..conversion.sources import open_source
-    from ..hub import resolve
-
-    source = open_source(resolve(a))
-    source.name = a
-    with new_directory(Path(output)) as folder, _Bar("layers") as bar:
-        made = report.measure(
-            resolve(b), source, text=text, text_name=name, fitted=False, window=window, progress=bar.update
-        )
-        report.save(replace(made, result=Path(b).name if os.path.isabs(b) else b), folder)
 
 
 def _figures(found: Comparison) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..hub import resolve
 from ..memory import parse_size, room, size_text
 from .checked import CheckedSource
 from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
-from .sources import Source, open_source
+from .sources import Source, open_source, weights_of
 from .writer import Progress, check_space, write_json, write_weights
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ def convert(
     where = opened.name
     if recipe is not None:
         chosen, where = _given_recipe(recipe)
+    weights = weights_of(read)
     target_bytes = None if target_size is None else parse_size(target_size)
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     with new_directory(destination, force=force) as folder:
         if target_bpw is not None or target_bytes is not None:
             from .sensitivity import choose_recipe
 
-            weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
-            asked_for = target_bytes if target_bytes is not None else target_bpw * weights / 8  # type: ignore[operator]
+            asked_for = target_bytes or (target_bpw or 0) * weights / 8
             check_space(folder.parent.parent, int(asked_for) if math.isfinite(asked_for) else 0)
             chosen = choose_recipe(
                 read,
@@ -176,7 +176,6 @@ def convert(
             notes.append(f"no report: {error}")
     matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) > 1]
     excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
-    weights = sum(math.prod(tensor.shape) for tensor in read.tensors.values())
     return Conversion(
         path=Path(os.path.abspath(destination)),
         recipe=chosen,

@@ -23,7 +23,7 @@ from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
 from ..tokenizer import load_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
-from .sources import open_source
+from .sources import open_source, weights_of
 from .texts import bundled
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def measure(
     comparison.run(progress)
     characters = len(text) if bos is not None else max(1, len(text) - len(tokenizer.decode(ids[:1])))
     stored = find_weights(directory).tensors
-    weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    weights = weights_of(source)
     total = sum(tensor.nbytes for tensor in stored.values())
     before = sum(tensor.nbytes for tensor in source.tensors.values())
     tensors = tuple(_tensor(path, error, model, stored) for path, error in comparison.errors.items())

@@ -22,7 +22,7 @@ from ..quality import chunks, divergence_from, log_softmax
 from .gptq import unpack
 from .layerwise import EMBEDDING, LayerStream, linear
 from .rounding import Recipe, left_alone, pack, packings, planned, uniform
-from .sources import Source, to_mlx
+from .sources import Source, to_mlx, weights_of
 from .texts import windows
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -86,7 +86,7 @@ def _budget(
     """The target in bytes. OptionError where there is not one target, or no choice of bits meets it."""
     if (target_bpw is None) == (target_bytes is None):
         raise OptionError("one target is needed, target_bpw or target_bytes; give one of them")
-    weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    weights = weights_of(source)
     if target_bytes is None:
         assert target_bpw is not None
         if not math.isfinite(target_bpw):

@@ -204,6 +204,11 @@ def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
     return Tensor(dtype, shape, math.prod(shape) * to_mlx(dtype).size)
 
 
+def weights_of(source: Source) -> int:
+    """How many numbers a source holds, unpacked; sizes in bits per weight are per one of them."""
+    return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+
+
 def to_mlx(dtype: str) -> mx.Dtype:
     """MLX's dtype for safetensors' spelling of one that model directories hold."""
     return {"U32": mx.uint32, "U8": mx.uint8, **{SPELLING[name]: value for name, value in DTYPES.items()}}[dtype]
