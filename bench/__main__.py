@@ -39,7 +39,7 @@ _QUICK = {
     "prefill": "--only float32 --only tiny --layers 1 --tokens 16 --runs 1",
     "lookup": "--runs 1 --max-tokens 24",
     "batch": "--only tiny --tokens 1 --runs 1",
-    "longcontext": "--tokens 1024 --chunk 256 --layers 1",
+    "longcontext": "--tokens 1024 --chunk 256",
     "blocksparse": "--tokens 1280 --linear 1536 --chunk 64 --runs 1",
     "kvquality": "--tokens 256 --bits 8 --bits 4",
     "convert": "--layers 1 --runs 1",

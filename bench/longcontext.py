@@ -1,6 +1,6 @@
 """Peak memory of reading a long prompt in chunks, phi3-mlx and mlx-lm with the same packed cache, in turn.
 
-    python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--name NAME]
+    python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--once] [--name NAME]
 
 Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
 adds to what grows with the length. Memory is MLX's own peak, less the weights, of prompts of a quarter, a half and all
@@ -9,7 +9,8 @@ of the tokens. Beside it stands what `phi3-mlx plan` foretells.
 phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on a CPU, so there the model reads the
 first chunk and the last, those with the most to score; between them the cache is filled with random
 keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
-`--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does.
+`--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does. `--once` reads all tokens alone, no
+shorter prompts before. As in both packages, the last layer's output is computed for the last chunk only.
 results/longcontext.png shows the figures of all lengths.
 """
 
@@ -54,18 +55,15 @@ def make_config(layers: int, tokens: int) -> dict[str, Any]:
 
 
 def read_prompts(
-    model: Any, make_cache: Callable[[int], list[Any]], tokens: int, chunk: int, whole: bool
+    model: Any, make_cache: Callable[[int], list[Any]], lengths: list[int], chunk: int, whole: bool
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A prompt of a quarter, one of a half, and one of all tokens: tokens, those read, peak bytes, seconds.
-
-    And the cache of the last.
-    """
+    """Of a prompt of each length: tokens, those read, peak bytes, seconds. And the cache of the last."""
     dtype = model.model.norm.weight.dtype
-    ids = mx.random.randint(0, 500, (1, tokens))
+    ids = mx.random.randint(0, 500, (1, max(lengths)))
     mx.eval(ids)
     rows = []
     cache: list[Any] = []
-    for length in (tokens // 4, tokens // 2, tokens):
+    for length in lengths:
         cache.clear()
         mx.clear_cache()
         base, started, first, read, peak = mx.get_active_memory(), time.perf_counter(), 0, 0, 0
@@ -75,7 +73,9 @@ def read_prompts(
                 last = min(first + chunk, length)
                 read += last - first
                 mx.reset_peak_memory()
-                mx.eval(model.model(ids[:, first:last], cache), state_of(cache))
+                hidden = model.model(ids[:, first:last], cache)
+                mx.eval(state_of(cache), hidden if last == length else [])
+                del hidden
                 peak = max(peak, mx.get_peak_memory() - base)
             else:
                 last = min(first + _FILL, length - chunk)
@@ -144,6 +144,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 @click.option("--decode", "steps", default=0, show_default=True, help="Tokens to decode behind the prompt.")
 @click.option("--alone", is_flag=True, help="Without mlx-lm.")
 @click.option("--last", is_flag=True, help="phi3-mlx too reads only those chunks.")
+@click.option("--once", is_flag=True, help="The full length only.")
 @click.option("--mlx-lm-whole", is_flag=True, help="mlx-lm too reads every token.")
 @click.option("--name", help="Of the result file, behind longcontext-.")
 def main(
@@ -154,10 +155,12 @@ def main(
     steps: int,
     alone: bool,
     last: bool,
+    once: bool,
     mlx_lm_whole: bool,
     name: str | None,
 ) -> None:
     raw = make_config(layers, tokens)
+    lengths = [tokens] if once else [tokens // 4, tokens // 2, tokens]
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     packing = KVBits(bits, bits, GROUP_SIZE)
     facts: dict[str, Any] = {"chunk": chunk, "layers": layers, "bits": bits, "group_size": GROUP_SIZE}
@@ -168,7 +171,7 @@ def main(
         mx.eval(model.parameters())
         base = mx.get_active_memory()
         rows, cache = read_prompts(
-            model, lambda length: model.make_cache(length, bits=packing), tokens, chunk, whole=not last
+            model, lambda length: model.make_cache(length, bits=packing), lengths, chunk, whole=not last
         )
         if steps:
             facts["decode"] = decode(model, cache, steps, base)
@@ -190,7 +193,7 @@ def main(
         return read_prompts(
             model,
             lambda _: [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in range(layers)],
-            tokens,
+            lengths,
             chunk,
             whole=mlx_lm_whole,
         )[0]
@@ -201,14 +204,13 @@ def main(
             click.echo(package)
             rows += [{"package": package, **row} for row in contender()]
     mine = [row for row in rows if row["package"] == "phi3-mlx"]
-    more = mine[-1]["tokens"] - mine[-2]["tokens"]
-    facts |= {
-        "slope": (mine[-1]["peak"] - mine[-2]["peak"]) / more,
-        "cache_slope": (mine[-1]["cache"] - mine[-2]["cache"]) / more,
-        "planned": mine[-1]["planned"] / mine[-1]["peak"],
-    }
-    slopes = "each further token: {slope:,.0f} bytes, of the cache itself {cache_slope:,.0f}; plan / peak {planned:.2f}"
-    click.echo(slopes.format(**facts))
+    facts["planned"] = mine[-1]["planned"] / mine[-1]["peak"]
+    if not once:
+        more = mine[-1]["tokens"] - mine[-2]["tokens"]
+        facts["slope"] = (mine[-1]["peak"] - mine[-2]["peak"]) / more
+        facts["cache_slope"] = (mine[-1]["cache"] - mine[-2]["cache"]) / more
+        click.echo("each further token: {slope:,.0f} bytes, of the cache itself {cache_slope:,.0f}".format(**facts))
+    click.echo(f"plan / peak: {facts['planned']:.2f}")
     if not alone:
         facts["ratio"] = mine[-1]["peak"] / rows[-1]["peak"]
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")

@@ -159,22 +159,23 @@ def kvquality() -> str:
 
 def longcontext() -> str:
     """Peak memory of long prompts."""
-    lines = ["| | tokens | phi3-mlx peak | planned, with decoding | mlx-lm peak | ratio |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| | tokens | read | phi3-mlx peak | planned, with decoding | mlx-lm peak | ratio |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|")
     results = needed("longcontext")
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, int, int]] = set()
     for result in results:
         name = (
             f"{result['layers']} {'layer' if result['layers'] == 1 else 'layers'}, {result['bits']}-bit keys and values"
         )
         rows = {(row["package"], row["tokens"]): row for row in result["rows"]}
         for (package, tokens), row in rows.items():
-            if package != "phi3-mlx" or (name, tokens) in seen:
+            if package != "phi3-mlx" or (name, tokens, row["read"]) in seen:
                 continue
-            seen.add((name, tokens))
+            seen.add((name, tokens, row["read"]))
             theirs = rows.get(("mlx-lm", tokens))
             cells = (f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")
             lines.append(
-                f"| {name} | {tokens:,} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
+                f"| {name} | {tokens:,} | {'all' if row['read'] == tokens else 'first and last chunk'} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
                 f"| {cells[0]} | {cells[1]} |"
             )
     for result in results:

@@ -277,6 +277,7 @@ class Generation:
                 self._on_prefill(last, longest)
             if last == longest:
                 return hidden[:, -1:]
+            del hidden  # what the last layer did not compute would hold its keys, which would be copied to grow
             mx.clear_cache()
             done = last
 

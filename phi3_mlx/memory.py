@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +14,14 @@ import mlx.core as mx
 
 from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import SCORES, fused_attention, tile_of
+from .models.attention import SCORES, UNPACKED, fused_attention, tile_of
 from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.decoder import REREAD_CHUNK
-from .models.linear import unpacking_pays
+from .models.linear import unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
-_TILES_AHEAD = 4  # of unpacked attention on the CPU, as measured
 _OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
 MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -147,9 +146,9 @@ class Run:
         """What reading a chunk at the end of the sequence holds beside weights and cache.
 
         The counts of arrays alive at once were read off measurements: 7 of the hidden width, of the MLP's one more
-        than it keeps for training (a copy), 3 of queries, keys and values; then one layer's cache, copied when it
-        last grows, or what one call of attention writes. A mixture of experts has a row of a token for each of its
-        experts, and begins its MLPs when attention has left.
+        than it keeps for training (a copy), 3 of queries, keys and values; then what one call of attention writes.
+        A mixture of experts has a row of a token for each of its experts, and begins its MLPs when attention has
+        left. A layer's cache is copied when it last grows, while tokens are generated.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -161,16 +160,22 @@ class Run:
         grown = self._layer_bytes(max(self.length - KVCache.step, 0))
         if config.experts_per_token > 1:
             rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
-            unpacked = config.largest_linear if self._unpacks(tokens) else 0
-            routed = (tokens * inner + unpacked) * self.itemsize
-            return max(rows + max(routed, tokens * mixing * self.itemsize + max(attention, grown)), logits)
+            # An expert at a time is unpacked, where the one before it was.
+            expert = config.largest_linear * (self._unpacking_weights() - self.itemsize)
+            unpacked = expert if self._unpacks(tokens) else 0
+            routed = tokens * inner * self.itemsize + unpacked
+            return max(rows + max(routed, tokens * mixing * self.itemsize + attention), grown, logits)
         if self._unpacks(tokens):
-            # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of two copies.
-            weight = 3 * config.largest_linear
-            wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width)
+            # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of copies, and
+            # the next one is begun meanwhile.
+            weight = config.largest_linear * self._unpacking_weights() * 8 // 5
+            wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width) * self.itemsize
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
-            return max(tokens * numbers * self.itemsize + attention, wide * self.itemsize, logits)
-        return max(tokens * numbers * self.itemsize + max(attention, grown), logits)
+            return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
+        if self.bits is not None and not self.fused:  # attention is computed before the MLP is begun
+            meanwhile = tokens * (numbers - inner) * self.itemsize + attention
+            return max(tokens * numbers * self.itemsize, meanwhile, grown, logits)
+        return max(tokens * numbers * self.itemsize + attention, grown, logits)
 
     def _attention(self, chunk: int, seen: int) -> int:
         """What a call of attention to `seen` keys writes, the largest of the layers'."""
@@ -185,31 +190,52 @@ class Run:
         return max(self._dense_attention(chunk, pattern.reach) - later, self._sparse_attention(chunk, pattern))
 
     def _dense_attention(self, chunk: int, seen: int) -> int:
+        """The most that a call writes while the keys grow to `seen`: just before a tile has a head less, it is more."""
         config, queries = self.config, min(chunk, self.length)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        most = UNPACKED // (self.rows * config.head_dim), SCORES // (self.rows * heads // kv_heads * queries)
+        before = {numbers // tile_heads for numbers in most for tile_heads in range(1, kv_heads + 1)}
+        return max(self._attention_call(queries, keys) for keys in {keys for keys in before if keys < seen} | {seen})
+
+    def _attention_call(self, queries: int, seen: int) -> int:
+        config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        total = 0
         tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
-        scores = self.rows * queries * heads * seen
-        tiled = self.bits is not None or (not self.fused and scores > SCORES)
         at_once = min(at_once, kv_heads)
-        if not self.fused:  # scores, of several tiles where MLX makes them ahead of their use, and the mask of a head
-            part = self.rows * tile * at_once * heads // kv_heads * seen
-            ahead = 1 if self.bits else min(-(-kv_heads // at_once) * -(-queries // tile), _TILES_AHEAD)
-            total = (ahead * part if tiled else scores) * 4 + queries * seen
-        if self.bits is not None:
-            # The heads that are unpacked at once, and a copy of them packed: a part of an array is not in one piece.
-            unpacked = at_once * self.rows * seen * dim
-            total += 2 * unpacked * self.itemsize + self._layer_bytes(seen) * at_once // kv_heads
-        return total
+        numbers = at_once * self.rows * seen * dim  # of the keys that are unpacked at once, and of the values
+        if self.fused:
+            # A copy of them packed, too: a part of an array is not in one piece.
+            packed = self._layer_bytes(seen) * at_once // kv_heads
+            return 2 * numbers * self.itemsize + packed if self.bits else 0
+        scores = 4 * self.rows * tile * at_once * heads // kv_heads * seen + queries * seen  # and the mask of a head
+        if self.bits is None:
+            every = self.rows * queries * heads * seen
+            return scores if every > SCORES else 4 * every + queries * seen
+        keys, values = self._unpacking()
+        return max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + scores)
 
     def _sparse_attention(self, chunk: int, pattern: BlockPattern) -> int:
         """A tile's copied keys and values and, on the CPU, its scores; four of each were alive at once."""
         config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         queries, keys, heads, kv_heads = tile_size(self.rows, heads, kv_heads, chunk, self.length, pattern)
-        copied = 2 * kv_heads * keys * dim * self.itemsize
-        scores = 0 if self.fused else heads * queries * keys * 4
-        return 4 * self.rows * (copied + scores)
+        numbers, of_each = self.rows * kv_heads * keys * dim, 8 * self.itemsize
+        if self.bits is not None:
+            of_each = max(of_each, sum(self._unpacking()))
+        scores = 0 if self.fused else 4 * self.rows * heads * queries * keys * 4
+        return numbers * of_each + scores
+
+    def _unpacking(self) -> tuple[int, int]:
+        """Bytes for a number of packed keys and one of values while they are unpacked."""
+        if self.bits is None or self.fused:
+            return self.itemsize, self.itemsize
+        return unpacking_bytes(self.bits.keys, self.itemsize), unpacking_bytes(self.bits.values, self.itemsize)
+
+    def _unpacking_weights(self) -> int:
+        """The same for the packed weights that take most."""
+        packed = self.config.quantization or {}
+        each = [packed, *(own for own in packed.values() if isinstance(own, Mapping))]
+        return max(unpacking_bytes(own.get("bits", 4), self.itemsize) for own in each)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""

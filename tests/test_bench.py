@@ -147,18 +147,17 @@ def test_bits_that_cannot_be_are_a_usage_fault(results):
 
 
 def test_reading_only_the_last_chunks_has_the_peak_of_reading_all(results, monkeypatch):
-    """The largest of several: on the CPU a peak depends on how far one of MLX's threads gets ahead of another."""
     monkeypatch.setattr(longcontext, "HEADS", 8)
 
     def peak(*more):
-        options = ["--tokens", "1024", "--chunk", "256", "--layers", "1", "--alone", *more]
+        options = ["--tokens", "1024", "--chunk", "256", "--layers", "2", "--alone", *more]
         assert invoke(longcontext.main, *options).exit_code == 0
         rows = check(results, "longcontext")["rows"]
         assert [row["tokens"] for row in rows] == [256, 512, 1024]
         assert [row["read"] for row in rows] == ([256, 512, 512] if more else [256, 512, 1024])
         return rows[-1]["peak"]
 
-    assert max(peak() for _ in range(5)) == pytest.approx(max(peak("--last") for _ in range(5)), rel=0.05)
+    assert peak() == pytest.approx(peak("--last"), rel=0.05)
 
 
 def test_decode_writes_both_packages_side_by_side(results):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from .cache import KVBits, KVCache
@@ -12,6 +14,7 @@ UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
 _FEW = 32  # queries at most that read a packed cache as it is
 
 Mask = mx.array | str | None
+Compute = Callable[[mx.array], None]
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
@@ -23,7 +26,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     if bits is not None and (length == 1 or (length <= _FEW and numbers <= SCORES)):
         out = _attend_packed(q, seen, bits, scale, mask)
     elif bits is not None or (not fused_attention() and numbers > SCORES):
-        out = _attend_in_tiles(q, seen, bits, scale, mask)
+        # On the CPU MLX makes room for ten operations ahead, so each step is computed before the next is asked for;
+        # not without a cache: this may be training, whose graph is computed as a whole.
+        compute = mx.eval if cache is not None and cache.awaited and not fused_attention() else _later
+        out = _attend_in_tiles(q, seen, bits, scale, mask, compute)
     else:
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
@@ -75,7 +81,9 @@ def tile_of(batch: int, group: int, length: int, slots: int, dim: int, fused: bo
     return rows, at_once
 
 
-def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask) -> mx.array:
+def _attend_in_tiles(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask, compute: Compute
+) -> mx.array:
     """Some heads, and on the CPU some queries, at a time: what is unpacked and scored at once stays bounded.
 
     Each tile waits for the one before it, since MLX would else be free to unpack them all first.
@@ -84,12 +92,12 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     group = heads // kv_heads
     rows, at_once = tile_of(batch, group, length, slots, dim, fused_attention())
-    parts: list[list[mx.array]] = []
+    parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]
         if parts:
-            own = mx.depends(own, parts[-1])
-        k, v = (own[0], own[1]) if bits is None else unpack(own, bits)
+            own = mx.depends(own, parts[-1:])
+        k, v = (own[0], own[1]) if bits is None else unpack(own, bits, compute)
         tiles: list[mx.array] = []
         for first in range(0, length, rows):
             last = min(first + rows, length)
@@ -101,16 +109,23 @@ def _attend_in_tiles(q: mx.array, seen: list[mx.array], bits: KVBits | None, sca
             tiles.append(
                 mx.fast.scaled_dot_product_attention(tile, k[:, :, :end], v[:, :, :end], scale=scale, mask=part)
             )
-        parts.append(tiles)
-    return mx.concatenate([mx.concatenate(tiles, axis=2) for tiles in parts], axis=1)
+            compute(tiles[-1])
+        parts.append(mx.concatenate(tiles, axis=2))
+        del k, v
+    return mx.concatenate(parts, axis=1)
 
 
-def unpack(arrays: list[mx.array], bits: KVBits) -> tuple[mx.array, mx.array]:
+def _later(_: mx.array) -> None:
+    """A `Compute` that leaves it to MLX when."""
+
+
+def unpack(arrays: list[mx.array], bits: KVBits, compute: Compute = _later) -> tuple[mx.array, mx.array]:
     (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
-    return (
-        mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys),
-        mx.dequantize(v, v_scales, v_biases, group_size=bits.group_size, bits=bits.values),
-    )
+    k = mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys)
+    compute(k)
+    v = mx.dequantize(v, v_scales, v_biases, group_size=bits.group_size, bits=bits.values)
+    compute(v)
+    return k, v
 
 
 def make_mask(length: int, window: int | None, cache: KVCache | None = None) -> Mask:

@@ -100,6 +100,7 @@ class KVCache:
     step = 256
     spare = 32
     bits: KVBits | None = None
+    is_last = False  # of the model's layers
 
     def __init__(self, sequence: Sequence | None = None, window: int | None = None):
         self.sequence = Sequence() if sequence is None else sequence
@@ -130,6 +131,11 @@ class KVCache:
     def first_visible(self) -> int:
         """Position of the oldest token the next query may see."""
         return 0 if self.window is None else max(0, self.offset - (self.window - 1))
+
+    @property
+    def awaited(self) -> bool:
+        """Whether what the newest queries see will be asked for: not in the last layer amid a prompt."""
+        return not self.is_last or self.offset >= self.sequence.expected
 
     @property
     def lost(self) -> bool:

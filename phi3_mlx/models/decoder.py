@@ -189,8 +189,11 @@ class Decoder(nn.Module):
     def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
         window = self._config.sliding_window
         if bits is None:
-            return [KVCache(sequence, window) for _ in self.layers]
-        return [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
+            layers = [KVCache(sequence, window) for _ in self.layers]
+        else:
+            layers = [QuantizedKVCache(bits, sequence, window) for _ in self.layers]
+        layers[-1].is_last = True
+        return layers
 
     def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
         """The layers, in a given regime."""
@@ -203,7 +206,7 @@ class Decoder(nn.Module):
         unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)
-            if unpacks:
+            if unpacks and (cache is None or cache[i].awaited):
                 mx.eval(x)  # MLX allocates ahead of what it computes: every layer would be unpacked at once
         return self.last_norm(x)
 
