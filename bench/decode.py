@@ -2,8 +2,9 @@
 
     python -m bench decode [--only CASE] [--layers N] [--tokens N] [--runs N]
 
-Cases: layers of Phi-3-mini's shape with bfloat16 scales, as models are published, the same with float32 scales, and the
-bundled model. Weights of the first two are random and made on the spot (speed does not depend on them). On MLX's CPU
+Cases: layers of Phi-3-mini's shape with bfloat16 scales, as models are published, the same with float32 scales, as many
+layers of Phi-4-mini's and Phi-3-medium's shapes with float32 scales (keys and values of 8 and 10 heads), and the
+bundled model. Weights but the bundled are random and made on the spot (speed does not depend on them). On MLX's CPU
 backend phi3-mlx computes in float32 in every case, mlx-lm in the type of the scales.
 """
 
@@ -47,10 +48,26 @@ PHI_3_MINI = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-CASES = ("bfloat16", "float32", "tiny")
+# What differs, of others of the family.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Phi-4-mini": {
+        "vocab_size": 200064,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+    },
+    "Phi-3-medium": {
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+    },
+}
+CASES = ("bfloat16", "float32", *OTHERS, "tiny")
 
 
-def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape: int) -> None:
+def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape: Any) -> None:
     """Random weights of Phi-3-mini's shape but for `shape`; with `bits` 0 they stay numbers of `dtype`."""
     config = {**PHI_3_MINI, **shape, "num_hidden_layers": layers, "torch_dtype": dtype}
     model = build(parse_config(config))
@@ -73,10 +90,11 @@ def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
         directory = resolve("tiny") if case == "tiny" else Path(folder, "model")
         name = "the bundled model"
         if case != "tiny":
-            packed = case != "unpacked"
-            make_checkpoint(directory, layers, case if packed else "float32", 4 if packed else 0)
-            kind = f"4-bit, {case} scales" if packed else "float32"
-            name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of Phi-3-mini's shape"
+            packed, dtype = case != "unpacked", "bfloat16" if case == "bfloat16" else "float32"
+            make_checkpoint(directory, layers, dtype, 4 if packed else 0, **OTHERS.get(case, {}))
+            kind = f"4-bit, {dtype} scales" if packed else dtype
+            shape = case if case in OTHERS else "Phi-3-mini"
+            name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of {shape}'s shape"
         yield load_model(directory), load_mlx_lm(directory)[0], name
 
 

@@ -1,6 +1,7 @@
 """Peak memory of reading a long prompt in chunks, phi3-mlx and mlx-lm with the same packed cache, in turn.
 
-    python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--once] [--name NAME]
+    python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--once]
+                                [--name NAME]
 
 Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
 adds to what grows with the length. Memory is MLX's own peak, less the weights, of prompts of a quarter, a half and all

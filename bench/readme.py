@@ -173,10 +173,11 @@ def longcontext() -> str:
                 continue
             seen.add((name, tokens, row["read"]))
             theirs = rows.get(("mlx-lm", tokens))
+            read = "all" if row["read"] == tokens else "first and last chunk"
             cells = (f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")
             lines.append(
-                f"| {name} | {tokens:,} | {'all' if row['read'] == tokens else 'first and last chunk'} | {row['peak'] / 1e6:,.0f} MB | {row['planned'] / 1e6:,.0f} MB "
-                f"| {cells[0]} | {cells[1]} |"
+                f"| {name} | {tokens:,} | {read} | {row['peak'] / 1e6:,.0f} MB "
+                f"| {row['planned'] / 1e6:,.0f} MB | {cells[0]} | {cells[1]} |"
             )
     for result in results:
         if decode := result.get("decode"):

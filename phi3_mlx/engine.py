@@ -99,11 +99,15 @@ class Generation:
         self._kv_bits = kv_bits if cache is None else cache[0].bits
         lengths = [len(prompt) for prompt in prompts]
         ends = max(map(sum, zip(lengths, self._budgets, strict=True)))
-        crosses = model.model.is_long(ends) and not all(map(model.model.is_long, lengths))
+        rereads = 0
+        if cache is not None and (cache[0].lost or cache[0].sequence.long != (model.model.is_long(lengths[0]),)):
+            rereads = cache[0].offset
+        if model.model.is_long(ends) and not all(map(model.model.is_long, lengths)):
+            rereads = max(rereads, model.config.original_max_position_embeddings + 1)
         # Shorter rows are padded in front, so every row's answer begins behind the longest prompt.
         slots, itemsize = max(lengths) + max(self._budgets), model.dtype.size
         run = Run(
-            model.config, 0, slots, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk, crosses
+            model.config, 0, slots, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk, rereads
         )
         held = min(sum(layer.nbytes for layer in cache or ()), run.cache_bytes())
         if force:

@@ -83,8 +83,8 @@ class Run:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `crosses`: whether decoding takes a row over the boundary of a LongRoPE
-    regime, where what it has read is read again into keys and values of its own.
+    read at once; without it, as many as fit. `rereads`: how many tokens of a row are read again, where its LongRoPE
+    regime changes, into keys and values of their own.
     """
 
     config: Config
@@ -95,13 +95,13 @@ class Run:
     itemsize: int = 2
     fused: bool = True
     chunk: int | None = None
-    crosses: bool = False
+    rereads: int = 0
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
         chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
-        cache, crossing = self.cache_bytes(), self._crossing()
-        plans = (Plan(self.weights, cache, max(self.workspace(chunk), crossing - cache), chunk) for chunk in chunks)
+        cache, rereading = self.cache_bytes(), self._rereading()
+        plans = (Plan(self.weights, cache, max(self.workspace(chunk), rereading - cache), chunk) for chunk in chunks)
         for plan in plans:
             if plan.total <= room:
                 break
@@ -111,12 +111,11 @@ class Run:
         """Keys and values of all layers at the end."""
         return self.config.num_hidden_layers * self._layer_bytes(self.length)
 
-    def _crossing(self) -> int:
+    def _rereading(self) -> int:
         """Bytes beside the weights while a row is read again."""
-        if not self.crosses:
+        if not self.rereads:
             return 0
-        boundary = min(self.config.original_max_position_embeddings + 1, self.length)
-        row = replace(self, length=boundary, rows=1, crosses=False)
+        row = replace(self, length=min(self.rereads, self.length), rows=1, rereads=0)
         held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
         return held + row.cache_bytes() + row.workspace(REREAD_CHUNK)
 

@@ -22,6 +22,7 @@ from phi3_mlx.family import MEMBERS
 from phi3_mlx.memory import Run
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
+from phi3_mlx.prompt_cache import PromptCache
 from phi3_mlx.sampling import Sampling
 
 GB = 10**9
@@ -145,6 +146,24 @@ def test_an_answer_over_the_boundary_and_ragged_rows_are_planned(lengths, budget
         del run
     assert peak < 1.1 * plans[0].total
     assert plans[0].total < 1.25 * peak
+
+
+def test_a_prompt_cache_that_goes_back_over_the_boundary_is_planned(monkeypatch):
+    model = random_model(256, 512, 6, 4, 4, **LONGROPE)
+    mx.eval(model.parameters())
+    plans = []
+    original = memory.check_fits
+    monkeypatch.setattr(memory, "check_fits", lambda *args: plans.append(original(*args)) or plans[-1])
+    story = [1 + i % 400 for i in range(1100)]
+    others = mx.get_active_memory()
+    held = PromptCache(model)
+    held.read(story)
+    ids = [*story[:1000], 7, 8]
+    run = Generation(model, [ids], max_tokens=8, sampling=Sampling(), cache=held.take(model, ids), room=math.inf)
+    list(run)
+    assert run.statistics.peak_memory - others < 1.1 * plans[-1].total
+    assert plans[-1].total < 1.25 * (run.statistics.peak_memory - others)
+    assert plans[-1].total > 1.5 * plans[-1].cache
 
 
 def test_keys_and_values_of_the_released_models():
