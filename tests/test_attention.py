@@ -108,3 +108,18 @@ def test_rows_of_a_packed_batch_are_what_they_are_alone():
     for i, row in enumerate(rows):
         alone = last_logits(model, row, model.make_cache(bits=KVBits(8, 8)))
         assert np.abs(together[i] - alone[0]).max() < 3e-4
+
+
+def test_attention_of_the_last_layer_is_computed_at_the_end_of_a_prompt_alone(monkeypatch):
+    """On the CPU, where each step of the other layers is computed when it is asked for."""
+    computed, original = [], attention.unpack
+    monkeypatch.setattr(attention, "_FEW", 0)
+    monkeypatch.setattr(attention, "unpack", lambda *args: computed.append(args[2] is mx.eval) or original(*args))
+    model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    ids = ids_of(30)
+    cache = model.make_cache(prompt_length=30, bits=KVBits(8, 8))
+    for first in range(0, 30, 10):
+        model.model(mx.array(ids[:, first : first + 10]), cache)
+    layers = len(cache)
+    amid = [True] * (layers - 1) + [False]
+    assert computed == amid + amid + [True] * layers
