@@ -102,10 +102,11 @@ def speed() -> str:
             "|---|---|---|---|---|---|",
         ]
         for result in lookups:
+            where = f", {result['text'].replace('-', ' ')}" if result.get("text") else ""
             for row in result["rows"]:
                 held = "none made" if row["accepted"] is None else f"{row['accepted']:.0%}"
                 table.append(
-                    f"| {result['model']}: {row['prompts']} | {row['tokens_per_step']:.2f} | {held} | "
+                    f"| {result['model']}{where}: {row['prompts']} | {row['tokens_per_step']:.2f} | {held} | "
                     f"{shown(row['plain_seconds'], 's')} | {shown(row['lookup_seconds'], 's')} | {row['ratio']:.2f}× |"
                 )
         table += ["", sources(lookups)]
