@@ -127,13 +127,18 @@ LONGROPE = {
 }
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that runs make, in order."""
+    made, original = [], memory.check_fits
+    monkeypatch.setattr(memory, "check_fits", lambda *args: made.append(original(*args)) or made[-1])
+    return made
+
+
 @pytest.mark.parametrize(("lengths", "budget"), [([1016], 24), ([900, 10, 10, 10], 100)], ids=["crossing", "ragged"])
-def test_an_answer_over_the_boundary_and_ragged_rows_are_planned(lengths, budget, monkeypatch):
+def test_an_answer_over_the_boundary_and_ragged_rows_are_planned(lengths, budget, plans):
     model = random_model(256, 512, 6, 4, 4, **(LONGROPE if len(lengths) == 1 else {}))
     mx.eval(model.parameters())
-    plans = []
-    original = memory.check_fits
-    monkeypatch.setattr(memory, "check_fits", lambda *args: plans.append(original(*args)) or plans[-1])
     prompts = [[1 + i % 400 for i in range(length)] for length in lengths]
     peak = 0
     for _ in range(3):
@@ -148,12 +153,9 @@ def test_an_answer_over_the_boundary_and_ragged_rows_are_planned(lengths, budget
     assert plans[0].total < 1.25 * peak
 
 
-def test_a_prompt_cache_that_goes_back_over_the_boundary_is_planned(monkeypatch):
+def test_a_prompt_cache_that_goes_back_over_the_boundary_is_planned(plans):
     model = random_model(256, 512, 6, 4, 4, **LONGROPE)
     mx.eval(model.parameters())
-    plans = []
-    original = memory.check_fits
-    monkeypatch.setattr(memory, "check_fits", lambda *args: plans.append(original(*args)) or plans[-1])
     story = [1 + i % 400 for i in range(1100)]
     others = mx.get_active_memory()
     held = PromptCache(model)
