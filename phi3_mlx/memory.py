@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import SCORES, UNPACKED, fused_attention, tile_of
+from .models.attention import BLOCK, UNPACKED, block_of, fused_attention, heads_at_once
 from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.decoder import REREAD_CHUNK
@@ -22,6 +22,7 @@ from .models.linear import unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
+VERIFIED = 17  # tokens of a step at most: the longest draft of prompt lookup, and one
 _OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
 MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -147,7 +148,7 @@ class Run:
         The counts of arrays alive at once were read off measurements: 7 of the hidden width, of the MLP's one more
         than it keeps for training (a copy), 3 of queries, keys and values; then what one call of attention writes.
         A mixture of experts has a row of a token for each of its experts, and begins its MLPs when attention has
-        left. A layer's cache is copied when it last grows, while tokens are generated.
+        left. A layer's cache is copied when it last grows, while tokens are generated: then those are scored.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -156,7 +157,7 @@ class Run:
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = self._attention(chunk, seen)
         logits = 2 * self.rows * config.vocab_size * 4
-        grown = self._layer_bytes(max(self.length - KVCache.step, 0))
+        grown = self._layer_bytes(max(self.length - KVCache.step, 0)) + self._decoding(seen)
         if config.experts_per_token > 1:
             rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
             # An expert at a time is unpacked, where the one before it was.
@@ -171,7 +172,7 @@ class Run:
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width) * self.itemsize
             numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
-        if self.bits is not None and not self.fused:  # attention is computed before the MLP is begun
+        if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
             meanwhile = tokens * (numbers - inner) * self.itemsize + attention
             return max(tokens * numbers * self.itemsize, meanwhile, grown, logits)
         return max(tokens * numbers * self.itemsize + attention, grown, logits)
@@ -189,29 +190,40 @@ class Run:
         return max(self._dense_attention(chunk, pattern.reach) - later, self._sparse_attention(chunk, pattern))
 
     def _dense_attention(self, chunk: int, seen: int) -> int:
-        """The most that a call writes while the keys grow to `seen`: just before a tile has a head less, it is more."""
         config, queries = self.config, min(chunk, self.length)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        most = UNPACKED // (self.rows * config.head_dim), SCORES // (self.rows * heads // kv_heads * queries)
-        before = {numbers // tile_heads for numbers in most for tile_heads in range(1, kv_heads + 1)}
-        return max(self._attention_call(queries, keys) for keys in {keys for keys in before if keys < seen} | {seen})
-
-    def _attention_call(self, queries: int, seen: int) -> int:
-        config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        tile, at_once = tile_of(self.rows, heads // kv_heads, queries, seen, dim, self.fused)
-        at_once = min(at_once, kv_heads)
-        numbers = at_once * self.rows * seen * dim  # of the keys that are unpacked at once, and of the values
         if self.fused:
-            # A copy of them packed, too: a part of an array is not in one piece.
-            packed = self._layer_bytes(seen) * at_once // kv_heads
-            return 2 * numbers * self.itemsize + packed if self.bits else 0
-        scores = 4 * self.rows * tile * at_once * heads // kv_heads * seen + queries * seen  # and the mask of a head
-        if self.bits is None:
-            every = self.rows * queries * heads * seen
-            return scores if every > SCORES else 4 * every + queries * seen
+            if self.bits is None:
+                return 0
+            # Some heads are unpacked, from a copy of them packed: a part of an array is not in one piece.
+            head = self.rows * seen * dim
+            numbers = min(kv_heads * head, max(head, UNPACKED))
+            return 2 * numbers * self.itemsize + self._layer_bytes(seen) * numbers // (kv_heads * head)
+        masked = 0 if config.sliding_window is None and self.rows == 1 else self.rows * queries * seen
+        every = self.rows * heads * queries * seen
+        at_once = 0 if self.bits else 4 * min(every, BLOCK)
+        if not self._in_blocks(chunk, seen):
+            return at_once + masked
+        rows, slots = block_of(heads // kv_heads)
+        rows, slots = min(rows, queries), min(slots, kv_heads * seen)
+        numbers = slots * dim if self.bits else 0  # of the keys of a block that are unpacked, and of the values
+        scores = 4 * heads // kv_heads * rows * slots
         keys, values = self._unpacking()
-        return max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + scores)
+        block = max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + 2 * scores)
+        return max(block, at_once) + masked
+
+    def _decoding(self, seen: int) -> int:
+        """Scores of the tokens that are generated, or drafted and verified at once; of those of a call's heads."""
+        kv_heads, queries = self.config.num_key_value_heads, VERIFIED if self.rows == 1 else self.rows
+        queries *= self.config.num_attention_heads // kv_heads
+        if self.bits is None:
+            return 0 if self.fused else 4 * queries * kv_heads * seen
+        return (4 + self.itemsize) * queries * min(kv_heads, heads_at_once(queries, seen, self.fused)) * seen
+
+    def _in_blocks(self, chunk: int, seen: int) -> bool:
+        """Whether attention is computed block by block, each before the next is asked for."""
+        every = self.rows * self.config.num_attention_heads * min(chunk, self.length) * seen
+        return not self.fused and (self.bits is not None or every > BLOCK)
 
     def _sparse_attention(self, chunk: int, pattern: BlockPattern) -> int:
         """A tile's copied keys and values and, on the CPU, its scores; four of each were alive at once."""

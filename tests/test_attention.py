@@ -1,4 +1,4 @@
-"""Attention over a cache, plain and packed, whole and in tiles: the textbook sums in float64 over what it keeps."""
+"""Attention over a cache, plain and packed, whole and in blocks: the textbook sums in float64 over what it keeps."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,8 +26,12 @@ def rounded(x, group_size, bits):
     return mx.dequantize(*mx.quantize(x, group_size, bits), group_size, bits)
 
 
-# (queries that may read packed keys directly, scores at once, unpacked numbers at once)
-LIMITS = {"as shipped": (8, 1 << 24, 1 << 24), "tiny tiles": (0, 200, 300), "some heads": (0, 5000, 2000)}
+LIMITS = {
+    "as shipped": {},
+    "tiny blocks": {"_FEW": 0, "BLOCK": 20, "_KEYS": 4, "UNPACKED": 300},
+    "head by head": {"LONG": 6},
+    "some heads": {"_FEW": 0, "BLOCK": 400, "_ROWS": 5, "_KEYS": 8, "UNPACKED": 2000},
+}
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
@@ -36,7 +40,7 @@ LIMITS = {"as shipped": (8, 1 << 24, 1 << 24), "tiny tiles": (0, 200, 300), "som
 @pytest.mark.parametrize("bits", [None, KVBits(8, 8), KVBits(4, 3), KVBits(2, 6, 64)], ids=str)
 def test_attention_is_the_textbooks(bits, window, padding, limits, monkeypatch):
     monkeypatch.setattr(KVCache, "step", 4)
-    for name, value in zip(("_FEW", "SCORES", "UNPACKED"), limits, strict=True):
+    for name, value in limits.items():
         monkeypatch.setattr(attention, name, value)
     sequence = Sequence(left_padding=padding)
     cache = KVCache(sequence, window) if bits is None else QuantizedKVCache(bits, sequence, window)
@@ -123,3 +127,42 @@ def test_attention_of_the_last_layer_is_computed_at_the_end_of_a_prompt_alone(mo
     layers = len(cache)
     amid = [True] * (layers - 1) + [False]
     assert computed == amid + amid + [True] * layers
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)
+def test_work_memory_does_not_grow_with_the_keys(bits):
+    """On the CPU: a chunk's is bounded, and a token's is one head's scores, of however many are cached."""
+
+    def peaks(slots):
+        cache = KVCache() if bits is None else QuantizedKVCache(bits)
+        for _ in range(slots // 2048):
+            cache.update_and_fetch(*(mx.random.normal((1, KV_HEADS, 2048, DIM)) for _ in range(2)))
+            mx.eval(cache.state)
+        for length in (128, 1):
+            q, k, v = (mx.random.normal((1, heads, length, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+            cache.trim(length)  # in slots that are there
+            mx.eval(q, k, v)
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            held = mx.get_active_memory()
+            mx.eval(attention.attend(q, k, v, cache, SCALE, attention.make_mask(length, None, cache)))
+            yield mx.get_peak_memory() - held
+
+    (short, _), (long, token) = peaks(8192), peaks(32768)
+    assert long < 1.1 * short
+    assert token < 4 * HEADS * 32768 * 4
+
+
+def test_gradients_in_blocks_are_those_of_all_scores_at_once(monkeypatch):
+    q, k, v = (mx.random.normal((2, heads, 50, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+
+    def loss(q, k, v):
+        return (attention.attend(q, k, v, None, SCALE, "causal") ** 2).sum()
+
+    gradients = mx.grad(loss, (0, 1, 2))
+
+    whole = gradients(q, k, v)
+    monkeypatch.setattr(attention, "BLOCK", 400)
+    monkeypatch.setattr(attention, "_KEYS", 16)
+    for ours, expected in zip(gradients(q, k, v), whole, strict=True):
+        assert mx.abs(ours - expected).max() < 1e-4

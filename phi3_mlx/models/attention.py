@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVBits, KVCache
 
-# Limits of what one attention call writes to memory beside its result, in numbers: 64 MB of float32 each.
-SCORES = 1 << 24  # queries x keys, where MLX has no fused kernel
-UNPACKED = 1 << 24  # keys, and as many values, of a packed cache
+# Limits of what one attention call writes to memory beside its result, in numbers.
+SCORES = 1 << 24  # of a few queries against a packed cache on a GPU: 64 MB of float32
+UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU
+BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
+LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
 _FEW = 32  # queries at most that read a packed cache as it is
+_ROWS, _KEYS = 512, 1024  # of a block: queries at most, keys at least
 
 Mask = mx.array | str | None
-Compute = Callable[[mx.array], None]
+Compute = Callable[[mx.array | list[mx.array]], None]
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
@@ -23,13 +30,15 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     bits = None if cache is None else cache.bits
     batch, heads, length, _ = q.shape
     numbers = batch * heads * length * seen[0].shape[2]
-    if bits is not None and (length == 1 or (length <= _FEW and numbers <= SCORES)):
+    if bits is not None and length <= _FEW:
         out = _attend_packed(q, seen, bits, scale, mask)
-    elif bits is not None or (not fused_attention() and numbers > SCORES):
-        # On the CPU MLX makes room for ten operations ahead, so each step is computed before the next is asked for;
+    elif not fused_attention() and (bits is not None or (length > _FEW and numbers > BLOCK)):
+        # On the CPU MLX makes room for ten operations ahead, so each block is computed before the next is asked for;
         # not without a cache: this may be training, whose graph is computed as a whole.
-        compute = mx.eval if cache is not None and cache.awaited and not fused_attention() else _later
-        out = _attend_in_tiles(q, seen, bits, scale, mask, compute)
+        compute = mx.eval if cache is not None and cache.awaited else _later
+        out = _attend_in_blocks(q, seen, bits, scale, mask, compute)
+    elif bits is not None:
+        out = _attend_some_heads(q, seen, bits, scale, mask)
     else:
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
@@ -41,17 +50,33 @@ def fused_attention() -> bool:
 
 
 def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
-    """A few queries against packed keys and values, which are read as they are: scores (B, Hkv, G * L, S)."""
+    """A few queries against packed keys and values, which are read as they are, some heads at a time."""
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     q = (q * scale).reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G * L, D)
-    scores = scores_of(q, seen[:3], bits).astype(mx.float32).reshape(batch, kv_heads, -1, length, slots)
     if isinstance(mask, str):
         mask = mx.arange(slots) <= mx.arange(slots - length, slots)[:, None]  # (L, S)
-    if mask is not None:
-        scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, -mx.inf)
-    weights = mx.softmax(scores, axis=-1).astype(q.dtype).reshape(batch, kv_heads, -1, slots)
-    return weighted(weights, seen[3:], bits).reshape(batch, heads, length, dim)
+    parts: list[mx.array] = []
+    at_once = heads_at_once(batch * heads // kv_heads * length, slots, fused_attention())
+    for head in range(0, kv_heads, at_once):
+        own = [array[:, head : head + at_once] for array in seen]
+        queries = q[:, head : head + at_once]
+        if parts:
+            (queries,) = mx.depends([queries], parts[-1:])
+        scores = scores_of(queries, own[:3], bits).astype(mx.float32)  # (B, H, G * L, S)
+        if mask is not None:
+            apart = mx.unflatten(scores, 2, (-1, length))
+            scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], apart, -mx.inf).flatten(2, 3)
+        parts.append(weighted(mx.softmax(scores, axis=-1).astype(q.dtype), own[3:], bits))
+    return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).reshape(batch, heads, length, dim)
+
+
+def heads_at_once(queries: int, slots: int, fused: bool) -> int:
+    """How many key heads a few queries of each read at once in a packed cache.
+
+    MLX's CPU backend copies what is not in one piece, as the slots in use are of one head alone.
+    """
+    return 1 if slots >= LONG and not fused else max(1, SCORES // (queries * slots))
 
 
 def scores_of(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.array:
@@ -72,50 +97,115 @@ def weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> 
     )
 
 
-def tile_of(batch: int, group: int, length: int, slots: int, dim: int, fused: bool) -> tuple[int, int]:
-    """How many queries of a sequence, and how many key heads with their `group` of queries, are treated at once."""
-    rows, at_once = length, max(1, UNPACKED // (batch * slots * dim))
-    if not fused:
-        rows = max(1, min(length, SCORES // (batch * group * slots)))
-        at_once = max(1, min(at_once, SCORES // (batch * group * rows * slots)))
-    return rows, at_once
+def _attend_some_heads(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
+    """MLX's fused attention over a packed cache, of which some heads are unpacked at a time.
 
-
-def _attend_in_tiles(
-    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask, compute: Compute
-) -> mx.array:
-    """Some heads, and on the CPU some queries, at a time: what is unpacked and scored at once stays bounded.
-
-    Each tile waits for the one before it, since MLX would else be free to unpack them all first.
+    They wait for those before them, since MLX would else be free to unpack all of them first.
     """
-    batch, heads, length, dim = q.shape
+    batch, heads, _, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
-    group = heads // kv_heads
-    rows, at_once = tile_of(batch, group, length, slots, dim, fused_attention())
+    group, at_once = heads // kv_heads, max(1, UNPACKED // (batch * slots * dim))
     parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]
         if parts:
             own = mx.depends(own, parts[-1:])
-        k, v = (own[0], own[1]) if bits is None else unpack(own, bits, compute)
-        tiles: list[mx.array] = []
-        for first in range(0, length, rows):
-            last = min(first + rows, length)
-            end = slots - (length - last)  # the tile's last query sees no further
-            tile = q[:, head * group : (head + at_once) * group, first:last]
-            if tiles:
-                (tile,) = mx.depends([tile], tiles[-1:])
-            part = mask[..., first:last, :end] if isinstance(mask, mx.array) else mask
-            tiles.append(
-                mx.fast.scaled_dot_product_attention(tile, k[:, :, :end], v[:, :, :end], scale=scale, mask=part)
-            )
-            compute(tiles[-1])
-        parts.append(mx.concatenate(tiles, axis=2))
-        del k, v
+        k, v = unpack(own, bits)
+        queries = q[:, head * group : (head + at_once) * group]
+        parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask))
     return mx.concatenate(parts, axis=1)
 
 
-def _later(_: mx.array) -> None:
+def block_of(group: int) -> tuple[int, int]:
+    """What a block has on the CPU: at most so many queries, each in a `group` of heads, and keys of all key heads."""
+    rows = max(1, min(_ROWS, BLOCK // (group * _KEYS)))
+    return rows, max(1, BLOCK // (group * rows))
+
+
+def _attend_in_blocks(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask, compute: Compute
+) -> mx.array:
+    """Some heads and queries at a time, over block after block of the keys: memory does not grow with their number.
+
+    Sums and results of the blocks so far are rescaled when a larger score appears (arXiv 2112.05682). Weights are
+    powers of 2 of scores times log2(e): here MLX's `power` takes less than half the time of its `exp`.
+    """
+    batch, heads, length, dim = q.shape
+    kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
+    group = heads // kv_heads
+    rows, keys = block_of(group)
+    at_once = max(1, keys // slots)
+    parts: list[mx.array] = []
+    for b, head in itertools.product(range(batch), range(0, kv_heads, at_once)):
+        tiles: list[mx.array] = []
+        for first in range(0, length, rows):
+            last = min(first + rows, length)
+            # The last of these queries sees no further.
+            own = [array[b : b + 1, head : head + at_once, : slots - (length - last)] for array in seen]
+            if before := tiles or parts:  # MLX would else be free to compute all of them at once
+                own = mx.depends(own, before[-1:])
+            queries = q[b : b + 1, head * group : (head + at_once) * group, first:last] * (scale * math.log2(math.e))
+            visible = partial(_visible, mask, b, slice(first, last), slots - length)
+            tile = _over_blocks(queries.reshape(1, -1, group * (last - first), dim), own, bits, visible, keys, compute)
+            tiles.append(tile.astype(q.dtype).reshape(1, -1, last - first, dim))
+        parts.append(mx.concatenate(tiles, axis=2))
+    return mx.concatenate(parts, axis=1).reshape(q.shape)
+
+
+def _over_blocks(
+    queries: mx.array,
+    seen: list[mx.array],
+    bits: KVBits | None,
+    visible: Callable[[slice], mx.array | None],
+    keys: int,
+    compute: Compute,
+) -> mx.array:
+    """Attention of queries (1, H, G * L, D) to the keys and values of H heads, so many `keys` at a time; float32."""
+    state: list[mx.array] = []
+    for first in range(0, seen[0].shape[2], keys):
+        block = slice(first, min(first + keys, seen[0].shape[2]))
+        own = [array[:, :, block] for array in seen]
+        if state:
+            own = mx.depends(own, state[-1:])
+        k, v = (own[0], own[1]) if bits is None else unpack(own, bits, compute)
+        scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
+        seen_of = visible(block)
+        if seen_of is not None:
+            # Finite: of a block that a query sees nothing of, the weights vanish when it sees something.
+            scores = mx.where(mx.tile(seen_of, (scores.shape[2] // len(seen_of), 1)), scores, _HIDDEN)
+        state = _joined(state, scores, v)
+        del own, k, v, scores
+        compute(state)
+    _, total, out = state
+    return out / total
+
+
+_HIDDEN = float(np.finfo(np.float32).min)
+
+
+def _visible(mask: Mask, row: int, queries: slice, offset: int, keys: slice) -> mx.array | None:
+    """The part of a mask for some queries of a row, the first of which follows `offset` keys, if it hides any key."""
+    if isinstance(mask, mx.array):
+        return mask[queries, keys] if mask.ndim == 2 else mask[row, 0, queries, keys]
+    if mask is None or keys.stop <= offset + queries.start + 1:
+        return None
+    return mx.arange(keys.start, keys.stop) <= mx.arange(offset + queries.start, offset + queries.stop)[:, None]
+
+
+def _joined(state: list[mx.array], scores: mx.array, v: mx.array) -> list[mx.array]:
+    """Greatest score, sum of weights, weighted values, each (1, H, G * L, 1 or D): of the keys so far and a block's."""
+    most = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # any will do: it cancels out
+    if state:
+        most = mx.maximum(most, state[0])
+    weights = mx.power(2.0, scores - most)
+    total, out = weights.sum(axis=-1, keepdims=True), (weights.astype(v.dtype) @ v).astype(mx.float32)
+    if state:
+        less = mx.power(2.0, state[0] - most)
+        total, out = total + less * state[1], out + less * state[2]
+    return [most, total, out]
+
+
+def _later(_: mx.array | list[mx.array]) -> None:
     """A `Compute` that leaves it to MLX when."""
 
 

@@ -12,7 +12,7 @@ from ..checkpoint import computed_size, weight_bytes
 from ..config import Config
 from ..errors import MemoryLimitError
 from ..memory import parse_size, size_text
-from ..models.attention import SCORES, fused_attention
+from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
 from ..models.linear import unpacking_pays
 from ..safetensors import Tensor, find_weights
@@ -23,7 +23,7 @@ from .targets import Target, find_targets
 
 # How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
 _BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too
-_WORK, _WORK_SCORES = 2.1, 2.5  # in the layer in work: activations, attention scores
+_WORK, _WORK_SCORES = 2.1, (2.5, 1.5)  # in the layer in work: activations, attention scores at once or in blocks
 _LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at once; how far its and a layer's overlap
 # Of a dense model, and of a mixture of experts, whose rows are copied in blocks and whose matrices are unpacked all at
 # once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
@@ -88,9 +88,8 @@ def plan_memory(
         kept_by_layers += dense * one + (config.num_hidden_layers - dense) * fewer
     routed = config.experts_per_token > 1
     again = _AGAIN[routed] * layer + scores
-    in_work = _WORK * layer + _WORK_SCORES * scores + (again if settings.gradient_checkpointing else 0)
-    if not fused_attention() and scores > SCORES * item:
-        in_work += scores  # attention in tiles, put together
+    in_blocks = not fused_attention() and scores > BLOCK * item
+    in_work = _WORK * layer + _WORK_SCORES[in_blocks] * scores + (again if settings.gradient_checkpointing else 0)
     stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack
     if config.quantization is not None and rows >= unpacking_pays():
