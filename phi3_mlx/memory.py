@@ -18,7 +18,7 @@ from .models.attention import BLOCK, UNPACKED, block_of, fused_attention, heads_
 from .models.blocksparse import tile_size
 from .models.cache import KVBits, KVCache
 from .models.decoder import REREAD_CHUNK
-from .models.linear import unpacking_bytes, unpacking_pays
+from .models.linear import SLICE, unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
@@ -166,11 +166,11 @@ class Run:
             routed = tokens * inner * self.itemsize + unpacked
             return max(rows + max(routed, tokens * mixing * self.itemsize + attention), grown, logits)
         if self._unpacks(tokens):
-            # A layer at a time is computed: fewer arrays live at once, but a matrix is unpacked by way of copies, and
-            # the next one is begun meanwhile.
-            weight = config.largest_linear * self._unpacking_weights() * 8 // 5
+            # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked.
+            largest = config.largest_linear
+            weight = min(2 * largest, 2 * SLICE + largest // 2, SLICE * 17 // 5) * self._unpacking_weights()
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width) * self.itemsize
-            numbers -= config.hidden_size + config.mlp_width + (heads + 2 * kv_heads) * dim
+            numbers -= 2 * (config.hidden_size + config.mlp_width) + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
             meanwhile = tokens * (numbers - inner) * self.itemsize + attention

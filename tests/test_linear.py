@@ -11,7 +11,9 @@ from phi3_mlx.models import linear
 
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (3, "affine"), (4, "mxfp4")])
 @pytest.mark.parametrize("bias", [False, True])
-def test_both_ways_give_the_dequantized_product(bits, mode, bias, monkeypatch):
+@pytest.mark.parametrize("slice_", [linear.SLICE, 1000], ids=["whole", "in slices"])
+def test_both_ways_give_the_dequantized_product(bits, mode, bias, slice_, monkeypatch):
+    monkeypatch.setattr(linear, "SLICE", slice_)
     layer = linear.Linear(64, 96, bias=bias)
     packed = layer.to_quantized(32, bits, mode)
     assert isinstance(packed, nn.QuantizedLinear)
@@ -25,6 +27,20 @@ def test_both_ways_give_the_dequantized_product(bits, mode, bias, monkeypatch):
         assert np.abs(np.array(packed(x)) - expected).max() < 1e-4
         gradient = mx.grad(lambda x: mx.sum(mx.square(packed(x))))(x)
         assert np.abs(np.array(gradient) - 2 * expected @ np.array(weight.astype(mx.float32))).max() < 1e-3
+
+
+def test_a_large_weight_is_unpacked_slice_by_slice(monkeypatch):
+    """Forward and backward in memory of some slices, which a whole unpacked weight would exceed."""
+    monkeypatch.setattr(linear, "unpacking_pays", lambda: 1)
+    packed = linear.Linear(1024, 8192, bias=False).to_quantized(64, 4)  # 33.6 MB unpacked
+    x = mx.random.normal((4, 1024))
+    mx.eval(packed.parameters(), x)
+    for product in (packed, mx.grad(lambda x: packed(x).sum())):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        mx.eval(product(x))
+        assert mx.get_peak_memory() - held < 5 * linear.SLICE * linear.unpacking_bytes(4, 4)
 
 
 def test_the_output_embedding_too(monkeypatch):

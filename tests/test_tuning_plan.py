@@ -25,6 +25,7 @@ SHAPE = {
     "original_max_position_embeddings": 1024,
 }
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
+WIDER = {**WIDE, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}  # matrices of many slices
 CHECKPOINTED = {"gradient_checkpointing": True}
 # (what differs in the model, lengths, share of the tokens trained, settings)
 GRID = {
@@ -39,6 +40,8 @@ GRID = {
     "deep, checkpointed": ({"num_hidden_layers": 8}, [120] * 6, 0.05, CHECKPOINTED),
     "4 bits": ({"bits": 4}, [120] * 6, 0.05, {}),
     "wide, 4 bits, checkpointed": ({"bits": 4, **WIDE}, [60] * 4, 0.1, CHECKPOINTED),
+    "wider, 4 bits": ({"bits": 4, **WIDER}, [60] * 2, 0.1, {}),
+    "wider, 4 bits, checkpointed": ({"bits": 4, **WIDER}, [60] * 2, 0.1, CHECKPOINTED),
     "wide, full": (WIDE, [60] * 2, 0.1, {"method": "full"}),
     "dora": ({}, [120] * 6, 0.05, {"method": "dora"}),
     "dropout": ({}, [120] * 6, 0.05, {"dropout": 0.1}),

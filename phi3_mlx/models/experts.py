@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import one_of, plain_weight, unpacking_pays
+from .linear import one_of, packing_of, plain_weight, unpacked_product, unpacking_pays
 
 _MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
 
@@ -196,9 +195,8 @@ class QuantizedSwitchLinear(nn.Module):
         """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None
-        how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         if len(rows) < unpacking_pays():
-            return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **how)
-        product = rows @ mx.dequantize(weight, scales, biases, **how).astype(rows.dtype).T
+            return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **packing_of(self))
+        product = unpacked_product(weight, scales, biases, **packing_of(self))(rows)
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
         return product

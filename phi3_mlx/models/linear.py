@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+SLICE = 1 << 19  # numbers of a packed weight that are unpacked at a time
 _NEVER = 1 << 30
 
 
@@ -41,7 +42,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < unpacking_pays():
             return super().__call__(x)
-        product = unpacked_product(lambda: plain_weight(self))(x)
+        product = unpacked_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
         return product + self.bias if "bias" in self else product
 
 
@@ -51,16 +52,19 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < unpacking_pays():
             return super().as_linear(x)
-        return unpacked_product(lambda: plain_weight(self))(x)
+        return unpacked_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
+
+
+def packing_of(layer: nn.Module) -> dict[str, Any]:
+    """How a layer is packed, as MLX's functions ask for it."""
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
 def plain_weight(layer: nn.Module) -> mx.array:
     """The weight of a linear layer or embedding, packed or not, as floats: (outputs, inputs), or one such an expert."""
     if "scales" not in layer:
         return layer.weight
-    return mx.dequantize(
-        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
-    )
+    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing_of(layer))
 
 
 def unpacking_bytes(bits: int, itemsize: int) -> int:
@@ -82,8 +86,7 @@ def matrices(layer: nn.Module) -> Iterator[mx.array]:
             yield one_of(layer.weight, i)
             continue
         biases = one_of(layer.biases, i) if "biases" in layer else None
-        how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        yield mx.dequantize(one_of(layer.weight, i), one_of(layer.scales, i), biases, **how)
+        yield mx.dequantize(one_of(layer.weight, i), one_of(layer.scales, i), biases, **packing_of(layer))
 
 
 def one_of(array: mx.array, i: int) -> mx.array:
@@ -91,16 +94,42 @@ def one_of(array: mx.array, i: int) -> mx.array:
     return array[i : i + 1].squeeze(0)
 
 
-def unpacked_product(unpack: Callable[[], mx.array]) -> Callable[[mx.array], mx.array]:
-    """x @ unpack().T, unpacked for the moment, forward and backward: training keeps no such copy between the two."""
+def unpacked_product(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, **packing: Any
+) -> Callable[[mx.array], mx.array]:
+    """x @ weight.T of a packed weight (outputs, inputs), forward and backward, with `SLICE` numbers unpacked at a time.
+
+    A slice stays near and is soon let go of. A whole matrix takes more time and many times the memory, and training
+    would keep it from one pass to the other.
+    """
+    outputs, groups = scales.shape
+    words = weight.shape[1] // groups
+
+    def unpacked(rows: slice, columns: slice, dtype: mx.Dtype, before: list[mx.array]) -> mx.array:
+        """The weight's part of some rows and some groups of columns."""
+        first, last, _ = columns.indices(groups)
+        part = [weight[rows, first * words : last * words], scales[rows, columns]]
+        part += [] if biases is None else [biases[rows, columns]]
+        if before:  # MLX would else be free to unpack all of them first
+            part = mx.depends(part, before[-1:])
+        offsets = part[2] if len(part) > 2 else None
+        return mx.dequantize(part[0], part[1], offsets, **packing).astype(dtype)  # "mxfp4" and such give bfloat16
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ unpack().astype(x.dtype).T  # the modes with 8-bit scales unpack to bfloat16
+        step = max(1, SLICE // x.shape[-1])
+        parts: list[mx.array] = []
+        for first in range(0, outputs, step):
+            parts.append(x @ unpacked(slice(first, first + step), slice(None), x.dtype, parts).T)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return cotangent @ unpack().astype(x.dtype)
+        step = max(1, SLICE * groups // (outputs * x.shape[-1]))
+        parts: list[mx.array] = []
+        for first in range(0, groups, step):
+            parts.append(cotangent @ unpacked(slice(None), slice(first, first + step), x.dtype, parts))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     return product  # type: ignore[return-value]
 

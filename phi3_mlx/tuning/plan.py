@@ -14,7 +14,7 @@ from ..errors import MemoryLimitError
 from ..memory import parse_size, size_text
 from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
-from ..models.linear import unpacking_pays
+from ..models.linear import SLICE, unpacking_pays
 from ..safetensors import Tensor, find_weights
 from .batches import PartSize, Plan
 from .loss import places_at_once
@@ -28,7 +28,7 @@ _LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at o
 # Of a dense model, and of a mixture of experts, whose rows are copied in blocks and whose matrices are unpacked all at
 # once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
 _AGAIN = 1, 2  # layers that checkpointing computes again
-_UNPACKED = 3, 4  # unpacked weights
+_UNPACKED, _SLICES = (3, 4), 4  # unpacked weights; of a dense model no more than slices of them
 _UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
 
 
@@ -93,7 +93,8 @@ def plan_memory(
     stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack
     if config.quantization is not None and rows >= unpacking_pays():
-        in_work += _UNPACKED[routed] * item * stack
+        unpacked = _UNPACKED[routed] * stack
+        in_work += item * (unpacked if routed else min(unpacked, _SLICES * SLICE))
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
