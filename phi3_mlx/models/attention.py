@@ -19,6 +19,7 @@ BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 M
 LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
 _FEW = 32  # queries at most that read a packed cache as it is
 _ROWS, _KEYS = 512, 1024  # of a block: queries at most, keys at least
+_HIDDEN = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
 
 Mask = mx.array | str | None
 Compute = Callable[[mx.array | list[mx.array]], None]
@@ -59,7 +60,7 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
     parts: list[mx.array] = []
     at_once = heads_at_once(batch * heads // kv_heads * length, slots, fused_attention())
     for head in range(0, kv_heads, at_once):
-        own = [array[:, head : head + at_once] for array in seen]
+        own = seen if at_once >= kv_heads else [array[:, head : head + at_once] for array in seen]
         queries = q[:, head : head + at_once]
         if parts:
             (queries,) = mx.depends([queries], parts[-1:])
@@ -74,7 +75,7 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
 def heads_at_once(queries: int, slots: int, fused: bool) -> int:
     """How many key heads a few queries of each read at once in a packed cache.
 
-    MLX's CPU backend copies what is not in one piece, as the slots in use are of one head alone.
+    MLX's CPU backend copies arrays that are not in one piece; the slots in use are, of a single head.
     """
     return 1 if slots >= LONG and not fused else max(1, SCORES // (queries * slots))
 
@@ -171,16 +172,13 @@ def _over_blocks(
         scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
         seen_of = visible(block)
         if seen_of is not None:
-            # Finite: of a block that a query sees nothing of, the weights vanish when it sees something.
+            # Of a block that a query sees nothing of the weights are 1, and vanish when it sees something.
             scores = mx.where(mx.tile(seen_of, (scores.shape[2] // len(seen_of), 1)), scores, _HIDDEN)
         state = _joined(state, scores, v)
         del own, k, v, scores
         compute(state)
     _, total, out = state
     return out / total
-
-
-_HIDDEN = float(np.finfo(np.float32).min)
 
 
 def _visible(mask: Mask, row: int, queries: slice, offset: int, keys: slice) -> mx.array | None:
