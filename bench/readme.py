@@ -180,15 +180,14 @@ def longcontext() -> str:
                 f"| {name} | {tokens:,} | {read} | {row['peak'] / 1e6:,.0f} MB "
                 f"| {row['planned'] / 1e6:,.0f} MB | {cells[0]} | {cells[1]} |"
             )
-    for result in results:
-        if decode := result.get("decode"):
-            last = result["rows"][-1]
-            lines += [
-                "",
-                f"Decoding behind {last['tokens']:,} tokens peaks at {decode['peak'] / 1e6:,.0f} MB "
-                f"({last['planned'] / 1e6:,.0f} MB planned): a layer's keys and values are copied when they "
-                f"grow, one of {result['layers']} here and one of 32 in Phi-3-mini.",
-            ]
+    decoded = {result["rows"][-1]["tokens"]: result for result in results if result.get("decode")}
+    for tokens, result in decoded.items():
+        lines += [
+            "",
+            f"Decoding behind {tokens:,} tokens peaks at {result['decode']['peak'] / 1e6:,.0f} MB "
+            f"({result['rows'][-1]['planned'] / 1e6:,.0f} MB planned): a layer's keys and values are copied when they "
+            f"grow, one of {result['layers']} here and one of 32 in Phi-3-mini.",
+        ]
     lines += ["", "![Peak memory against the prompt's length](bench/results/longcontext.png)"]
     return "\n".join([*lines, "", sources(results)])
 

@@ -22,8 +22,9 @@ from .models.linear import SLICE, unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
+_SLICES = SLICE * 17 // 5  # numbers of slices of packed weights that are alive at once on the CPU, as measured
 VERIFIED = 17  # tokens of a step at most: the longest draft of prompt lookup, and one
-_OFFERED_BITS = (8, 4, 3, 2)  # what a refusal tries, best quality first
+_OFFERED_BITS = (8, 6, 4, 3, 2)  # what a refusal tries, best quality first
 MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 # Buffers MLX may keep for reuse. Left alone it keeps as much as the memory limit allows, and a Mac swaps.
@@ -160,15 +161,16 @@ class Run:
         grown = self._layer_bytes(max(self.length - KVCache.step, 0)) + self._decoding(seen)
         if config.experts_per_token > 1:
             rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
-            # An expert at a time is unpacked, where the one before it was.
-            expert = config.largest_linear * (self._unpacking_weights() - self.itemsize)
+            # An expert at a time is unpacked, where the one before it was, or slices of it.
+            packing = self._unpacking_weights()
+            expert = min(config.largest_linear * (packing - self.itemsize), _SLICES * packing)
             unpacked = expert if self._unpacks(tokens) else 0
             routed = tokens * inner * self.itemsize + unpacked
             return max(rows + max(routed, tokens * mixing * self.itemsize + attention), grown, logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked.
             largest = config.largest_linear
-            weight = min(2 * largest, 2 * SLICE + largest // 2, SLICE * 17 // 5) * self._unpacking_weights()
+            weight = min(2 * largest, 2 * SLICE + largest // 2, _SLICES) * self._unpacking_weights()
             wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width) * self.itemsize
             numbers -= 2 * (config.hidden_size + config.mlp_width) + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)

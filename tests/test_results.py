@@ -42,10 +42,12 @@ def test_long_prompts_take_little_memory_and_what_was_planned():
     far = RESULTS["longcontext-128k"]
     assert far["rows"][-1]["tokens"] == 131072
     assert far["slope"] == pytest.approx(far["cache_slope"], rel=0.1)
-    whole = RESULTS["longcontext-whole"]
-    assert whole["rows"][0]["read"] == whole["rows"][0]["tokens"] >= 32768
-    assert whole["planned"] == pytest.approx(1, rel=0.1)
-    assert far["decode"]["peak"] == pytest.approx(far["rows"][-1]["planned"], rel=0.1)
+    whole = RESULTS["longcontext-128k-whole"]
+    (row,) = whole["rows"]
+    assert row["read"] == row["tokens"] == 131072
+    assert row["peak"] <= row["planned"]
+    for result in (far, whole):
+        assert result["decode"]["peak"] == pytest.approx(result["rows"][-1]["planned"], rel=0.1)
 
 
 def test_lookup_pays_where_text_repeats_and_costs_little_where_it_does_not():
