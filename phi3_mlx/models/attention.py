@@ -13,7 +13,7 @@ import numpy as np
 from .cache import KVBits, KVCache
 
 # Limits of what one attention call writes to memory beside its result, in numbers.
-SCORES = 1 << 24  # of a few queries against a packed cache on a GPU: 64 MB of float32
+SCORES = 1 << 24  # of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
 UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU
 BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
 LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
@@ -69,7 +69,7 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
             apart = mx.unflatten(scores, 2, (-1, length))
             scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], apart, -mx.inf).flatten(2, 3)
         parts.append(weighted(mx.softmax(scores, axis=-1).astype(q.dtype), own[3:], bits))
-    return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).reshape(batch, heads, length, dim)
+    return mx.concatenate(parts, axis=1).reshape(batch, heads, length, dim)
 
 
 def heads_at_once(queries: int, slots: int, fused: bool) -> int:
@@ -170,10 +170,10 @@ def _over_blocks(
             own = mx.depends(own, state[-1:])
         k, v = (own[0], own[1]) if bits is None else unpack(own, bits, compute)
         scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
-        seen_of = visible(block)
-        if seen_of is not None:
+        mask = visible(block)
+        if mask is not None:
             # Of a block that a query sees nothing of the weights are 1, and vanish when it sees something.
-            scores = mx.where(mx.tile(seen_of, (scores.shape[2] // len(seen_of), 1)), scores, _HIDDEN)
+            scores = mx.where(mx.tile(mask, (scores.shape[2] // len(mask), 1)), scores, _HIDDEN)
         state = _joined(state, scores, v)
         del own, k, v, scores
         compute(state)

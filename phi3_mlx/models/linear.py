@@ -121,7 +121,7 @@ def unpacked_product(
         parts: list[mx.array] = []
         for first in range(0, outputs, step):
             parts.append(x @ unpacked(slice(first, first + step), slice(None), x.dtype, parts).T)
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return mx.concatenate(parts, axis=-1)
 
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
@@ -129,7 +129,7 @@ def unpacked_product(
         parts: list[mx.array] = []
         for first in range(0, groups, step):
             parts.append(cotangent @ unpacked(slice(None), slice(first, first + step), x.dtype, parts))
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return mx.concatenate(parts, axis=-1)
 
     return product  # type: ignore[return-value]
 
