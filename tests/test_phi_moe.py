@@ -393,17 +393,24 @@ def test_a_tied_head_without_a_bias():
 def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16():
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    # In 16 bits near scores change places, in each implementation others: here no two routers' rows are alike.
-    weights, ids = moe_models.random_weights(RAW, near=0.5), ids_of(ORIGINAL)
-    model = build(parse_config(RAW))
+    # In 16 bits near scores change places, in each implementation others: here no two routers' rows are alike. Those
+    # that still do make one text's distances 0.8 to 1.2 times the other's, so several texts are taken together.
+    weights = moe_models.random_weights(RAW, near=0.5)
+    exact, model = build(parse_config(RAW)), build(parse_config(RAW))
+    exact.load_weights(list(weights.items()))
     model.load_weights(list(weights.items()))
-    exact = logits_of(model, ids)
     model.update(tree_map(lambda array: array.astype(mx.bfloat16), model.parameters()))
     rounded = moe_models.make_torch(RAW, weights).to(torch.bfloat16)
-    with torch.no_grad():
-        half = rounded(torch.tensor(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
-    found = np.array(model(mx.array(ids)).astype(mx.float32))
-    assert np.median(np.abs(found - exact)) < 1.2 * np.median(np.abs(half - exact))
+    ours, theirs = [], []
+    for seed in range(8):
+        ids = ids_of(ORIGINAL, seed=seed)
+        wanted = logits_of(exact, ids)
+        with torch.no_grad():
+            half = rounded(torch.tensor(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
+        found = np.array(model(mx.array(ids)).astype(mx.float32))
+        ours.append(np.median(np.abs(found - wanted)))
+        theirs.append(np.median(np.abs(half - wanted)))
+    assert np.mean(ours) < 1.15 * np.mean(theirs)
     cache = model.make_cache()
     for t in range(6):  # few rows, which go another way
         step = model(mx.array(ids[:, t : t + 1]), cache)
