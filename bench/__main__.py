@@ -9,8 +9,11 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
+
+from phi3_mlx.errors import Phi3Error
 
 from . import record
 
@@ -61,6 +64,12 @@ class _Benches(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return import_module(f".{name}", __package__).main if name in _BENCHES else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Phi3Error as error:
+            raise click.ClickException(str(error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Benches"):

@@ -1,6 +1,6 @@
 """Memory and time of a conversion to 4 bits: phi3-mlx and mlx-lm in turn, each run a process of its own.
 
-    python -m bench.convert [--layers N] [--runs N]
+    python -m bench convert [--layers N] [--runs N]
 
 The checkpoint has Phi-3-mini's shapes in bfloat16 and random values, and is made on the spot: 0.4 GB and 0.23 GB for
 every layer. Memory is the largest resident set of the process, time that of the whole process.

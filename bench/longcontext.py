@@ -1,7 +1,7 @@
 """Peak memory of reading a long prompt in chunks, phi3-mlx and mlx-lm with the same packed cache, in turn.
 
     python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--once]
-                                [--name NAME]
+                                [--packed] [--name NAME]
 
 Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
 adds to what grows with the length. Memory is MLX's own peak, less the weights, of prompts of a quarter, a half and all
@@ -11,8 +11,8 @@ phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on
 first chunk and the last, those with the most to score; between them the cache is filled with random
 keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
 `--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does. `--once` reads all tokens alone, no
-shorter prompts before. As in both packages, the last layer's output is computed for the last chunk only.
-results/longcontext.png shows the figures of all lengths.
+shorter prompts before. `--packed` has phi3-mlx's weights in 4 bits, so that more layers fit. As in both packages, the
+last layer's output is computed for the last chunk only. results/longcontext.png shows the figures of all lengths.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 
 from phi3_mlx.memory import Run
 from phi3_mlx.models import build, parse_config
@@ -34,11 +35,12 @@ from . import record
 
 GROUP_SIZE = 32
 HEADS, HEAD_DIM = 32, 96
-_FILL = 16384  # tokens at a time
+PACKING = {"group_size": 64, "bits": 4}  # of the weights
+_FILL = 4096  # tokens at a time
 
 
-def make_config(layers: int, tokens: int) -> dict[str, Any]:
-    return {
+def make_config(layers: int, tokens: int, packed: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "model_type": "phi3",
         "vocab_size": 512,
         "hidden_size": HEADS * HEAD_DIM,
@@ -53,6 +55,7 @@ def make_config(layers: int, tokens: int) -> dict[str, Any]:
         "rope_scaling": None,
         "tie_word_embeddings": False,
     }
+    return config | {"quantization": PACKING} if packed else config
 
 
 def read_prompts(
@@ -84,6 +87,7 @@ def read_prompts(
                     shape = (1, HEADS, last - first, HEAD_DIM)
                     layer.update_and_fetch(mx.random.normal(shape, dtype), mx.random.normal(shape, dtype))
                     mx.eval(state_of([layer]))
+                    mx.clear_cache()  # of many layers the cache takes most of the machine's memory
             mx.clear_cache()
             first = last
         seconds = time.perf_counter() - started
@@ -138,14 +142,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--tokens", default=32768, show_default=True)
-@click.option("--chunk", default=512, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=4), default=32768, show_default=True)
+@click.option("--chunk", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--layers", default=2, show_default=True)
 @click.option("--bits", default=4, show_default=True)
 @click.option("--decode", "steps", default=0, show_default=True, help="Tokens to decode behind the prompt.")
 @click.option("--alone", is_flag=True, help="Without mlx-lm.")
 @click.option("--last", is_flag=True, help="phi3-mlx too reads only those chunks.")
 @click.option("--once", is_flag=True, help="The full length only.")
+@click.option("--packed", is_flag=True, help="Weights in 4 bits; only with --alone.")
 @click.option("--mlx-lm-whole", is_flag=True, help="mlx-lm too reads every token.")
 @click.option("--name", help="Of the result file, behind longcontext-.")
 def main(
@@ -157,10 +162,13 @@ def main(
     alone: bool,
     last: bool,
     once: bool,
+    packed: bool,
     mlx_lm_whole: bool,
     name: str | None,
 ) -> None:
-    raw = make_config(layers, tokens)
+    if packed and not alone:
+        raise click.UsageError("--packed is for phi3-mlx alone; add --alone")
+    raw = make_config(layers, tokens, packed)
     lengths = [tokens] if once else [tokens // 4, tokens // 2, tokens]
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     packing = KVBits(bits, bits, GROUP_SIZE)
@@ -169,6 +177,8 @@ def main(
     def ours() -> list[dict[str, Any]]:
         model = build(parse_config(raw))
         model.set_dtype(dtype)
+        if packed:
+            nn.quantize(model, **PACKING)
         mx.eval(model.parameters())
         base = mx.get_active_memory()
         rows, cache = read_prompts(

@@ -1,7 +1,6 @@
 """Logits and greedy tokens of phi3-mlx and of mlx-lm against transformers, float32 on the CPU.
 
-    python -m bench parity [--json FILE] [--only NAME] [--case CASE]
-    python -m bench parity --markdown [--json FILE]      the README's table, from a result file
+    python -m bench parity [--only NAME] [--case CASE]
 
 The same random weights go into all three. The models are narrow (two layers, one or two heads), but head shapes,
 LongRoPE lists, original lengths and windows are the released models' own: no length is scaled down. Of Phi-3.5-MoE

@@ -1,6 +1,6 @@
 """KL divergence against bits per weight: all layers alike, bits by sensitivity, GPTQ, and both together.
 
-    python -m bench.quantization MODEL [--text FILE] [--calibration FILE] [--group-size N] [--tokens N]
+    python -m bench quantization MODEL [--text FILE] [--calibration FILE] [--group-size N] [--tokens N]
 
 MODEL is a name, a directory or a GGUF file. Sensitivity and GPTQ read the calibration text, the figures come from the
 other one; by default both are texts that come with the package. The result is `quantization-NAME`, drawn in

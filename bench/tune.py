@@ -1,6 +1,6 @@
 """Fine-tuning speed and memory: phi3-mlx and mlx-lm in turn, same model, examples, rank, batch and sequence limit.
 
-    python -m bench.tune [--layers N] [--small] [--bits N] [--steps N] [--runs N]
+    python -m bench tune [--layers N] [--small] [--bits N] [--steps N] [--runs N]
 
 Layers have Phi-3-mini's shape, with random weights (speed does not depend on them). Lengths are skewed as in chats:
 log-normal, most short and a few long. Both learn the answers alone, the latter half of every example. Useful tokens are

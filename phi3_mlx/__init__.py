@@ -29,6 +29,7 @@ _PUBLIC = {
     "load": "generation",
     "load_model": "generation",
     "load_tokenizer": "generation",
+    "memory_limit": "memory",
     "stream_generate": "generation",
     "tune": "tuning",
     "unload": "generation",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .generation import load_tokenizer as load_tokenizer
     from .generation import stream_generate as stream_generate
     from .generation import unload as unload
+    from .memory import memory_limit as memory_limit
     from .prompt_cache import PromptCache as PromptCache
     from .quality import compare as compare
     from .tuning import tune as tune

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .chat import render_chat
 from .errors import PromptError
-from .generation import Chunk, _Run, make_kv_bits
+from .generation import Chunk, _Run
 from .lookup import MAX_DRAFT
 from .prompt_cache import PromptCache
 from .sampling import Sampling
@@ -41,15 +41,21 @@ class Conversation:
         notify: Callable[[str], None] | None = None,
     ):
         self._model, self._tokenizer, self._notify = model, tokenizer, notify
-        self._kv_bits, self._force = make_kv_bits(kv_bits, kv_group_size), force
+        self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
+        self._force = force
         self.messages: list[dict[str, str]] = []
+        self._open: Generator[Chunk, None, None] | None = (
+            None  # the last answer, which may not have been read to its end
+        )
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with this system message or none."""
+        if self._open is not None:
+            self._open.close()  # an answer that was broken off is noted now, not after what it belongs to is forgotten
         self.messages = [{"role": "system", "content": system}] if system else []
-        self._cache = PromptCache(self._model, kv_bits=self._kv_bits)
-        self._open: Generator[Chunk, None, None] | None = None
+        self._cache = PromptCache(self._model, **self._packing)
+        self._open = None
         # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
         # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
         # has read is how it was made.

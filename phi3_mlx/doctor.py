@@ -238,7 +238,8 @@ def _models(machine: Machine, room: int) -> Finding:
     gpu = machine.mlx["backend"] != "CPU"
     fits = {}
     for alias in hub.ALIASES:
-        run = memory.Run(alias.shape, alias.bytes, 1, itemsize=2 if gpu else 4, fused=gpu)
+        again = memory.reread_at_boundary(alias.shape)
+        run = memory.Run(alias.shape, alias.bytes, 1, itemsize=2 if gpu else 4, fused=gpu, rereads=again)
         if longest := run.longest(room):
             fits[alias] = longest
     if not fits:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from . import memory
+from .config import Config
 from .errors import CacheError, Phi3Error, PromptError
 from .lookup import Drafter, accepted_of
 from .memory import Run, bounded_run
 from .models.attention import fused_attention
-from .models.cache import KVBits, KVCache
+from .models.cache import REREAD_CHUNK, KVBits, KVCache
 from .models.decoder import Model
 from .sampling import Sampler, Sampling
 
@@ -63,12 +65,13 @@ class Statistics:
 class Generation:
     """Some prompts decoded together; iterate once for their tokens, a step of all rows after another.
 
-    Every row gives what it would give alone. `cache`, if given, holds a prefix of the one prompt and is extended.
+    Every row gives what it would give alone. `cache`, if given, has read something: what the one prompt begins with is
+    used, the rest is forgotten when the run is sure to fit, and it is extended.
     `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of a new cache.
     `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
     `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
     by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it. `force`
-    refuses nothing.
+    refuses nothing. `kept`: the cache outlives the run, so a refusal cannot offer other bits for it.
     Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
     MemoryLimitError for a run that does not fit, and while it runs CacheError if the cache was given to another.
     """
@@ -86,45 +89,59 @@ class Generation:
         lookup: int = 0,
         room: float | None = None,
         force: bool = False,
+        kept: bool = False,
         prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         for prompt in prompts:
             check_prompt(model, prompt)
-        if cache is not None and (len(prompts) != 1 or cache[0].offset >= len(prompts[0])):
-            raise ValueError("a cache must hold a proper prefix of the one prompt")
+        if cache is not None and len(prompts) != 1:
+            raise ValueError("a cache is for one prompt")
         self._model, self._prompts, self._stop_ids = model, prompts, frozenset(stop_ids)
         context = model.config.max_position_embeddings
         self._budgets = [min(max_tokens, context - len(prompt)) for prompt in prompts]
         self._kv_bits = kv_bits if cache is None else cache[0].bits
         lengths = [len(prompt) for prompt in prompts]
         ends = max(map(sum, zip(lengths, self._budgets, strict=True)))
-        rereads = 0
-        if cache is not None and (cache[0].lost or cache[0].sequence.long != (model.model.is_long(lengths[0]),)):
-            rereads = cache[0].offset
+        rereads = shared = 0
+        if cache is not None:
+            read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
+            shared = common_length(read, prompts[0][:-1])  # the last token is read anew: its logits begin the answer
+            if cache[0].lost_at(shared) or cache[0].sequence.long != (model.model.is_long(lengths[0]),):
+                rereads = shared
         if model.model.is_long(ends) and not all(map(model.model.is_long, lengths)):
-            rereads = max(rereads, model.config.original_max_position_embeddings + 1)
-        # Shorter rows are padded in front, so every row's answer begins behind the longest prompt.
-        slots, itemsize = max(lengths) + max(self._budgets), model.dtype.size
+            rereads = max(rereads, memory.reread_at_boundary(model.config))
         run = Run(
-            model.config, 0, slots, len(prompts), self._kv_bits, itemsize, fused_attention(), prefill_chunk, rereads
+            model.config,
+            sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+            max(lengths) + max(self._budgets),  # shorter rows are padded in front: all answers begin together
+            len(prompts),
+            self._kv_bits,
+            model.dtype.size,
+            fused_attention(),
+            prefill_chunk,
+            rereads,
         )
-        held = min(sum(layer.nbytes for layer in cache or ()), run.cache_bytes())
+        held = sum(layer.nbytes for layer in cache or ())
+        held = run.weights + (min(held, run.cache_bytes()) if shared else held)
         if force:
             room = memory.room() + held
             plan = run.plan(room)
         else:
             room = (memory.room() if room is None else room) + held
-            plan = memory.check_fits(run, room)
+            plan = memory.check_fits(run, room, prompt=max(lengths), kept=kept or cache is not None)
         self._chunk, self._spare = plan.chunk, max(room - plan.total, 0)
         self._on_prefill = on_prefill
         self._lookup = lookup if len(prompts) == 1 else 0
         self._finished: set[int] = set()
         self._sampler = Sampler(sampling, prompts, model.config.vocab_size)
         self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
-        self.cache = self._new_cache() if cache is None else cache
-        if cache is not None:
-            cache[0].sequence.prompt_length = (len(prompts[0]),)
+        for layer in cache or ():
+            layer.trim(layer.offset - shared)
+            layer.shrink()
+        self.cache = cache if cache is not None and shared else self._new_cache()
+        self.cache[0].sequence.prompt_length = tuple(lengths)
+        self.cache[0].sequence.reread_chunk = min(self._chunk, REREAD_CHUNK)
         # Not the run itself: a cycle would keep its keys and values until Python looks for cycles.
         self.cache[0].sequence.reader = self._reader = object()
 
@@ -304,6 +321,16 @@ class Generation:
         return pending[0][rows], pending[1][rows]
 
 
+def common_length(a: Iterable[int], b: Iterable[int]) -> int:
+    """How many of the first ids are the same."""
+    shared = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared += 1
+    return shared
+
+
 def check_prompt(model: Model, prompt: Sequence[int]) -> None:
     """PromptError unless the ids can be run: some, inside the vocabulary, shorter than the context."""
     if not len(prompt):
@@ -311,9 +338,14 @@ def check_prompt(model: Model, prompt: Sequence[int]) -> None:
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)
         raise PromptError(f"token id {wrong} is outside the model's vocabulary of {model.config.vocab_size}")
-    context = model.config.max_position_embeddings
-    if len(prompt) >= context:
+    check_length(model.config, len(prompt))
+
+
+def check_length(config: Config, prompt: int) -> None:
+    """PromptError unless a prompt of so many tokens leaves room for an answer in the model's context."""
+    context = config.max_position_embeddings
+    if prompt >= context:
         raise PromptError(
-            f"the prompt has {len(prompt):,} tokens and the model's context is {context:,}; "
+            f"the prompt has {prompt:,} tokens and the model's context is {context:,}; "
             "shorten it or use a model with a longer context"
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .chat import render_chat
-from .engine import FinishReason, Generation, Statistics, Token, check_prompt
+from .engine import FinishReason, Generation, Statistics, Token, check_length
 from .errors import OptionError, Phi3Error, PromptError
 from .lookup import MAX_DRAFT
 from .models.cache import KVCache
@@ -112,15 +112,28 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
 
 
 def plan_run(
-    directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None, force: bool = False
+    directory: Path,
+    prompt: int,
+    max_tokens: int,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    kv_bits: KVBits | None = None,
+    kept: bool = False,
+    force: bool = False,
 ) -> None:
-    """Raise MemoryLimitError if the model of `directory` and a sequence of `length` tokens do not fit in memory.
+    """Raise MemoryLimitError if the model of `directory`, a prompt of so many tokens and its answer do not fit.
 
-    Only headers are read, so a run that cannot work is refused before anything is loaded. `force` refuses nothing.
+    Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
+    the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
     """
     from . import memory
 
-    memory.check_fits(run_of(directory, length, dtype=dtype, kv_bits=kv_bits), math.inf if force else memory.room())
+    run = run_of(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+    check_length(run.config, prompt)
+    if longrope == "auto" and prompt <= run.config.original_max_position_embeddings:
+        run = replace(run, rereads=memory.reread_at_boundary(run.config))
+    memory.check_fits(run, math.inf if force else memory.room(), prompt=prompt, kept=kept)
 
 
 def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
@@ -259,6 +272,8 @@ def batch_generate(
     force: bool = False,
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
+    if isinstance(prompts, str):
+        raise PromptError("batch_generate takes a list of prompts, and this is one text; give [text], or call generate")
     if not prompts:
         return []
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
@@ -303,6 +318,14 @@ def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int 
     return stops
 
 
+def check_loaded(model: Model) -> None:
+    """Phi3Error unless it is a model, and one that was not unloaded."""
+    if isinstance(model, str | Path):
+        raise Phi3Error(f"{str(model)!r} is a model's name; give the model of: model, tokenizer = load({str(model)!r})")
+    if not model:
+        raise Phi3Error("this model was unloaded; load() it again")
+
+
 def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> KVBits | None:
     """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
     from .models.cache import KV_BITS, KVBits
@@ -310,8 +333,10 @@ def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> K
     if kv_bits is None:
         KVBits(KV_BITS[0], KV_BITS[0], kv_group_size)  # a group that cannot be is refused in any case
         return None
-    keys, values = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
-    return KVBits(keys, values, kv_group_size)
+    each = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
+    if not isinstance(each, tuple | list) or len(each) != 2:
+        raise OptionError(f"kv_bits {kv_bits!r} is not possible; give a number such as 4, or (8, 4) of keys and values")
+    return KVBits(each[0], each[1], kv_group_size)
 
 
 class _Run:
@@ -332,25 +357,23 @@ class _Run:
         force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
-        if not model:
-            raise Phi3Error("this model was unloaded; load() it again")
+        check_loaded(model)
         stops = check_limits(max_tokens, stop, lookup)
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids
         rows = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
-        for row in rows:
-            check_prompt(model, row)  # before a cache is trimmed for it
         self.generation = Generation(
             model,
             rows,
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=self._stop_ids,
-            cache=prompt_cache.take(model, rows[0]) if prompt_cache else None,
-            kv_bits=prompt_cache.kv_bits if prompt_cache else kv_bits,
+            cache=None if prompt_cache is None else prompt_cache.layers_for(model),
+            kv_bits=kv_bits if prompt_cache is None else prompt_cache.bits,
             lookup=lookup,
             force=force,
+            kept=prompt_cache is not None,
             on_prefill=on_prefill,
         )
         if prompt_cache is not None:

@@ -16,8 +16,7 @@ from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
 from .models.attention import BLOCK, UNPACKED, block_of, fused_attention, heads_at_once
 from .models.blocksparse import tile_size
-from .models.cache import KVBits, KVCache
-from .models.decoder import REREAD_CHUNK
+from .models.cache import REREAD_CHUNK, KVBits, KVCache
 from .models.linear import SLICE, unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
@@ -25,6 +24,7 @@ _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
 _SLICES = SLICE * 17 // 5  # numbers of slices of packed weights that are alive at once on the CPU, as measured
 VERIFIED = 17  # tokens of a step at most: the longest draft of prompt lookup, and one
 _OFFERED_BITS = (8, 6, 4, 3, 2)  # what a refusal tries, best quality first
+_GOOD_BITS = 4  # fewer cost much quality
 MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 # Buffers MLX may keep for reuse. Left alone it keeps as much as the memory limit allows, and a Mac swaps.
@@ -86,7 +86,7 @@ class Run:
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
     read at once; without it, as many as fit. `rereads`: how many tokens of a row are read again, where its LongRoPE
-    regime changes, into keys and values of their own.
+    regime changes, into keys and values of their own, if the sequence becomes as long.
     """
 
     config: Config
@@ -102,8 +102,9 @@ class Run:
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
         chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
-        cache, rereading = self.cache_bytes(), self._rereading()
-        plans = (Plan(self.weights, cache, max(self.workspace(chunk), rereading - cache), chunk) for chunk in chunks)
+        cache = self.cache_bytes()
+        works = ((chunk, max(self.workspace(chunk), self._rereading(chunk) - cache)) for chunk in chunks)
+        plans = (Plan(self.weights, cache, work, chunk) for chunk, work in works)
         for plan in plans:
             if plan.total <= room:
                 break
@@ -113,13 +114,19 @@ class Run:
         """Keys and values of all layers at the end."""
         return self.config.num_hidden_layers * self._layer_bytes(self.length)
 
-    def _rereading(self) -> int:
-        """Bytes beside the weights while a row is read again."""
-        if not self.rereads:
+    def _rereading(self, chunk: int) -> int:
+        """Bytes beside the weights while a row is read again, so many tokens at once or `REREAD_CHUNK`."""
+        if not 0 < self.rereads <= self.length:
             return 0
-        row = replace(self, length=min(self.rereads, self.length), rows=1, rereads=0)
+        row = replace(self, length=self.rereads, rows=1, rereads=0)
         held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
-        return held + row.cache_bytes() + row.workspace(REREAD_CHUNK)
+        return held + row.cache_bytes() + row.workspace(min(chunk, REREAD_CHUNK))
+
+    @property
+    def reads_again_at_its_peak(self) -> bool:
+        """Whether nothing takes as much as reading a row again."""
+        chunk = self.chunk or CHUNKS[-1]
+        return self._rereading(chunk) > self.cache_bytes() + self.workspace(chunk)
 
     def longest(self, room: float) -> int:
         """The most tokens that fit, 0 if none do; at most the model's context."""
@@ -255,8 +262,17 @@ class Run:
         return not self.fused and self.config.quantization is not None and tokens >= unpacking_pays()
 
 
-def check_fits(run: Run, room: float) -> Plan:
-    """The plan of a run. Raises MemoryLimitError, with the numbers and what would fit, if it exceeds `room` bytes."""
+def reread_at_boundary(config: Config) -> int:
+    """The `rereads` of a run whose prompt LongRoPE reads with the short factors and whose answer may need the long."""
+    return 0 if config.longrope is None else config.original_max_position_embeddings + 1
+
+
+def check_fits(run: Run, room: float, *, prompt: int = 0, kept: bool = False) -> Plan:
+    """The plan of a run. Raises MemoryLimitError, with the numbers and what would fit, if it exceeds `room` bytes.
+
+    `prompt`: how many of the tokens are the prompt's, the others are an answer's. `kept`: the cache outlives the run,
+    so its bits are not this run's to choose. The message has Python's names: `kv_bits=4`.
+    """
     plan = run.plan(room)
     if plan.total <= room:
         return plan
@@ -266,17 +282,24 @@ def check_fits(run: Run, room: float) -> Plan:
         if run.bits is not None and bits >= min(run.bits.keys, run.bits.values):
             continue
         if (total := packed.plan(room).total) <= room:
-            ways.append(f"--kv-bits {bits} needs {size_text(total)}")
+            quality = "" if bits >= _GOOD_BITS else " at a great loss of quality"
+            ways.append(f"{'a cache made with ' if kept else ''}kv_bits={bits} needs {size_text(total)}{quality}")
             break
-    if longest := run.longest(room):
+    longest = run.longest(room)
+    if 0 < prompt < longest:
+        ways.append(f"max_tokens={longest - prompt} fits")
+    elif longest:
         ways.append(f"up to {longest:,} tokens fit")
     elif not ways:
         packed_already = (run.config.quantization or {}).get("bits", 16) <= 4
         ways.append("take a smaller model" if packed_already else "take a model of fewer bits")
+    tokens = f"{run.rows} x {run.length:,} tokens" if run.rows > 1 else f"{run.length:,} tokens"
+    parts = f" ({prompt:,} of the prompt, {run.length - prompt:,} for the answer)" if 0 < prompt < run.length else ""
+    again = f" to read {run.rereads:,} again" if run.reads_again_at_its_peak else ""
     raise MemoryLimitError(
-        f"{run.length:,} tokens need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
-        f"{size_text(plan.cache)}, work {size_text(plan.workspace)}), and {size_text(room)} may be used: "
-        f"{', '.join(ways)}, and --force tries all the same"
+        f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
+        f"{size_text(plan.cache)}, work{again} {size_text(plan.workspace)}), and {size_text(room)} may be used: "
+        f"{', '.join(ways)}, and force=True tries all the same"
     )
 
 
@@ -284,13 +307,21 @@ _allowed: list[int] = []
 
 
 @contextmanager
-def at_most(size: int) -> Iterator[None]:
-    """Plans made meanwhile keep what MLX holds, weights included, within `size` bytes, and within the machine's."""
-    _allowed.append(size)
+def memory_limit(size: int | str) -> Iterator[None]:
+    """Runs planned meanwhile keep what MLX holds, weights included, within `size` ("16GB"), and within the machine's.
+
+        with memory_limit("12GB"):
+            model, tokenizer = load("phi-3.5-mini-4bit")
+            print(generate(model, tokenizer, prompt))  # MemoryLimitError if it does not fit
+
+    Raises OptionError for a size that is none.
+    """
+    limit = parse_size(size)
+    _allowed.append(limit)
     try:
         yield
     finally:
-        _allowed.remove(size)
+        _allowed.remove(limit)
 
 
 def room() -> int:
@@ -342,18 +373,16 @@ def size_text(size: float) -> str:
     return f"{max(size, 0) / 1e3:,.0f} kB"
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError."""
-    if isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", size):
-        raise OptionError(f"{size!r} has no unit; write {size.strip()}GB or {size.strip()}MB")
+def parse_size(size: int | str, *, sold: bool = False) -> int:
+    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError.
+
+    `sold`: of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    if found:
-        unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    if found and float(found[1]):
+        if isinstance(size, str) and size.strip() == found[1]:
+            raise OptionError(f"{size!r} has no unit; write {found[1]}GB or {found[1]}MB")
+        unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
         if count := int(float(found[1]) * unit):
             return count
     raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB")
-
-
-def memory_sold_as(text: str) -> int:
-    """The bytes of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34. Raises OptionError."""
-    return parse_size(re.sub(r"(?<=[KMGT])B?\s*$", "iB", text, flags=re.IGNORECASE))

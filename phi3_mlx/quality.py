@@ -117,7 +117,7 @@ def check_fits(directory: Path, name: str, window: int, dtype: str | None = None
         raise MemoryLimitError(
             f"{name} needs {memory.size_text(total)} to be compared (weights {memory.size_text(weights)}, "
             f"work {memory.size_text(work + logits)}), and {memory.size_text(room)} may be used: take models of fewer "
-            "bits, and --force tries all the same"
+            "bits, and force=True tries all the same"
         )
 
 

@@ -123,8 +123,11 @@ def test_a_given_cache_is_extended_and_only_the_rest_is_read(model):
     (tokens,), second = run(model, [longer], 6, cache=first.cache)
     assert second.statistics.prefilled_tokens == 30
     assert ids(tokens) == plain_greedy(model, longer, 6)
-    with pytest.raises(ValueError, match="proper prefix"):
-        Generation(model, [prompt], max_tokens=1, sampling=GREEDY, cache=second.cache)
+    (tokens,), third = run(model, [prompt], 6, cache=second.cache)
+    assert third.statistics.prefilled_tokens == 1  # its logits begin the answer
+    assert ids(tokens) == plain_greedy(model, prompt, 6)
+    with pytest.raises(ValueError, match="one prompt"):
+        Generation(model, [prompt] * 2, max_tokens=1, sampling=GREEDY, cache=third.cache)
 
 
 def test_statistics_count_what_was_done(model):

@@ -1,5 +1,6 @@
 """What a run will need, before it runs: predictions against what MLX then takes, refusals, and `phi3-mlx plan`."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -11,7 +12,17 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, hub, load, memory, stream_generate
+from phi3_mlx import (
+    Conversation,
+    Phi3Error,
+    batch_generate,
+    generate,
+    hub,
+    load,
+    memory,
+    memory_limit,
+    stream_generate,
+)
 from phi3_mlx.checkpoint import weight_bytes
 from phi3_mlx.cli import main
 from phi3_mlx.cli.tables import print_table
@@ -58,6 +69,7 @@ SHAPES = [  # of the model; tokens of a chunk and in all, bits of the cache (key
     ((512, 1024, 2, 8, 8), 256, 768, (4, 4), 1),
     ((512, 3072, 1, 8, 2), 128, 256, None, 1),
     ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
+    ((256, 512, 8, 4, 4), 512, 516, None, 1),  # the prompt fills its slots
 ]
 
 
@@ -69,6 +81,8 @@ LONG = [  # the same, where attention's work is most
     ((256, 512, 2, 4, 4), 256, 5124, None, 1),
     ((256, 512, 2, 4, 2), 64, 2500, (4, 4), 2),
     ((256, 512, 2, 4, 4, 500, 2000), 128, 5000, (4, 4), 1),
+    ((192, 256, 12, 2, 2, 500, 2047), 512, 4004, None, 1),
+    ((192, 256, 12, 2, 2, 500, 2047), 2048, 4004, None, 1),
 ]
 
 
@@ -130,9 +144,15 @@ LONGROPE = {
 
 @pytest.fixture
 def plans(monkeypatch):
-    """The plans that runs make, in order."""
+    """The plans that runs make, in order, less the weights."""
     made, original = [], memory.check_fits
-    monkeypatch.setattr(memory, "check_fits", lambda *args: made.append(original(*args)) or made[-1])
+
+    def noted(*args, **options):
+        plan = original(*args, **options)
+        made.append(dataclasses.replace(plan, weights=0))
+        return plan
+
+    monkeypatch.setattr(memory, "check_fits", noted)
     return made
 
 
@@ -162,7 +182,7 @@ def test_a_prompt_cache_that_goes_back_over_the_boundary_is_planned(plans):
     held = PromptCache(model)
     held.read(story)
     ids = [*story[:1000], 7, 8]
-    run = Generation(model, [ids], max_tokens=8, sampling=Sampling(), cache=held.take(model, ids), room=math.inf)
+    run = Generation(model, [ids], max_tokens=8, sampling=Sampling(), cache=held.layers_for(model), room=math.inf)
     list(run)
     assert run.statistics.peak_memory - others < 1.1 * plans[-1].total
     assert plans[-1].total < 1.25 * (run.statistics.peak_memory - others)
@@ -214,11 +234,20 @@ def test_a_refusal_says_the_numbers_and_every_way_out():
         memory.size_text(plan.total),
         f"keys and values {memory.size_text(plan.cache)}",
         "11.00 GB may be used",
-        "--kv-bits 4 needs",
+        "kv_bits=4 needs",
         f"up to {run.longest(11 * GB):,} tokens fit",
-        "--force",
+        "force=True",
     ):
         assert part in text
+    with pytest.raises(MemoryLimitError, match=r"\(10,000 of the prompt, 50,000 for the answer\)") as refusal:
+        memory.check_fits(run, 11 * GB, prompt=10_000)
+    assert f"max_tokens={run.longest(11 * GB) - 10_000} fits" in str(refusal.value)
+    with pytest.raises(MemoryLimitError, match="a cache made with kv_bits=4 needs"):
+        memory.check_fits(run, 11 * GB, kept=True)
+    with pytest.raises(MemoryLimitError, match=r"kv_bits=2 needs .* at a great loss of quality"):
+        memory.check_fits(Run(MINI_128K, 2 * GB, 110_000), 11 * GB)
+    with pytest.raises(MemoryLimitError, match="8 x 60,000 tokens need"):
+        memory.check_fits(Run(MINI_128K, 2 * GB, 60_000, 8), 11 * GB)
     hopeless = Run(MINI_128K, 20 * GB, 60_000)
     with pytest.raises(MemoryLimitError, match="fewer bits"):
         memory.check_fits(hopeless, 11 * GB)
@@ -284,6 +313,21 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
         main_debug(monkeypatch, ["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000", "--force"])
 
 
+def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_the_advice_fits(tmp_path, capsys):
+    """Where LongRoPE's factors change the prompt is read again, which may take more than everything else."""
+    model = random_model(128, 256, 4, 2, 2, vocab=4032, **LONGROPE)
+    run = Run(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
+    crossing = dataclasses.replace(run, rereads=memory.reread_at_boundary(model.config))
+    assert crossing.plan(0).total > run.plan(0).total
+    assert crossing.longest(run.plan(0).total) == LONGROPE["original_max_position_embeddings"]
+    room = run.plan(0).total
+    with pytest.raises(MemoryLimitError, match=r"work to read 1,025 again .* max_tokens=124 fits"):
+        memory.check_fits(crossing, room, prompt=900)
+    with pytest.raises(MemoryLimitError, match="max_tokens=124 fits"):
+        Generation(model, [[5] * 900], max_tokens=300, sampling=Sampling(), room=room)
+    Generation(model, [[5] * 900], max_tokens=124, sampling=Sampling(), room=room)
+
+
 def test_a_run_keeps_within_the_memory_that_it_may_use(capsys):
     command = ["generate", "-p", "Write a story about a dog.", "--memory"]
     allowed = mx.get_active_memory() + 16_000_000
@@ -297,8 +341,10 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys):
     assert done.value.code == 2
     assert "16 apples" in capsys.readouterr().err
     before = memory.room()
-    with memory.at_most(10**6), memory.at_most(10**7):
+    with memory_limit(10**6), memory_limit("10MB"):
         assert memory.room() <= 10**6
+    with pytest.raises(OptionError, match="'much'"), memory_limit("much"):
+        pass
     assert memory.room() > before / 2  # what other processes take meanwhile
 
 
@@ -499,7 +545,7 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     monkeypatch.setattr(memory, "room", lambda: 20_000_000)
     code, out, _ = plan(capsys, "--here", "--context", "4096")
     assert code == 0
-    (line,) = [line for line in out.splitlines() if line.startswith("this machine (20.0 MB) holds")]
+    (line,) = [line for line in out.splitlines() if line.startswith("this machine (20.0 MB)")]
     longest = int(line.split()[-6].replace(",", ""))
     fused = attention.fused_attention()
     model, _ = load("tiny")
@@ -511,7 +557,11 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")
     run = Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
-    assert json.loads(out)["machines"][0]["longest"]["16"] == run.longest(16 * 10**9)
+    assert json.loads(out)["machines"][0]["longest"][str(8 * run.itemsize)] == run.longest(16 * 10**9)
+    code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "2GB")
+    assert code == 0
+    assert out.endswith("The weights alone, 2.15 GB, do not fit.\n")
+    assert max(map(len, plan(capsys, "-m", "phi-3.5-mini-4bit")[1].splitlines())) <= 80
     code, _, err = plan(capsys, "--here", "--memory", "16GB")
     assert code == 2
     assert "two machines" in err

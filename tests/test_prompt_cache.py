@@ -9,11 +9,11 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import PromptCache, generate, load, memory, stream_generate
+from phi3_mlx import Phi3Error, PromptCache, generate, load, memory, prompt_cache, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.options import Pulse
 from phi3_mlx.engine import Generation
-from phi3_mlx.errors import CacheError, PromptError
+from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 
@@ -25,9 +25,13 @@ def prompt_of(length, seed=0):
     return oracle.ids_of(length, seed=seed)[0].tolist()
 
 
+def packed_cache(model, bits):
+    return PromptCache(model, kv_bits=bits and (bits.keys, bits.values))
+
+
 def answer(model, prompt, cache=None, bits=None, n=12):
-    layers = cache.take(model, prompt) if cache else None
-    bits = cache.kv_bits if cache else bits
+    layers = cache.layers_for(model) if cache else None
+    bits = cache.bits if cache else bits
     generation = Generation(model, [prompt], max_tokens=n, sampling=Sampling(), cache=layers, kv_bits=bits)
     if cache:
         cache.keep(generation.cache)
@@ -40,7 +44,7 @@ def test_prompts_that_begin_alike_are_answered_alike_and_read_once(name, bits, m
     """Longer and shorter, over the boundary and back, out of the window and back."""
     monkeypatch.setattr(KVCache, "step", 4)
     model = MODELS[name]
-    cache = PromptCache(model, kv_bits=bits)
+    cache = packed_cache(model, bits)
     common = prompt_of(ORIGINAL - 10)
     for tail in (5, 20, 3, 40, 1):
         prompt = common + prompt_of(tail, seed=tail)
@@ -57,12 +61,12 @@ def test_prompts_that_begin_alike_are_answered_alike_and_read_once(name, bits, m
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_gives_back_what_was_read(name, length, bits, tmp_path):
     model, file = MODELS[name], tmp_path / "a.cache"
-    cache = PromptCache(model, kv_bits=bits)
+    cache = packed_cache(model, bits)
     cache.read(prompt_of(length))
     cache.save(file)
     again = PromptCache.load(file, model)
     assert again.ids == cache.ids == prompt_of(length)
-    assert again.kv_bits == bits
+    assert again.bits == bits
     prompt = prompt_of(length) + prompt_of(6, seed=1)
     tokens, statistics = answer(model, prompt, again)
     assert tokens == answer(model, prompt, cache)[0] == answer(model, prompt, bits=bits)[0]
@@ -76,7 +80,7 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
     cache.read(prompt_of(20))
     cache.save(file)
     with pytest.raises(CacheError, match="another model"):
-        cache.take(MODELS["mini-4k"], prompt_of(20))
+        cache.layers_for(MODELS["mini-4k"])
     twin = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
     PromptCache.load(file, twin)  # the same weights, read again
     weight = twin.model.layers[1].mlp.down_proj.weight
@@ -85,12 +89,69 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
         PromptCache.load(file, twin)
     pinned = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
     pinned.model.longrope = "long"
-    with pytest.raises(CacheError, match="other weights"):
+    with pytest.raises(CacheError, match="made with longrope=auto, and this model has longrope=long"):
         PromptCache.load(file, pinned)
     half = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
     half.set_dtype(mx.bfloat16)
-    with pytest.raises(CacheError, match="number type"):
+    with pytest.raises(CacheError, match="load it with dtype=float32"):
         PromptCache.load(file, half)
+
+
+def test_a_fingerprint_is_the_same_however_many_numbers_are_summed_at_once(monkeypatch):
+    whole = prompt_cache.fingerprint(MODELS["3.5-mini"])
+    monkeypatch.setattr(prompt_cache, "_SUMMED", 1000)
+    assert prompt_cache.fingerprint(MODELS["3.5-mini"]) == whole
+
+
+@pytest.mark.parametrize("shared", [3, 40, 60, 90])
+def test_a_windowed_cache_goes_back_behind_its_window(shared, monkeypatch):
+    """To where nothing is kept of what the window has left, and the free slots are most of all."""
+    monkeypatch.setattr(KVCache, "step", 4)
+    monkeypatch.setattr(KVCache, "spare", 2)
+    model = MODELS["mini-4k"]
+    assert model.config.sliding_window < 60
+    cache = PromptCache(model)
+    cache.read(prompt_of(120))
+    prompt = [*prompt_of(120)[:shared], *prompt_of(9, seed=3)]
+    assert answer(model, prompt, cache)[0] == answer(model, prompt)[0]
+
+
+def test_a_run_that_is_refused_leaves_the_cache_as_it_was(monkeypatch):
+    model, tokenizer = load("tiny")
+    cache = PromptCache(model, kv_bits=8)
+    generate(model, tokenizer, "Once there was a dog. " * 30, max_tokens=1, prompt_cache=cache)
+    held = cache.ids
+    with monkeypatch.context() as scarce:
+        scarce.setattr(memory, "room", lambda: 0)
+        with pytest.raises(MemoryLimitError) as refusal:
+            generate(model, tokenizer, "Who are you? " * 90, max_tokens=1, prompt_cache=cache)
+    assert "a cache made with kv_bits=" in str(refusal.value) or "kv_bits" not in str(refusal.value)
+    assert cache.ids == held
+    assert len(held) > 100
+
+
+def test_writing_a_cache_takes_no_second_one(tmp_path):
+    cache = PromptCache(MODELS["3.5-mini"])
+    cache.read([1 + i % 90 for i in range(1500)])
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cache.save(tmp_path / "a.cache")
+    assert cache.nbytes > 2_000_000
+    assert mx.get_peak_memory() - held < cache.nbytes / 4
+
+
+def test_bits_are_given_as_to_generate():
+    model, tokenizer = load("tiny")
+    for bits, group_size in ((8, 32), ((8, 4), 32)):
+        cache = PromptCache(model, kv_bits=bits, kv_group_size=group_size)
+        text = generate(model, tokenizer, "Who are you?", max_tokens=8, prompt_cache=cache)
+        assert text == generate(model, tokenizer, "Who are you?", max_tokens=8, kv_bits=bits)
+        assert repr(cache) == f"<PromptCache: {len(cache.ids):,} tokens read, {memory.size_text(cache.nbytes)}>"
+    for wrong in (5, (4,), "8,4"):
+        with pytest.raises(OptionError, match="kv_bits"):
+            PromptCache(model, kv_bits=wrong)
+    with pytest.raises(Phi3Error, match="load\\('tiny'\\)"):
+        PromptCache("tiny")
 
 
 def test_a_stream_whose_cache_was_given_to_another_ends_with_an_error():
@@ -141,12 +202,15 @@ def test_damaged_files_are_refused(tmp_path):
         whole[:50],
         b"",
         b"not a cache at all",
-        whole.replace(b"prompt cache 2", b"prompt cache 9"),
+        whole.replace(b"prompt cache 3", b"prompt cache 9"),
+        whole.replace(b'"0.0"', b'"7.0"'),
+        whole.replace(b"document", b"docum3nt"),
+        whole.replace(b'"F32"', b'"F99"'),
     ):
+        assert damage != whole
         file.write_bytes(damage)
-        with pytest.raises(Exception, match=str(file)) as fault:
+        with pytest.raises(CacheError, match=str(file)):
             PromptCache.load(file, model)
-        assert type(fault.value).__name__ in ("CacheError", "CheckpointError")
     with pytest.raises(CacheError, match="cannot be written"):
         cache.save(tmp_path / "nowhere" / "a.cache")
 
@@ -204,7 +268,12 @@ def built(tmp_path_factory):
         (["--cache", "BUILT/book.cache", "-f", "BUILT/other.txt", "-p", "Why?"], "does not begin"),
         (["--cache", "BUILT/book.cache", "--system", "Be brief.", "-p", "Why?"], "leave --system out"),
         (["--cache", "BUILT/book.cache", "--kv-bits", "4", "-p", "Why?"], "leave it out"),
-        (["--cache", "BUILT/book.cache", "-m", "BUILT/other", "-p", "Why?"], "book.cache was made with tiny"),
+        (
+            ["--cache", "BUILT/book.cache", "-m", "BUILT/other", "-p", "Why?"],
+            "book.cache is of tiny, and this model is another",
+        ),
+        (["--cache", "BUILT/book.cache", "--longrope", "long", "-p", "Why?"], "load it with --longrope auto"),
+        (["--cache", "BUILT/book.cache", "-f", "BUILT/other.txt"], "give that with -p"),
         (["--cache", "BUILT/book.cache", "--raw", "-p", "Why?"], "--raw"),
     ],
 )
@@ -234,6 +303,26 @@ def test_a_place_that_cannot_be_written_is_said_before_reading(built, capsys, mo
     code, _, err = run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "no" / "a.cache"))
     assert code == 1
     assert "cannot be written" in err
+
+
+def test_only_a_cache_is_replaced(built, capsys):
+    text = (built / "book.txt").read_text()
+    code, _, err = run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "book.txt"))
+    assert code == 1
+    assert "is no prompt cache, so it is not replaced" in err
+    assert (built / "book.txt").read_text() == text
+    assert run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "book.cache"))[0] == 0
+    (built / "empty.txt").write_text("\n")
+    code, _, err = run(capsys, "cache", "build", "-f", str(built / "empty.txt"), "-o", str(built / "empty.cache"))
+    assert code == 1
+    assert "is empty" in err
+
+
+def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys):
+    code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?", "--memory", "16MB")
+    assert code == 1
+    assert "a cache made with --kv-bits 8 needs" in err
+    assert "--force tries" in err
 
 
 def test_a_log_says_how_far_a_long_prompt_is_read(tmp_path, capsys, monkeypatch):

@@ -6,13 +6,14 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 import click
 
 from .. import __version__
-from ..errors import OptionError, Phi3Error
+from ..errors import Phi3Error
+from .options import as_typed
 
 # Command -> what it does, so that the list of commands imports none of them.
 _COMMANDS = {
@@ -111,7 +112,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Phi3Error as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
-        code = _say(_as_typed(str(error), given) if isinstance(error, OptionError) else str(error), error.exit_code)
+        named = next((cli.get_command(click.Context(cli), arg) for arg in given if arg in _COMMANDS), None)
+        code = _say(as_typed(error, named or cli), error.exit_code)
     except OSError as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
@@ -125,23 +127,6 @@ def main(args: Sequence[str] | None = None) -> None:
             message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
         code = _say(message.replace("\n", " "), 1)
     sys.exit(code)
-
-
-def _as_typed(message: str, args: Sequence[str]) -> str:
-    """A message that begins with a parameter's name in Python, with the option that sets it."""
-    name = message.split(" ", 1)[0]
-    command = next((cli.get_command(click.Context(cli), arg) for arg in args if arg in _COMMANDS), None)
-    option = dict(_options(command)).get(name) if command else None
-    return option + message.removeprefix(name) if option else message
-
-
-def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:
-    """Parameters of a command, and of those below it, with their options."""
-    for below in getattr(command, "commands", {}).values():
-        yield from _options(below)
-    for param in command.params:
-        if isinstance(param, click.Option):
-            yield param.name, max(param.opts, key=len)
 
 
 def _say(message: str, code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..errors import PromptError
 from .options import MemoryOptions, ModelOptions, PrefillProgress, check_text, memory_options, model_options, read_text
 
 
@@ -21,7 +22,11 @@ def cache() -> None:
 @model_options
 @click.option("-f", "--file", required=True, metavar="FILE", help='The text, UTF-8; "-" is stdin.')
 @click.option(
-    "-o", "--output", required=True, metavar="FILE", help="The cache to write; one that is there is replaced."
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="The cache to write; a cache that is there is replaced, another file is not.",
 )
 @click.option("--system", metavar="TEXT", help="A system message, for every question.")
 @memory_options
@@ -33,21 +38,22 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     phi3-mlx generate --cache book.cache -p "Who is the heroine?"
     """
     text = read_text(file)
+    if not text.strip():
+        raise PromptError(f"{file} is empty; give a text")
     if system:
         check_text(system, "--system")
     from ..memory import size_text
     from ..prompt_cache import Document, PromptCache, check_writable, document_ids
 
     check_writable(output)
-
-    bits = memory.bits()
+    bits = memory.bits()  # refuses what cannot be, before a model is fetched
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
-    model = source.load_model(directory, len(ids) + 1, bits, memory.force)
-    prompt_cache = PromptCache(model, kv_bits=bits, document=document)
+    model = source.load_model(directory, len(ids), 1, bits, memory.force)
+    prompt_cache = PromptCache(model, kv_bits=memory.kv_bits, kv_group_size=memory.kv_group_size, document=document)
     with PrefillProgress(len(ids)) as progress:
         prompt_cache.read(ids, force=memory.force, on_prefill=progress.update)
     prompt_cache.save(output)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ..atomic import replace_file
-from ..errors import Phi3Error, PromptError
+from ..errors import MemoryLimitError, Phi3Error, PromptError
 from .options import (
     MemoryOptions,
     ModelOptions,
     SamplingOptions,
+    as_typed,
     check_text,
     decode_text,
     memory_options,
@@ -56,7 +57,7 @@ def chat(
     bits = memory.bits()
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    model = source.load_model(directory, sampling.max_tokens, bits, memory.force)
+    model = source.load_model(directory, 1, sampling.max_tokens, bits, memory.force)
     note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     conversation = Conversation(model, tokenizer, system=system, notify=note, **dataclasses.asdict(memory))
     typed = sys.stdin.isatty()
@@ -80,8 +81,9 @@ def chat(
         except Phi3Error as error:
             if not typed:
                 raise
-            hint = "; /reset begins anew" if isinstance(error, PromptError) and conversation.messages else ""
-            click.echo(f"phi3-mlx: {error}{hint}", err=True)
+            full = isinstance(error, PromptError | MemoryLimitError)
+            hint = "; /reset begins anew" if full and conversation.messages else ""
+            click.echo(f"phi3-mlx: {as_typed(error, click.get_current_context().command)}{hint}", err=True)
 
 
 def _read_line() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -30,11 +30,19 @@ if TYPE_CHECKING:
 @click.command()
 @model_options
 @click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
-@click.option("-f", "--file", metavar="FILE", help='A text file, put after the prompt if there is one; "-" is stdin.')
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help='A text file, put after the prompt if there is one; "-" is stdin; several are put one after another.',
+)
 @click.option(
     "--cache",
     metavar="FILE",
-    help="Go on from a text read before, by `phi3-mlx cache build`, with the model that read it.",
+    help="Go on from a text read before, by `phi3-mlx cache build`, with the model that read it; -f is then that text, "
+    "to be compared, and need not be given.",
 )
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 def generate(
     source: ModelOptions,
     prompt: str | None,
-    file: str | None,
+    files: tuple[str, ...],
     cache: str | None,
     system: str | None,
     raw: bool,
@@ -76,9 +84,11 @@ def generate(
         system = document.system
         if document.model and click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
             source = dataclasses.replace(source, model=document.model)
-        text = about_document(read_text(file) if file else document.text, _prompt(prompt, None, raw))
+        if files and prompt is None:
+            raise click.UsageError(f"-f is the text of {cache} here, and no question; give that with -p")
+        text = about_document(_joined(map(read_text, files)) if files else document.text, _prompt(prompt, (), raw))
     else:
-        text = _prompt(prompt, file, raw)
+        text = _prompt(prompt, files, raw)
     from ..generation import encode_prompt, stream_generate
 
     directory = source.find()
@@ -87,7 +97,7 @@ def generate(
     messages.append({"role": "user", "content": text})
     notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
-    model = source.load_model(directory, len(ids) + sampling.max_tokens, bits, memory.force)
+    model = source.load_model(directory, len(ids), sampling.max_tokens, bits, memory.force, kept=cache is not None)
     prompt_cache = None
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)
@@ -109,21 +119,23 @@ def generate(
         )
 
 
-def _prompt(prompt: str | None, file: str | None, raw: bool) -> str:
-    if prompt == "-" and file == "-":
-        raise click.UsageError("-p - and -f - both read stdin; give one of them")
-    if prompt is None and file is None:
+def _prompt(prompt: str | None, files: Sequence[str], raw: bool) -> str:
+    if [prompt, *files].count("-") > 1:
+        raise click.UsageError("- stands for stdin more than once among -p and -f; give it once")
+    if prompt is None and not files:
         if sys.stdin.isatty():
             raise click.UsageError('nothing to answer; give -p "TEXT", -f FILE, or text on stdin')
-        file = "-"
-    parts = [read_text("-") if prompt == "-" else check_text(prompt or "", "--prompt"), read_text(file) if file else ""]
-    if raw:
-        text = "".join(parts)
-    else:
-        text = "\n\n".join(part.replace("\r\n", "\n").strip("\n") for part in parts if part.strip())
+        files = ["-"]
+    parts = [read_text("-") if prompt == "-" else check_text(prompt or "", "--prompt"), *map(read_text, files)]
+    text = "".join(parts) if raw else _joined(parts)
     if not text.strip():
         raise PromptError('the prompt is empty; give -p "TEXT", -f FILE, or text on stdin')
     return text
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Texts with an empty line between them."""
+    return "\n\n".join(part.replace("\r\n", "\n").strip("\n") for part in parts if part.strip())
 
 
 def _print_text(chunks: Iterator[Chunk]) -> Chunk:

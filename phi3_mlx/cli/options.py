@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import OptionError, PromptError
+from ..errors import OptionError, Phi3Error, PromptError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,11 +53,25 @@ class ModelOptions:
 
         return load_tokenizer(directory)
 
-    def load_model(self, directory: Path, length: int, bits: KVBits | None, force: bool) -> Model:
-        """The model, unless it and a sequence of `length` tokens do not fit in memory (and not `force`)."""
+    def load_model(
+        self, directory: Path, prompt: int, max_tokens: int, bits: KVBits | None, force: bool, kept: bool = False
+    ) -> Model:
+        """The model, unless it, a prompt of so many tokens and the answer do not fit in memory (and not `force`).
+
+        `kept`: the bits are those of a cache that is there already.
+        """
         from ..generation import load_adapted, plan_run
 
-        plan_run(directory, length, dtype=self.dtype, kv_bits=bits, force=force)
+        plan_run(
+            directory,
+            prompt,
+            max_tokens,
+            dtype=self.dtype,
+            longrope=self.longrope,
+            kv_bits=bits,
+            kept=kept,
+            force=force,
+        )
         adapters = dict(map(_weighted, self.adapter))
         return load_adapted(
             directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
@@ -143,9 +158,9 @@ class _KVBitsType(click.ParamType):
 def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Bounds the plans of the whole command."""
     if value is not None:
-        from ..memory import at_most, parse_size
+        from ..memory import memory_limit
 
-        ctx.with_resource(at_most(parse_size(value)))
+        ctx.with_resource(memory_limit(value))
 
 
 within_memory = click.option(
@@ -277,6 +292,31 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it with iconv -t utf-8") from error
+
+
+def as_typed(error: Phi3Error, command: click.Command) -> str:
+    """A message with the options of a command for Python's names: `kv_bits=4` anywhere, `max_tokens 0` in front."""
+    message, options = str(error), dict(_options(command))
+    first = message.split(" ", 1)[0]
+    if isinstance(error, OptionError) and first in options:
+        message = options[first] + message.removeprefix(first)
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in options:
+            return found[0]
+        return options[name] if value == "True" else f"{options[name]} {value}"
+
+    return re.sub(r"\b([a-z_]+)=([\w.]+)", option, message)
+
+
+def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:
+    """Parameters of a command, and of those below it, with their options."""
+    for below in getattr(command, "commands", {}).values():
+        yield from _options(below)
+    for param in command.params:
+        if isinstance(param, click.Option):
+            yield param.name, max(param.opts, key=len)
 
 
 class Pulse:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..memory import Run
 
 _MACS = (8, 16, 24, 32, 64, 128)  # GiB, which are sold as GB
-_BITS = (16, 8, 6, 4, 3, 2)
+_BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
 
 
 @click.command()
@@ -36,7 +36,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..memory import mac_working_set, memory_sold_as, room, size_text
+    from ..memory import mac_working_set, parse_size, room, size_text
     from .tables import print_table
 
     if here and memory is not None:
@@ -49,13 +49,14 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         now = room()
         rooms = {now: now}
     else:
-        sizes = [gb * 2**30 for gb in _MACS] if memory is None else [memory_sold_as(memory)]
+        sizes = [gb * 2**30 for gb in _MACS] if memory is None else [parse_size(memory, sold=True)]
         rooms = {size: mac_working_set(size) for size in sizes}
+    widths = {bits: bits or 8 * run.itemsize for bits in _BITS}
     rows: list[dict[str, Any]] = []
     for size, within in rooms.items():
-        fits = {bits: _packed(run, bits).longest(within) for bits in _BITS}
+        fits = {widths[bits]: _packed(run, bits).longest(within) for bits in _BITS}
         rows.append({"memory": size, "room": within, "longest": fits})
-    needs = {bits: _packed(run, bits, context or longest).plan(0).total for bits in _BITS}
+    needs = {widths[bits]: _packed(run, bits, context or longest).plan(0).total for bits in _BITS}
     if as_json:
         facts = {
             "model": model,
@@ -66,39 +67,46 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         }
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens\n")
-    table = [["KEYS AND VALUES IN", *(f"{bits} BITS" for bits in _BITS)]]
-    table.append([f"{context or longest:,} tokens need", *(size_text(needs[bits]) for bits in _BITS)])
+    click.echo(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens")
+    click.echo("The most tokens that fit, by the bits of keys and values:\n")
+    table = [["", *(f"{bits} BITS" for bits in needs)]]
+    table.append([f"{context or longest:,} tokens need", *map(size_text, needs.values())])
     for row in rows:
         name = "this machine" if here else memory or f"{row['memory'] >> 30} GB Mac"
-        lengths = [f"{row['longest'][bits]:,}" if row["longest"][bits] else "-" for bits in _BITS]
-        table.append([f"{name} ({size_text(row['room'])}) holds", *lengths])
-    print_table(table, right=range(1, len(table[0])), spare=(3, 5))
-    if context is not None and len(rows) == 1:
-        enough = [bits for bits in _BITS if rows[0]["longest"][bits] >= context]
-        flag = f" with --kv-bits {enough[0]}" if enough and enough[0] != 16 else ""
+        lengths = [f"{length:,}" if length else "-" for length in row["longest"].values()]
+        within = row["room"]
+        table.append([f"{name} ({f'{within / 1e9:.3g} GB' if within >= 1e9 else size_text(within)})", *lengths])
+    print_table(table, right=range(1, len(table[0])))
+    if len(rows) == 1 and run.weights > rows[0]["room"]:
+        click.echo(f"\nThe weights alone, {size_text(run.weights)}, do not fit.")
+    elif context is not None and len(rows) == 1:
+        enough = [bits for bits in _BITS if rows[0]["longest"][widths[bits]] >= context]
+        flag = f" with --kv-bits {enough[0]}" if enough and enough[0] else ""
         click.echo(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
 
 
 def _run(model: str, revision: str | None, here: bool) -> Run:
     """What is known of the model: its files where they are on this disk, else the released shape of its name.
 
-    On a GPU with fused attention, unless `here` is a machine that has none.
+    On a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any length, so that an
+    answer may begin on this side of LongRoPE's boundary and end beyond it.
     """
     from .. import hub
     from ..checkpoint import computed_size, weight_bytes
-    from ..memory import Run
+    from ..memory import Run, reread_at_boundary
     from ..models import read_config
     from ..models.attention import fused_attention
 
     fused = not here or fused_attention()
     alias = hub.find_alias(model)
     if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
-        return Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
+        again = reread_at_boundary(alias.shape)
+        return Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused, rereads=again)
     directory = hub.resolve(model, revision)
     config = read_config(directory)
     dtype = "float32" if config.dtype == "float32" or not fused else "bfloat16"
-    return Run(config, weight_bytes(directory, dtype), 1, itemsize=computed_size(config, dtype), fused=fused)
+    weights, itemsize = weight_bytes(directory, dtype), computed_size(config, dtype)
+    return Run(config, weights, 1, itemsize=itemsize, fused=fused, rereads=reread_at_boundary(config))
 
 
 def _packed(run: Run, bits: int, length: int = 1) -> Run:
@@ -106,4 +114,4 @@ def _packed(run: Run, bits: int, length: int = 1) -> Run:
 
     from ..models.cache import KVBits
 
-    return replace(run, length=length, bits=None if bits == 16 else KVBits(bits, bits))
+    return replace(run, length=length, bits=KVBits(bits, bits) if bits else None)

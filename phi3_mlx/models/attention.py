@@ -41,6 +41,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     elif bits is not None:
         out = _attend_some_heads(q, seen, bits, scale, mask)
     else:
+        if length == 1 and cache is not None and cache.window is not None and _on_cuda():
+            # MLX's CUDA kernel for one query goes back to the array that a part was cut from, and to its first slot.
+            seen = [mx.contiguous(array) for array in seen]
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
@@ -48,6 +51,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
 def fused_attention() -> bool:
     """Whether MLX's attention keeps its scores in registers; on the CPU it writes all of them to memory."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _on_cuda() -> bool:
+    return fused_attention() and not mx.metal.is_available()
 
 
 def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:

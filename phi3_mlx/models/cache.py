@@ -14,6 +14,7 @@ from ..errors import OptionError
 
 KV_BITS = (2, 3, 4, 6, 8)
 KV_GROUP_SIZES = (32, 64)
+REREAD_CHUNK = 512
 _PIECES = 64  # ids arrive one array a call; join them this often
 
 
@@ -25,6 +26,7 @@ class Sequence:
         self.prompt_length = prompt_length
         self.long: tuple[bool, ...] | None = None
         self.reader: object = None  # the run that it belongs to
+        self.reread_chunk = REREAD_CHUNK  # tokens read at once where they are read again
         self._pieces: list[mx.array] = []
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
@@ -115,7 +117,8 @@ class KVCache:
         used, end = self.offset - self.start, self.offset - self.start + keys.shape[2]
         self._reserve(end, new)
         for array, part in zip(self.state, new, strict=True):
-            array[..., used:end, :] = part
+            # Where it fills all slots MLX would keep the part itself: keys that are cut from queries, keys and values.
+            array[..., used:end, :] = part if part.shape[2] < array.shape[2] else mx.contiguous(part)
         first = self.first_visible - self.start
         self.offset += keys.shape[2]
         seen = [array[..., first:end, :] for array in self.state]
@@ -140,7 +143,11 @@ class KVCache:
     @property
     def lost(self) -> bool:
         """True if a trim reached behind what the window kept: the ids must be read again."""
-        return self.start > self.first_visible
+        return self.lost_at(self.offset)
+
+    def lost_at(self, offset: int) -> bool:
+        """Whether a trim to so many tokens reaches behind what the window kept."""
+        return self.window is not None and self.start > max(0, offset - (self.window - 1))
 
     def _reserve(self, slots: int, like: list[mx.array]) -> None:
         have = self.state[0].shape[2] if self.state else 0
@@ -148,27 +155,25 @@ class KVCache:
             return
         if self.window is None:  # room for the whole prompt at once: what grows is copied, and then there twice
             slots = max(slots, self.sequence.expected)
-        more = -(-(slots - have) // self.step) * self.step
-        empty = [mx.zeros((*array.shape[:2], more, array.shape[3]), array.dtype) for array in like]
-        if have:
-            empty = [mx.concatenate(list(pair), axis=2) for pair in zip(self.state, empty, strict=True)]
-        self.state = empty
-        if have:
-            mx.eval(empty)  # or MLX would copy all layers before it lets go of one
+        slots = -(-slots // self.step) * self.step
+        if not have:
+            self.state = [_free(array, slots) for array in like]
+            return
+        state = [_longer(array, slots) for array in self.state]
+        mx.eval(state)  # or MLX would copy all layers before it lets go of one
+        self.state = state
 
     def _drop(self, first: int, end: int) -> None:
         """Keep slots `first:end` alone, with room for a step more."""
-        kept = [array[..., first:end, :] for array in self.state]
-        self.state = []
-        self.start += first
-        self._reserve(end - first + self.step, kept)
-        for array, part in zip(self.state, kept, strict=True):
-            array[..., : end - first, :] = part
+        slots = (-(-(end - first) // self.step) + 1) * self.step
+        state = [_longer(array[..., first:end, :], slots) for array in self.state]
+        mx.eval(state)  # or the old slots of every layer would stay until the end of the chunk
+        self.state, self.start = state, self.start + first  # together: a Ctrl-C before leaves all as it was
 
     def shrink(self) -> None:
         """Let go of the slots behind the last token where they are most of all."""
         used = self.offset - self.start
-        if self.state and self.state[0].shape[2] > 2 * (used + self.step):
+        if not self.lost and self.state and self.state[0].shape[2] > 2 * (used + self.step):
             self._drop(0, used)
 
     def forget(self) -> None:
@@ -218,6 +223,16 @@ class KVCache:
             self.state = []
             self.start = 0
         return n
+
+
+def _free(like: mx.array, slots: int) -> mx.array:
+    """Slots that hold nothing yet."""
+    return mx.zeros((*like.shape[:2], slots, like.shape[3]), like.dtype)
+
+
+def _longer(array: mx.array, slots: int) -> mx.array:
+    """With free slots behind its own, so many in all."""
+    return mx.concatenate([array, _free(array, slots - array.shape[2])], axis=2)
 
 
 class QuantizedKVCache(KVCache):

@@ -25,7 +25,6 @@ from .packing import Packing
 from .rope import Regime, Rope
 
 LongRopeRule = Literal["auto", "short", "long"]
-REREAD_CHUNK = 512
 
 
 @partial(mx.compile, shapeless=True)
@@ -227,8 +226,8 @@ class Decoder(nn.Module):
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
             fresh = self.make_cache(Sequence(prompt_length=(offset - padding,)), cache[0].bits)
-            for first in range(padding, offset, REREAD_CHUNK):
-                last = min(first + REREAD_CHUNK, offset)
+            for first in range(padding, offset, sequence.reread_chunk):
+                last = min(first + sequence.reread_chunk, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
                 mx.eval([layer.state for layer in fresh])
             if offset > padding:
