@@ -227,7 +227,7 @@ def main(
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
     record.write(f"longcontext-{name}" if name else "longcontext", rows, "mlx", "mlx-lm", **facts)
     results = [result for other, result in record.read().items() if other.startswith("longcontext")]
-    plot(results, record.RESULTS / "longcontext.png")
+    plot([result for result in results if result["layers"] == results[0]["layers"]], record.RESULTS / "longcontext.png")
 
 
 if __name__ == "__main__":

@@ -87,9 +87,17 @@ def write(name: str, rows: list[dict[str, Any]], *packages: str, **facts: Any) -
 
 
 def read(folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The results by name, each with its machine: of the file in `folder` that has most of them."""
+    """The results by name, each with its machine: the newest of those machines in `folder` that are alike.
+
+    Alike are machines of one system ("Linux x86_64"); of several systems the one that most was measured on.
+    """
     files = sorted((RESULTS if folder is None else folder).glob("*.json"))
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    nothing: dict[str, Any] = {"machine": "", "results": {}}
-    most = max(contents, key=lambda content: len(content["results"]), default=nothing)
-    return {name: {"machine": most["machine"], **result} for name, result in most["results"].items()}
+    systems: dict[str, list[dict[str, Any]]] = {}
+    for content in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        results = [
+            {"name": name, "machine": content["machine"], **result} for name, result in content["results"].items()
+        ]
+        systems.setdefault(content["machine"].rsplit(", ", 1)[-1], []).extend(results)
+    most = max(systems.values(), key=len, default=[])
+    newest = {result["name"]: result for result in sorted(most, key=lambda result: result["date"])}
+    return dict(sorted(newest.items()))

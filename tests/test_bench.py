@@ -65,16 +65,22 @@ def check(folder, name):
     return written
 
 
-def test_a_machine_has_one_file_and_the_fullest_is_read(tmp_path, monkeypatch):
+def test_a_machine_has_one_file_and_the_newest_of_like_machines_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    for machine, names in (("A 1.5GHz, 2 cores", ["b", "a", "b"]), ("C", ["a"])):
+    mac = "M9, 10 cores, Darwin arm64"
+    for machine, names in (("A 1.5GHz, Linux x86_64", ["b", "a", "b"]), ("C, Linux x86_64", ["a"]), (mac, ["a", "b"])):
         monkeypatch.setattr(record, "machine", lambda machine=machine: machine)
         for i, name in enumerate(names):
             record.write(name, [{"row": i}], "mlx")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-1-5ghz-2-cores.json", "c.json"]
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["a-1-5ghz-linux-x86-64.json", "c-linux-x86-64.json", "m9-10-cores-darwin-arm64.json"]
+    older = json.loads((tmp_path / files[0]).read_text())
+    older["results"]["a"]["date"] = "2020-01-01"
+    (tmp_path / files[0]).write_text(json.dumps(older))
     read = record.read()
     assert list(read) == ["a", "b"]
-    assert (read["b"]["rows"], read["b"]["machine"]) == ([{"row": 2}], "A 1.5GHz, 2 cores")
+    assert (read["b"]["rows"], read["b"]["machine"]) == ([{"row": 2}], "A 1.5GHz, Linux x86_64")
+    assert (read["a"]["rows"], read["a"]["machine"]) == ([{"row": 0}], "C, Linux x86_64")
     assert record.read(tmp_path / "none") == {}
 
 

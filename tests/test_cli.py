@@ -109,6 +109,22 @@ def test_json_has_the_text_tokens_and_figures(run):
     assert all(set(token) == {"id", "text", "logprob"} for token in answer["tokens"])
 
 
+def test_files_are_put_one_after_another(run, tmp_path):
+    for name, text in (("a.txt", "Tom has a cat.\n"), ("b.txt", "\nMax has a dog.\n")):
+        (tmp_path / name).write_text(text)
+    ask = ["generate", "--max-tokens", 10]
+    code, both, _ = run(*ask, "-f", tmp_path / "a.txt", "-f", tmp_path / "b.txt", "-p", "Who has a dog?")
+    assert code == 0
+    assert both == run(*ask, "-p", "Who has a dog?\n\nTom has a cat.\n\nMax has a dog.")[1]
+
+
+def test_a_text_beyond_the_context_is_said_to_be_so_however_small_the_memory(run, tmp_path):
+    (tmp_path / "book.txt").write_text("word " * 5000)
+    code, _, err = run("generate", "-f", tmp_path / "book.txt", "--memory", "20MB")
+    assert code == 1
+    assert "the model's context is 4,096" in err
+
+
 def test_stats_go_to_stderr(run):
     _, out, err = run("generate", "-p", "Tell me a story.", "--max-tokens", 5, "--stats")
     assert "tok/s" in err

@@ -266,3 +266,21 @@ def test_reset_forgets(tiny):
     assert len(conversation.messages) == 2
     with pytest.raises(PromptError):
         conversation.send("  ")
+
+
+def test_reset_forgets_an_answer_that_is_still_open(tiny):
+    chat = Conversation(*tiny)
+    stream = chat.send("My name is Anna.", max_tokens=20)
+    next(stream)
+    chat.reset("Be kind.")
+    assert list(stream) == []
+    assert chat.messages == [{"role": "system", "content": "Be kind."}]
+    assert chat.cached_tokens == 0
+
+
+def test_names_and_texts_where_a_model_and_a_list_are_wanted(tiny):
+    model, tokenizer = tiny
+    with pytest.raises(PromptError, match="give \\[text\\]"):
+        batch_generate(model, tokenizer, "Tell me a story.")
+    with pytest.raises(Phi3Error, match="load\\('tiny'\\)"):
+        generate("tiny", tokenizer, "Hello")
