@@ -166,6 +166,41 @@ def test_reading_only_the_last_chunks_has_the_peak_of_reading_all(results, monke
     assert peak() == pytest.approx(peak("--last"), rel=0.05)
 
 
+def test_a_file_is_read_in_memory_that_mlx_lm_exceeds(results):
+    pytest.importorskip("mlx_lm")
+    from bench import document
+
+    assert invoke(document.main, "--tokens", "1000").exit_code == 0
+    written = check(results, "document")
+    ours, theirs = written["rows"]
+    assert ours["read"] == pytest.approx(1000, abs=3)
+    assert ours["peak"] <= ours["planned"] * 1.1 <= written["limit"] < theirs["peak"]
+    assert "--kv-bits" in written["refusal"]
+
+
+def test_prompts_of_a_text_show_once_how_to_quote():
+    from bench import lookup
+
+    sentences = [
+        f"The {i} mice of the mill ran up a hill to look for the missing cheese of the {i} rats." for i in range(60)
+    ]
+    text = "\n\n".join(" ".join(sentences[i : i + 8]) for i in range(0, 56, 8))
+    kinds = lookup.prompts_of_text(text, "a text")
+    assert {kind: len(prompts) for kind, prompts in kinds.items()} == {"edit": 4, "quote": 4}
+    for question, answer, asked in kinds["quote"]:
+        assert answer["content"] == " ".join(sentences[:3])
+        assert answer["content"] in question["content"] not in asked["content"]
+    with pytest.raises(click.UsageError, match="a text has fewer than 5"):
+        lookup.prompts_of_text(text[:1500], "a text")
+
+
+def test_faults_of_a_user_are_one_line(capfd):
+    with pytest.raises(SystemExit) as done:
+        main(["lookup", "--model", "./nowhere"])
+    assert done.value.code == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
 def test_decode_writes_both_packages_side_by_side(results):
     pytest.importorskip("mlx_lm")
     from bench import decode
