@@ -194,15 +194,15 @@ def document() -> str:
     limit, bits, minutes = f"{result['limit'] / 1e6:.0f} MB", result["bits"], f"{ours['seconds'] / 60:.0f}"
     peak, planned, exceeded = (f"{size / 1e6:,.0f} MB" for size in (ours["peak"], ours["planned"], theirs["peak"]))
     text = f"""\
-A file of {ours["read"]:,} tokens (two layers with 4 of Phi-3-mini's heads, random weights) within {limit}. Without packing
-`phi3-mlx generate -f` refuses it:
+A file of {ours["read"]:,} tokens (two layers with 4 of Phi-3-mini's heads, random weights) within {limit}. Without
+packing `phi3-mlx generate -f` refuses it:
 
 ```text
 {result["refusal"]}
 ```
 
-With `--kv-bits {bits}` it is read and answered in {minutes} minutes on this CPU, with a peak of {peak} ({planned} planned).
-mlx-lm has taken {exceeded} after {theirs["read"]:,} tokens, where it was stopped."""
+With `--kv-bits {bits}` it is read and answered in {minutes} minutes on this CPU, with a peak of {peak} ({planned}
+planned). mlx-lm has taken {exceeded} after {theirs["read"]:,} tokens, where it was stopped."""
     return f"{text}\n\n{sources([result])}"
 
 

@@ -136,9 +136,11 @@ class Generation:
         self._finished: set[int] = set()
         self._sampler = Sampler(sampling, prompts, model.config.vocab_size)
         self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
-        for layer in cache or ():
-            layer.trim(layer.offset - shared)
-            layer.shrink()
+        if cache is not None:
+            cache[0].sequence.reader = None  # whoever reads with it now is to hear of it
+            for layer in cache:
+                layer.trim(layer.offset - shared)
+                layer.shrink()
         self.cache = cache if cache is not None and shared else self._new_cache()
         self.cache[0].sequence.prompt_length = tuple(lengths)
         self.cache[0].sequence.reread_chunk = min(self._chunk, REREAD_CHUNK)

@@ -164,6 +164,11 @@ def test_a_stream_whose_cache_was_given_to_another_ends_with_an_error():
     with pytest.raises(CacheError, match="one cache for each stream"):
         list(stream)
     assert generate(model, tokenizer, "Who are you?", max_tokens=20, prompt_cache=cache) == other
+    stream = stream_generate(model, tokenizer, [9, 10, 11], max_tokens=40, prompt_cache=cache, lookup=0)
+    next(stream)
+    generate(model, tokenizer, [12, 13], max_tokens=5, prompt_cache=cache)  # begins with nothing that was read
+    with pytest.raises(CacheError, match="one cache for each stream"):
+        list(stream)
 
 
 def test_a_prompt_that_shares_little_gives_the_memory_back(monkeypatch):
