@@ -2,8 +2,9 @@
 
     python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N]
 
-Cases are those of `decode`. MLX's packed product takes as long on a CPU for each row as for the first, so mlx-lm's
-prompts are short here: `--tokens`. phi3-mlx reads the same, and, for the speed of a full chunk, `--long` tokens too.
+Cases are those of `decode`, and weights that are not packed. MLX's packed product takes as long on a CPU for each row
+as for the first, so mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same, and there,
+for the speed of a full chunk, `--long` tokens too.
 Neither package computes the last layer's output where only its keys are needed, so one layer alone says little.
 """
 
@@ -20,15 +21,19 @@ from phi3_mlx.engine import Generation
 from phi3_mlx.sampling import Sampling
 
 from . import record
-from .decode import CASES, in_turn, loaded, rows_of
+from .decode import CASES as PACKED
+from .decode import in_turn, loaded, rows_of
 
-_TINY = 16  # times as many tokens for the bundled model: it is that much faster
+CASES = ("unpacked", *PACKED)
+_FAST = {"unpacked": 16, "tiny": 16}  # times as many tokens
 
 
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
 @click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
-@click.option("--tokens", default=32, show_default=True, help=f"Of the prompt; {_TINY} times as many for tiny.")
+@click.option(
+    "--tokens", default=32, show_default=True, help="Of the prompt; 16 times as many for tiny and for unpacked."
+)
 @click.option("--long", "many", default=0, show_default=True, help="Of another prompt, for phi3-mlx alone.")
 @click.option("--runs", default=3, show_default=True)
 def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) -> None:
@@ -48,10 +53,10 @@ def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) 
 
     rows: list[dict[str, Any]] = []
     for case in only or CASES:
-        count = tokens * _TINY if case == "tiny" else tokens
+        count = tokens * _FAST.get(case, 1)
         with loaded(case, layers) as (model, other, name):
             contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}
-            if many:
+            if many and case not in _FAST:
                 contenders[f"phi3-mlx, {many:,} tokens"] = partial(ours, model, many)
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
     record.write("prefill", rows, "mlx", "mlx-lm")
