@@ -3,8 +3,8 @@
     python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N]
 
 Cases are those of `decode`, and weights that are not packed. MLX's packed product takes as long on a CPU for each row
-as for the first, so mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same, and there,
-for the speed of a full chunk, `--long` tokens too.
+as for the first, so mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same, and, for
+the speed of a full chunk, `--long` tokens too.
 Neither package computes the last layer's output where only its keys are needed, so one layer alone says little.
 """
 
