@@ -94,6 +94,9 @@ def test_a_loop_is_decoded_in_fewer_steps(monkeypatch):
             def is_long(self, total):
                 return False
 
+        def parameters(self):
+            return {}
+
         def make_cache(self, *_):
             cache = KVCache()
             cache.trim = lambda n: setattr(cache, "offset", cache.offset - n)
