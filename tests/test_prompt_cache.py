@@ -1,5 +1,6 @@
 """Caches that outlive a run: the next answer is the one it would be without, or the cache is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -9,11 +10,12 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import Phi3Error, PromptCache, generate, load, memory, prompt_cache, stream_generate
+from phi3_mlx import Phi3Error, PromptCache, generate, hub, load, memory, prompt_cache, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.options import Pulse
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
+from phi3_mlx.generation import run_of
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.sampling import Sampling
 
@@ -323,8 +325,12 @@ def test_only_a_cache_is_replaced(built, capsys):
     assert "is empty" in err
 
 
-def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys):
-    code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?", "--memory", "16MB")
+def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys, monkeypatch):
+    """One tells how to build it anew; what is allowed is what 8 bits need."""
+    needed = run_of(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8))
+    needed = dataclasses.replace(needed, rereads=memory.reread_at_boundary(needed.config))
+    monkeypatch.setattr(memory, "room", lambda: needed.plan(0).total)
+    code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?")
     assert code == 1
     assert "a cache made with --kv-bits 8 needs" in err
     assert "--force tries" in err
