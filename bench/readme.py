@@ -262,12 +262,15 @@ BLOCKS = {
 
 def sources(results: list[dict[str, Any]]) -> str:
     """Machine, versions and commands of results."""
-    commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in results)
-    newest: dict[str, str] = {}
-    for result in results:
-        newest |= result["versions"]
-    machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
-    return f"{machines}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}."
+    lines = []
+    for machine in dict.fromkeys(result["machine"] for result in results):
+        here = [result for result in results if result["machine"] == machine]
+        newest: dict[str, str] = {}
+        for result in here:
+            newest |= result["versions"]
+        commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in here)
+        lines.append(f"{machine}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}.")
+    return " ".join(lines)
 
 
 @cache
@@ -302,7 +305,8 @@ def scaled(figure: dict[str, float], unit: float) -> dict[str, float]:
 def shown(figure: dict[str, float], unit: str) -> str:
     digits = 0 if figure["median"] >= 100 else 2
     median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} {unit} ({least} to {most})"
+    once = figure["min"] == figure["max"]
+    return f"{median} {unit}" if once else f"{median} {unit} ({least} to {most})"
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:
