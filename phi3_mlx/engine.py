@@ -23,6 +23,7 @@ from .sampling import Sampler, Sampling
 
 FinishReason = Literal["stop", "length"]
 Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet
+_LONG = 512  # tokens of a prompt's last chunk for which the last layer takes longer than a step of one token
 _PAD = 0  # any id: padding is never seen
 
 
@@ -294,6 +295,8 @@ class Generation:
         self.statistics.prefilled_tokens = self.statistics.prompt_tokens - done
         while True:
             last = min(done + self._chunk, longest)
+            if last == longest and last - done >= _LONG:
+                last -= 1  # read alone, it spares all others the last layer, of which they need but the keys
             hidden = self._forward(ids[:, done:last])
             mx.eval([layer.state for layer in self.cache])
             if self._on_prefill:

@@ -130,6 +130,13 @@ def test_a_given_cache_is_extended_and_only_the_rest_is_read(model):
         Generation(model, [prompt] * 2, max_tokens=1, sampling=GREEDY, cache=third.cache)
 
 
+def test_the_last_token_of_a_long_prompt_is_read_alone(model):
+    prompts, seen = [prompt_of(600), prompt_of(550, seed=1)], []
+    answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
+    assert seen[-2:] == [(599, 600), (600, 600)]
+    assert [ids(tokens) for tokens in answers] == [plain_greedy(model, prompt, 4) for prompt in prompts]
+
+
 def test_statistics_count_what_was_done(model):
     seen = []
     _, generation = run(model, [prompt_of(30), prompt_of(10)], 5, prefill_chunk=8, on_prefill=lambda *a: seen.append(a))
