@@ -1,6 +1,6 @@
 """Speed of reading a prompt with 4-bit models: phi3-mlx and mlx-lm in turn, reading the same directory.
 
-    python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N]
+    python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N] [--name NAME]
 
 Cases are those of `decode`, and weights that are not packed. MLX's packed product takes as long on a CPU for each row
 as for the first, so mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same, and, for
@@ -36,7 +36,8 @@ _FAST = {"unpacked": 16, "tiny": 16}  # times as many tokens
 )
 @click.option("--long", "many", default=0, show_default=True, help="Of another prompt, for phi3-mlx alone.")
 @click.option("--runs", default=3, show_default=True)
-def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) -> None:
+@click.option("--name", "kind", help="Of the result, behind prefill-.")
+def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int, kind: str | None) -> None:
     from mlx_lm.generate import generate_step
 
     def ours(model: Any, count: int) -> float:
@@ -59,7 +60,7 @@ def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) 
             if many and case not in _FAST:
                 contenders[f"phi3-mlx, {many:,} tokens"] = partial(ours, model, many)
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
-    record.write("prefill", rows, "mlx", "mlx-lm")
+    record.write(f"prefill-{kind}" if kind else "prefill", rows, "mlx", "mlx-lm")
 
 
 def prompt_of(tokens: int) -> list[int]:

@@ -53,16 +53,15 @@ def speed() -> str:
         f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
     ]
     for bench, what in _SIDE_BY_SIDE.items():
-        if (result := found(bench)) is None:
-            continue
-        results.append(result)
-        for case in dict.fromkeys(row["case"] for row in result["rows"]):
-            rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
-            ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
-            table.append(
-                f"| {what}, {ours['model']} | {shown(ours['tokens_per_second'], 'tok/s')} | "
-                f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.1f}× |"
-            )
+        for result in read_all(bench):
+            results.append(result)
+            for case in dict.fromkeys(row["case"] for row in result["rows"]):
+                rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
+                ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+                table.append(
+                    f"| {what}, {ours['model']} | {shown(ours['tokens_per_second'], 'tok/s')} | "
+                    f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.2f}× |"
+                )
     if (converted := found("convert")) is not None:
         results.append(converted)
         what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
