@@ -176,7 +176,8 @@ def summary(kind: str, rounds: dict[str, list[list[Answer]]]) -> dict[str, Any]:
 )
 @click.option("--runs", default=3, show_default=True)
 @click.option("--max-tokens", default=200, show_default=True)
-def main(name: str, texts: Sequence[Path], runs: int, max_tokens: int) -> None:
+@click.option("--prompts", "most", type=click.IntRange(min=1), help="Of each kind at most.")
+def main(name: str, texts: Sequence[Path], runs: int, max_tokens: int, most: int | None) -> None:
     from mlx_lm.utils import load_model as load_mlx_lm
 
     if texts and name == "tiny":
@@ -203,7 +204,7 @@ def main(name: str, texts: Sequence[Path], runs: int, max_tokens: int) -> None:
     rows: list[dict[str, Any]] = []
     for kind, prompts in kinds.items():
         sampling = Sampling(temperature=1.0, seed=1) if kind == NEW else Sampling()
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[:most]]
         rows.append(summary(kind, measure(contenders, encoded, sampling, runs)))
     parts = ["lookup"] + ([] if name == "tiny" else [directory.name]) + (["books"] if texts else [])
     facts = {"model": directory.name, "texts": [text.stem for text in texts], "max_tokens": max_tokens}
