@@ -44,9 +44,8 @@ class Conversation:
         self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
         self._force = force
         self.messages: list[dict[str, str]] = []
-        self._open: Generator[Chunk, None, None] | None = (
-            None  # the last answer, which may not have been read to its end
-        )
+        # The last answer, which may not have been read to its end.
+        self._open: Generator[Chunk, None, None] | None = None
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
