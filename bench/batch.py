@@ -2,8 +2,10 @@
 
     python -m bench batch [--only CASE] [--rows N] [--layers N] [--tokens N] [--runs N]
 
-Cases are Phi-3-mini's shape in float32, where reading the weights takes most of a step, the same packed to 4 bits, and
-the bundled model. Together every prompt must give the tokens it gives alone; the run fails if one does not.
+Cases are Phi-3-mini's shape without packing, where reading the weights takes most of a step, the same packed to 4 bits
+with float32 scales, on a GPU with bfloat16 scales, and the bundled model. Together every prompt must give the tokens it
+gives alone; on a CPU the run fails if one does not, and on a GPU, where several rows are rounded otherwise than one,
+the share that is alike is in the result.
 """
 
 from __future__ import annotations
@@ -14,24 +16,35 @@ from typing import Any
 
 import click
 
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine import Generation, common_length
 from phi3_mlx.sampling import Sampling
 
 from . import record
-from .decode import in_turn, loaded, rows_of
+from .decode import DTYPE, LAYERS, in_turn, loaded, rows_of
 
-CASES = ("unpacked", "float32", "tiny")
+CASES = ("unpacked", DTYPE, "tiny")
 
 
 def make_prompts(rows: int) -> list[list[int]]:
     return [[100 + (37 * row + 11 * i) % 3000 for i in range(3 + 4 * row)] for row in range(rows)]
 
 
+def alike(some: list[list[int]], others: list[list[int]]) -> float:
+    """The share of the tokens of answers that stand before the first that is not the same in the other answers."""
+    same = sum(common_length(one, other) for one, other in zip(some, others, strict=True))
+    return same / sum(map(len, some))
+
+
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
 @click.option("--rows", default=8, show_default=True)
-@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
-@click.option("--tokens", default=8, show_default=True, help="Of each row; 8 times as many for tiny.")
+@click.option("--layers", default=LAYERS, show_default=True, help="Phi-3-mini has 32.")
+@click.option(
+    "--tokens",
+    default=64 if record.on_gpu() else 8,
+    show_default=True,
+    help="Of each row; on a CPU 8 times as many for tiny.",
+)
 @click.option("--runs", default=3, show_default=True)
 def main(only: tuple[str, ...], rows: int, layers: int, tokens: int, runs: int) -> None:
     from mlx_lm.generate import BatchGenerator
@@ -71,7 +84,7 @@ def main(only: tuple[str, ...], rows: int, layers: int, tokens: int, runs: int) 
     results: list[dict[str, Any]] = []
     for case in only or CASES:
         answers: dict[str, list[list[int]]] = {}
-        count = tokens * 8 if case == "tiny" else tokens
+        count = tokens * 8 if case == "tiny" and not record.on_gpu() else tokens
         with loaded(case, layers) as (model, other, name):
             contenders = {
                 "phi3-mlx": partial(together, model, count),
@@ -79,9 +92,10 @@ def main(only: tuple[str, ...], rows: int, layers: int, tokens: int, runs: int) 
                 "mlx-lm": partial(theirs, other, count),
             }
             figures = in_turn(contenders, runs)
-        if answers["together"] != answers["alone"]:
+        same = alike(answers["together"], answers["alone"])
+        if same < 1 and not record.on_gpu():
             raise click.ClickException(f"{name}: a prompt's tokens are not the same in a batch")
-        results += rows_of(case, name, figures, base="phi3-mlx, one by one", tokens=count, rows=rows)
+        results += rows_of(case, name, figures, base="phi3-mlx, one by one", tokens=count, rows=rows, alike=same)
     record.write("batch", results, "mlx", "mlx-lm")
 
 

@@ -2,10 +2,11 @@
 
     python -m bench decode [--only CASE] [--layers N] [--tokens N] [--runs N]
 
-Cases: layers of Phi-3-mini's shape with bfloat16 scales, as models are published, the same with float32 scales, as many
-layers of Phi-4-mini's and Phi-3-medium's shapes with float32 scales (keys and values of 8 and 10 heads), and the
-bundled model. Weights but the bundled are random and made on the spot (speed does not depend on them). On MLX's CPU
-backend phi3-mlx computes in float32 in every case, mlx-lm in the type of the scales.
+Cases: layers of Phi-3-mini's shape with bfloat16 scales, as models are published, the same with float32 scales (not on
+a GPU, if not asked for), as many layers of Phi-4-mini's and Phi-3-medium's shapes (keys and values of 8 and 10 heads),
+with bfloat16 scales on a GPU and float32 scales on a CPU, and the bundled model. Weights but the bundled are random and
+made on the spot (speed does not depend on them). On MLX's CPU backend phi3-mlx computes in float32 in every case,
+mlx-lm in the type of the scales.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from typing import Any
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi3_mlx.checkpoint import load_model
-from phi3_mlx.conversion import convert
 from phi3_mlx.engine import Generation
 from phi3_mlx.hub import resolve
+from phi3_mlx.memory import room
 from phi3_mlx.models import build, parse_config
+from phi3_mlx.quantize import DEFAULTS
 from phi3_mlx.sampling import Sampling
 
 from . import record
@@ -65,6 +68,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 CASES = ("bfloat16", "float32", *OTHERS, "tiny")
+# By default; of the unpacked weights two models must fit.
+LAYERS = 2 if not record.on_gpu() else 32 if room() > 40e9 else 8
+DTYPE = "bfloat16" if record.on_gpu() else "float32"  # that a model is computed in, if it is not said
+
+
+def default_cases(cases: tuple[str, ...]) -> list[str]:
+    """Those that are measured if none is asked for: nobody gives a GPU float32 scales."""
+    return [case for case in cases if not (case == "float32" and record.on_gpu())]
 
 
 def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape: Any) -> None:
@@ -72,25 +83,26 @@ def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape
     config = {**PHI_3_MINI, **shape, "num_hidden_layers": layers, "torch_dtype": dtype}
     model = build(parse_config(config))
     model.set_dtype(getattr(mx, dtype))
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) if bits else directory
-        source.mkdir(exist_ok=True)
-        mx.save_safetensors(str(source / "model.safetensors"), dict(tree_flatten(model.parameters())))
-        (source / "config.json").write_text(json.dumps(config))
-        if bits:
-            convert(source, directory, bits=bits, report=False)
+    if bits:
+        config["quantization"] = {"group_size": DEFAULTS["affine"][0], "bits": bits}
+        nn.quantize(model, **config["quantization"])
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one after another: in floats all of them together may not fit
+    directory.mkdir(exist_ok=True)
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 @contextmanager
 def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
-    """A case's model as phi3-mlx and as mlx-lm load it, and its name. "unpacked" is float32 that was not packed."""
+    """A case's model as phi3-mlx and as mlx-lm load it, and its name. "unpacked" is `DTYPE` that was not packed."""
     from mlx_lm.utils import load_model as load_mlx_lm
 
     with tempfile.TemporaryDirectory() as folder:
         directory = resolve("tiny") if case == "tiny" else Path(folder, "model")
         name = "the bundled model"
         if case != "tiny":
-            packed, dtype = case != "unpacked", "bfloat16" if case == "bfloat16" else "float32"
+            packed, dtype = case != "unpacked", case if case in ("bfloat16", "float32") else DTYPE
             make_checkpoint(directory, layers, dtype, 4 if packed else 0, **OTHERS.get(case, {}))
             kind = f"4-bit, {dtype} scales" if packed else dtype
             shape = case if case in OTHERS else "Phi-3-mini"
@@ -137,8 +149,8 @@ def rows_of(
 
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
-@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
-@click.option("--tokens", default=8, show_default=True)
+@click.option("--layers", default=LAYERS, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--tokens", default=128 if record.on_gpu() else 8, show_default=True)
 @click.option("--runs", default=3, show_default=True)
 def main(only: tuple[str, ...], layers: int, tokens: int, runs: int) -> None:
     from mlx_lm.generate import generate_step
@@ -159,8 +171,8 @@ def main(only: tuple[str, ...], layers: int, tokens: int, runs: int) -> None:
         return count / (time.perf_counter() - started)
 
     rows: list[dict[str, Any]] = []
-    for case in only or CASES:
-        count = tokens * 16 if case == "tiny" else tokens  # it is that much faster
+    for case in only or default_cases(CASES):
+        count = tokens * 16 if case == "tiny" and not record.on_gpu() else tokens  # it is that much faster on a CPU
         with loaded(case, layers) as (model, other, name):
             contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)

@@ -1,18 +1,18 @@
 """Peak memory of reading a long prompt in chunks, phi3-mlx and mlx-lm with the same packed cache, in turn.
 
     python -m bench longcontext [--tokens N] [--chunk N] [--layers N] [--bits B] [--alone] [--last] [--once]
-                                [--packed] [--name NAME]
+                                [--packed] [--full] [--mlx-lm-whole] [--name NAME]
 
-Heads are Phi-3-mini's (32 of 96); the feed-forward and the vocabulary are small and the weights random, since neither
-adds to what grows with the length. Memory is MLX's own peak, less the weights, of prompts of a quarter, a half and all
-of the tokens. Beside it stands what `phi3-mlx plan` foretells.
+Heads are Phi-3-mini's (32 of 96). The weights are random; the feed-forward and the vocabulary are small, since neither
+adds to what grows with the length, and Phi-3-mini's own with `--full`. Memory is MLX's own peak, less the weights, of
+prompts of a quarter, a half and all of the tokens. Beside it stands what `phi3-mlx plan` foretells.
 
 phi3-mlx reads every token. mlx-lm's scores against a packed cache take hours on a CPU, so there the model reads the
 first chunk and the last, those with the most to score; between them the cache is filled with random
 keys and values, packed as they come. The peak is the same if the chunk is a multiple of 256, by which caches grow.
 `--mlx-lm-whole` has it read every token; `--last` has phi3-mlx do as mlx-lm does. `--once` reads all tokens alone, no
-shorter prompts before. `--packed` has phi3-mlx's weights in 4 bits, so that more layers fit. As in both packages, the
-last layer's output is computed for the last chunk only. results/longcontext.png shows the figures of all lengths.
+shorter prompts before. `--packed` has the weights in 4 bits, so that more layers fit. As in both packages, the last
+layer's output is computed for the last chunk only. results/longcontext.png shows the figures of all lengths.
 """
 
 from __future__ import annotations
@@ -32,30 +32,26 @@ from phi3_mlx.models.attention import fused_attention
 from phi3_mlx.models.cache import KVBits
 
 from . import record
+from .decode import DTYPE, LAYERS, PHI_3_MINI
 
 GROUP_SIZE = 32
 HEADS, HEAD_DIM = 32, 96
+SMALL = {"vocab_size": 512, "intermediate_size": 256}
 PACKING = {"group_size": 64, "bits": 4}  # of the weights
 _FILL = 4096  # tokens at a time
 
 
-def make_config(layers: int, tokens: int, packed: bool) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "model_type": "phi3",
-        "vocab_size": 512,
-        "hidden_size": HEADS * HEAD_DIM,
-        "intermediate_size": 256,
+def make_config(layers: int, tokens: int, packed: bool, full: bool) -> dict[str, Any]:
+    context = max(tokens + 256, 4096)
+    config = PHI_3_MINI | {
         "num_hidden_layers": layers,
+        "hidden_size": HEADS * HEAD_DIM,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
-        "max_position_embeddings": max(tokens, 4096),
-        "original_max_position_embeddings": max(tokens, 4096),
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
+        "max_position_embeddings": context,
+        "original_max_position_embeddings": context,
     }
-    return config | {"quantization": PACKING} if packed else config
+    return config | ({} if full else SMALL) | ({"quantization": PACKING} if packed else {})
 
 
 def read_prompts(
@@ -101,13 +97,13 @@ def state_of(cache: list[Any]) -> list[Any]:
     return [layer.state if hasattr(layer, "sequence") else (layer.keys, layer.values) for layer in cache]
 
 
-def decode(model: Any, cache: list[Any], steps: int, base: int) -> dict[str, float]:
-    """The speed of single tokens behind the prompt, and their peak."""
+def decode(logits: Callable[[mx.array], mx.array], cache: list[Any], steps: int, base: int) -> dict[str, float]:
+    """Speed and peak of single tokens behind the prompt. `logits`: of a token (1, 1), which the cache takes in."""
     token = mx.array([[1]])
     mx.reset_peak_memory()
     started = time.perf_counter()
     for _ in range(steps):
-        token = model.logits(model.model(token, cache)).argmax(-1)
+        token = logits(token).argmax(-1)
         mx.eval(token, state_of(cache))
     seconds = time.perf_counter() - started
     return {"tokens": steps, "tokens_per_second": steps / seconds, "peak": mx.get_peak_memory() - base}
@@ -142,16 +138,19 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--tokens", type=click.IntRange(min=4), default=32768, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=4), default=131072 if record.on_gpu() else 32768, show_default=True)
 @click.option("--chunk", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--layers", default=2, show_default=True)
+@click.option("--layers", default=LAYERS, show_default=True)
 @click.option("--bits", default=4, show_default=True)
 @click.option("--decode", "steps", default=0, show_default=True, help="Tokens to decode behind the prompt.")
 @click.option("--alone", is_flag=True, help="Without mlx-lm.")
 @click.option("--last", is_flag=True, help="phi3-mlx too reads only those chunks.")
 @click.option("--once", is_flag=True, help="The full length only.")
-@click.option("--packed", is_flag=True, help="Weights in 4 bits; only with --alone.")
-@click.option("--mlx-lm-whole", is_flag=True, help="mlx-lm too reads every token.")
+@click.option("--packed", is_flag=True, help="Weights in 4 bits.")
+@click.option("--full", is_flag=True, help="Phi-3-mini's feed-forward and vocabulary too.")
+@click.option(
+    "--mlx-lm-whole/--mlx-lm-last", default=record.on_gpu(), show_default=True, help="mlx-lm too reads every token."
+)
 @click.option("--name", help="Of the result file, behind longcontext-.")
 def main(
     tokens: int,
@@ -163,32 +162,35 @@ def main(
     last: bool,
     once: bool,
     packed: bool,
+    full: bool,
     mlx_lm_whole: bool,
     name: str | None,
 ) -> None:
-    if packed and not alone:
-        raise click.UsageError("--packed is for phi3-mlx alone; add --alone")
-    raw = make_config(layers, tokens, packed)
+    raw = make_config(layers, tokens, packed, full)
     lengths = [tokens] if once else [tokens // 4, tokens // 2, tokens]
-    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
+    dtype = getattr(mx, DTYPE)
     packing = KVBits(bits, bits, GROUP_SIZE)
-    facts: dict[str, Any] = {"chunk": chunk, "layers": layers, "bits": bits, "group_size": GROUP_SIZE}
+    facts: dict[str, Any] = {"chunk": chunk, "layers": layers, "bits": bits, "group_size": GROUP_SIZE, "full": full}
 
-    def ours() -> list[dict[str, Any]]:
-        model = build(parse_config(raw))
+    def made(model: Any) -> Any:
         model.set_dtype(dtype)
         if packed:
             nn.quantize(model, **PACKING)
         mx.eval(model.parameters())
+        return model
+
+    def decoded(key: str, logits: Callable[[mx.array], mx.array], cache: list[Any], base: int) -> None:
+        if steps:
+            facts[key] = decode(logits, cache, steps, base)
+            click.echo("then {tokens} more at {tokens_per_second:.2f} tok/s, peak {peak:,.0f}".format(**facts[key]))
+
+    def ours() -> list[dict[str, Any]]:
+        model = made(build(parse_config(raw)))
         base = mx.get_active_memory()
         rows, cache = read_prompts(
             model, lambda length: model.make_cache(length, bits=packing), lengths, chunk, whole=not last
         )
-        if steps:
-            facts["decode"] = decode(model, cache, steps, base)
-            click.echo(
-                "then {tokens} more at {tokens_per_second:.2f} tok/s, peak {peak:,.0f}".format(**facts["decode"])
-            )
+        decoded("decode", lambda token: model.logits(model.model(token, cache)), cache, base)
         for row in rows:
             run = Run(model.config, 0, row["tokens"], bits=packing, itemsize=dtype.size, fused=fused_attention())
             row |= {"cache": run.cache_bytes(), "planned": run.cache_bytes() + run.workspace(chunk)}
@@ -198,16 +200,17 @@ def main(
         from mlx_lm.models import phi3
         from mlx_lm.models.cache import QuantizedKVCache
 
-        model = phi3.Model(phi3.ModelArgs.from_dict(raw))
-        model.set_dtype(dtype)
-        mx.eval(model.parameters())
-        return read_prompts(
+        model = made(phi3.Model(phi3.ModelArgs.from_dict(raw)))
+        base = mx.get_active_memory()
+        rows, cache = read_prompts(
             model,
             lambda _: [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in range(layers)],
             lengths,
             chunk,
             whole=mlx_lm_whole,
-        )[0]
+        )
+        decoded("decode_mlx_lm", lambda token: model(token, cache), cache, base)
+        return rows
 
     rows: list[dict[str, Any]] = []
     for package, contender in {"phi3-mlx": ours, "mlx-lm": theirs}.items():

@@ -3,8 +3,8 @@
     python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N] [--name NAME]
 
 Cases are those of `decode`, and weights that are not packed. MLX's packed product takes as long on a CPU for each row
-as for the first, so mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same, and, for
-the speed of a full chunk, `--long` tokens too.
+as for the first, so there mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same,
+and, for the speed of a full chunk, `--long` tokens too.
 Neither package computes the last layer's output where only its keys are needed, so one layer alone says little.
 """
 
@@ -22,17 +22,20 @@ from phi3_mlx.sampling import Sampling
 
 from . import record
 from .decode import CASES as PACKED
-from .decode import in_turn, loaded, rows_of
+from .decode import LAYERS, default_cases, in_turn, loaded, rows_of
 
 CASES = ("unpacked", *PACKED)
-_FAST = {"unpacked": 16, "tiny": 16}  # times as many tokens
+_FAST = {} if record.on_gpu() else {"unpacked": 16, "tiny": 16}  # times as many tokens
 
 
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(CASES), help="Some cases (repeatable).")
-@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--layers", default=LAYERS, show_default=True, help="Phi-3-mini has 32.")
 @click.option(
-    "--tokens", default=32, show_default=True, help="Of the prompt; 16 times as many for tiny and for unpacked."
+    "--tokens",
+    default=2048 if record.on_gpu() else 32,
+    show_default=True,
+    help="Of the prompt; on a CPU 16 times as many for tiny and for unpacked.",
 )
 @click.option("--long", "many", default=0, show_default=True, help="Of another prompt, for phi3-mlx alone.")
 @click.option("--runs", default=3, show_default=True)
@@ -53,7 +56,7 @@ def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int, 
         return count / (time.perf_counter() - started)
 
     rows: list[dict[str, Any]] = []
-    for case in only or CASES:
+    for case in only or default_cases(CASES):
         count = tokens * _FAST.get(case, 1)
         with loaded(case, layers) as (model, other, name):
             contenders = {"phi3-mlx": partial(ours, model, count), "mlx-lm": partial(theirs, other, count)}

@@ -29,8 +29,20 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 RESULTS = Path(os.environ.get(ELSEWHERE) or PUBLISHED)
 
 
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU, where the benches take whole models by default."""
+    import mlx.core as mx  # here: a list of the benches loads no MLX
+
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def machine() -> str:
-    """The processor's name and core count, and the system."""
+    """What computes, the cores of a processor, and the system; machines that are alike end alike."""
+    system = f"{platform.system()} {platform.machine()}"
+    if on_gpu() and platform.system() != "Darwin":
+        import mlx.core as mx
+
+        return f"{mx.device_info(mx.gpu)['device_name']}, {system} with CUDA"
     name = platform.processor() or platform.machine()
     if platform.system() == "Darwin":  # which says "arm" of all its processors
         brand = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -39,7 +51,7 @@ def machine() -> str:
     if info.is_file():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return f"{name}, {os.cpu_count()} cores, {system}"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -87,9 +99,14 @@ def write(name: str, rows: list[dict[str, Any]], *packages: str, **facts: Any) -
 
 
 def read(folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The results by name, each with its machine: the newest of those machines in `folder` that are alike.
+    """The results by name, each with its machine: those of the system that most was measured on."""
+    return next(iter(read_systems(folder).values()), {})
 
-    Alike are machines of one system ("Linux x86_64"); of several systems the one that most was measured on.
+
+def read_systems(folder: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """System ("Linux x86_64", "Linux x86_64 with CUDA") -> its results by name, in their order, each with its machine.
+
+    Of the machines of a system the newest result; first the system that most was measured on.
     """
     files = sorted((RESULTS if folder is None else folder).glob("*.json"))
     systems: dict[str, list[dict[str, Any]]] = {}
@@ -98,6 +115,8 @@ def read(folder: Path | None = None) -> dict[str, dict[str, Any]]:
             {"name": name, "machine": content["machine"], **result} for name, result in content["results"].items()
         ]
         systems.setdefault(content["machine"].rsplit(", ", 1)[-1], []).extend(results)
-    most = max(systems.values(), key=len, default=[])
-    newest = {result["name"]: result for result in sorted(most, key=lambda result: result["date"])}
-    return dict(sorted(newest.items()))
+    found = {}
+    for system, results in sorted(systems.items(), key=lambda item: -len(item[1])):
+        newest = {result["name"]: result for result in sorted(results, key=lambda result: result["date"])}
+        found[system] = dict(sorted(newest.items()))
+    return found

@@ -30,7 +30,7 @@ from phi3_mlx.tuning.targets import find_targets
 from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
 
 from . import record
-from .decode import make_checkpoint
+from .decode import DTYPE, LAYERS, make_checkpoint
 
 RANK, LONGEST = 8, 1024
 _SMALL = {
@@ -131,9 +131,9 @@ def theirs(directory: Path, data: list[Example], batch: int, steps: int) -> dict
 
 
 @click.command(help=__doc__)
-@click.option("--layers", default=2, show_default=True, help="Phi-3-mini has 32.")
+@click.option("--layers", default=LAYERS, show_default=True, help="Phi-3-mini has 32.")
 @click.option("--small", is_flag=True, help="The bundled model's widths, to try it out.")
-@click.option("--bits", default=0, show_default=True, help="Pack the base; 0: floats.")
+@click.option("--bits", default=4 if record.on_gpu() else 0, show_default=True, help="Pack the base; 0: floats.")
 @click.option("--batch", default=4, show_default=True)
 @click.option("--steps", default=8, show_default=True)
 @click.option("--runs", default=3, show_default=True)
@@ -141,8 +141,7 @@ def main(layers: int, small: bool, bits: int, batch: int, steps: int, runs: int)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "model")
-        dtype = "float32" if mx.default_device() == mx.cpu else "bfloat16"
-        make_checkpoint(directory, layers, dtype, bits, **(_SMALL if small else {}))
+        make_checkpoint(directory, layers, DTYPE, bits, **(_SMALL if small else {}))
         vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
         data = make_examples(batch * (steps + _WARM) * 2, vocab)
         for _ in range(runs):
