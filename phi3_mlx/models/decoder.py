@@ -9,6 +9,7 @@ A member's file derives from `Attention`, `DecoderLayer`, `Decoder` and `Model`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from functools import partial
 from typing import Any, Literal
@@ -49,11 +50,15 @@ class Attention(nn.Module):
         """Queries, keys and values of every token side by side: (B, L, hidden_size) -> (B, L, (H + 2 Hkv) * D)."""
         raise NotImplementedError
 
-    def split(self, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order."""
+    def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order.
+
+        `turn` rotates queries and keys, in one call: each costs Python as much time as several other operations.
+        """
         batch, length, _ = rows.shape
         rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
-        q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
+        turning, v = mx.split(rows, [self._heads + self._kv_heads], axis=1)
+        q, k = mx.split(turn(turning), [self._heads], axis=1)
         return q, k, v
 
     def output(self, x: mx.array) -> mx.array:
@@ -76,10 +81,8 @@ class Attention(nn.Module):
         return self.output(packing.scatter(blocks))
 
     def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
-        q, k, v = self.split(rows)
-        q = self._rope.query(q, offset, long)
-        k = self._rope.key(k, offset, long)
-        return self.attend(q, k, v, cache, mask)
+        q, k, v = self.split(rows, lambda x: self._rope.rotate(x, offset, long))
+        return self.attend(self._rope.gain(q, long), k, v, cache, mask)
 
 
 class DecoderLayer(nn.Module):

@@ -6,7 +6,7 @@ Source: arXiv 2404.14219, section 2; `modeling_phi3_small` and `configuration_ph
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -166,13 +166,15 @@ class Attention(decoder.Attention):
     def rows(self, x: mx.array) -> mx.array:
         return self.query_key_value(x)
 
-    def split(self, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         """A kv head's rows are those of its queries, its key and its value."""
         batch, length, _ = rows.shape
         group = self._heads // self._kv_heads
         rows = rows.reshape(batch, length, self._kv_heads, group + 2, self._dim).transpose(0, 2, 3, 1, 4)
-        q = rows[:, :, :group].reshape(batch, self._heads, length, self._dim)
-        return q, rows[:, :, group], rows[:, :, group + 1]
+        turned = turn(rows[:, :, : group + 1].reshape(batch, -1, length, self._dim))
+        turned = mx.unflatten(turned, 1, (self._kv_heads, group + 1))
+        q = turned[:, :, :group].reshape(batch, self._heads, length, self._dim)
+        return q, turned[:, :, group], rows[:, :, group + 1]
 
     def output(self, x: mx.array) -> mx.array:
         return self.dense(x)

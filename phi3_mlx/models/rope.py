@@ -41,31 +41,30 @@ class Rope:
             for gain in gains
         ]
 
-    def query(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
-        """Rotate queries (B, H, L, D) whose first position is `offset` (an int, or one a row)."""
-        return self._by_regime(self._rotate_query, x, offset, long)
+    def rotate(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
+        """Rotate queries and keys (B, any heads, L, D) whose first position is `offset` (an int, or one a row).
 
-    def key(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
-        """Rotate keys (B, Hkv, L, D)."""
-        return self._by_regime(self._rotate, x, offset, long)
+        Queries are to go through `gain` as well.
+        """
+        return self._by_regime(lambda long: self._rotate(x, offset, long), long)
 
-    def _by_regime(
-        self,
-        rotate: Callable[[mx.array, int | mx.array, bool], mx.array],
-        x: mx.array,
-        offset: int | mx.array,
-        long: Regime,
-    ) -> mx.array:
+    def gain(self, queries: mx.array, long: Regime) -> mx.array:
+        """Multiply rotated queries (B, H, L, D) by m^2, as far as the softmax scale has not."""
+        if all(gain is None for gain in self._query_gains):
+            return queries
+        return self._by_regime(lambda long: self._gain(queries, long), long)
+
+    def _by_regime(self, turn: Callable[[bool], mx.array], long: Regime) -> mx.array:
         if isinstance(long, bool):
-            return rotate(x, offset, long)
+            return turn(long)
         if len(set(long)) == 1:
-            return rotate(x, offset, long[0])
+            return turn(long[0])
         rows = mx.array(long)[:, None, None, None]  # (B, 1, 1, 1)
-        return mx.where(rows, rotate(x, offset, True), rotate(x, offset, False))
+        return mx.where(rows, turn(True), turn(False))
 
-    def _rotate_query(self, x: mx.array, offset: int | mx.array, long: bool) -> mx.array:
-        x, gain = self._rotate(x, offset, long), self._query_gains[long]
-        return x if gain is None else x * gain.astype(x.dtype)
+    def _gain(self, queries: mx.array, long: bool) -> mx.array:
+        gain = self._query_gains[long]
+        return queries if gain is None else queries * gain.astype(queries.dtype)
 
     def _rotate(self, x: mx.array, offset: int | mx.array, long: bool) -> mx.array:
         return mx.fast.rope(
