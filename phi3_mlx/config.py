@@ -151,6 +151,15 @@ class Config:
         return 1
 
     @property
+    def numbers_in_work(self) -> int:
+        """How many numbers of a token were alive in a layer at once, read off measurements on a CPU.
+
+        7 of the hidden width, of the MLP's one more than it keeps for training (a copy), 3 of queries, keys and values.
+        """
+        mixing = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        return 7 * self.hidden_size + (self.mlp_kept + 1) * self.mlp_width + 3 * mixing
+
+    @property
     def mlp_kept(self) -> int:
         """How many arrays of `mlp_width` the backward pass needs of the feed-forward part."""
         return 3  # gate, up and their product

@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from .config import BlockPattern, Config
 from .errors import MemoryLimitError, OptionError
-from .models.attention import BLOCK, UNPACKED, block_of, fused_attention, heads_at_once
+from .models.attention import BLOCK, block_of, fused_attention, heads_at_once, on_cuda, unpacked_at_once
 from .models.blocksparse import tile_size
 from .models.cache import REREAD_CHUNK, KVBits, KVCache
+from .models.decoder import QUEUED
 from .models.linear import SLICE, unpacking_bytes, unpacking_pays
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
@@ -153,15 +154,14 @@ class Run:
     def workspace(self, chunk: int) -> int:
         """What reading a chunk at the end of the sequence holds beside weights and cache.
 
-        The counts of arrays alive at once were read off measurements: 7 of the hidden width, of the MLP's one more
-        than it keeps for training (a copy), 3 of queries, keys and values; then what one call of attention writes.
+        The arrays of a layer, and what one call of attention writes; on a GPU those of layers that wait in its queue.
         A mixture of experts has a row of a token for each of its experts, and begins its MLPs when attention has
         left. A layer's cache is copied when it last grows, while tokens are generated: then those are scored.
         """
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         mixing, inner = 3 * (heads + 2 * kv_heads) * dim, (config.mlp_kept + 1) * config.mlp_width
-        numbers = 7 * config.hidden_size + inner + mixing
+        numbers = config.numbers_in_work
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = self._attention(chunk, seen)
         logits = 2 * self.rows * config.vocab_size * 4
@@ -184,7 +184,10 @@ class Run:
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
             meanwhile = tokens * (numbers - inner) * self.itemsize + attention
             return max(tokens * numbers * self.itemsize, meanwhile, grown, logits)
-        return max(tokens * numbers * self.itemsize + attention, grown, logits)
+        layer = tokens * numbers * self.itemsize
+        if self.fused:
+            layer = min(config.num_hidden_layers, QUEUED // layer + 1) * layer
+        return max(layer + attention, grown, logits)
 
     def _attention(self, chunk: int, seen: int) -> int:
         """What a call of attention to `seen` keys writes, the largest of the layers'."""
@@ -202,12 +205,11 @@ class Run:
         config, queries = self.config, min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         if self.fused:
-            if self.bits is None:
-                return 0
-            # Some heads are unpacked, from a copy of them packed: a part of an array is not in one piece.
-            head = self.rows * seen * dim
-            numbers = min(kv_heads * head, max(head, UNPACKED))
-            return 2 * numbers * self.itemsize + self._layer_bytes(seen) * numbers // (kv_heads * head)
+            if self.bits is not None:
+                return self._some_heads(seen)
+            # As measured on CUDA, a chunk behind others took its scores too; one that is the first did not.
+            behind = on_cuda() and 1 < queries < seen
+            return self.rows * heads * queries * seen * self.itemsize if behind else 0
         masked = 0 if config.sliding_window is None and self.rows == 1 else self.rows * queries * seen
         every = self.rows * heads * queries * seen
         at_once = 0 if self.bits else 4 * min(every, BLOCK)
@@ -221,12 +223,20 @@ class Run:
         block = max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + 2 * scores)
         return max(block, at_once) + masked
 
+    def _some_heads(self, seen: int) -> int:
+        """Heads of a packed cache unpacked on a GPU, from a copy: a part of an array is not in one piece."""
+        head, kv_heads = self.rows * seen * self.config.head_dim, self.config.num_key_value_heads
+        numbers = min(kv_heads * head, max(head, unpacked_at_once()))
+        return 2 * numbers * self.itemsize + self._layer_bytes(seen) * numbers // (kv_heads * head)
+
     def _decoding(self, seen: int) -> int:
         """Scores of the tokens that are generated, or drafted and verified at once; of those of a call's heads."""
         kv_heads, queries = self.config.num_key_value_heads, VERIFIED if self.rows == 1 else self.rows
         queries *= self.config.num_attention_heads // kv_heads
         if self.bits is None:
             return 0 if self.fused else 4 * queries * kv_heads * seen
+        if self.fused and on_cuda():
+            return self._some_heads(seen)
         return (4 + self.itemsize) * queries * min(kv_heads, heads_at_once(queries, seen, self.fused)) * seen
 
     def _in_blocks(self, chunk: int, seen: int) -> bool:

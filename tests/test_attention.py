@@ -30,7 +30,14 @@ LIMITS = {
     "as shipped": {},
     "tiny blocks": {"_FEW": 0, "BLOCK": 20, "_KEYS": 4, "UNPACKED": 300},
     "head by head": {"LONG": 6},
-    "as on a GPU": {"fused_attention": lambda: True, "_FEW": 4, "UNPACKED": 2000, "SCORES": 200},
+    "as on Metal": {
+        "fused_attention": lambda: True,
+        "on_cuda": lambda: False,
+        "_FEW": 4,
+        "UNPACKED": 2000,
+        "SCORES": 200,
+    },
+    "as on CUDA": {"fused_attention": lambda: True, "on_cuda": lambda: True, "UNPACKED": 2000},
     "some heads": {"_FEW": 0, "BLOCK": 400, "_ROWS": 5, "_KEYS": 8, "UNPACKED": 2000},
 }
 

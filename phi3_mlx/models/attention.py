@@ -14,7 +14,8 @@ from .cache import KVBits, KVCache
 
 # Limits of what one attention call writes to memory beside its result, in numbers.
 SCORES = 1 << 24  # of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
-UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU
+UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU; on CUDA `_CUDA` times as many
+_CUDA = 8  # a server's GPU has room for it, and with a head or two only a few of its processors had work
 BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
 LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
 _FEW = 32  # queries at most that read a packed cache as it is
@@ -31,17 +32,17 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     bits = None if cache is None else cache.bits
     batch, heads, length, _ = q.shape
     numbers = batch * heads * length * seen[0].shape[2]
-    if bits is not None and length <= _FEW:
+    # Computed before more is asked for; not without a cache: this may be training, whose graph is computed as a whole.
+    compute = mx.eval if cache is not None and cache.awaited else _later
+    if bits is not None and length <= _FEW and not on_cuda():
         out = _attend_packed(q, seen, bits, scale, mask)
     elif not fused_attention() and (bits is not None or (length > _FEW and numbers > BLOCK)):
-        # On the CPU MLX makes room for ten operations ahead, so each block is computed before the next is asked for;
-        # not without a cache: this may be training, whose graph is computed as a whole.
-        compute = mx.eval if cache is not None and cache.awaited else _later
+        # On the CPU MLX makes room for ten operations ahead, so each block is computed before the next is asked for.
         out = _attend_in_blocks(q, seen, bits, scale, mask, compute)
     elif bits is not None:
-        out = _attend_some_heads(q, seen, bits, scale, mask)
+        out = _attend_some_heads(q, seen, bits, scale, mask, compute)
     else:
-        if length == 1 and cache is not None and cache.window is not None and _on_cuda():
+        if length == 1 and cache is not None and cache.window is not None and on_cuda():
             # MLX's CUDA kernel for one query goes back to the array that a part was cut from, and to its first slot.
             seen = [mx.contiguous(array) for array in seen]
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
@@ -53,8 +54,14 @@ def fused_attention() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def _on_cuda() -> bool:
+def on_cuda() -> bool:
+    """Whether this is CUDA, whose packed products know no heads of 96 and no arrays that were cut from others."""
     return fused_attention() and not mx.metal.is_available()
+
+
+def unpacked_at_once() -> int:
+    """How many keys, and as many values, of a packed cache are unpacked at once on this GPU."""
+    return UNPACKED * (_CUDA if on_cuda() else 1)
 
 
 def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
@@ -92,6 +99,9 @@ def scores_of(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.arra
     if bits is None:
         return q @ keys[0].swapaxes(-1, -2)
     k, scales, biases = keys
+    if on_cuda():
+        k = mx.dequantize(k, scales, biases, group_size=bits.group_size, bits=bits.keys)
+        return q @ k.swapaxes(-1, -2)
     return mx.quantized_matmul(q, k, scales, biases, transpose=True, group_size=bits.group_size, bits=bits.keys)
 
 
@@ -100,19 +110,25 @@ def weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> 
     if bits is None:
         return weights @ values[0]
     v, scales, biases = values
+    if on_cuda():
+        return weights @ mx.dequantize(v, scales, biases, group_size=bits.group_size, bits=bits.values)
     return mx.quantized_matmul(
         weights, v, scales, biases, transpose=False, group_size=bits.group_size, bits=bits.values
     )
 
 
-def _attend_some_heads(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
+def _attend_some_heads(
+    q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask, compute: Compute
+) -> mx.array:
     """MLX's fused attention over a packed cache, of which some heads are unpacked at a time.
 
-    They wait for those before them, since MLX would else be free to unpack all of them first.
+    Where they are many they are computed before others are unpacked: a GPU lets go of nothing that is still in its
+    queue, which is of many operations.
     """
     batch, heads, _, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
-    group, at_once = heads // kv_heads, max(1, UNPACKED // (batch * slots * dim))
+    group, at_once = heads // kv_heads, max(1, unpacked_at_once() // (batch * slots * dim))
+    wait = compute if batch * kv_heads * slots * dim > UNPACKED else _later
     parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
         own = [array[:, head : head + at_once] for array in seen]
@@ -121,6 +137,7 @@ def _attend_some_heads(q: mx.array, seen: list[mx.array], bits: KVBits, scale: f
         k, v = unpack(own, bits)
         queries = q[:, head * group : (head + at_once) * group]
         parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask))
+        wait(parts[-1])
     return mx.concatenate(parts, axis=1)
 
 

@@ -44,10 +44,9 @@ class Sequence:
         if offset < length:
             self._pieces = [self.ids[:, :offset]] if offset else []
         if len(self._pieces) > _PIECES:
-            # All but the newest are computed already, so joining them waits for nothing.
-            joined = mx.concatenate(self._pieces[:-2], axis=1)
-            mx.eval(joined)
-            self._pieces = [joined, *self._pieces[-2:]]
+            joined = mx.concatenate(self._pieces, axis=1)
+            mx.async_eval(joined)  # behind the step that is queued, without waiting for it
+            self._pieces = [joined]
         self._pieces.append(ids.astype(mx.int32))
 
     @property

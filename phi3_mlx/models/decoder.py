@@ -19,11 +19,13 @@ import mlx.nn as nn
 
 from ..config import Config
 from ..errors import OptionError
-from .attention import Mask, attend, make_mask
+from .attention import Mask, attend, fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
 from .linear import Embedding, Linear, unpacking_pays
 from .packing import Packing
 from .rope import Regime, Rope
+
+QUEUED = 1 << 26  # bytes that layers may write before a GPU is waited for
 
 LongRopeRule = Literal["auto", "short", "long"]
 
@@ -53,7 +55,8 @@ class Attention(nn.Module):
     def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order.
 
-        `turn` rotates queries and keys, in one call: each costs Python as much time as several other operations.
+        `turn` rotates queries and keys: in one call, if that needs no copy, for each costs Python as much time as
+        several other operations.
         """
         batch, length, _ = rows.shape
         rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
@@ -206,10 +209,16 @@ class Decoder(nn.Module):
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
         x = self.embed(ids)
         unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
+        layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)
-            if unpacks and (cache is None or cache[i].awaited):
-                mx.eval(x)  # MLX allocates ahead of what it computes: every layer would be unpacked at once
+            queued += layer_bytes
+            # MLX allocates ahead of what it computes: on the CPU every layer would be unpacked at once, and a GPU lets
+            # go of nothing that is in its queue. Without a cache this may be training, whose graph is one.
+            full = cache is not None and queued > QUEUED and fused_attention()
+            if (unpacks or full) and (cache is None or cache[i].awaited):
+                mx.eval(x)
+                queued = 0
         return self.last_norm(x)
 
     def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:

@@ -171,10 +171,8 @@ class Attention(decoder.Attention):
         batch, length, _ = rows.shape
         group = self._heads // self._kv_heads
         rows = rows.reshape(batch, length, self._kv_heads, group + 2, self._dim).transpose(0, 2, 3, 1, 4)
-        turned = turn(rows[:, :, : group + 1].reshape(batch, -1, length, self._dim))
-        turned = mx.unflatten(turned, 1, (self._kv_heads, group + 1))
-        q = turned[:, :, :group].reshape(batch, self._heads, length, self._dim)
-        return q, turned[:, :, group], rows[:, :, group + 1]
+        q = rows[:, :, :group].reshape(batch, self._heads, length, self._dim)
+        return turn(q), turn(rows[:, :, group]), rows[:, :, group + 1]
 
     def output(self, x: mx.array) -> mx.array:
         return self.dense(x)
