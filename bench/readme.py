@@ -35,33 +35,75 @@ def parity() -> str:
     return markdown(read("parity"))
 
 
-_SIDE_BY_SIDE = {  # bench -> what its rows are; each is left out until it was run
-    "prefill": "prefill on the CPU",
-    "decode": "decode on the CPU",
-}
+_COMPARED = ["| | phi3-mlx | mlx-lm | ratio |", "|---|---|---|---|"]
+
+
+def _streams(results: dict[str, dict[str, Any]], *, peaks: bool = False) -> tuple[list[str], list[dict[str, Any]]]:
+    """Rows for prefill and decode beside mlx-lm, each left out until it was run, and the results that they are from."""
+    table, used = [], []
+    for bench in ("prefill", "decode"):
+        for result in named(bench, results):
+            used.append(result)
+            for case in dict.fromkeys(row["case"] for row in result["rows"]):
+                rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
+                ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+                what = f"{bench}, {ours['model']}"
+                table.append(
+                    f"| {what} | {shown(ours['tokens_per_second'], 'tok/s')} | "
+                    f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.2f}× |"
+                )
+                if peaks:
+                    least, most = (scaled(row["peak_memory"], 1e6) for row in (ours, theirs))
+                    ratio = least["median"] / most["median"]
+                    table.append(
+                        f"| {what}, peak without weights | {shown(least, 'MB')} | {shown(most, 'MB')} | {ratio:.2f}× |"
+                    )
+    return table, used
+
+
+def gpu() -> str:
+    """What was measured on GPUs, a table a system."""
+    parts: list[str] = []
+    for results in [results for system, results in published().items() if system != _first()]:
+        rows, used = _streams(results, peaks=True)
+        for result in named("longcontext", results):
+            used.append(result)
+            sides = {row["package"]: row for row in result["rows"] if row["tokens"] == result["rows"][-1]["tokens"]}
+            ours, theirs = sides["phi3-mlx"], sides.get("mlx-lm")
+            full = "Phi-3-mini" if result["full"] else "Phi-3-mini's heads"
+            what = (
+                f"{ours['tokens']:,} tokens, {result['layers']} layers of {full}, {result['bits']}-bit keys and values"
+            )
+            mine = f"{ours['peak'] / 1e6:,.0f} MB ({ours['planned'] / 1e6:,.0f} planned)"
+            other = " | "
+            if theirs:
+                part = "" if theirs["read"] == ours["read"] else f" after {theirs['read']:,}"
+                other = f"{theirs['peak'] / 1e6:,.0f} MB{part} | {result['ratio']:.2f}×"
+            rows.append(f"| {what}, peak without weights | {mine} | {other} |")
+            rows.append(f"| reading them | {ours['read'] / ours['seconds']:,.0f} tok/s | | |")
+            if "decode" in result:
+                other = result.get("decode_mlx_lm", {})
+                speed = f"{other['tokens_per_second']:.2f} tok/s" if "tokens_per_second" in other else ""
+                failed = "fails" if "error" in other else speed
+                rows.append(
+                    f"| decoding behind them | {result['decode']['tokens_per_second']:.2f} tok/s | {failed} | |"
+                )
+        parts += [*_COMPARED, *rows, "", f"Medians (least to most); {sources(used)}", ""]
+    return "\n".join(parts).strip() or "Nothing was measured on a GPU yet."
 
 
 def speed() -> str:
     """Start, prefill and decode beside mlx-lm; batches and lookup beside the plain way."""
     start = read("coldstart")
-    results = [start]
     seconds = {row["command"]: row["seconds"] for row in start["rows"]}
+    streams, used = _streams(published()[_first()])
+    results = [start, *used]
     table = [
-        "| | phi3-mlx | mlx-lm | ratio |",
-        "|---|---|---|---|",
+        *_COMPARED,
         f"| cold start to the first token, bundled model | {shown(seconds['phi3-mlx'], 's')} | "
         f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
+        *streams,
     ]
-    for bench, what in _SIDE_BY_SIDE.items():
-        for result in read_all(bench):
-            results.append(result)
-            for case in dict.fromkeys(row["case"] for row in result["rows"]):
-                rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
-                ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
-                table.append(
-                    f"| {what}, {ours['model']} | {shown(ours['tokens_per_second'], 'tok/s')} | "
-                    f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.2f}× |"
-                )
     if (converted := found("convert")) is not None:
         results.append(converted)
         what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
@@ -71,7 +113,7 @@ def speed() -> str:
         ]
     if (tuned := found("tune")) is not None:
         results.append(tuned)
-        what = f"LoRA on the CPU, {tuned['layers']} of Phi-3-mini's layers"
+        what = f"LoRA, {tuned['layers']} of Phi-3-mini's layers"
         table += [
             _row(f"{what}, trained tokens", tuned, "tokens_per_second", "tok/s"),
             _row(f"{what}, peak memory", tuned, "peak_memory", "MB", 1e6),
@@ -251,6 +293,7 @@ BLOCKS = {
     "demo": demo,
     "parity": parity,
     "speed": speed,
+    "gpu": gpu,
     "kvquality": kvquality,
     "longcontext": longcontext,
     "document": document,
@@ -273,18 +316,27 @@ def sources(results: list[dict[str, Any]]) -> str:
 
 
 @cache
-def published() -> dict[str, dict[str, Any]]:
-    """The results of the machine that most was measured on."""
-    return record.read(record.PUBLISHED)
+def published() -> dict[str, dict[str, dict[str, Any]]]:
+    """The results of each system, first of that which most was measured on."""
+    return record.read_systems(record.PUBLISHED)
+
+
+def _first() -> str:
+    return next(iter(published()))
 
 
 def found(name: str) -> dict[str, Any] | None:
-    return published().get(name)
+    return published()[_first()].get(name)
+
+
+def named(name: str, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of some results the bench's own and those of other models or lengths."""
+    return [result for other, result in results.items() if other == name or other.startswith(f"{name}-")]
 
 
 def read_all(name: str) -> list[dict[str, Any]]:
-    """The bench's own result and those of other models or lengths."""
-    return [result for other, result in published().items() if other == name or other.startswith(f"{name}-")]
+    """The bench's results from the system that most was measured on."""
+    return named(name, published()[_first()])
 
 
 def needed(name: str) -> list[dict[str, Any]]:
