@@ -16,8 +16,9 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_plan import random_model
 
-from bench import kvquality, longcontext, record
+from bench import kvquality, longcontext, readme, record
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
+from bench.batch import alike
 from phi3_mlx import hub
 
 NOT_BENCHES = {"__init__", "__main__", "record", "feelings", "notebooks", "terminal"}  # feelings makes data
@@ -82,6 +83,59 @@ def test_a_machine_has_one_file_and_the_newest_of_like_machines_is_read(tmp_path
     assert (read["b"]["rows"], read["b"]["machine"]) == ([{"row": 2}], "A 1.5GHz, Linux x86_64")
     assert (read["a"]["rows"], read["a"]["machine"]) == ([{"row": 0}], "C, Linux x86_64")
     assert record.read(tmp_path / "none") == {}
+
+
+def test_a_gpu_is_a_system_of_its_own_and_has_its_own_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "PUBLISHED", tmp_path)
+    speed = {"tokens_per_second": record.spread([3.0]), "peak_memory": record.spread([2e6]), "ratio": 1.5}
+    rows = [{"case": "tiny", "model": "tiny", "package": name, **speed} for name in ("phi3-mlx", "mlx-lm")]
+    long = {"tokens": 9, "read": 9, "peak": 5e6, "seconds": 3.0, "planned": 6e6}
+    facts = {"layers": 32, "bits": 4, "full": True, "ratio": 0.5}
+    names = {"A, 2 cores, Linux x86_64": ("decode", "prefill", "batch"), "G9, Linux x86_64 with CUDA": ("decode",)}
+    for machine, benches in names.items():
+        monkeypatch.setattr(record, "machine", lambda machine=machine: machine)
+        for name in benches:
+            record.write(name, rows, "mlx")
+    sides = [{"package": "phi3-mlx", **long}, {"package": "mlx-lm", **long, "read": 2, "peak": 1e7}]
+    decoded = {"decode": {"tokens_per_second": 4.0}, "decode_mlx_lm": {"error": "no kernel"}}
+    record.write("longcontext-x", sides, "mlx", **facts, **decoded)
+    assert list(record.read_systems()) == ["Linux x86_64", "Linux x86_64 with CUDA"]
+    assert list(record.read()) == ["batch", "decode", "prefill"]
+    readme.published.cache_clear()
+    table = readme.gpu()
+    readme.published.cache_clear()
+    assert "| decode, tiny | 3.00 tok/s | 3.00 tok/s | 1.50× |" in table
+    assert "| decode, tiny, peak without weights | 2.00 MB | 2.00 MB | 1.00× |" in table
+    assert "peak without weights | 5 MB (6 planned) | 10 MB after 2 | 0.50× |" in table
+    assert "| reading them | 3 tok/s | | |" in table
+    assert "| decoding behind them | 4.00 tok/s | fails | |" in table
+    assert "G9, Linux x86_64 with CUDA; python" in table
+    assert "A, 2 cores" not in table
+
+
+def test_a_decoder_that_fails_is_in_the_result(results, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    monkeypatch.setattr(longcontext, "HEADS", 8)
+    calls = []
+
+    def decode(logits, *_):
+        calls.append(logits)
+        if len(calls) == 2:
+            raise RuntimeError("no kernel")
+        return {"tokens": 1, "tokens_per_second": 1.0, "peak": 1}
+
+    monkeypatch.setattr(longcontext, "decode", decode)
+    options = ["--tokens", "512", "--chunk", "256", "--layers", "1", "--once", "--decode", "1", "--packed"]
+    assert "mlx-lm fails: no kernel" in invoke(longcontext.main, *options).output
+    written = check(results, "longcontext")
+    assert written["decode_mlx_lm"] == {"error": "no kernel"}
+    assert [row["package"] for row in written["rows"]] == ["phi3-mlx", "mlx-lm"]
+
+
+def test_the_share_that_is_alike_ends_at_the_first_difference():
+    assert alike([[1, 2, 3], [4]], [[1, 2, 3], [4]]) == 1
+    assert alike([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == 0.5
 
 
 def test_the_group_lists_every_bench():

@@ -10,9 +10,11 @@ from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
+from phi3_mlx.models import decoder
 from phi3_mlx.sampling import Sampler, Sampling, filter_scores
 
 GREEDY = Sampling()
+EVAL = mx.eval
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,24 @@ def test_the_last_token_of_a_long_prompt_is_read_alone(model):
     answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
     assert seen[-2:] == [(599, 600), (600, 600)]
     assert [ids(tokens) for tokens in answers] == [plain_greedy(model, prompt, 4) for prompt in prompts]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 40])
+def test_a_gpu_is_waited_for_by_the_bytes_of_its_queue(model, limit, monkeypatch):
+    """All layers but the last, of which a prompt's chunk needs the keys alone; not without a cache, as in training."""
+    (expected,), _ = run(model, [prompt_of(12)], 4)
+    evaluated = []
+    monkeypatch.setattr(decoder, "fused_attention", lambda: True)
+    monkeypatch.setattr(decoder, "QUEUED", limit)
+    monkeypatch.setattr(decoder.mx, "eval", lambda *arrays: evaluated.append(arrays) or EVAL(*arrays))
+    cache = model.make_cache(12)
+    model.model(mx.array([prompt_of(12)[:5]]), cache)
+    assert len(evaluated) == (0 if limit else len(model.layers) - 1)
+    evaluated.clear()
+    model.model(mx.array([prompt_of(12)]))
+    assert not evaluated
+    (tokens,), _ = run(model, [prompt_of(12)], 4)
+    assert ids(tokens) == ids(expected)
 
 
 def test_statistics_count_what_was_done(model):

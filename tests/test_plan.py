@@ -297,6 +297,34 @@ def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
     assert seen[:2] == [64, 128]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "bits", "chunk", "peak"),
+    [
+        (8222, None, 512, 3.957e9),
+        (8222, None, 2048, 4.994e9),
+        (8222, KVBits(4, 4), 512, 1.350e9),
+        (8222, KVBits(4, 4), 2048, 1.708e9),
+        (131_072, KVBits(4, 4), 512, 17.566e9),
+    ],
+)
+def test_plans_on_cuda_are_what_was_measured_there(tokens, bits, chunk, peak, monkeypatch):
+    """Peaks beside 2.15 GB of weights on an NVIDIA H200, Phi-3-mini's shape, bfloat16 (bench/LOG.md, bench/results)."""
+    for module in (attention, memory):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    run = Run(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
+    assert run.plan(0).total == pytest.approx(peak + 2.15e9, rel=0.1)
+
+
+def test_a_plan_for_a_gpu_has_the_layers_of_its_queue():
+    """64 MB of them, or one that is larger; no more than there are."""
+    small, large = (Run(MINI_128K, 0, 4096, chunk=chunk).workspace(chunk) for chunk in (64, 2048))
+    layer = 64 * MINI_128K.numbers_in_work * 2
+    assert decoder.QUEUED <= small <= decoder.QUEUED + layer
+    assert large == 2048 * MINI_128K.numbers_in_work * 2
+    tiny = dataclasses.replace(MINI_128K, num_hidden_layers=2)
+    assert Run(tiny, 0, 4096, chunk=64).workspace(64) < small
+
+
 def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")

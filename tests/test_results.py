@@ -75,14 +75,27 @@ def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
     for name in ("decode", "prefill", "prefill-unpacked"):
         for ours in rows(name, package="phi3-mlx"):
             (theirs,) = rows(name, package="mlx-lm", case=ours["case"])
-            # Not slower as far as can be told: the middles of the same kernels differ by less than each one's spread.
-            assert ours["tokens_per_second"]["max"] >= theirs["tokens_per_second"]["median"]
-            assert ours["ratio"] > 0.94
+            # The kernels are the same: the middles differ by less than 1 % either way.
+            assert ours["ratio"] >= 0.99, (ours["model"], theirs)
     assert RESULTS["tune"]["speed"] >= 1
     assert RESULTS["coldstart"]["ratio"] <= 1
     (together,) = rows("batch", package="phi3-mlx")
     assert together["rows"] == 8
     assert together["ratio"] >= 4
+
+
+def test_a_gpu_reads_faster_and_in_less_memory_and_as_planned():
+    results = record.read_systems(record.PUBLISHED)["Linux x86_64 with CUDA"]
+    (ours,) = [row for row in results["prefill"]["rows"] if row["package"] == "phi3-mlx"]
+    assert "32 layers" in ours["model"]
+    assert ours["ratio"] >= 1
+    result = results["longcontext-128k-full"]
+    ours, theirs = result["rows"]
+    assert (result["layers"], result["full"], ours["read"], ours["tokens"]) == (32, True, 131072, 131072)
+    assert ours["peak"] == pytest.approx(ours["planned"], rel=0.1)
+    assert ours["peak"] <= 0.6 * theirs["peak"]
+    for row in results["decode"]["rows"]:  # before a wait was taken out, see the README
+        assert row["ratio"] > 0.94
 
 
 def test_the_numbers_are_the_references():

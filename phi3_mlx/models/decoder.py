@@ -25,6 +25,7 @@ from .linear import Embedding, Linear, unpacking_pays
 from .packing import Packing
 from .rope import Regime, Rope
 
+_TOGETHER = 32  # tokens at most whose queries and keys are turned in one call
 QUEUED = 1 << 26  # bytes that layers may write before a GPU is waited for
 
 LongRopeRule = Literal["auto", "short", "long"]
@@ -55,11 +56,14 @@ class Attention(nn.Module):
     def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order.
 
-        `turn` rotates queries and keys: in one call, if that needs no copy, for each costs Python as much time as
-        several other operations.
+        `turn` rotates queries and keys. A call costs Python as much time as several other operations, so those of a few
+        tokens are turned in one. On the CPU it takes several times the memory of what it turns, so others are not.
         """
         batch, length, _ = rows.shape
         rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
+        if length > _TOGETHER:
+            q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
+            return turn(q), turn(k), v
         turning, v = mx.split(rows, [self._heads + self._kv_heads], axis=1)
         q, k = mx.split(turn(turning), [self._heads], axis=1)
         return q, k, v
