@@ -1,6 +1,6 @@
 """Speed of reading a prompt with 4-bit models: phi3-mlx and mlx-lm in turn, reading the same directory.
 
-    python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N] [--name NAME]
+    python -m bench prefill [--only CASE] [--layers N] [--tokens N] [--long N] [--runs N]
 
 Cases are those of `decode`, and weights that are not packed. MLX's packed product takes as long on a CPU for each row
 as for the first, so there mlx-lm's prompts are short where weights are packed: `--tokens`. phi3-mlx reads the same,
@@ -39,8 +39,7 @@ _FAST = {} if record.on_gpu() else {"unpacked": 16, "tiny": 16}  # times as many
 )
 @click.option("--long", "many", default=0, show_default=True, help="Of another prompt, for phi3-mlx alone.")
 @click.option("--runs", default=3, show_default=True)
-@click.option("--name", "kind", help="Of the result, behind prefill-.")
-def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int, kind: str | None) -> None:
+def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int) -> None:
     from mlx_lm.generate import generate_step
 
     def ours(model: Any, count: int) -> float:
@@ -63,7 +62,7 @@ def main(only: tuple[str, ...], layers: int, tokens: int, many: int, runs: int, 
             if many and case not in _FAST:
                 contenders[f"phi3-mlx, {many:,} tokens"] = partial(ours, model, many)
             rows += rows_of(case, name, in_turn(contenders, runs), tokens=count)
-    record.write(f"prefill-{kind}" if kind else "prefill", rows, "mlx", "mlx-lm")
+    record.write("prefill", rows, "mlx", "mlx-lm")
 
 
 def prompt_of(tokens: int) -> list[int]:

@@ -72,7 +72,7 @@ def test_lookup_pays_where_text_repeats_and_costs_little_where_it_does_not():
 
 
 def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
-    for name in ("decode", "prefill", "prefill-unpacked"):
+    for name in ("decode", "prefill"):
         for ours in rows(name, package="phi3-mlx"):
             (theirs,) = rows(name, package="mlx-lm", case=ours["case"])
             # The kernels are the same: the middles differ by less than 1 % either way.
