@@ -23,6 +23,7 @@ import mlx.core as mx
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 VARIES = "varies"  # the tag of a cell whose text is never twice the same
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+_PADDING = re.compile(r" +(?=[-+]?\d)")  # of a column, which 99.9 needs one more of than 100.0
 _CLOSE, _SMALL = 0.02, 2e-3
 _SECONDS = 600  # of a cell
 
@@ -81,7 +82,8 @@ def differences(saved: Any, fresh: Any) -> list[str]:
 
 
 def alike(before: str, after: str) -> bool:
-    """Whether two texts are the same but for numbers that are nearly so."""
+    """Whether two texts are the same but for numbers that are nearly so, and the spaces that set them in columns."""
+    before, after = (_PADDING.sub(" ", text) for text in (before, after))
     if _NUMBER.sub("0", before) != _NUMBER.sub("0", after):
         return False
     numbers = [[float(one.replace(",", "")) for one in _NUMBER.findall(text)] for text in (before, after)]

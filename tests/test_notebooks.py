@@ -70,6 +70,8 @@ def test_numbers_may_differ_a_little_and_words_not():
     assert not alike("8 of 8 facts", "7 of 8 facts")
     assert not alike("8 of 8 facts", "8 of 8 dogs")
     assert alike("0.0001 nats", "0.0004 nats")
+    assert alike("same choice  100.0%\n", "same choice   99.9%\n")
+    assert not alike("same choice 99.9%", "same choice99.9%")
 
 
 def test_a_failing_cell_is_named(tmp_path):
