@@ -164,7 +164,7 @@ class Run:
         numbers = config.numbers_in_work
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = self._attention(chunk, seen)
-        logits = 2 * self.rows * config.vocab_size * 4
+        logits = self._scoring()
         grown = self._layer_bytes(max(self.length - KVCache.step, 0)) + self._decoding(seen)
         if config.experts_per_token > 1:
             rows = tokens * 7 * config.experts_per_token * config.hidden_size * self.itemsize
@@ -175,19 +175,32 @@ class Run:
             routed = tokens * inner * self.itemsize + unpacked
             return max(rows + max(routed, tokens * mixing * self.itemsize + attention), grown, logits)
         if self._unpacks(tokens):
-            # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked.
-            largest = config.largest_linear
-            weight = min(2 * largest, 2 * SLICE + largest // 2, _SLICES) * self._unpacking_weights()
-            wide = weight + tokens * (4 * config.hidden_size + 2 * config.mlp_width) * self.itemsize
+            # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked, the last of
+            # them while the parts of the product are joined.
+            wide = tokens * (3 * config.hidden_size + 7 * config.mlp_width // 2) * self.itemsize
+            wide += self._unpacked_slices(config.largest_linear)
             numbers -= 2 * (config.hidden_size + config.mlp_width) + (heads + 2 * kv_heads) * dim
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
             meanwhile = tokens * (numbers - inner) * self.itemsize + attention
-            return max(tokens * numbers * self.itemsize, meanwhile, grown, logits)
+            # The first chunks, with few keys before them, may have had all their scores at once.
+            at_once = 4 * BLOCK if self.bits is None and not self._in_blocks(chunk, min(chunk, seen)) else 0
+            return max(tokens * numbers * self.itemsize + at_once, meanwhile, grown, logits)
         layer = tokens * numbers * self.itemsize
         if self.fused:
             layer = min(config.num_hidden_layers, QUEUED // layer + 1) * layer
         return max(layer + attention, grown, logits)
+
+    def _scoring(self) -> int:
+        """Logits of a step, in float32, and what of the output layer is unpacked for as many tokens."""
+        logits = 2 * self.rows * self.config.vocab_size * 4
+        if not self._unpacks(VERIFIED if self.rows == 1 else self.rows):
+            return logits
+        return logits + self._unpacked_slices(self.config.vocab_size * self.config.hidden_size)
+
+    def _unpacked_slices(self, numbers: int) -> int:
+        """What is alive on the CPU of a packed matrix that is multiplied slice by slice."""
+        return min(2 * numbers, 2 * SLICE + numbers // 2, _SLICES) * self._unpacking_weights()
 
     def _attention(self, chunk: int, seen: int) -> int:
         """What a call of attention to `seen` keys writes, the largest of the layers'."""
