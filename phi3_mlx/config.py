@@ -5,13 +5,13 @@ What all members of the family share is here; `models` has each member's own, an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import files
 from .errors import CheckpointError, ConfigError
 
 
@@ -173,10 +173,10 @@ class Config:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError if it cannot be read or is not an object."""
     try:
-        value = json.loads(path.read_bytes())
+        value = files.read_json(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting beyond reason
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download the file again") from error
+    except ValueError as error:  # no text, not JSON, numbers or nesting beyond reason
         raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object; download the file again")

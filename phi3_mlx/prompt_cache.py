@@ -18,6 +18,7 @@ from .atomic import new_file
 from .chat import render_chat
 from .engine import Generation, common_length
 from .errors import CacheError, CheckpointError
+from .files import open_file
 from .generation import check_loaded, make_kv_bits
 from .memory import size_text
 from .models.cache import KVBits, KVCache
@@ -227,7 +228,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def read_facts(path: str | os.PathLike[str], *, any_version: bool = False) -> dict[str, Any]:
     """What a prompt-cache file says of itself. Raises CacheError, for another version's too unless `any_version`."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, 100_000_000)))
         facts = json.loads(header["__metadata__"]["phi3-mlx"])

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import read_json
 from .errors import CheckpointError
+from .files import open_file
 
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -75,8 +77,8 @@ def find_weights(directory: Path) -> Weights:
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file. Raises CheckpointError unless header and file agree to the byte."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or 8 + length > size:

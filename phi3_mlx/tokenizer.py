@@ -1,10 +1,10 @@
 """A model directory's tokenizer: which vocabulary it has, and what its other files say about it."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import OptionError, TokenizerError
 from .vocabulary import AddedToken, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
@@ -96,7 +96,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     source = directory / "chat_template.jinja"
     if source.exists():
         try:
-            return source.read_text(encoding="utf-8")
+            return files.read_text(source)
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{source} is not readable: {error}") from None
     source = directory / "chat_template.json"
@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):

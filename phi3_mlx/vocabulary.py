@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PromptError, TokenizerError
+from .files import read_bytes, read_text
 from .streaming import ByteStream, PieceStream, StreamDecoder, symbols_to_bytes
 
 # Unicode's White_Space, which Rust's `\s` means; Python's has U+001C..U+001F as well.
@@ -157,7 +158,7 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            self._full = tokenizers.Tokenizer.from_file(str(path))
+            self._full = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a readable tokenizer.json: {_one_line(error)}") from None
         # Lengths are the caller's business: a file saved with truncation on would cut prompts silently.
@@ -257,7 +258,8 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(read_bytes(path))
             size = self._model.get_piece_size()
         except (RuntimeError, OSError, ValueError) as error:
             raise TokenizerError(f"{path} is not a readable SentencePiece model: {_one_line(error)}") from None
@@ -342,7 +344,7 @@ class TiktokenTokenizer(Tokenizer):
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Lines `base64 rank`, ranks counting up from 0, each single byte among the tokens."""
     try:
-        fields = [line.split() for line in path.read_bytes().splitlines() if line]
+        fields = [line.split() for line in read_bytes(path).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields}
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} is not a readable file of tiktoken ranks: {_one_line(error)}") from None

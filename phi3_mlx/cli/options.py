@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .. import files
 from ..errors import OptionError, Phi3Error, PromptError
 
 if TYPE_CHECKING:
@@ -267,11 +268,7 @@ def read_text(path: str) -> str:
     """The text of a file, or of stdin for "-". PromptError names the file and what is wrong with it."""
     name = "stdin" if path == "-" else path
     try:
-        if path == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(path, "rb") as file:
-                data = file.read()
+        data = files.read_up_to(sys.stdin.buffer) if path == "-" else files.read_bytes(path, streams=True)
     except OSError as error:
         raise PromptError(f"{name} cannot be read: {error.strerror}; give a readable text file") from error
     return decode_text(data, name)
@@ -287,11 +284,11 @@ def check_text(text: str, name: str) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 bytes of the file `name` as text; PromptError says where they are not UTF-8."""
+    """The text in the bytes of the file `name`; PromptError says where they are none, and what converts them."""
     try:
-        return data.decode("utf-8-sig")
+        return files.decode(data)
     except UnicodeDecodeError as error:
-        raise PromptError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it with iconv -t utf-8") from error
+        raise PromptError(f"{name} {files.not_unicode(error, data, name)}") from error
 
 
 def as_typed(error: Phi3Error, command: click.Command) -> str:

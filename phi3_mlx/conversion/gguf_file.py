@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -53,7 +54,7 @@ class GgufFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if path.stat().st_size < 24:
                     self.fail("is cut short or is no GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

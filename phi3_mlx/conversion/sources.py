@@ -78,7 +78,7 @@ class DirectorySource:
     def __init__(self, directory: Path):
         self.name = str(directory)
         self._directory = directory
-        if not (directory / "config.json").is_file():
+        if not (directory / "config.json").exists():
             raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")

@@ -28,7 +28,7 @@ MEMBERS = {
 def read_config(directory: Path) -> Config:
     """The validated config of a model directory. Raises CheckpointError (no file) or ConfigError (its content)."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
     return parse_config(read_json(path), str(path))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..chat import ROLES
 from ..errors import DataError
+from ..files import as_utf8, not_unicode, read_bytes
 
 Message = dict[str, str]
 _LISTED = 20  # faults shown; a file of the wrong form has one a line
@@ -67,7 +68,10 @@ def read_data(data: str | Path, valid: str | Path | None = None) -> Splits:
 
 def _read(path: Path, faults: list[str]) -> list[Record]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = read_bytes(path, most=None)
+        lines = as_utf8(data).split(b"\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} {not_unicode(error, data, path)}") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}; name a .jsonl file or a directory with one"
@@ -78,9 +82,9 @@ def _read(path: Path, faults: list[str]) -> list[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            faults.append(f"{source}: is not UTF-8 text (byte {error.start + 1})")
+            faults.append(f"{source}: {not_unicode(error, data, path)}")
         except (ValueError, RecursionError) as error:
             faults.append(f"{source}: is not JSON ({error}); expected one JSON object a line")
         else:

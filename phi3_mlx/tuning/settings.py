@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from ..checkpoint import DTYPES
 from ..errors import OptionError
+from ..files import read_text
 from ..memory import parse_size
 from .batches import Order
 from .examples import Overflow, TrainOn
@@ -132,7 +133,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_text(path))
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}; name a YAML file") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
