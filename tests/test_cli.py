@@ -224,7 +224,7 @@ def test_empty_and_broken_stdin(run):
     assert "empty" in one_line(err)
     code, _, err = run("generate", stdin=b"abc\xff\xfe")
     assert code == 1
-    assert "stdin is not UTF-8 text (byte 3)" in one_line(err)
+    assert "stdin is not UTF-8 text (byte 4)" in one_line(err)
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
