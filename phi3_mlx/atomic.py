@@ -1,127 +1,265 @@
-"""Files and directories that are there whole or not at all, whatever kills the process that writes them."""
+"""Files and directories that are there whole or not at all, whatever kills the process that writes them.
+
+What is being written lies in a hidden directory beside its place, `.phi3-mlx-....partial`, which is locked while its
+writer lives. When the disk has all of it, it is renamed into its place. The next writer there removes what dead ones
+left. Links are followed, so that they stay; no pipe, device or directory is ever replaced by a file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CheckpointError
+from .errors import CheckpointError, Phi3Error
 
-_SUFFIX = ".partial"
-_PREVIOUS = "previous"  # where a replaced directory waits, on file systems that cannot swap two names
+_PREFIX, _SUFFIX = ".phi3-mlx-", ".partial"
+_PARTIAL = re.compile(rf"{re.escape(_PREFIX)}.+{re.escape(_SUFFIX)}")
+_NEW, _OLD = "new", "old"  # in a hidden directory: what is written, and what it replaces where names cannot be swapped
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` in one step when the block ends without an error.
 
-    It is a hidden sibling until then, and removed if the block fails. Raises OSError.
+    Raises OSError, as `check_file` does, and where the disk cannot take it.
     """
-    folder, name = os.path.split(os.fspath(path))
-    beside = Path(folder, f".{name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
+    place = _place(path)
+    with _named(path), _partial(place.parent) as hidden:
+        unfinished = hidden / _NEW / place.name
+        with unfinished.open("wb") as file:
             yield file
-        sync(beside)
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
+        _put_files([unfinished], place.parent)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place in one step: a run killed meanwhile leaves the old one."""
+@contextmanager
+def new_files(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill with files, which take their places in `directory` when the disk has all of them.
+
+    A directory that is not there appears with its files in one step. In one that is there each file replaces that of
+    its name; others stay. Raises OSError.
+    """
+    directory = Path(os.path.realpath(directory))
+    if not os.path.lexists(directory):
+        with _named(directory), _whole_directory(directory, lambda: None) as folder:
+            yield folder
+        return
+    with _named(directory), _partial(directory) as hidden:
+        yield hidden / _NEW
+        _put_files(sorted((hidden / _NEW).iterdir()), directory)
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put a file in place in one step: a run killed meanwhile leaves the old one. Raises OSError."""
     with new_file(path) as file:
         file.write(content)
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold the bytes of a file, or of every file in a directory."""
-    for file in path.iterdir() if path.is_dir() else (path,):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+def check_file(path: str | os.PathLike[str]) -> None:
+    """OSError if `new_file` would write nothing there: no such folder, no permission, or no regular file is there."""
+    place = _place(path)
+    with _named(path):
+        if not os.access(place.parent, os.W_OK):
+            os.stat(place.parent)  # there is none
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager
-def new_directory(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(
+    destination: Path,
+    *,
+    force: bool | None = None,
+    mark: str = "config.json",
+    fault: type[Phi3Error] = CheckpointError,
+    way_out: str | None = None,
+) -> Iterator[Path]:
     """An empty directory to fill with files, which becomes `destination` when the block ends without an error.
 
-    It is a hidden sibling of `destination` until then; what killed processes left there is removed. `force` replaces
-    a model directory that is there already, in one step. Raises CheckpointError: something is there already, or
-    nothing can be written there (also for an OSError inside the block).
+    `force` is `check_destination`'s. Raises `fault`: something is there already, or nothing can be written there (also
+    for an OSError inside the block), and what to do then: `way_out`, or to name another place.
     """
     destination = Path(os.path.realpath(destination))
-    check_destination(destination, force=force)
+
+    def check() -> None:
+        check_destination(destination, force=force, mark=mark, fault=fault)
+
+    check()
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(destination)
-        with _partial(destination) as folder:
-            unfinished = folder / destination.name
-            unfinished.mkdir()
-            yield unfinished
-            sync(unfinished)
-            _put(unfinished, destination, folder, force)
+        with _whole_directory(destination, check) as folder:
+            yield folder
     except OSError as error:
-        why = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        named = error.filename is not None and _PREFIX not in os.fspath(error.filename)
+        why = f"{error.strerror or error}{f' ({error.filename})' if named else ''}"
         if isinstance(error, (FileExistsError, NotADirectoryError)):
             why = f"{error.filename} is not a directory"
-        raise CheckpointError(f"{destination} cannot be written: {why}; name another place") from error
+        if way_out is None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            way_out = f"{'free some space, or ' if full else ''}name another place"
+        raise fault(f"{destination} cannot be written: {why}; {way_out}") from error
 
 
-def check_destination(destination: Path, *, force: bool = False) -> None:
-    """CheckpointError unless a model directory may be written there."""
+def check_destination(
+    destination: Path,
+    *,
+    force: bool | None = None,
+    mark: str = "config.json",
+    fault: type[Phi3Error] = CheckpointError,
+) -> None:
+    """Raise `fault` unless a directory may be written there: nothing is, or it is empty.
+
+    `force` may replace one that holds the file `mark`, a model's by default; None where there is no such option.
+    """
     if not os.path.lexists(destination):
         return
-    if not force:
-        raise CheckpointError(f"{destination} exists already; name another directory, or replace it with --force")
     if not destination.is_dir():
-        raise CheckpointError(f"{destination} is not a directory, and --force replaces only one; name another place")
-    if any(destination.iterdir()) and not (destination / "config.json").is_file():
-        raise CheckpointError(
-            f"{destination} holds something else than a model (no config.json), which --force does not replace; name "
+        why = ", and --force replaces only one" if force else ""
+        raise fault(f"{destination} is not a directory{why}; name another place")
+    if os.path.ismount(destination):
+        raise fault(f"{destination} is where a disk is mounted; name a directory in it")
+    if not any(destination.iterdir()):
+        return
+    if not force:
+        option = "" if force is None else ", or replace it with --force"
+        raise fault(f"{destination} exists already; name another directory{option}")
+    if not (destination / mark).is_file():
+        raise fault(
+            f"{destination} holds something else than a model (no {mark}), which --force does not replace; name "
             "another directory"
         )
 
 
 @contextmanager
-def _partial(destination: Path) -> Iterator[Path]:
-    """A hidden sibling, locked while this process lives, removed in the end."""
+def hold(directory: Path) -> Iterator[bool]:
+    """Lock `directory`, which is made if need be, for this block; False if another run holds it. Raises OSError.
+
+    The lock ends with the process, however that ends. Where nothing can be locked, everybody holds it.
+    """
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_SUFFIX, dir=destination.parent))
-        lock = os.open(folder, os.O_RDONLY)
-        # Another run may have swept it away before it was locked. (Where nothing can be locked, nothing is swept.)
-        if _locked(lock, otherwise=True) and folder.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+        mine = _locked(lock, otherwise=True)
+        if not mine or (directory.exists() and os.path.samestat(os.fstat(lock), os.stat(directory))):
             break
         os.close(lock)
     try:
-        yield folder
+        yield mine
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
-def _sweep(destination: Path) -> None:
-    """Remove what dead runs left beside `destination`: no process holds its lock any more."""
-    ours = re.compile(rf"\.{re.escape(destination.name)}\.[^.]+{re.escape(_SUFFIX)}")  # no other name that begins so
-    for folder in [path for path in destination.parent.iterdir() if ours.fullmatch(path.name)]:
+def is_partial(path: Path) -> bool:
+    """Whether a name is that of a hidden directory of this module."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    """Where a file `path` is to be, links followed. Raises OSError if it may not be replaced."""
+    with _named(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            return Path(os.path.realpath(path))  # of a link that leads to nothing, where it leads
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+            raise FileExistsError(errno.EEXIST, f"{kind} is there, which no file replaces")
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return Path(os.path.realpath(path))
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block names `path`, not a hidden directory or nothing (as those of a full disk do)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or _PREFIX in os.fspath(error.filename):
+            error.filename = os.fspath(path)
+            error.filename2 = None
+        raise
+
+
+@contextmanager
+def _whole_directory(destination: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """An empty directory that becomes `destination`; `check` is asked again before it replaces another."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(destination.parent) as hidden:
+        unfinished = hidden / _NEW / destination.name
+        unfinished.mkdir()
+        yield unfinished
+        _sync(unfinished)
+        _put(unfinished, destination, hidden, check)
+        _sync_names(destination.parent)
+
+
+def _put_files(files: list[Path], directory: Path) -> None:
+    """Rename complete files into `directory`; those that they replace hand on who may read them."""
+    for file in files:
+        _sync(file)
+    places = [_place(directory / file.name) for file in files]  # again: time has passed
+    for file, place in zip(files, places, strict=True):
+        if place.exists():
+            file.chmod(stat.S_IMODE(place.stat().st_mode))
+    for file, place in zip(files, places, strict=True):
+        file.replace(place)
+    _sync_names(directory)
+
+
+@contextmanager
+def _partial(parent: Path) -> Iterator[Path]:
+    """A hidden directory in `parent`, locked while this process lives, removed in the end."""
+    _sweep(parent)
+    while True:
+        hidden = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=parent))
+        try:
+            lock = os.open(hidden, os.O_RDONLY)
+        except FileNotFoundError:  # another run swept it away before it was locked
+            continue
+        if _locked(lock, otherwise=True) and hidden.exists():
+            break
+        os.close(lock)
+    try:
+        (hidden / _NEW).mkdir()
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what dead runs left in `parent`: no process holds its lock any more, and put back what they took away."""
+    with os.scandir(parent) as entries:
+        left = [Path(entry.path) for entry in entries if _PARTIAL.fullmatch(entry.name)]
+    for hidden in left:
         with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(hidden, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                if _locked(lock, otherwise=False):
-                    if (folder / _PREVIOUS).exists() and not destination.exists():
-                        (folder / _PREVIOUS).rename(destination)
-                    shutil.rmtree(folder, ignore_errors=True)
+                if _locked(lock, otherwise=False):  # where nothing can be locked, nothing is swept
+                    for old in (hidden / _OLD).iterdir() if (hidden / _OLD).exists() else ():
+                        if not os.path.lexists(parent / old.name):
+                            old.rename(parent / old.name)
+                    shutil.rmtree(hidden, ignore_errors=True)
             finally:
                 os.close(lock)
 
@@ -137,14 +275,15 @@ def _locked(descriptor: int, *, otherwise: bool) -> bool:
     return True
 
 
-def _put(unfinished: Path, destination: Path, folder: Path, force: bool) -> None:
-    if not destination.exists():
+def _put(unfinished: Path, destination: Path, hidden: Path, check: Callable[[], None]) -> None:
+    if not os.path.lexists(destination):
         unfinished.rename(destination)
         return
-    check_destination(destination, force=force)  # somebody else may have written there meanwhile
+    check()  # somebody else may have written there meanwhile
     if _exchange(unfinished, destination):
         return
-    previous = folder / _PREVIOUS
+    (hidden / _OLD).mkdir()
+    previous = hidden / _OLD / destination.name
     destination.rename(previous)
     try:
         unfinished.rename(destination)
@@ -161,3 +300,23 @@ def _exchange(first: Path, second: Path) -> bool:
         return hasattr(system, "renamex_np") and system.renamex_np(a, b, swap) == 0
     here = -100  # AT_FDCWD
     return hasattr(system, "renameat2") and system.renameat2(here, a, here, b, swap) == 0
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold the bytes of a file, or of every file in a directory."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    if path.is_dir():
+        _sync_names(path)
+
+
+def _sync_names(directory: Path) -> None:
+    """Have the disk hold the names in a directory, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

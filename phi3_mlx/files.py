@@ -8,12 +8,12 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import math
 import os
 import shlex
 import stat
+from collections.abc import Mapping
 from typing import Any, BinaryIO
-
-from .fields import parse
 
 LARGEST = 10**8  # bytes of a text: three times the largest tokenizer.json, far more than any context holds
 _MARKS = {  # UTF-16's mark is how UTF-32's begins
@@ -79,8 +79,30 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = LARGEST, strea
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds. OSError, ValueError (`fields.parse`)."""
-    return parse(read_text(path))
+    """What a JSON file holds. OSError, ValueError."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes and UTF-8 holds: NaN and infinity, which JSON lacks, become null.
+
+    Halves of a character, which stand for bytes that were not UTF-8, are escaped.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return value
 
 
 def not_unicode(error: UnicodeDecodeError, data: bytes, name: str | os.PathLike[str]) -> str:

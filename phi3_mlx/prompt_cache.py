@@ -14,11 +14,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .atomic import new_file
+from .atomic import check_file, new_file
 from .chat import render_chat
 from .engine import Generation, common_length
 from .errors import CacheError, CheckpointError
-from .files import open_file
+from .files import json_text, open_file
 from .generation import check_loaded, make_kv_bits
 from .memory import size_text
 from .models.cache import KVBits, KVCache
@@ -151,9 +151,9 @@ class PromptCache:
         check_writable(path)
         try:
             with new_file(path) as file:
-                mx.save_safetensors(file, arrays, {"phi3-mlx": json.dumps(facts)})
+                mx.save_safetensors(file, arrays, {"phi3-mlx": json_text(facts)})
         except OSError as error:
-            raise CacheError(f"{path} cannot be written ({error}); name a file in a folder that can be") from error
+            raise CacheError(_unwritable(path, error)) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
@@ -220,9 +220,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             read_facts(path, any_version=True)
         except CacheError as error:
             raise CacheError(f"{path} is there and is no prompt cache, so it is not replaced; name another") from error
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise CacheError(f"{path} cannot be written; name a file in a folder that is there and can be written to")
+    try:
+        check_file(path)
+    except OSError as error:
+        raise CacheError(_unwritable(path, error)) from error
+
+
+def _unwritable(path: str | os.PathLike[str], error: OSError) -> str:
+    return f"{path} cannot be written ({error.strerror or error}); name a file in a folder that can be"
 
 
 def read_facts(path: str | os.PathLike[str], *, any_version: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from phi3_mlx import load, load_tokenizer, tune
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.gguf_file import GgufFile
 from phi3_mlx.errors import CacheError, CheckpointError, DataError, OptionError, Phi3Error, TokenizerError
-from phi3_mlx.files import LARGEST, as_utf8, decode, not_unicode, open_file, read_bytes
+from phi3_mlx.files import LARGEST, as_utf8, decode, json_text, not_unicode, open_file, read_bytes
 from phi3_mlx.prompt_cache import read_facts
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.settings import read_settings
@@ -208,3 +208,19 @@ def test_a_faulty_line_keeps_its_number_in_every_encoding(tmp_path):
     path.write_bytes((json.dumps(LINE) + "\n\nno\n").encode("utf-16"))
     with pytest.raises(DataError, match=r"file\.jsonl:3: is not JSON"):
         read_data(path)
+
+
+def test_json_that_is_written_is_json_to_every_reader():
+    """JSON has no NaN; UTF-8 has no half of a character, as a file name of Latin-1 bytes gives it to Python."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    value = {"loss": float("nan"), "more": [1.5, float("inf"), (float("-inf"), True, None)], "who": "Müller \udcfc 🦊"}
+    text = json_text(value, indent=1)
+    assert "Müller" in text
+    assert json.loads(text.encode(), parse_constant=refuse) == {
+        "loss": None,
+        "more": [1.5, None, [None, True, None]],
+        "who": value["who"],
+    }

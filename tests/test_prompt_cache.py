@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import mlx.core as mx
@@ -310,6 +311,30 @@ def test_a_place_that_cannot_be_written_is_said_before_reading(built, capsys, mo
     code, _, err = run(capsys, "cache", "build", "-f", str(built / "book.txt"), "-o", str(built / "no" / "a.cache"))
     assert code == 1
     assert "cannot be written" in err
+
+
+def test_a_pipe_or_a_folder_is_not_replaced_by_a_cache(built, capsys, monkeypatch):
+    """Nor a device. It is said before the text is read, which may take hours. A link stays, its place is written."""
+    places = {"pipe": "a named pipe is there", "folder": "a directory is there"}
+    os.mkfifo(built / "pipe")
+    (built / "folder").mkdir()
+    (built / "link to pipe").symlink_to("pipe")
+    (built / "disk").mkdir()
+    (built / "link").symlink_to("disk/book.cache")
+    build = ["cache", "build", "-f", str(built / "book.txt"), "-o"]
+    assert run(capsys, *build, str(built / "link"))[0] == 0
+    assert (built / "link").is_symlink()
+    assert prompt_cache.read_document(built / "disk" / "book.cache")
+    cache = PromptCache.load(built / "disk" / "book.cache", load("tiny")[0])
+    monkeypatch.setattr(PromptCache, "read", lambda *_, **__: pytest.fail("the text was read"))
+    for name, words in {**places, "link to pipe": places["pipe"]}.items():
+        code, _, err = run(capsys, *build, str(built / name))
+        assert (code, err.count("\n")) == (1, 1)
+        assert words in err
+        with pytest.raises(CacheError, match=words):
+            cache.save(built / name)
+    assert (built / "pipe").is_fifo()
+    assert not os.listdir(built / "folder")
 
 
 def test_only_a_cache_is_replaced(built, capsys):

@@ -1,6 +1,9 @@
 """Adapter folders: mlx-lm's format, the base they belong to, several at once, PEFT both ways, fusing."""
 
+import errno
 import json
+import os
+import shutil
 import warnings
 
 import mlx.core as mx
@@ -291,6 +294,45 @@ def test_imported_adapter_gives_pefts_logits(options, base, tmp_path):
     assert import_peft(tmp_path / "peft", tmp_path / "a", str(base)) == 12
     assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 1e-3
     assert off(expected, logits(load_model(base))) > 0.5
+
+
+def test_an_adapter_folder_appears_with_all_its_files(base, tmp_path, monkeypatch):
+    """An export or import that breaks off leaves nothing, neither half a folder nor a hidden one."""
+    make_adapter(base, tmp_path / "adapter")
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    kept = sorted(os.listdir(tmp_path))
+    works = (
+        (lambda place: export_peft(tmp_path / "adapter", place), tmp_path / "out"),
+        (lambda place: import_peft(tmp_path / "peft", place, str(base)), tmp_path / "out"),
+    )
+
+    def full(path, content, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsync, seen = os.fsync, []
+
+    def synced(descriptor):
+        seen.append(os.path.lexists(tmp_path / "out"))
+        return fsync(descriptor)
+
+    for work, place in works:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "save_safetensors", full)
+            with pytest.raises(AdapterError, match="No space left on device; free some space"):
+                work(place)
+        assert sorted(os.listdir(tmp_path)) == kept
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", synced)
+            seen.clear()
+            work(place)
+            assert seen[:2] == [False, False]  # both files are on the disk before the folder is there
+        assert len(os.listdir(place)) == 2
+        shutil.rmtree(place)
+        place.mkdir()
+        work(place)  # an empty folder may be filled
+        with pytest.raises(AdapterError, match="exists already; name another directory"):
+            work(place)
+        shutil.rmtree(place)
 
 
 def test_split_projections_are_joined_exactly(base, tmp_path):

@@ -1,6 +1,7 @@
 """Runs from data to adapter: what they leave, what stops them, and that an interrupted one ends as any other."""
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -15,11 +16,11 @@ import pytest
 from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx import load
+from phi3_mlx import atomic, load
 from phi3_mlx.errors import DataError, MemoryLimitError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
-from phi3_mlx.tuning.checkpoints import newest_checkpoint, save_checkpoint
+from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.log import read_metrics
 from phi3_mlx.tuning.trainer import Listener, Trainer
 
@@ -219,14 +220,54 @@ def test_resume_refuses_another_run(base, packed, data, tmp_path):
         tune(str(base), data, out, **options, resume=True)
 
 
+# Saves the checkpoint of step 10, and is killed while it writes.
+KILLED_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import mlx.core as mx
+from phi3_mlx.tuning import checkpoints
+
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save_checkpoint(Path(sys.argv[1]), 10, {"a": mx.ones(3)}, {"a": mx.ones(3)}, {})
+"""
+
+
 def test_checkpoints_are_whole_or_not_there(tmp_path):
     """What a run killed while writing leaves is no checkpoint, and goes away with the next."""
     array = {"a": mx.ones(3)}
     save_checkpoint(tmp_path, 5, array, array, {})
-    (tmp_path / ".writing-00000009-1").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED_SAVING, tmp_path], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
     assert newest_checkpoint(tmp_path).name == "step-00000005"
+    (tmp_path / "mine").mkdir()
     save_checkpoint(tmp_path, 10, array, array, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step-00000010"]
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_older_checkpoints_are_kept_until_the_new_one_is_there(tmp_path, monkeypatch, step):
+    """Also one of the same step, which a run leaves that was resumed from before it."""
+    array = {"a": mx.ones(3)}
+    save_checkpoint(tmp_path, 5, array, array, {})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_put", full)
+        with pytest.raises(TrainingError) as told:
+            save_checkpoint(tmp_path, step, {"a": mx.zeros(3)}, array, {})
+    assert str(told.value) == (
+        f"{tmp_path}/step-{step:08d} cannot be written: No space left on device; mend that and go on with resume=True"
+    )
+    kept, _, state = read_checkpoint(newest_checkpoint(tmp_path))
+    assert (state["step"], kept["a"].tolist()) == (5, [1, 1, 1])
+    assert os.listdir(tmp_path) == ["step-00000005"]
+    save_checkpoint(tmp_path, step, {"a": mx.zeros(3)}, array, {})
+    assert read_checkpoint(newest_checkpoint(tmp_path))[0]["a"].tolist() == [0, 0, 0]
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_no_number_stops_at_the_last_good_state(base, data, tmp_path):

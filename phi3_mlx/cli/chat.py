@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from ..atomic import replace_file
 from ..errors import MemoryLimitError, Phi3Error, PromptError
+from ..files import json_text
 from .options import (
     MemoryOptions,
     ModelOptions,
@@ -145,7 +145,7 @@ def _command(conversation: Conversation, line: str) -> None:
 
 def _save(conversation: Conversation, path: str) -> None:
     """Write the messages; a file that is there already is replaced only by a whole one."""
-    text = json.dumps(conversation.messages, ensure_ascii=False, indent=2)
+    text = json_text(conversation.messages, indent=2)
     try:
         replace_file(Path(path), f"{text}\n".encode())
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError
+from ..files import json_text
 from .options import Pulse, force_memory, read_text, within_memory
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def compare(
         facts = {"a": a, "b": b, "text": name, "window": window, **_figures(found)}
         for side, (size, weights) in zip("ab", sizes, strict=True):
             facts[f"quality_{side}"] |= {"bytes": size, "bits_per_weight": 8 * size / weights}
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(json_text(facts))
         return
     for line in _lines(a, b, name, found, sizes):
         click.echo(line)

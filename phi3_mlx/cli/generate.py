@@ -153,7 +153,7 @@ def _print_text(chunks: Iterator[Chunk]) -> Chunk:
 
 
 def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
-    import json
+    from ..files import json_text
 
     seen: list[Chunk] = []
     try:
@@ -165,5 +165,5 @@ def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
                 del figures[key]
             tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
             answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
-            click.echo(json.dumps(answer, ensure_ascii=False))
+            click.echo(json_text(answer))
     return seen[-1]

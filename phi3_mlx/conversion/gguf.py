@@ -6,7 +6,6 @@ LongRoPE's factor lists as tensors. Source: convert_hf_to_gguf.py (Phi3MiniModel
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from .gguf_file import BLOCKS, GgufFile
 from .gguf_tokenizer import tokenizer_files
 from .sources import Blocks
 from .split import require
+from .writer import write_json
 
 _ARCHITECTURES = ("phi3", "llama")
 # Metadata under the architecture's name that `_Config` reads, and such as says nothing about the numbers.
@@ -113,7 +113,7 @@ class GgufSource:
             "generation_config.json": self._extras.generation_config,
         }
         for name, value in files.items():
-            (directory / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(directory / name, value)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         kinds = {self._file.tensors[part].dtype for part in self._parts[name]}

@@ -129,12 +129,13 @@ def convert(
     weights = weights_of(read)
     target_bytes = None if target_size is None else parse_size(target_size)
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
+    disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=force) as folder:
         if target_bpw is not None or target_bytes is not None:
             from .sensitivity import choose_recipe
 
             asked_for = target_bytes or (target_bpw or 0) * weights / 8
-            check_space(folder.parent.parent, int(asked_for) if math.isfinite(asked_for) else 0)
+            check_space(disk, int(asked_for) if math.isfinite(asked_for) else 0)
             chosen = choose_recipe(
                 read,
                 target_bpw=target_bpw,
@@ -150,7 +151,7 @@ def convert(
             )
         tensors = planned(read.tensors, packed)
         total = sum(tensor.nbytes for tensor in tensors.values())
-        check_space(folder.parent.parent, total)
+        check_space(disk, total)
         if chosen is not None and method == "gptq":
             from .gptq import calibrated
 
@@ -170,7 +171,7 @@ def convert(
     if report or (report is None and chosen is not None):
         try:
             made = _report(destination, opened, total, text, text == calibration, report is None, progress)
-        except Phi3Error as error:
+        except (Phi3Error, OSError) as error:  # the model is there, whatever becomes of its report
             if report:
                 raise
             notes.append(f"no report: {error}")

@@ -6,7 +6,6 @@ one layer of the source, and the activations.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ..atomic import new_files
 from ..checkpoint import load_model
 from ..errors import OptionError
+from ..files import json_text
 from ..models.linear import matrices, plain_weight
 from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..safetensors import Tensor, find_weights
@@ -118,12 +119,12 @@ def write_report(
 
 def save(report: Report, directory: Path) -> Report:
     """Write REPORT.md, report.json and report.png; without matplotlib no plot, and a note that says what to install."""
-    plotted = plot(report.tensors, directory / PLOT)
-    if not plotted:
-        report = replace(report, notes=(*report.notes, f"{INSTALL_PLOT[0].upper()}{INSTALL_PLOT[1:]}."))
-    figures = json.dumps(report.figures(), indent=1, ensure_ascii=False)
-    (directory / FIGURES).write_text(figures + "\n", encoding="utf-8")
-    (directory / REPORT).write_text(markdown(report, PLOT if plotted else None), encoding="utf-8")
+    with new_files(directory) as folder:
+        plotted = plot(report.tensors, folder / PLOT)
+        if not plotted:
+            report = replace(report, notes=(*report.notes, f"{INSTALL_PLOT[0].upper()}{INSTALL_PLOT[1:]}."))
+        (folder / FIGURES).write_text(json_text(report.figures(), indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(markdown(report, PLOT if plotted else None), encoding="utf-8")
     return report
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import json_text
 from ..memory import size_text
 from ..safetensors import INDEX, Tensor
 from .sources import to_mlx
@@ -88,7 +89,7 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -8,7 +8,6 @@ weights) and `adapter_config.json`: mlx-lm's `fine_tune_type`, `num_layers` and 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,9 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..atomic import new_file, replace_file
+from ..atomic import new_files
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
+from ..files import json_text
 from ..models.decoder import Model
 from ..safetensors import find_weights, read_header
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
@@ -101,11 +101,21 @@ def _places(paths: list[str], layers: int) -> dict[str, Any]:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
-    """Write the two files into `directory`, each whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    with new_file(directory / WEIGHTS) as file:
-        mx.save_safetensors(file, dict(tensors), {"format": "mlx"})
+    """Write the two files into `directory`, which appears with both; those there are replaced when both are complete.
+
+    Raises OSError.
+    """
+    with new_files(directory) as folder:
+        write_pair(folder, CONFIG, config, WEIGHTS, tensors, "mlx")
+
+
+def write_pair(
+    folder: Path, config_name: str, config: Mapping[str, Any], name: str, tensors: Mapping[str, mx.array], made_for: str
+) -> None:
+    """A JSON file and a safetensors file. Raises OSError, also where MLX itself would say RuntimeError."""
+    (folder / config_name).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+    with (folder / name).open("wb") as file:
+        mx.save_safetensors(file, dict(tensors), {"format": made_for})
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:

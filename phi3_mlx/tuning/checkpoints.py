@@ -2,15 +2,14 @@
 
     ADAPTER/checkpoints/step-00000120/   weights.safetensors   optimizer.safetensors   state.json
 
-A checkpoint is written under another name and renamed when the disk has all of it; then older ones are removed. What
-is drawn at random in a step (examples, dropout) follows from the seed and the step's number, so the step is the state
-of the generator and the place in the data.
+A checkpoint appears when the disk has all of it; then older ones are removed. What is drawn at random in a step
+(examples, dropout) follows from the seed and the step's number, so the step is the state of the generator and the place
+in the data.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,10 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..atomic import sync
+from ..atomic import new_directory
 from ..errors import TrainingError
+from ..files import json_text
 
 _NAME = re.compile(r"step-(\d{8})")
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
 def save_checkpoint(
@@ -32,19 +33,16 @@ def save_checkpoint(
     optimizer: Mapping[str, mx.array],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write the checkpoint of a step into `folder` and remove older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the checkpoint of a step into `folder` and remove older ones. Raises TrainingError: older ones are kept."""
     final = folder / f"step-{step:08d}"
-    unfinished = folder / f".writing-{step:08d}-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    mx.save_safetensors(str(unfinished / "weights.safetensors"), dict(weights))
-    mx.save_safetensors(str(unfinished / "optimizer.safetensors"), dict(optimizer))
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-    sync(unfinished)
-    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from before this step
-    unfinished.rename(final)
-    for other in folder.iterdir():
+    # One of this step may be there, of a run that was resumed from before it.
+    way_out = "mend that and go on with resume=True"
+    with new_directory(final, force=True, mark=_STATE, fault=TrainingError, way_out=way_out) as unfinished:
+        for name, arrays in ((_WEIGHTS, weights), (_OPTIMIZER, optimizer)):
+            with (unfinished / name).open("wb") as file:
+                mx.save_safetensors(file, dict(arrays))
+        (unfinished / _STATE).write_text(json_text({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+    for other in _all(folder):
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
     return final
@@ -52,17 +50,21 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint, or None."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return max(found, default=None)
+    return max(_all(folder), default=None)
+
+
+def _all(folder: Path) -> list[Path]:
+    found = folder.glob("step-*") if folder.is_dir() else ()
+    return [path for path in found if _NAME.fullmatch(path.name)]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
     """(weights, optimizer, state) of a checkpoint. Raises TrainingError if it is damaged."""
     try:
-        weights: dict[str, mx.array] = mx.load(str(path / "weights.safetensors"))  # type: ignore[assignment]
-        optimizer: dict[str, mx.array] = mx.load(str(path / "optimizer.safetensors"))  # type: ignore[assignment]
+        weights: dict[str, mx.array] = mx.load(str(path / _WEIGHTS))  # type: ignore[assignment]
+        optimizer: dict[str, mx.array] = mx.load(str(path / _OPTIMIZER))  # type: ignore[assignment]
         mx.eval(weights, optimizer)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{path} is damaged ({' '.join(str(error).split())}); remove it and start anew") from error
     return weights, optimizer, state

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from .. import hub
 from ..atomic import check_destination, new_directory
-from ..checkpoint import DTYPES, load_model, read_arrays
+from ..checkpoint import DTYPES, load_model
 from ..config import read_json
 from ..conversion.rounding import pack
 from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
@@ -91,7 +91,7 @@ def fuse(
     gc.collect()
     mx.clear_cache()
     with new_directory(Path(output), force=force) as unfinished:
-        check_space(unfinished.parent.parent, sum(tensor.nbytes for tensor in planned.values()))
+        check_space(Path(os.path.realpath(output)).parent, sum(tensor.nbytes for tensor in planned.values()))
         write_weights(unfinished, planned, source.arrays(planned))
         source.unpacked.write_extras(unfinished)
         write_json(unfinished / "config.json", source.config())
@@ -212,7 +212,8 @@ class _Source:
 
     def _load(self, name: str) -> mx.array:
         # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
-        return read_arrays(self._homes[name])[name]
+        arrays: dict[str, mx.array] = mx.load(str(self._homes[name]), format="safetensors")  # type: ignore[assignment]
+        return arrays[name]
 
 
 class _Effect:

@@ -1,68 +1,95 @@
-"""What a run leaves to look at: metrics.jsonl, loss.png, TensorBoard files."""
+"""What a run leaves to look at: metrics.jsonl, samples.jsonl, loss.png, TensorBoard files."""
 
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..atomic import new_file, replace_file
 from ..errors import OptionError
+from ..files import json_text
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"
+METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis
 
 
-class Log:
-    """Appends to `directory`/metrics.jsonl: one JSON object a step or validation.
+class StepLines:
+    """Appends JSON objects that have a step to a file, one a line.
 
-    A run that goes on from step `step` first forgets the lines of later steps.
+    A run that goes on from step `step` first forgets the lines of later steps, and what a killed run left half-written.
+    Raises OSError.
     """
 
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        replace_file(path, "".join(f"{json_text(line)}\n" for line in kept).encode())
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(f"{json_text(line)}\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)  # a full disk names none
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Log:
+    """metrics.jsonl in `directory`, of a run that goes on from step `step`, and the same for TensorBoard if wanted."""
+
     def __init__(self, directory: Path, step: int, tensorboard: bool):
-        path = directory / METRICS
-        kept = [line for line in read_metrics(directory) if line["step"] <= step]
-        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-        self._writer = _tensorboard_writer(directory / "tensorboard") if tensorboard else None
+        self._lines = StepLines(directory / METRICS, step)
+        self._writer = _TensorBoard(directory / "tensorboard", step) if tensorboard else None
 
     def add(self, kind: str, step: int, **figures: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-        self._file.flush()
+        self._lines.add({"kind": kind, "step": step, **figures})
         if self._writer is not None:
             self._writer.add(step, {f"{kind}/{name}": float(value) for name, value in figures.items()})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._writer is not None:
             self._writer.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a killed run left half-written is left out."""
+    """The lines of metrics.jsonl. A loss that was no number is None."""
+    return [line for line in read_lines(directory / METRICS) if "kind" in line]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of `StepLines`; one that a killed run left half-written is left out."""
     lines = []
-    path = directory / METRICS
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
 class _TensorBoard:
-    """Scalars in TensorBoard's event files."""
+    """Scalars in TensorBoard's event files; those of steps after `step`, of a killed run, are taken back."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(directory))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(self._event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        import time
-
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
 
@@ -70,9 +97,11 @@ class _TensorBoard:
         self._writer.close()
 
 
-def _tensorboard_writer(directory: Path) -> _TensorBoard:
+def check_tensorboard() -> None:
+    """OptionError unless TensorBoard can be imported."""
     try:
-        return _TensorBoard(directory)
+        import tensorboard.compat.proto.event_pb2
+        import tensorboard.summary.writer.event_file_writer  # noqa: F401
     except ImportError as error:
         raise OptionError('TensorBoard is not installed; pip install "phi3-mlx[tensorboard]"') from error
 
@@ -80,8 +109,7 @@ def _tensorboard_writer(directory: Path) -> _TensorBoard:
 def plot_losses(directory: Path) -> bool:
     """Draw loss.png from metrics.jsonl; False where matplotlib is not installed or nothing was trained."""
     lines = read_metrics(directory)
-    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-    valid = [(line["step"], line["loss"]) for line in lines if line["kind"] == "valid"]
+    train, valid = _points(lines, "train"), _points(lines, "valid")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -105,3 +133,9 @@ def plot_losses(directory: Path) -> bool:
     with new_file(directory / PLOT) as file:
         figure.savefig(file, format="png", dpi=120)
     return True
+
+
+def _points(lines: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
+    """(step, loss) of the lines of a kind whose loss was a number."""
+    found = [(line["step"], line.get("loss")) for line in lines if line["kind"] == kind]
+    return [(step, loss) for step, loss in found if isinstance(loss, (int, float)) and math.isfinite(loss)]

@@ -7,7 +7,6 @@ own rows alone.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from .. import hub
-from ..atomic import new_file, replace_file
+from ..atomic import check_destination, new_directory
 from ..checkpoint import load_model
 from ..config import Config
 from ..errors import AdapterError
@@ -31,6 +30,7 @@ from .adapters import (
     read_adapter,
     trained_on,
     write_adapter,
+    write_pair,
 )
 from .lora import Adapter, get_layer, row_lengths, scale_of
 from .targets import fused, part_rows, shape
@@ -63,7 +63,7 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
     Raises AdapterError for settings that cannot be honoured and tensors that do not fit the model.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
-    _must_be_new(output)
+    check_destination(output, fault=AdapterError)
     raw, tensors = _read(source)
     directory = hub.resolve(model, revision)
     loaded = load_model(directory)
@@ -72,7 +72,8 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
     facts = {"phi3_mlx": {"alpha": alpha, "rank": rank, "rslora": bool(raw.get("use_rslora")), "imported": "peft"}}
     base = base_of(directory, model, revision)
     files = adapter_files(adapters, loaded.config.num_hidden_layers, base, **facts, model=base.name)
-    write_adapter(output, *files)
+    with new_directory(output, fault=AdapterError) as folder:
+        write_adapter(folder, *files)
     return len(adapters)
 
 
@@ -159,7 +160,7 @@ def export_peft(
     default the one that the adapter names. Raises AdapterError.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
-    _must_be_new(output)
+    check_destination(output, fault=AdapterError)
     tensors, config = read_adapter(source)
     if config.get("fine_tune_type") == "full":
         raise AdapterError(f"{source} holds whole weights, which PEFT has no place for; fuse it and share the model")
@@ -190,10 +191,8 @@ def export_peft(
         "rank_pattern": {_exactly(path): rank for path, rank in ranks.items() if rank != common},
         "alpha_pattern": {_exactly(path): alpha[path] for path, rank in ranks.items() if rank != common},
     }
-    output.mkdir(parents=True, exist_ok=True)
-    with new_file(output / _WEIGHTS) as file:
-        mx.save_safetensors(file, arrays, {"format": "pt"})
-    replace_file(output / _CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+    with new_directory(output, fault=AdapterError) as folder:
+        write_pair(folder, _CONFIG, settings, _WEIGHTS, arrays, "pt")
     return len(adapters)
 
 
@@ -248,11 +247,6 @@ def _scale(raw: Mapping[str, Any], path: str) -> float:
 def _exactly(path: str) -> str:
     """A pattern of PEFT that matches this layer alone."""
     return f"^{re.escape(path)}"
-
-
-def _must_be_new(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output} exists already; name another directory")
 
 
 def _refuse(source: Path, why: str) -> NoReturn:

@@ -27,6 +27,7 @@ import mlx.core as mx
 from ..atomic import replace_file
 from ..config import read_json
 from ..errors import CheckpointError, OptionError, TrainingError
+from ..files import json_text
 from ..memory import bounded_run, room
 from ..models import read_config
 from .adapters import Base, adapter_files, base_of, write_adapter
@@ -295,7 +296,7 @@ class _Run:
         self._output.mkdir(parents=True, exist_ok=True)
         self._log = Log(self._output, trainer.progress.step, settings.tensorboard)
         facts = {"settings": settings.as_dict(), "base_model": dataclasses.asdict(self._prepared.base)}
-        replace_file(self._output / RUN, (json.dumps(facts, indent=2) + "\n").encode())
+        replace_file(self._output / RUN, f"{json_text(facts, indent=2)}\n".encode())
         if trainer.progress.step == 0:
             trainer.save()  # so that even a run killed in its first steps can be resumed
         try:
