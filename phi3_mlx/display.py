@@ -112,7 +112,8 @@ def result_markdown(result: Result) -> str:
     best = ""
     if result.best_loss is not None:
         best = f", best validation loss {result.best_loss:.4f} nats a token at step {result.best_step:,}"
-    return f"**{result.step:,} steps**, {end}{best}; the adapter is in `{result.output.name}`"
+    head = f"**{result.step:,} steps**, {end}{best}; the adapter is in `{result.output.name}`"
+    return "\n\n".join([head, *(f"*{note}*" for note in result.notes)])
 
 
 def _in_notebook() -> bool:

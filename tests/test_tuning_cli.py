@@ -76,13 +76,13 @@ def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
     assert call(capsys, "tune", "--resume", "-o", out, "--rank", 2)[0] == 0
     code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", out)
     assert code == 1
-    assert "exists already; go on with it by --resume" in err
+    assert "exists already; --resume goes on with it" in err
     code, _, err = call(capsys, "tune", "--resume", "-o", tmp_path / "none")
     assert code == 1
     assert "none holds no run to go on with; begin one without --resume" in err
     code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", packed)
     assert code == 1
-    assert "holds no run to go on with; name another -o" in err
+    assert "holds no run to go on with, or name another folder with --output DIR" in err
 
 
 def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):

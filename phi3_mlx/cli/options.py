@@ -171,7 +171,8 @@ within_memory = click.option(
     callback=_keep_within,
     help="Use at most this much, such as 16GB, and never more than the machine has free.",
 )
-force_memory = click.option("--force", is_flag=True, help="Go on where the memory at hand is too small.")
+FORCE_MEMORY = "Go on where the memory at hand is too small."
+force_memory = click.option("--force", is_flag=True, help=FORCE_MEMORY)
 
 
 def memory_options(function: F) -> F:
@@ -292,19 +293,25 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def as_typed(error: Phi3Error, command: click.Command) -> str:
-    """A message with the options of a command for Python's names: `kv_bits=4` anywhere, `max_tokens 0` in front."""
+    """A message with the options of a command for Python's names, `max_tokens 0` in front too; see `in_options`."""
     message, options = str(error), dict(_options(command))
     first = message.split(" ", 1)[0]
     if isinstance(error, OptionError) and first in options:
         message = options[first] + message.removeprefix(first)
+    return in_options(message, command)
+
+
+def in_options(text: str, command: click.Command) -> str:
+    """A text with the options of a command for Python's arguments: `kv_bits=4`, `resume=True`, `method='lora'`."""
+    options = dict(_options(command))
 
     def option(found: re.Match[str]) -> str:
-        name, value = found.groups()
+        name, quoted, plain = found.groups()
         if name not in options:
             return found[0]
-        return options[name] if value == "True" else f"{options[name]} {value}"
+        return options[name] if plain == "True" else f"{options[name]} {quoted or plain}"
 
-    return re.sub(r"\b([a-z_]+)=([\w.]+)", option, message)
+    return re.sub(r"\b([a-z_]+)=(?:'([\w.]+)'|([\w.]+))", option, text)
 
 
 def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:

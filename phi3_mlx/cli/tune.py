@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..doctor import WATCHDOG
-from .options import Pulse
+from .options import FORCE_MEMORY, Pulse, in_options
 
 if TYPE_CHECKING:
     from ..tuning.run import Result
@@ -69,7 +69,7 @@ def _setting_options() -> list[click.Parameter]:
                 [*declarations, one.name],
                 type=click.Choice(choices)
                 if choices
-                else {"int": int, "float": float}.get(kind.removesuffix(" | None"), str),
+                else {"int": int, "float": float, "bool": bool}.get(kind.removesuffix(" | None"), str),
                 is_flag=kind == "bool",
                 default=None,
                 multiple=kind.startswith("tuple"),
@@ -86,13 +86,15 @@ _RUN_OPTIONS: list[click.Parameter] = [
     ),
     click.Option(["--resume"], is_flag=True, help="Go on with the run in -o, with its settings."),
     click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; train nothing."),
+    click.Option(["--force"], is_flag=True, help=FORCE_MEMORY),
 ]
 
 
-def _tune(config: str | None, resume: bool, dry_run: bool, **given: Any) -> None:
+def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given: Any) -> None:
     from ..errors import OptionError
     from ..tuning import run
     from ..tuning.settings import Settings, read_settings
+    from ..values import shown
 
     chosen: dict[str, Any] = read_settings(Path(config)) if config else {}
     chosen |= {name: value for name, value in given.items() if value not in (None, ())}
@@ -108,26 +110,31 @@ def _tune(config: str | None, resume: bool, dry_run: bool, **given: Any) -> None
         ]
         if changed:
             raise OptionError(
-                f"--resume goes on with the settings of the run, and {changed[0]} was {getattr(stored, changed[0])!r}; "
-                "leave it out, or begin anew with another -o"
+                f"--resume goes on with the settings of the run, and {changed[0]} was "
+                f"{shown(getattr(stored, changed[0]))}; leave it out, or begin anew with another -o"
             )
     else:
         for name in ("data", "output"):
             if not chosen.get(name) and not (dry_run and name == "output"):
                 raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
-        settings = Settings(**{"output": "(dry run)", **chosen} if dry_run else chosen)
-    note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
+        settings = Settings.of({"output": "(dry run)", **chosen} if dry_run else chosen)
+    command = click.get_current_context().command
+    note = lambda sentence: click.echo(f"note: {in_options(sentence, command)}", err=True)  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
         note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
         from ..tuning.dryrun import describe
 
-        click.echo(describe(run.prepare(settings, fits=False), color=sys.stdout.isatty()))
+        prepared = run.prepare(settings, fits=False)
+        notes, way_out = [in_options(note, command) for note in prepared.notes], in_options(prepared.way_out, command)
+        prepared = dataclasses.replace(prepared, notes=tuple(notes), way_out=way_out)
+        click.echo(describe(prepared, color=sys.stdout.isatty(), force=force))
         return
     with _Progress(settings) as progress:
         result = run.start(
             settings,
             resume=resume,
+            force=force,
             notify=note,
             on_step=progress.step,
             on_validation=progress.validated,

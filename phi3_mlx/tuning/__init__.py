@@ -8,10 +8,11 @@ model, tokenizer = phi3_mlx.load("tiny", adapter="adapter")
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..values import flag, refusal
 from . import run
 from .settings import Settings
 
@@ -23,96 +24,114 @@ __all__ = ["Settings", "tune"]
 
 
 def tune(
-    model: str,
+    model: str | Path,
     data: str | Path,
     output: str | Path,
     *,
     revision: str | None = None,
     valid: str | Path | None = None,
-    holdout: float = 0.05,
-    method: str = "lora",
-    rank: int = 8,
-    alpha: float = 16.0,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    targets: tuple[str, ...] = (),
-    layers: str | None = None,
+    holdout: float | None = None,
+    method: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    rslora: bool | None = None,
+    dropout: float | None = None,
+    targets: str | Iterable[str] | None = None,
+    layers: int | str | None = None,
     train_on: str = "answers",
     max_length: int | None = None,
     overflow: str = "drop",
     batch_size: int = 8,
     accumulate: int = 1,
     order: str = "shuffle",
-    epochs: float = 3.0,
+    epochs: float | None = None,
     steps: int | None = None,
     optimizer: str = "adamw",
     learning_rate: float = 2e-4,
     schedule: str = "cosine",
     warmup: int | None = None,
-    weight_decay: float = 0.01,
+    weight_decay: float | None = None,
     clip: float = 1.0,
     seed: int = 0,
     validate_every: int | None = None,
     save_every: int | None = None,
     patience: int | None = None,
-    samples: tuple[str, ...] = (),
-    sample_tokens: int = 64,
+    samples: str | Iterable[str] | None = None,
+    sample_tokens: int | None = None,
     gradient_checkpointing: bool = False,
     dtype: str | None = None,
     memory: int | str | None = None,
     tensorboard: bool = False,
     resume: bool = False,
+    force: bool = False,
     notify: Callable[[str], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_validation: Callable[[int, float, bool], None] | None = None,
 ) -> Result:
     """Fine-tune `model` on `data` (a .jsonl file, or a directory with train.jsonl and valid.jsonl) into `output`.
 
-    The options are those of `phi3-mlx tune`, whose -h explains each; their home is `settings.Settings`. `resume` goes
-    on with the interrupted run in `output`, which ends with the weights of one that was never interrupted. `notify`
-    gets sentences about the data, `on_step` a report of every step, `on_validation` (step, loss, is it the best).
+    The options are those of `phi3-mlx tune`, whose -h explains each; their home is `settings.Settings`. None is the
+    usual value: method "lora" with rank 8, alpha 16 and no dropout on all layers, 3 epochs, weight decay 0.01, 5 % of
+    the examples held out, answers to samples of 64 tokens. What is given and would do nothing is refused.
+
+    `resume` goes on with the interrupted run in `output`, which ends with the weights of one that was never
+    interrupted. `force` tries a run that does not fit in memory. `notify` gets sentences about the data, which
+    `Result.notes` keeps; without it those about examples that were left out or cut are Python warnings. `on_step` gets
+    a report of every step, `on_validation` (step, loss, is it the best).
 
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
-    MemoryLimitError (numbers, and flags that would fit), TrainingError (no number; another run's checkpoint or folder),
-    and what `load` raises. Ctrl-C saves and returns a Result whose `interrupted` is True.
+    MemoryLimitError (numbers, and arguments that would fit), TrainingError (no number; another run's checkpoint or
+    folder), and what `load` raises. Ctrl-C saves and returns a Result whose `interrupted` is True.
     """
-    settings = Settings(
-        model=model,
-        data=str(data),
-        output=str(output),
-        revision=revision,
-        valid=None if valid is None else str(valid),
-        holdout=holdout,
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        rslora=rslora,
-        dropout=dropout,
-        targets=tuple(targets),
-        layers=layers,
-        train_on=train_on,
-        max_length=max_length,
-        overflow=overflow,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        order=order,
-        epochs=epochs,
-        steps=steps,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        seed=seed,
-        validate_every=validate_every,
-        save_every=save_every,
-        patience=patience,
-        samples=tuple(samples),
-        sample_tokens=sample_tokens,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        memory=None if memory is None else str(memory),
-        tensorboard=tensorboard,
+    settings = Settings.of(
+        {
+            "model": model,
+            "data": data,
+            "output": output,
+            "revision": revision,
+            "valid": valid,
+            "holdout": holdout,
+            "method": method,
+            "rank": rank,
+            "alpha": alpha,
+            "rslora": rslora,
+            "dropout": dropout,
+            "targets": targets,
+            "layers": layers,
+            "train_on": train_on,
+            "max_length": max_length,
+            "overflow": overflow,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "order": order,
+            "epochs": epochs,
+            "steps": steps,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "clip": clip,
+            "seed": seed,
+            "validate_every": validate_every,
+            "save_every": save_every,
+            "patience": patience,
+            "samples": samples,
+            "sample_tokens": sample_tokens,
+            "gradient_checkpointing": gradient_checkpointing,
+            "dtype": dtype,
+            "memory": memory,
+            "tensorboard": tensorboard,
+        }
     )
-    return run.start(settings, resume=resume, notify=notify, on_step=on_step, on_validation=on_validation)
+    for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
+        if call is not None and not callable(call):
+            raise refusal(call, name, "a function")
+    return run.start(
+        settings,
+        resume=flag(resume, "resume"),
+        force=flag(force, "force"),
+        notify=notify,
+        on_step=on_step,
+        on_validation=on_validation,
+    )

@@ -22,10 +22,10 @@ _SHOWN, _SHOWN_TOKENS = 3, 120
 _LEARNT, _PLAIN = "\033[1;32m", "\033[0m"
 
 
-def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -> str:
+def describe(prepared: Prepared, *, color: bool = False, measure: bool = True, force: bool = False) -> str:
     """The report of `--dry-run`. With `color` learnt tokens are bold and green, else they stand between ⟦ and ⟧.
 
-    `measure` loads the model, if it fits, and times one batch for the time estimate.
+    `measure` loads the model, if it fits or by `force`, and times one batch for the time estimate.
     """
     settings, train, valid = prepared.settings, prepared.train, prepared.valid
     lengths = [len(example) - 1 for example in train.examples]
@@ -49,9 +49,10 @@ def describe(prepared: Prepared, *, color: bool = False, measure: bool = True) -
         "at once",
         f"          {verdict}",
     ]
-    if measure and not prepared.way_out:
+    if measure and (force or not prepared.way_out):
         seconds, tokens = _time_a_batch(prepared, plan)
-        total = sum(sum(lengths[i] for i in plan.batch(step)) for step in range(plan.steps))
+        epochs, rest = divmod(plan.steps, plan.steps_per_epoch)
+        total = epochs * sum(lengths) + sum(lengths[i] for step in range(rest) for i in plan.batch(step))
         lines.append(
             f"Time      about {duration_text(seconds / tokens * total)} of training; "
             f"{tokens / seconds:,.0f} tok/s in one batch"

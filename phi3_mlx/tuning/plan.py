@@ -145,17 +145,17 @@ def refusal(needed: MemoryPlan, limit: int, way_out: str) -> MemoryLimitError:
     return MemoryLimitError(
         f"this run needs about {size_text(needed.total)} ("
         f"{', '.join(f'{name} {size_text(size)}' for name, size in parts)} for {needed.part_tokens:,} tokens at once) "
-        f"and {size_text(limit)} may be used; {way_out}"
+        f"and {size_text(limit)} may be used; {way_out}; force=True tries all the same"
     )
 
 
 def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], MemoryPlan]) -> str:
-    """The flags of the first milder settings that fit; how far they get where none does.
+    """The arguments of the first milder settings that fit; how far they get where none does.
 
     `replan` gives the plan of changed settings.
     """
     now = settings
-    flags: list[str] = []
+    ways: dict[str, str] = {}
     for change in (
         {"gradient_checkpointing": True},
         {"accumulate": max(2, settings.batch_size // 2)},
@@ -165,16 +165,15 @@ def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], Me
         if getattr(now, name) == value or (name == "accumulate" and value > settings.batch_size):
             continue
         now = dataclasses.replace(now, **change)
-        flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        flags = [f for f in flags if f.split()[0] != flag.split()[0]] + [flag]
+        ways[name] = f"{name}={value}"
         if replan(now).total <= limit:
-            return f"it would fit with {' '.join(flags)}"
+            return f"it would fit with {' and '.join(ways.values())}"
     length = now.max_length or 0
     while length > 64:
         length //= 2
         shorter = dataclasses.replace(now, max_length=length)
         if replan(shorter).total <= limit:
-            return f"it would fit with {' '.join([*flags, f'--max-length {length}'])}"
+            return f"it would fit with {' and '.join([*ways.values(), f'max_length={length}'])}"
     least = replan(dataclasses.replace(now, max_length=64))
-    with_what = " ".join(flags) or "short examples"
+    with_what = " and ".join(ways.values()) or "short examples"
     return f"even with {with_what} it needs {size_text(least.total)}; take a 4-bit base or a smaller model"

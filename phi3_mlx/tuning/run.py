@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from .examples import Encoded, encode_records
 from .log import Log, plot_losses
 from .lora import Adapter, attach
 from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
-from .settings import Settings, from_mapping
+from .settings import HOLDOUT, Settings, from_stored, no_effect
 from .targets import find_targets
 from .trainer import Listener, StepReport, Trainer
 
@@ -52,7 +53,10 @@ _MAX_LENGTH = 2048  # tokens of an example where nothing is said: most chats are
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `finished` is False if it was stopped before its last step; losses are validation's."""
+    """How a run ended: `finished` is False if it was stopped before its last step; losses are validation's.
+
+    `notes` are sentences about the data: what was held out, left out or cut.
+    """
 
     output: Path
     finished: bool
@@ -63,6 +67,7 @@ class Result:
     tokens: int
     seconds: float
     first_rank: bool = True  # False in the other processes of a distributed run, which write and print nothing
+    notes: tuple[str, ...] = ()
 
     def _repr_markdown_(self) -> str:
         from ..display import result_markdown
@@ -83,6 +88,7 @@ class Prepared:
     plan: MemoryPlan
     available: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]  # those of the notes that say what is not trained on as it stands
     way_out: str  # what would make it fit, if it does not
 
     @property
@@ -97,7 +103,8 @@ class Prepared:
         }
 
 
-_FREE = ("output", "model", "data", "valid", "revision", "memory", "tensorboard")  # by content, or of no consequence
+# By content, or of no consequence.
+_FREE = ("output", "model", "data", "valid", "holdout", "revision", "memory", "tensorboard")
 
 
 def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
@@ -113,8 +120,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     config = read_config(directory)
     if settings.method == "full" and config.quantization is not None:
         raise OptionError(
-            f"{settings.model} is quantized, and packed weights cannot be trained; take --method lora, or convert it "
-            "with --dequantize first"
+            f"{settings.model} is quantized, and packed weights cannot be trained; take method='lora', or "
+            "unpack it first with phi3-mlx convert --dequantize"
         )
     context = config.max_position_embeddings
     if settings.max_length is None:
@@ -122,6 +129,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     elif settings.max_length > context:
         raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
+    if splits.valid and settings.holdout not in (0, HOLDOUT):
+        raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
     if not splits.valid and settings.holdout:
         splits = hold_out(splits.train, settings.holdout, settings.seed)
     words = tokenizer.load_tokenizer(directory)
@@ -129,22 +138,27 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     if not train.examples:
         raise OptionError(
             f"no example of {settings.data} is left to train on: {len(train.dropped):,} are longer than max_length "
-            f"{settings.max_length} or have nothing to learn; give --max-length {max(train.lengths)} or "
-            "--overflow truncate"
+            f"{settings.max_length} or have nothing to learn; give max_length={max(train.lengths)} or "
+            "overflow='truncate'"
         )
+    if not valid.examples:
+        for name in ("patience", "samples"):
+            if getattr(settings, name):
+                why = "without validation: no examples are left for it, so give more, or some in valid=FILE"
+                raise no_effect(name, getattr(settings, name), why)
     replan = lambda changed: plan_memory(directory, config, changed, *sizes(train, changed), ranks)  # noqa: E731
     gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
     base = base_of(directory, settings.model, settings.revision)
-    notes = (
-        *splits.notes,
+    warned = (
         *dict.fromkeys([*train.notes, *valid.notes]),
         *_losses(train, "training", settings),
         *_losses(valid, "validation", settings),
     )
+    notes = (*splits.notes, *warned)
     limit = memory_limit(settings, available)
     way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
-    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, way_out)
+    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, warned, way_out)
     for note in notes:
         if notify:
             notify(note)
@@ -226,6 +240,7 @@ def start(
     settings: Settings,
     *,
     resume: bool = False,
+    force: bool = False,
     notify: Notify | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_validation: Callable[[int, float, bool], None] | None = None,
@@ -236,13 +251,16 @@ def start(
     first = group.rank() == 0
     output = Path(os.path.abspath(os.path.expanduser(settings.output)))
     if settings.output and not resume and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        on = "go on with it by --resume, or name" if (output / RUN).is_file() else "it holds no run to go on with; name"
-        raise TrainingError(f"{output} exists already; {on} another -o")
-    prepared = prepare(settings, notify if first else None, group.size())
+        on = "resume=True goes on with it" if (output / RUN).is_file() else "it holds no run to go on with"
+        raise TrainingError(f"{output} exists already; {on}, or name another folder with output=DIR")
+    prepared = prepare(settings, notify if first else None, group.size(), fits=not force)
+    if notify is None and first:
+        for note in prepared.warnings:
+            warnings.warn(note, stacklevel=3)
     settings = prepared.settings
     checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
     if resume and checkpoint is None:
-        raise TrainingError(f"{output} has no checkpoint to go on from; begin it without --resume")
+        raise TrainingError(f"{output} has no checkpoint to go on from; begin it without resume=True")
     model, adapters = load_for_training(prepared)
     run = _Run(prepared, model, adapters, output, first)
     listener = Listener()
@@ -273,6 +291,7 @@ def start(
         progress.tokens,
         time.perf_counter() - started,
         first,
+        prepared.notes,
     )
 
 
@@ -394,10 +413,10 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 def stored_settings(output: Path) -> Settings:
     """The settings of the run in a folder. Raises TrainingError."""
     try:
-        return Settings(**from_mapping(read_json(output / RUN).get("settings") or {}, str(output / RUN)))
+        return from_stored(read_json(output / RUN).get("settings") or {}, str(output / RUN))
     except CheckpointError as error:
         why = f" ({error})" if (output / RUN).is_file() else ""
-        raise TrainingError(f"{output} holds no run to go on with{why}; begin one without --resume") from error
+        raise TrainingError(f"{output} holds no run to go on with{why}; begin one without resume=True") from error
 
 
 def comparable(settings: Settings, name: str) -> Any:

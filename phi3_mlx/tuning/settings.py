@@ -1,131 +1,203 @@
-"""What a fine-tuning run can be told, in one place: the Python function, the command line and run.yaml all read it."""
+"""What a fine-tuning run can be told, in one place: the Python function, the command line and run.yaml all read it.
+
+Every value comes in by one door: a `Settings` holds values of its fields' types, whoever made it, and `Settings.of`
+takes what a user gave, and refuses what would do nothing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..checkpoint import DTYPES
 from ..errors import OptionError
 from ..files import read_text
 from ..memory import parse_size
+from ..values import flag, number, path, refusal, shown, text, texts, whole
 from .batches import Order
 from .examples import Overflow, TrainOn
+
+if TYPE_CHECKING:
+    import yaml
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
+HOLDOUT = 0.05  # by default
+_OF_ADAPTERS = ("rank", "alpha", "rslora", "dropout", "targets", "layers")  # mean nothing where all weights are trained
+_DECAYING = ("adamw", "lion", "muon", "sgd")
+_FLOAT32_MAX = 3.4028235e38
+
+_Range = tuple[Callable[[Any], bool], str]
+_SOME: _Range = (lambda n: n > 0, "more than 0")
+_NOT_NEGATIVE: _Range = (lambda n: n >= 0, "0 or more")
+_SHARE: _Range = (lambda n: 0 <= n < 1, "0 or more, below 1")
+_SEED: _Range = (lambda n: 0 <= n < 2**32, "0 to 4,294,967,295")  # batches and dropout mix it with a step's number
+_LENGTH: _Range = (lambda n: n >= 2, "2 or more, since of one token nothing is predicted")
 
 
-def _option(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
+def _model(value: Any, name: str) -> str:
+    return path(value, name, "the name or directory of a model (not a loaded one)")
+
+
+def _data(value: Any, name: str) -> str:
+    return path(value, name, "the path of a .jsonl file or of a directory with one (write examples there, one a line)")
+
+
+def _layers(value: Any, name: str) -> str:
+    """A range, or the number of a layer alone."""
+    return value if isinstance(value, str) else str(whole(value, name))
+
+
+def _size(value: Any, name: str) -> int | str:
+    """Bytes, or a text such as "16GB"."""
+    if isinstance(value, str):
+        parse_size(text(value, name))
+        return value
+    size = number(value, name)
+    if not 1 <= size < math.inf:
+        raise refusal(value, name, "a number of bytes, or a size such as 16GB")
+    return int(size)
+
+
+def _option(default: Any, help_text: str, within: _Range | None = None, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, "within": within, **more})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run; the fields' help texts are the command line's. `check` raises OptionError."""
+    """All settings of a run; the fields' help texts are the command line's.
 
-    model: str = _option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.")
-    data: str = _option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.")
-    output: str = _option("", "Where the adapter goes, with checkpoints, metrics and the loss plot.")
+    Raises OptionError for a value of another type than its field's; `check`, for one outside its range.
+    """
+
+    model: str = _option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.", read=_model)
+    data: str = _option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.", read=_data)
+    output: str = _option("", "Where the adapter goes, with checkpoints, metrics and the loss plot.", read=path)
     revision: str | None = _option(None, "A branch, tag or commit of the repository.")
-    valid: str | None = _option(None, "A .jsonl file to validate on.")
-    holdout: float = _option(0.05, "Without validation data, this share of the examples is held out; 0: none.")
+    valid: str | None = _option(None, "A .jsonl file to validate on.", read=_data)
+    holdout: float = _option(
+        HOLDOUT, "Without validation data, this share of the examples is held out; 0: none.", _SHARE
+    )
 
     method: str = _option("lora", "What is trained; full needs an unquantized model.", choices=METHODS)
-    rank: int = _option(8, "Components of every low-rank change.")
-    alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.")
+    rank: int = _option(8, "Components of every low-rank change.", _SOME)
+    alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
     rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
-    dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.")
+    dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.", _SHARE)
     targets: tuple[str, ...] = _option(
         (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
     )
-    layers: str | None = _option(None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).")
+    layers: str | None = _option(
+        None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).", read=_layers
+    )
 
     train_on: str = _option(
         "answers", "Whose tokens are learnt: every answer, the last, all.", choices=get_args(TrainOn)
     )
-    max_length: int | None = _option(None, "Tokens of the longest example; by default 2,048 or the model's context.")
+    max_length: int | None = _option(
+        None, "Tokens of the longest example; by default 2,048 or the model's context.", _LENGTH
+    )
     overflow: str = _option("drop", "What becomes of longer ones.", choices=get_args(Overflow))
-    batch_size: int = _option(8, "Examples an optimizer step learns from.")
-    accumulate: int = _option(1, "Compute a batch in so many parts: less memory, the same result.")
+    batch_size: int = _option(8, "Examples an optimizer step learns from.", _SOME)
+    accumulate: int = _option(1, "Compute a batch in so many parts: less memory, the same result.", _SOME)
     order: str = _option("shuffle", "bucket: examples of one length together.", choices=get_args(Order))
-    epochs: float = _option(3.0, "How often every example is read.")
-    steps: int | None = _option(None, "Optimizer steps, instead of epochs.")
+    epochs: float = _option(3.0, "How often every example is read.", _SOME)
+    steps: int | None = _option(None, "Optimizer steps, instead of epochs.", _SOME)
 
     optimizer: str = _option("adamw", "Which optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = _option(2e-4, "The highest one, reached after the warm-up.")
+    learning_rate: float = _option(2e-4, "The highest one, reached after the warm-up.", _SOME)
     schedule: str = _option("cosine", "How the learning rate falls to 0.", choices=SCHEDULES)
-    warmup: int | None = _option(None, "Steps in which it rises; by default 3 % of them.")
-    weight_decay: float = _option(0.01, "Of adamw, lion, muon and sgd.")
-    clip: float = _option(1.0, "Longest gradient; longer ones are shortened to it; 0: never.")
-    seed: int = _option(0, "Repeats the run bit for bit on the same machine.")
+    warmup: int | None = _option(None, "Steps in which it rises; by default 3 % of them.", _NOT_NEGATIVE)
+    weight_decay: float = _option(0.01, "Of adamw, lion, muon and sgd.", _NOT_NEGATIVE)
+    clip: float = _option(1.0, "Longest gradient; longer ones are shortened to it; 0: never.", _NOT_NEGATIVE)
+    seed: int = _option(0, "Repeats the run bit for bit on the same machine.", _SEED)
 
-    validate_every: int | None = _option(None, "Steps between validations; by default an epoch, at most 100 steps.")
-    save_every: int | None = _option(None, "Steps between checkpoints; by default as often as validations.")
-    patience: int | None = _option(None, "Stop after so many validations without a better one.")
+    validate_every: int | None = _option(
+        None, "Steps between validations; by default an epoch, at most 100 steps.", _SOME
+    )
+    save_every: int | None = _option(None, "Steps between checkpoints; by default as often as validations.", _SOME)
+    patience: int | None = _option(None, "Stop after so many validations without a better one.", _SOME)
     samples: tuple[str, ...] = _option((), "A prompt to answer at every validation; may be repeated.")
-    sample_tokens: int = _option(64, "Longest such answer.")
+    sample_tokens: int = _option(64, "Longest such answer.", _SOME)
 
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
-    memory: str | None = _option(None, "Use at most this much, such as 16GB, and never more than the machine has free.")
+    memory: int | str | None = _option(
+        None, "Use at most this much, such as 16GB, and never more than the machine has free.", read=_size
+    )
     tensorboard: bool = _option(False, "Write TensorBoard files too (needs the extra of that name).")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, _typed(one, getattr(self, one.name), one.name))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """The settings that a user gave, by name; None is not given.
+
+        Raises OptionError for a value of another type or outside its range, and for one that would do nothing.
+        """
+        for name in ("model", "data", "output"):
+            if name in given and given[name] is None:
+                raise OptionError(f"{name} is None; name it")
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = cls(**given).check()
+        for name, why in settings._without_effect():
+            if name in given and getattr(settings, name):
+                raise no_effect(name, given[name], why)
+        return settings
 
     def check(self) -> Settings:
         """Itself, or OptionError naming the first setting outside its range."""
         for one in fields(self):
-            value, choices = getattr(self, one.name), one.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise OptionError(f"{one.name} {value!r} is unknown; choose {', '.join(choices)}")
-            if isinstance(value, float) and not math.isfinite(value):
+            value, choices, within = getattr(self, one.name), one.metadata.get("choices"), one.metadata["within"]
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise OptionError(f"{one.name} {shown(value)} is unknown; choose {', '.join(choices)}")
+            if isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:  # NaN is not
                 raise OptionError(f"{one.name} {value} is no number to train with; give a finite one")
-        for name in ("data", "output"):
+            if within and not within[0](value):
+                raise OptionError(f"{one.name} {shown(value)} is outside its range; give {within[1]}")
+        for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise OptionError(f"{name} is missing; name it")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise OptionError(f"{name} {value} is outside its range; give more than 0")
-        if self.memory is not None:
-            parse_size(self.memory)
-        for name in ("weight_decay", "clip", "warmup", "seed"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise OptionError(f"{name} {value} is outside its range; give 0 or more")
-        for name in ("holdout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"{name} {getattr(self, name)} is outside its range; give 0 or more, below 1")
-        if self.max_length is not None and self.max_length < 2:
-            raise OptionError(f"max_length {self.max_length} leaves nothing to predict; give 2 or more")
         if self.accumulate > self.batch_size:
             raise OptionError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")
         if any(not sample.strip() for sample in self.samples):
             raise OptionError("a sample prompt is empty; give some text")
         return self
 
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Names of settings that do nothing beside the others, and why."""
+        if self.method == "full":
+            yield from ((name, "with method='full', which trains all weights") for name in _OF_ADAPTERS)
+        if self.optimizer not in _DECAYING:
+            yield "weight_decay", f"with optimizer='{self.optimizer}'"
+        if self.steps is not None:
+            yield "epochs", f"with steps={self.steps}"
+        if self.valid is not None:
+            yield "holdout", "where valid data are given"
+        if not self.samples:
+            yield "sample_tokens", "without a prompt in samples"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: tuples become lists."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
 
-_POSITIVE = (
-    "rank",
-    "alpha",
-    "batch_size",
-    "accumulate",
-    "epochs",
-    "steps",
-    "learning_rate",
-    "validate_every",
-    "save_every",
-    "patience",
-    "sample_tokens",
-)
+def no_effect(name: str, value: Any, why: str) -> OptionError:
+    """That a setting was given and would do nothing."""
+    what = f"{name} {shown(value)}" if isinstance(value, int | float | str) else name
+    return OptionError(f"{what} has no effect {why}; leave it out")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -133,14 +205,45 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        value = yaml.safe_load(read_text(path))
+        value = yaml.load(read_text(path), _yaml_loader())
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}; name a YAML file") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise OptionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise OptionError(f"{path} holds no settings; write lines such as `data: my.jsonl`")
     return from_mapping(value, str(path))
+
+
+@functools.cache
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """A safe loader that reads numbers as YAML 1.2 and people do, 1e-4 as one and 8:30 as none, and no key twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} is given twice")
+            return super().construct_mapping(node, deep)
+
+    # Of another class the list would be shared.
+    Loader.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] not in _NUMBERS]
+        for first, rules in Loader.yaml_implicit_resolvers.items()
+    }
+    for tag, pattern in _NUMBERS.items():
+        Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+    return Loader
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9]*)$",  # 010 is 8 for some and 10 for others
+    "tag:yaml.org,2002:float": (
+        r"(?i)[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=e))(?:e[-+]?[0-9]+)?$|[-+]?\.(?:inf|nan)$"
+    ),
+}
 
 
 def from_mapping(given: Mapping[Any, Any], source: str) -> dict[str, Any]:
@@ -148,36 +251,41 @@ def from_mapping(given: Mapping[Any, Any], source: str) -> dict[str, Any]:
     known = {one.name: one for one in fields(Settings)}
     unknown = [str(key) for key in given if key not in known]
     if unknown:
-        import difflib
-
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise OptionError(f"{source}: unknown setting {unknown[0]!r}; {hint}")
-    return {key: _typed(value, str(known[key].type), f"{source}: {key}") for key, value in given.items()}
+    return {key: _typed(known[key], value, f"{source}: {key}") for key, value in given.items()}
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """`value` as the annotation `kind` has it."""
+def from_stored(given: Mapping[Any, Any], source: str) -> Settings:
+    """The settings that a run wrote down; those that did not exist then have their defaults.
+
+    Version 0.1.0 wrote a flag of its command line as the text "True", and trained by it. Raises OptionError.
+    """
+    flags = {one.name for one in fields(Settings) if one.type == "bool"}
+    mended = {key: True if key in flags and value == "True" else value for key, value in given.items()}
+    return Settings(**from_mapping(mended, source))
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], source: str) -> str | None:
+    """The first of the settings `now` that is another than a run of `before` wrote down, and what it was."""
+    stored = from_stored(before, source).as_dict()
+    return next((f"setting ({name} was {stored[name]!r})" for name in now if now[name] != stored[name]), None)
+
+
+def _typed(one: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """`value` as the field `one` has it."""
+    kind = str(one.type)
     if value is None and kind.endswith("| None"):
         return None
-    name = kind.removesuffix(" | None")
-    if name.startswith("tuple"):
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-    elif name == "float":
-        # YAML reads 1e-4, without a point, as text.
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif name == "str" and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return str(value)  # `layers: 3`
-    elif (name == "int" and type(value) is int) or (name == "bool" and isinstance(value, bool)):
-        return value
-    expected = {"tuple[str, ...]": "a list of texts", "float": "a number", "int": "a whole number"}
-    expected |= {"bool": "true or false", "str": "a text"}
-    raise OptionError(f"{where} is {value!r}; expected {expected[name]}")
+    read: Callable[[Any, str], Any] = one.metadata.get("read") or _READERS[kind.removesuffix(" | None")]
+    return read(value, where)
+
+
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "int": whole,
+    "float": number,
+    "bool": flag,
+    "str": text,
+    "tuple[str, ...]": texts,
+}

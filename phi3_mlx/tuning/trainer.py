@@ -23,7 +23,7 @@ from .batches import Part, Plan, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
 from .examples import Example
 from .loss import number, part_loss
-from .settings import Settings
+from .settings import Settings, changed
 
 
 @dataclass
@@ -117,14 +117,18 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises TrainingError if it belongs to another run."""
         weights, optimizer, state = read_checkpoint(path)
+        before = state.get("identity", {})
         for key, value in self.identity.items():
-            if state.get("identity", {}).get(key) != value:
+            other = changed(before.get(key, {}), value, str(path)) if key == "setting" else key
+            if before.get(key) != value and other is not None:
                 raise TrainingError(
-                    f"{path} is of a run with another {key}, so going on would not continue it; "
-                    f"restore what was used then, or begin anew with another -o"
+                    f"{path} is of a run with another {other}, so going on would not continue it; "
+                    f"restore what was used then, or begin anew in another folder with output=DIR"
                 )
         if {name: a.shape for name, a in weights.items()} != {name: a.shape for name, a in self.weights().items()}:
-            raise TrainingError(f"{path} trains other arrays than these settings do; begin anew with another -o")
+            raise TrainingError(
+                f"{path} trains other arrays than these settings do; begin anew in another folder with output=DIR"
+            )
         self.model.update(tree_unflatten(list(weights.items())))
         optimizers.restore_optimizer(self._optimizer, optimizer)
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})

@@ -1,0 +1,106 @@
+"""Values that a user gave, as the plain Python type that they stand for.
+
+Python lets anything through: True counts as 1, a text as a list of its characters, a loaded model as a name. Each
+function here returns the value, or raises OptionError ("rank is 'many'; expected a whole number"). A scalar of numpy,
+MLX or torch counts as the number that it holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from .errors import OptionError
+
+T = TypeVar("T")
+_SHOWN = 60  # characters of a value that a message repeats
+
+
+def whole(value: Any, name: str) -> int:
+    """A whole number; True and False are none."""
+    plain = _plain(value)
+    if isinstance(plain, int) and not isinstance(plain, bool):
+        return int(plain)
+    raise refusal(value, name, "a whole number")
+
+
+def number(value: Any, name: str) -> float:
+    """A number, which may be infinite or NaN."""
+    plain = _plain(value)
+    if isinstance(plain, int | float) and not isinstance(plain, bool):
+        try:
+            return float(plain)
+        except OverflowError:
+            pass
+    raise refusal(value, name, "a number")
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False; 0, 1 and "false" are neither."""
+    plain = _plain(value)
+    if isinstance(plain, bool):
+        return plain
+    raise refusal(value, name, "true or false")
+
+
+def text(value: Any, name: str) -> str:
+    """A text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise refusal(value, name, "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        where = f"a lone surrogate at {error.start + 1:,}"
+        raise OptionError(f"{name} has half a character ({where}); type it again") from error
+    return str(value)
+
+
+def texts(value: Any, name: str) -> tuple[str, ...]:
+    """Several texts, of a list, a set or anything else that gives them one by one; a text alone is one."""
+    if isinstance(value, str):
+        return (text(value, name),)
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+        raise refusal(value, name, "a list of texts")
+    items = list(value)
+    for item in items:
+        if not isinstance(item, str):
+            raise OptionError(f"{name} holds {shown(item)}; expected a list of texts")
+    return tuple(text(item, name) for item in (sorted(items) if isinstance(value, set | frozenset) else items))
+
+
+def path(value: Any, name: str, expected: str = "a path") -> str:
+    """The name of a file or directory: a text or a Path."""
+    found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(found, str):
+        raise refusal(value, name, expected)
+    if "\0" in found:
+        raise refusal(value, name, f"{expected}, without a null character")
+    return str(found)
+
+
+def optional(read: Callable[[Any, str], T], value: Any, name: str) -> T | None:
+    """What `read` makes of the value; None is let be."""
+    return None if value is None else read(value, name)
+
+
+def refusal(value: Any, name: str, expected: str) -> OptionError:
+    """That a value is of another type than was expected."""
+    return OptionError(f"{name} is {shown(value)}; expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line and short; of what is no scalar, the type alone."""
+    if value is None or isinstance(value, str | bytes | int | float | os.PathLike):
+        try:
+            whole_text = repr(value)
+        except ValueError:  # Python writes no int of more than 4,300 digits
+            return "a number of thousands of digits"
+        return whole_text if len(whole_text) <= _SHOWN else f"{whole_text[: _SHOWN - 3]}..."
+    kind = type(value).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of an array library as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
