@@ -1,1 +1,3 @@
 """What the README's numbers come from: each file is a command, `python -m bench.NAME`, and writes bench/results/."""
+
+import phi3_mlx  # noqa: F401  (before any bench imports MLX: both packages then multiply with the same BLAS)

@@ -20,9 +20,8 @@ PROMPT = "Write a story about a rabbit who finds a key."
 
 
 def seconds(command: list[str]) -> float:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=record.offline(), capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
     return time.perf_counter() - started

@@ -54,9 +54,8 @@ def make_checkpoint(directory: Path, layers: int) -> None:
 def measure(command: list[str]) -> tuple[float, int]:
     """Seconds and peak resident bytes of a process."""
     with tempfile.TemporaryFile() as output:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=record.offline())
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)

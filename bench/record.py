@@ -2,8 +2,10 @@
 
 One file a machine, in bench/results/ or where the environment variable PHI3_MLX_BENCH_RESULTS says:
 
-    {"machine": ..., "results": {"decode": {"command": ..., "date": ..., "versions": {...}, the bench's own facts ...,
-                                            "rows": [{...}, ...]}, ...}}
+    {"machine": ..., "results": {"decode": {"command": ..., "date": ..., "versions": {...}, "blas": ..., the bench's own
+                                            facts ..., "rows": [{...}, ...]}, ...}}
+
+`blas` is what multiplied floats on a CPU, in both packages; null: the reference BLAS of MLX's wheel.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from phi3_mlx import blas
 from phi3_mlx.atomic import replace_file
 
 ELSEWHERE = "PHI3_MLX_BENCH_RESULTS"
@@ -70,6 +73,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def offline() -> dict[str, str]:
+    """The environment of a process of either package: no hub, and this process' BLAS."""
+    return {**os.environ, **blas.environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
 def command() -> str:
     """What was typed: `python -m bench NAME ...`, also where the bench was run as `python -m bench.NAME ...`."""
     module = Path(sys.argv[0]).stem
@@ -87,6 +95,7 @@ def write(name: str, rows: list[dict[str, Any]], *packages: str, **facts: Any) -
         "command": command(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions(*packages),
+        **({} if on_gpu() else {"blas": blas.describe()}),
         **facts,
         "rows": rows,
     }

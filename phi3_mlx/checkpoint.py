@@ -53,6 +53,18 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     return model
 
 
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file that `read_header` has found whole; values are read when they are evaluated.
+
+    Raises CheckpointError for what mlx cannot read, such as a type of numbers that it does not have.
+    """
+    try:
+        arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())}); download it again") from error
+    return arrays
+
+
 def weight_bytes(directory: Path, dtype: str | None = None) -> int:
     """Bytes the weights of a model directory take in memory once `load_model` has read them."""
     target = _target(dtype)
@@ -132,7 +144,7 @@ def _read(directory: Path, model: Model, weights: Weights, seen: View, target: m
     needed = [name for name, _ in tree_flatten(model.parameters())]
     arrays: dict[str, mx.array] = {}  # not read before they are evaluated
     for file in weights.files:
-        arrays |= mx.load(str(file), format="safetensors")  # type: ignore[arg-type]
+        arrays |= read_arrays(file)
     left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
 
     def take(name: str) -> mx.array:

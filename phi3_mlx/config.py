@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import files
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, Phi3Error
+from .fields import kind_of, shorten
 
 
 @dataclass(frozen=True)
@@ -170,16 +171,16 @@ class Config:
         return self.experts_per_token * self.intermediate_size
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError if it cannot be read or is not an object."""
+def read_json(path: Path, error: type[Phi3Error] = CheckpointError) -> dict[str, Any]:
+    """The JSON object in `path`; `error` if it cannot be read or is not an object."""
     try:
         value = files.read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download the file again") from error
-    except ValueError as error:  # no text, not JSON, numbers or nesting beyond reason
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from error
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror}; download the file again") from fault
+    except ValueError as fault:  # no text, not JSON, beyond the limits
+        raise error(f"{path} is not valid JSON ({fault}); download the file again") from fault
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object; download the file again")
+        raise error(f"{path} holds {kind_of(value)}, not a JSON object; download the file again")
     return value
 
 
@@ -195,7 +196,7 @@ class Reader:
         self.rope_key = given[0] if given else "rope_scaling"
         rope = raw[self.rope_key] if given else {}
         if not isinstance(rope, Mapping):
-            self.fail(f"{self.rope_key} is {rope!r}, expected an object or null")
+            self.fail(f"{self.rope_key} is {shorten(rope)}, expected an object or null")
         self.rope: Mapping[str, Any] = rope
 
     def fail(self, why: str) -> NoReturn:
@@ -208,15 +209,15 @@ class Reader:
             self.fail(f"{key} is missing")
         # The bound keeps what follows from overflowing; NaN fails it too.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
-            self.fail(f"{key} is {_shorten(value)}, expected a number")
+            self.fail(f"{key} is {shorten(value)}, expected a number")
         if value <= 0 or kind(value) != value:
-            self.fail(f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}")
+            self.fail(f"{key} is {shorten(value)}, expected a positive {'integer' if kind is int else 'number'}")
         return kind(value)
 
     def flag(self, key: str) -> bool:
         value = self.raw.get(key) or False
         if not isinstance(value, bool):
-            self.fail(f"{key} is {value!r}, expected true or false")
+            self.fail(f"{key} is {shorten(value)}, expected true or false")
         return value
 
     def refuse_unless(self, must_be: Mapping[str, tuple[Any, ...]]) -> None:
@@ -227,7 +228,7 @@ class Reader:
             repeated = key == "quantization_config" and value == self.raw.get("quantization")
             if value is not None and value not in allowed and not repeated:
                 kind = self.raw["model_type"]
-                self.fail(f"{key} {_shorten(value)} is not supported for {kind}, so its outputs would be wrong")
+                self.fail(f"{key} {shorten(value)} is not supported for {kind}, so its outputs would be wrong")
 
     def head_dim(self) -> int:
         """Width of an attention head, once the numbers of heads agree."""
@@ -263,10 +264,10 @@ class Reader:
         raw = self.raw
         quantization = raw.get("quantization")
         if quantization is not None and not isinstance(quantization, Mapping):
-            self.fail(f"quantization is {quantization!r}, expected an object")
+            self.fail(f"quantization is {shorten(quantization)}, expected an object")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is not None and not isinstance(dtype, str):
-            self.fail(f"torch_dtype is {dtype!r}, expected a name such as 'bfloat16'")
+            self.fail(f"torch_dtype is {shorten(dtype)}, expected a name such as 'bfloat16'")
         window = raw.get("sliding_window")
         heads = self.number("num_attention_heads")
         return {
@@ -299,7 +300,7 @@ class Reader:
         if all(kind == "default" for kind in spelled):
             return None
         if any(kind != "longrope" for kind in spelled):
-            named = " / ".join(_shorten(kind) for kind in kinds.values())
+            named = " / ".join(shorten(kind) for kind in kinds.values())
             self.fail(f"rope type {named} is not supported; known: longrope")
         return "longrope"
 
@@ -322,12 +323,7 @@ class Reader:
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.rope.get(key)
         if not isinstance(values, list):
-            self.fail(f"{self.rope_key}.{key} is {_shorten(values)}, expected a list of {length} numbers")
+            self.fail(f"{self.rope_key}.{key} is {shorten(values)}, expected a list of {length} numbers")
         if len(values) != length:
             self.fail(f"{self.rope_key}.{key} has {len(values)} entries, expected {length} (half of the rotated dims)")
         return tuple(self.number(f"{key}[{i}]", kind=float, where={f"{key}[{i}]": v}) for i, v in enumerate(values))
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+from . import blas
 from .hub import cache_folder
 
 Status = Literal["ok", "note", "wrong"]
@@ -38,6 +39,8 @@ _ON_NVIDIA = "; with an NVIDIA GPU [cuda] instead of [cpu]"
 
 _PROBE = """
 import json, sys, time
+sys.path.append(sys.argv[1])
+from phi3_mlx import blas  # first: it gives MLX a fast BLAS
 import mlx.core as mx
 
 gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -51,6 +54,7 @@ for _ in range(2):
     seconds.append(time.perf_counter() - started)
 backend = "Metal" if gpu and mx.metal.is_available() else "CUDA" if gpu else "CPU"
 facts = {"version": mx.__version__, "backend": backend, "flops": 2 * 512**3 / min(seconds)}
+facts |= {"blas": blas.describe(), "no_blas": blas.load()}
 json.dump(facts | {key: value for key, value in info.items() if isinstance(value, (int, str))}, sys.stdout)
 """
 
@@ -85,6 +89,7 @@ class Machine:
     installed: Mapping[str, str] = field(default_factory=dict)
     required: tuple[str, ...] | None = ()
     cache: Path | None = None
+    blas_too_late: bool = False  # in this process MLX was imported before this package
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -113,13 +118,14 @@ def look() -> Machine:
         installed=_installed(),
         required=_required(),
         cache=_cache(),
+        blas_too_late=blas.load() == blas.TOO_LATE,
         environment=os.environ,
     )
 
 
 def ask_mlx() -> tuple[dict[str, Any] | None, str | None]:
     """What MLX says of itself in a process of its own, or why it does not: the last line of its complaint."""
-    command = [sys.executable, "-c", _PROBE]
+    command = [sys.executable, "-c", _PROBE, str(Path(__file__).resolve().parents[1])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -208,10 +214,20 @@ def _device(machine: Machine) -> list[Finding]:
         findings.append(Finding("device", "note", f"{text}, though there is an NVIDIA GPU", cure))
     else:
         findings.append(Finding("device", "ok", text))
-    if speed < _SLOW:
-        cure = "sudo apt-get install libopenblas0-pthread && export LD_PRELOAD=libopenblas.so.0"
-        findings.append(Finding("blas", "note", "float products are slow here; a faster BLAS can be preloaded", cure))
-    return findings
+    return [*findings, *_blas(machine, speed)]
+
+
+def _blas(machine: Machine, speed: float) -> list[Finding]:
+    found, why_not = machine.mlx.get("blas"), machine.mlx.get("no_blas")  # type: ignore[union-attr]
+    if machine.blas_too_late:
+        text = "MLX was imported before phi3_mlx in this process, which keeps its slow BLAS; import phi3_mlx first"
+        return [Finding("blas", "note", text)]
+    if speed >= _SLOW:
+        return [Finding("blas", "ok", found)] if found else []
+    reason = f" ({why_not})" if why_not else f" ({found})" if found else ""
+    if why_not and why_not.startswith(blas.VARIABLE):
+        return [Finding("blas", "note", f"float products are slow here{reason}", f"unset {blas.VARIABLE}")]
+    return [Finding("blas", "note", f"float products are slow here{reason}; OpenBLAS is faster", _LINUX_CURE)]
 
 
 def _memory(machine: Machine) -> list[Finding]:

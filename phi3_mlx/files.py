@@ -15,6 +15,8 @@ import stat
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from .fields import parse
+
 LARGEST = 10**8  # bytes of a text: three times the largest tokenizer.json, far more than any context holds
 _MARKS = {  # UTF-16's mark is how UTF-32's begins
     codecs.BOM_UTF8: "utf-8",
@@ -79,11 +81,8 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = LARGEST, strea
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds. OSError, ValueError."""
-    try:
-        return json.loads(read_text(path))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    """What a JSON file holds. OSError, ValueError (`fields.parse`)."""
+    return parse(read_text(path))
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

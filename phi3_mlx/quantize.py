@@ -14,10 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import ConfigError
+from .fields import shorten
 from .safetensors import Tensor
 
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode -> group size, bits
 _KEYS = {"group_size", "bits", "mode"}
+_MOST = 1024  # of a group size; numbers beyond 32 bits are errors of another kind in mlx
 
 
 def pack_like(model: nn.Module, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
@@ -49,7 +51,7 @@ def packing_of(
         stored = None if path in quantization else _as_stored(width, path, tensors)
         own = stored or {key: quantization[key] for key in _KEYS if key in quantization}
     if not isinstance(own, Mapping) or set(own) - _KEYS:
-        raise ConfigError(f"{source}: quantization of {path} is {own!r}, expected false or {sorted(_KEYS)}")
+        raise ConfigError(f"{source}: quantization of {path} is {shorten(own)}, expected false or {sorted(_KEYS)}")
     try:
         return complete(width, **own)
     except ValueError as error:
@@ -75,13 +77,15 @@ def complete(
     width: int | None, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
 ) -> dict[str, Any]:
     """The three settings, the mode's own where None (`DEFAULTS`). ValueError unless mlx can pack `width` inputs so."""
-    if mode not in DEFAULTS:
-        raise ValueError(f"mode {mode!r} is unknown; choose {', '.join(DEFAULTS)}")
+    if not isinstance(mode, str) or mode not in DEFAULTS:
+        raise ValueError(f"mode {shorten(mode)} is unknown; choose {', '.join(DEFAULTS)}")
     group_size = DEFAULTS[mode][0] if group_size is None else group_size
     bits = DEFAULTS[mode][1] if bits is None else bits
     # Checked here because a group size of 0 is a division by zero in mlx, and the end of the process.
-    if type(group_size) is not int or type(bits) is not int or min(group_size, bits) < 1:
-        raise ValueError(f"group_size {group_size!r} and bits {bits!r} must be positive integers")
+    if any(type(number) is not int or not 1 <= number <= _MOST for number in (group_size, bits)):
+        raise ValueError(
+            f"group_size {shorten(group_size)} and bits {shorten(bits)} must be integers from 1 to {_MOST:,}"
+        )
     try:
         mx.quantize(mx.zeros((8, width or group_size)), group_size, bits, mode)
     except ValueError as error:

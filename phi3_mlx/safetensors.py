@@ -6,7 +6,6 @@ a shape and its place in the rest; the rest, filled without holes (github.com/hu
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -15,11 +14,14 @@ from typing import Any, NoReturn
 
 from .config import read_json
 from .errors import CheckpointError
+from .fields import parse, shorten
 from .files import open_file
 
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_LONGEST_NAME = 255  # of a file, in bytes
+_WIDEST = 1 << 31  # rows, columns or experts of an array of mlx
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1} | {
     f"{s}{n}": n // 8 for s in "IU" for n in (8, 16, 32, 64)
 }
@@ -76,6 +78,30 @@ def find_weights(directory: Path) -> Weights:
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file. Raises CheckpointError unless header and file agree to the byte."""
+    header, length, size = _read_json_header(path)
+    header.pop("__metadata__", None)
+    end = 0
+    tensors = {}
+    placed = [(_place(path, name, entry), name, entry) for name, entry in header.items()]
+    for (first, last), name, entry in sorted(placed, key=lambda item: item[0]):
+        shape = tuple(entry["shape"])
+        item_size = _SIZES.get(entry["dtype"])
+        if first != end or (item_size is not None and last - first != item_size * math.prod(shape)):
+            _damaged(path, f"has a header whose offsets contradict each other at {shorten(name, quote=False)}")
+        tensors[name] = Tensor(entry["dtype"], shape, last - first)
+        end = last
+    if 8 + length + end != size:
+        _damaged(path, f"has {size:,} bytes where its header promises {8 + length + end:,}")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file keeps beside its tensors. Raises CheckpointError."""
+    return _read_json_header(path)[0].get("__metadata__") or {}
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it is written, its length and the file's, in bytes."""
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -87,27 +113,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 _damaged(path, f"claims a header of {length:,} bytes, which is no safetensors header")
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        _damaged(path, "has a header that is not JSON")
+        header = parse(text.decode())
+    except ValueError as error:
+        _damaged(path, f"has a header that is not JSON ({error})")
     if not isinstance(header, dict):
         _damaged(path, "has a header that is not a JSON object")
-    header.pop("__metadata__", None)
-    end = 0
-    tensors = {}
-    placed = [(_place(path, name, entry), name, entry) for name, entry in header.items()]
-    for (first, last), name, entry in sorted(placed, key=lambda item: item[0]):
-        shape = tuple(entry["shape"])
-        item_size = _SIZES.get(entry["dtype"])
-        if first != end or (item_size is not None and last - first != item_size * math.prod(shape)):
-            _damaged(path, f"has a header whose offsets contradict each other at {name}")
-        tensors[name] = Tensor(entry["dtype"], shape, last - first)
-        end = last
-    if 8 + length + end != size:
-        _damaged(path, f"has {size:,} bytes where its header promises {8 + length + end:,}")
-    return tensors
+    metadata = header.get("__metadata__") or {}  # mlx writes null for none
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        _damaged(path, "has a header whose __metadata__ holds something else than texts")
+    return header, length, size
 
 
 def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
@@ -119,9 +135,10 @@ def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
         or not isinstance(shape, list)
         or not isinstance(offsets, list)
         or not all(type(n) is int and n >= 0 for n in shape + offsets)
+        or not all(n < _WIDEST for n in shape)
         or len(offsets) != 2
     ):
-        _damaged(path, f"has a header with a malformed entry, {name}")
+        _damaged(path, f"has a header with a malformed entry, {shorten(name, quote=False)}")
     return offsets[0], offsets[1]
 
 
@@ -133,9 +150,9 @@ def read_index(path: Path) -> dict[str, str]:
     for file_name in weight_map.values():
         # A name with a folder in it could point anywhere on this disk.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            _damaged(path, f"names {file_name!r}, which is not a file beside it")
-        if not file_name.endswith(".safetensors"):
-            _damaged(path, f"names {file_name}, which is not a safetensors file")
+            _damaged(path, f"names {shorten(file_name)}, which is not a file beside it")
+        if not file_name.endswith(".safetensors") or len(os.fsencode(file_name)) > _LONGEST_NAME:
+            _damaged(path, f"names {shorten(file_name, quote=False)}, which is not a safetensors file")
     return weight_map
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from . import files
+from .config import read_json
 from .errors import OptionError, TokenizerError
+from .fields import Fields, shorten
 from .vocabulary import AddedToken, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -37,12 +39,13 @@ def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(path, _declared_tokens(directory, config))
     else:
         tokenizer = TiktokenTokenizer(path, _declared_tokens(directory, config))
-    names = _read_json(directory / "special_tokens_map.json") | config
+    given = Fields(config, directory / "tokenizer_config.json", TokenizerError)
+    names = Fields(_read_json(directory / "special_tokens_map.json") | config, given.source, TokenizerError)
     tokenizer.bos_token_id = _named_id(tokenizer, names, "bos_token")
     tokenizer.eos_token_id = _named_id(tokenizer, names, "eos_token")
     tokenizer.pad_token_id = _named_id(tokenizer, names, "pad_token")
     if "add_bos_token" in config:
-        tokenizer.add_bos_token = config["add_bos_token"] is True
+        tokenizer.add_bos_token = given.flag("add_bos_token", False)
     elif isinstance(tokenizer, JsonTokenizer):  # transformers 5 leaves the key out when it saves
         tokenizer.add_bos_token = tokenizer.frame()[:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = _chat_template(directory, config)
@@ -65,29 +68,29 @@ def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
 def _declared_tokens(directory: Path, config: dict[str, Any]) -> Iterable[AddedToken]:
     """Added tokens from added_tokens.json and, with their flags, from tokenizer_config.json."""
     tokens: dict[int, AddedToken] = {}
-    source = directory / "added_tokens.json"
-    try:
-        for content, token_id in _read_json(source).items():
-            tokens[int(token_id)] = AddedToken(int(token_id), content)
-        source = directory / "tokenizer_config.json"
-        for number, entry in (config.get("added_tokens_decoder") or {}).items():
-            if entry.get("single_word") or entry.get("normalized"):
-                raise ValueError(f"token {number} is single_word or normalized, which needs a tokenizer.json")
-            if not entry["content"]:
-                raise ValueError(f"token {number} is empty")
-            flags = {flag: bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip")}
-            tokens[int(number)] = AddedToken(int(number), entry["content"], **flags)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{source} lists added tokens this package cannot read: {error}") from None
+    listed = Fields(_read_json(directory / "added_tokens.json"), directory / "added_tokens.json", TokenizerError)
+    for content in listed.raw:
+        token_id = listed.whole(content)
+        tokens[token_id] = AddedToken(token_id, content)
+    decoder = Fields(config, directory / "tokenizer_config.json", TokenizerError).fields("added_tokens_decoder")
+    for number in decoder.raw:
+        entry = decoder.fields(number)
+        if not number.isdecimal() or len(number) > 9 or not entry.text("content"):
+            decoder.fail(number, "a token's id, and its content")
+        if entry.flag("single_word", False) or entry.flag("normalized", False):
+            decoder.fail(number, "a token without single_word and normalized, which need a tokenizer.json")
+        flags = {flag: entry.flag(flag, False) for flag in ("special", "lstrip", "rstrip")}
+        tokens[int(number)] = AddedToken(int(number), entry.text("content"), **flags)
     return tokens.values()
 
 
-def _named_id(tokenizer: Tokenizer, names: dict[str, Any], role: str) -> int | None:
+def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
     """The id of the token that plays `role`; None where the files say it has none or name an unknown token."""
-    if role in names:
-        name = names[role]
-        name = name.get("content") if isinstance(name, dict) else name
-        return tokenizer.token_to_id(name) if isinstance(name, str) else None
+    if role in names.raw:
+        if names.raw[role] is None:
+            return None
+        content = names.fields(role).text("content") if isinstance(names.raw[role], dict) else names.text(role)
+        return tokenizer.token_to_id(content)
     return next((found for name in _USUAL[role] if (found := tokenizer.token_to_id(name)) is not None), None)
 
 
@@ -126,19 +129,11 @@ def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
         listed = _read_json(source).get("eos_token_id")
         for token_id in listed if isinstance(listed, list) else [] if listed is None else [listed]:
             if type(token_id) is not int:
-                raise TokenizerError(f"{source} has eos_token_id {listed!r}: it must be an id or a list of ids")
+                raise TokenizerError(f"{source} has eos_token_id {shorten(listed)}: it must be an id or a list of ids")
             ids.add(token_id)
     return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = files.read_json(path)
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object")
-    return value
+    return read_json(path, TokenizerError) if path.exists() else {}

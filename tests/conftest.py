@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import phi3_mlx  # noqa: F401  (before any test imports MLX, which then multiplies with a fast BLAS)
+
 # In the background of some shells Ctrl-C is ignored, by the processes that tests start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -117,9 +117,17 @@ def test_backends_that_overwrite_each_other_or_are_of_another_version(linux):
 
 
 def test_what_makes_linux_slow_is_a_note(linux):
-    status, text = found(replace(linux, mlx=CPU | {"flops": 2e9}), "blas")
+    status, text = found(replace(linux, mlx=CPU | {"flops": 2e9, "no_blas": "no BLAS was found"}), "blas")
     assert status == "note"
-    assert "LD_PRELOAD=libopenblas.so.0" in text
+    assert "no BLAS was found" in text
+    assert 'pip install "phi3-mlx[cpu]"' in text
+    status, text = found(replace(linux, mlx=CPU | {"flops": 2e9, "no_blas": "PHI3_MLX_BLAS=off"}), "blas")
+    assert status == "note"
+    assert "unset PHI3_MLX_BLAS" in text
+    status, text = found(replace(linux, blas_too_late=True), "blas")
+    assert status == "note"
+    assert "import phi3_mlx first" in text
+    assert found(replace(linux, mlx=CPU | {"blas": "OpenBLAS 0.3.23, Haswell, 2 threads"}), "blas")[0] == "ok"
     status, text = found(replace(linux, nvidia=True), "device")
     assert status == "note"
     assert "phi3-mlx[cuda]" in text

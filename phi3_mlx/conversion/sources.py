@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..assembly import assemble
-from ..checkpoint import DTYPES
+from ..checkpoint import DTYPES, read_arrays
 from ..config import read_json
 from ..errors import CheckpointError
 from ..hub import COMPANIONS
@@ -131,8 +131,7 @@ class DirectorySource:
 
     def _load(self, name: str) -> mx.array:
         # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
-        arrays: dict[str, mx.array] = mx.load(str(self._homes[name]), format="safetensors")  # type: ignore[assignment]
-        return arrays[name]
+        return read_arrays(self._homes[name])[name]
 
     def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
         """Group size, bits and mode of every packed weight, by its name."""

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..config import Config, Reader, read_json
 from ..errors import CheckpointError
+from ..fields import shorten
 from .decoder import Model
 
 # model_type -> (file, who it is)
@@ -38,7 +39,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     reader, model_type = Reader(raw, source), raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in MEMBERS:
         known = ", ".join(f"{name} ({who})" for name, (_, who) in MEMBERS.items())
-        reader.fail(f"model_type {model_type!r} is not supported; this version runs {known}")
+        reader.fail(f"model_type {shorten(model_type)} is not supported; this version runs {known}")
     config: Config = _member(model_type).Config.read(reader)
     return config
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from .. import hub
 from ..atomic import check_destination, new_directory
-from ..checkpoint import DTYPES, load_model
+from ..checkpoint import DTYPES, load_model, read_arrays
 from ..config import read_json
 from ..conversion.rounding import pack
 from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
@@ -212,8 +212,7 @@ class _Source:
 
     def _load(self, name: str) -> mx.array:
         # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
-        arrays: dict[str, mx.array] = mx.load(str(self._homes[name]), format="safetensors")  # type: ignore[assignment]
-        return arrays[name]
+        return read_arrays(self._homes[name])[name]
 
 
 class _Effect:

@@ -1,0 +1,149 @@
+"""Values out of JSON that anybody may have written: parsed within limits, and taken by type.
+
+Python's own reader takes NaN, keys given twice, half characters and numbers of a thousand digits, and what it made of
+them fails far from the file that is to blame.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from .errors import Phi3Error
+
+DEEPEST = 64  # objects and lists within each other
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character beyond U+FFFF
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text. A whole number beyond 64 bits becomes a float.
+
+    Raises ValueError, its message a reason to put into a sentence, for what is no JSON, nested deeper than `DEEPEST`,
+    or has half a character or a key given twice with different values.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_number)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
+    _check_depth(value)
+    if _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half a character (a lone surrogate)") from error
+    return value
+
+
+class Fields:
+    """A JSON object whose values are taken by type; one of another type is `error`, naming file and key.
+
+    `source` is what messages call the file, `within` the keys that lead to this object, `advice` how they end.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        source: str | os.PathLike[str],
+        error: type[Phi3Error],
+        advice: str = "",
+        within: str = "",
+    ):
+        self.raw, self.source, self._error, self._advice, self._within = raw, source, error, advice, within
+
+    def fail(self, key: str, expected: str) -> NoReturn:
+        given = "is missing, expected" if self.raw.get(key) is None else f"is {shorten(self.raw[key])}, expected"
+        advice = f"; {self._advice}" if self._advice else ""
+        raise self._error(f"{self.source}: {self._within}{shorten(key, quote=False)} {given} {expected}{advice}")
+
+    def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
+        """A finite number (in float32 too), `default` where it is absent or null."""
+        value = self._of((int, float), key, default, "a number")
+        if not abs(value) < 3e38 or value < least:  # NaN fails the first
+            self.fail(key, "a finite number" if least == -math.inf else f"a finite number from {least:g}")
+        return float(value)
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
+        """A whole number from `least` to `most`."""
+        value = self._of((int,), key, default, "a whole number")
+        if not least <= value <= most:
+            self.fail(key, f"a whole number from {least:,} to {most:,}")
+        return int(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        return bool(self._of((bool,), key, default, "true or false"))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return str(self._of((str,), key, default, "a text"))
+
+    def items_of(self, key: str, kind: type, expected: str) -> list[Any]:
+        """A list of values of one type; [] where it is absent or null."""
+        value = self._of((list,), key, [], expected)
+        if any(type(item) is not kind for item in value):
+            self.fail(key, expected)
+        return list(value)
+
+    def fields(self, key: str) -> Fields:
+        """An object; empty where it is absent or null."""
+        value = self._of((dict,), key, {}, "an object")
+        return Fields(value, self.source, self._error, self._advice, f"{self._within}{shorten(key, quote=False)}.")
+
+    def _of(self, kinds: tuple[type, ...], key: str, default: Any, expected: str) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                self.fail(key, expected)
+            return default
+        if type(value) not in kinds:  # `type`: true is no number
+            self.fail(key, expected)
+        return value
+
+
+def kind_of(value: Any) -> str:
+    """A value's type in JSON's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, (list, dict)) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty object"
+    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def shorten(value: Any, *, quote: bool = True) -> str:
+    """A value as a message shows it: on one line and no longer than it helps. `quote` tells texts from names."""
+    if not quote and isinstance(value, str) and value.isprintable() and len(value) <= 120:
+        return value
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # Python spells no number of more than 4,300 digits
+        text = f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next((key for key, given in pairs if value[key] != given), None)
+        if twice is not None:
+            raise ValueError(f"the key {shorten(twice)} is given twice, with different values")
+    return value
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
