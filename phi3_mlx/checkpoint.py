@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .assembly import View, assemble, view
 from .config import Config
 from .errors import CheckpointError, OptionError
-from .models import build, read_config
+from .models import build, check_layers, read_config, shapes
 from .models.decoder import LongRopeRule, Model
-from .quantize import pack_like
-from .safetensors import Weights, find_weights
+from .quantize import FLOATS, pack_like, packed_layout
+from .safetensors import Weights, find_weights, lacks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
@@ -36,18 +36,11 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
         raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
     if longrope not in get_args(LongRopeRule):
         raise OptionError(f"longrope {longrope!r} is unknown; choose {', '.join(get_args(LongRopeRule))}")
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory; name a directory with config.json and model.safetensors"
-        )
-    config = read_config(directory)
-    weights = find_weights(directory)
-    model = build(config)
-    seen = view(config, {name: array.shape for name, array in tree_flatten(model.parameters())}, weights.tensors)
-    if config.quantization is not None:
-        pack_like(model, config.quantization, seen.tensors, str(directory / "config.json"))
-    _check(directory, config, model, seen, weights.faults)
-    _read(directory, model, weights, seen, _target(dtype))
+    checked = _check(directory)
+    model = build(checked.config)
+    if checked.config.quantization is not None:
+        pack_like(model, checked.config.quantization, checked.view.tensors, str(directory / "config.json"))
+    _read(directory, model, checked, _target(dtype))
     model.model.longrope = longrope
     model.eval()
     return model
@@ -66,11 +59,14 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
 
 
 def weight_bytes(directory: Path, dtype: str | None = None) -> int:
-    """Bytes the weights of a model directory take in memory once `load_model` has read them."""
-    target = _target(dtype)
+    """Bytes the weights of a model directory take in memory once `load_model` has read them.
+
+    Raises what `load_model` does for a directory that it would not read.
+    """
+    target, checked = _target(dtype), _check(directory)
     return sum(
-        math.prod(tensor.shape) * target.size if target and tensor.dtype in _storable(mx.float32) else tensor.nbytes
-        for tensor in find_weights(directory).tensors.values()
+        math.prod(tensor.shape) * target.size if target and tensor.dtype in FLOATS else tensor.nbytes
+        for tensor in (checked.view.tensors[name] for name in checked.needed)
     )
 
 
@@ -87,13 +83,39 @@ def _target(dtype: str | None) -> mx.Dtype | None:
     return None if mx.default_device() == mx.gpu else mx.float32
 
 
-def _check(directory: Path, config: Config, model: Model, seen: View, between: tuple[str, ...]) -> None:
-    """Raise one CheckpointError with every difference between the files and the model that the config asks for.
+@dataclass(frozen=True)
+class _Checked:
+    """A model directory whose weights fit its config; `needed` names the tensors that the model has."""
 
-    `between`: what is wrong between index and files.
+    config: Config
+    weights: Weights
+    view: View
+    needed: tuple[str, ...]
+
+
+def _check(directory: Path) -> _Checked:
+    """A model directory, read from config and headers alone; no module is made of what they may ask for.
+
+    Raises one CheckpointError with every difference between the files and the model that the config asks for.
     """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; name a directory with config.json and model.safetensors"
+        )
+    config, weights = read_config(directory), find_weights(directory)
+    try:
+        return _fitted(directory, config, weights)
+    except CheckpointError as error:
+        if weights.absent:
+            raise CheckpointError(lacks(directory, weights.absent)) from error
+        raise
+
+
+def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
+    check_layers(config, weights.tensors, str(directory))
+    layout = shapes(config)
+    seen = view(config, layout, weights.tensors)
     found = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
-    needed: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
     if split is not None and config.parts:
         raise CheckpointError(
@@ -105,45 +127,40 @@ def _check(directory: Path, config: Config, model: Model, seen: View, between: t
         raise CheckpointError(
             f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
         )
+    needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
     missing = [f"missing {name}" for name in needed if name not in found]
     unexpected = [f"unexpected {name}" for name in found if name not in needed]
-    shapes, types = [], []
-    for name, array in needed.items():
+    wrong_shapes, types = [], []
+    for name, (shape, dtypes) in needed.items():
         if name not in found:
             continue
         tensor = found[name]
-        if tensor.shape != array.shape:
-            shapes.append(f"{name}: shape {tensor.shape}, expected {array.shape}")
-        if tensor.dtype not in _storable(array.dtype):
-            types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(_storable(array.dtype))}")
+        if tensor.shape != shape:
+            wrong_shapes.append(f"{name}: shape {tensor.shape}, expected {shape}")
+        if tensor.dtype not in dtypes:
+            types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(dtypes)}")
     kinds = {
-        "between index and files": between,
         "among parts": seen.faults,
         "missing": missing,
         "unexpected": unexpected,
-        "of another shape": shapes,
+        "of another shape": wrong_shapes,
         "of another dtype": types,
     }
     lines = [line for kind in kinds.values() for line in kind]
-    if not lines:
-        return
-    counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
-    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    raise CheckpointError(
-        "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
-    )
+    if lines:
+        counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
+        more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        raise CheckpointError(
+            "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
+        )
+    return _Checked(config, weights, seen, tuple(needed))
 
 
-def _storable(dtype: mx.Dtype) -> tuple[str, ...]:
-    """How a parameter may be stored, in the spelling of safetensors."""
-    return {mx.uint32: ("U32",), mx.uint8: ("U8",)}.get(dtype, ("BF16", "F16", "F32"))
-
-
-def _read(directory: Path, model: Model, weights: Weights, seen: View, target: mx.Dtype | None) -> None:
+def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | None) -> None:
     """Fill the model tensor by tensor: with a cast, at most one is in memory in both types."""
-    needed = [name for name, _ in tree_flatten(model.parameters())]
+    needed, seen = checked.needed, checked.view
     arrays: dict[str, mx.array] = {}  # not read before they are evaluated
-    for file in weights.files:
+    for file in checked.weights.files:
         arrays |= read_arrays(file)
     left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
 

@@ -15,6 +15,12 @@ from . import files
 from .errors import CheckpointError, ConfigError, Phi3Error
 from .fields import kind_of, shorten
 
+_MOST_OF_ALL = 2**31 - 1  # MLX counts in 32 bits
+# Ten times and more what any model has: what is made before the weights are looked at stays small.
+_MOST = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "num_local_experts": 1024} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "ff_intermediate_size", "num_attention_heads", "head_dim"), 2**20
+)
+
 
 @dataclass(frozen=True)
 class LongRope:
@@ -212,6 +218,8 @@ class Reader:
             self.fail(f"{key} is {shorten(value)}, expected a number")
         if value <= 0 or kind(value) != value:
             self.fail(f"{key} is {shorten(value)}, expected a positive {'integer' if kind is int else 'number'}")
+        if kind is int and value > (most := _MOST.get(key, _MOST_OF_ALL)):
+            self.fail(f"{key} is {value}, which no model has; expected at most {most:,}")
         return kind(value)
 
     def flag(self, key: str) -> bool:
@@ -238,7 +246,10 @@ class Reader:
             self.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if self.raw.get("head_dim") is None and hidden % heads:
             self.fail(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        return self.number("head_dim", hidden // heads)
+        head_dim = self.number("head_dim", hidden // heads)
+        if (both := heads * head_dim) > _MOST["vocab_size"]:
+            self.fail(f"num_attention_heads {heads} of head_dim {head_dim} are {both:,} numbers, which no model has")
+        return head_dim
 
     def rotary_dim(self) -> int:
         """Dims of a head that are rotated."""

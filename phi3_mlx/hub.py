@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import ModelNotFoundError, OptionError, Phi3Error
-from .safetensors import INDEX, read_index
+from .safetensors import INDEX, weight_files
 
 if TYPE_CHECKING:
     from .config import Config
@@ -189,12 +189,12 @@ def cache_folder() -> Path:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        shards = set(read_index(folder / INDEX).values()) if (folder / INDEX).exists() else {"model.safetensors"}
+        files, absent = weight_files(folder)
     except Phi3Error:
         return False
-    tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
+    tokenizer = any(path.exists() for pattern in _TOKENIZERS for path in folder.glob(pattern))
     # A link whose blob was deleted is no file.
-    return tokenizer and all((folder / file).is_file() for file in ("config.json", *shards))
+    return tokenizer and bool(files) and not absent and (folder / "config.json").is_file()
 
 
 def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
@@ -208,7 +208,7 @@ def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
     bits = 32 if config.dtype == "float32" else 16
     if config.quantization is not None:
         bits = config.quantization.get("bits", 4)
-    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    size = sum(file.stat().st_size for file in weight_files(folder)[0])
     return ModelRow(name, repo_id, None, bits, size, config.max_position_embeddings, folder)
 
 
@@ -252,7 +252,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         _not_found(f"{why}; {fallback}", error)
     except Exception as error:  # the transports (requests, httpx, xet) share no class across their versions
         _not_found(f"the download of {repo_id} stopped ({_reason(error)}); the same command again resumes it", error)
-    if next(folder.glob("model*.safetensors"), None) is None:
+    if not weight_files(folder)[0]:
         raise ModelNotFoundError(
             f"{repo_id} has no model*.safetensors; pickle weights (*.bin) are never read, so name a repository with "
             "safetensors"

@@ -18,6 +18,7 @@ from .fields import shorten
 from .safetensors import Tensor
 
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode -> group size, bits
+FLOATS = ("BF16", "F16", "F32")  # how a floating tensor may be stored, in the spelling of safetensors
 _KEYS = {"group_size", "bits", "mode"}
 _MOST = 1024  # of a group size; numbers beyond 32 bits are errors of another kind in mlx
 
@@ -35,6 +36,36 @@ def pack_like(model: nn.Module, quantization: Mapping[str, Any], tensors: Mappin
         return packing_of(path, layer.weight.shape[-1], quantization, tensors, source) or False
 
     nn.quantize(model, class_predicate=how)
+
+
+def packed_layout(
+    shapes: Mapping[str, tuple[int, ...]],
+    quantization: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    source: str,
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """The tensors of a model whose unpacked ones have `shapes`, as a checkpoint has packed them.
+
+    By name, shape and the types (safetensors' spelling) in which it may be stored. The rule and the error are
+    `pack_like`'s.
+    """
+    result: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        packing = None
+        if quantization is not None and leaf == "weight" and len(shape) > 1:
+            packing = packing_of(path, shape[-1], quantization, tensors, source)
+        if packing is None:
+            result[name] = shape, FLOATS
+            continue
+        *rows, width = shape
+        groups = (*rows, width // packing["group_size"])
+        affine = packing["mode"] == "affine"
+        result[name] = (*rows, width * packing["bits"] // 32), ("U32",)
+        result[f"{path}.scales"] = groups, FLOATS if affine else ("U8",)
+        if affine:
+            result[f"{path}.biases"] = groups, FLOATS
+    return result
 
 
 def packing_of(

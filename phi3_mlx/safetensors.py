@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,42 +40,66 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model directory, the file of each, and what is wrong between index and files."""
+    """All tensors of a model directory, the file of each, and the names of files that should be there too."""
 
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
     homes: dict[str, Path]
-    faults: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 def find_weights(directory: Path) -> Weights:
-    """The weights of a model directory: the files its index names, else every `model*.safetensors`.
+    """The weights of a model directory, from the headers of the files that `weight_files` gives.
 
-    Raises CheckpointError where there are none, or where a file is damaged.
+    Raises CheckpointError where there are none, where a file is damaged, or where two hold the same tensor.
     """
-    promised: dict[str, str] = {}
-    faults: list[str] = []
-    if (directory / INDEX).is_file():
-        promised = read_index(directory / INDEX)
-        names = sorted(set(promised.values()))
-        faults += [f"missing file {name}" for name in names if not (directory / name).is_file()]
-        files = [directory / name for name in names if (directory / name).is_file()]
-    else:
-        files = sorted(directory.glob("model*.safetensors"))
-        if not files:
-            _no_weights(directory)
+    files, absent = weight_files(directory)
+    if not files:
+        _no_weights(directory, absent)
     tensors: dict[str, Tensor] = {}
     homes: dict[str, Path] = {}
     for file in files:
         for name, tensor in read_header(file).items():
             if name in homes:
-                faults.append(f"{name}: in both {homes[name].name} and {file.name}")
+                raise CheckpointError(
+                    f"{directory}: {homes[name].name} and {file.name} both hold {name}, so one of them is of other "
+                    "weights; move it away"
+                )
             tensors[name], homes[name] = tensor, file
-    here = {file.name for file in files}
-    for name, file_name in promised.items():
-        if file_name in here and homes.get(name) != directory / file_name:
-            faults.append(f"{name}: the index places it in {file_name}, which lacks it")
-    return Weights(tuple(files), tensors, homes, tuple(faults))
+    if not tensors:
+        _damaged(files[0], "holds no tensors")
+    return Weights(tuple(files), tensors, homes, absent)
+
+
+def weight_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The files with a model directory's weights, and the names of those that should be beside them and are not.
+
+    `model.safetensors` alone where it is there, else the files that the index names, as transformers has it. An index
+    that names files which are gone, and not the ones that are here, is of other weights: without an index of their own
+    every `model*.safetensors` counts, as mlx-lm has it. What is in a file its header says, not the index.
+    """
+    whole = directory / "model.safetensors"
+    if whole.exists():
+        return [whole], ()
+    named = set(read_index(directory / INDEX).values()) if (directory / INDEX).exists() else set()
+    found = named | {path.name for path in directory.glob("model*.safetensors")}
+    here = {name for name in found if (directory / name).exists()}  # a link whose target was deleted is no file
+    if not (named <= here or here <= named):
+        named = set()
+    wanted = named or here | {sibling for name in here for sibling in _siblings(name)}
+    return [directory / name for name in sorted(wanted & here)], tuple(sorted(wanted - here))
+
+
+def _siblings(name: str) -> list[str]:
+    """The names of all shards of a set, by one of them: `...-00001-of-00003.safetensors`."""
+    found = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
+    return [f"{found[1]}{i:05d}-of-{found[2]}{found[3]}" for i in range(1, int(found[2]) + 1)] if found else []
+
+
+def lacks(directory: Path, absent: Sequence[str]) -> str:
+    """The message for a model directory whose weights are not all there."""
+    more = f" and {len(absent) - 1:,} more files" if len(absent) > 1 else ""
+    return f"{directory} lacks {absent[0]}{more} of its weights; download the model again"
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -144,7 +170,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 def read_index(path: Path) -> dict[str, str]:
     """The index of a sharded model: tensor name -> file name. Raises CheckpointError."""
-    weight_map = read_json(path).get("weight_map")
+    weight_map: dict[str, str] = read_json(path).get("weight_map")  # type: ignore[assignment]
     if not isinstance(weight_map, dict) or not weight_map:
         _damaged(path, "has no weight_map")
     for file_name in weight_map.values():
@@ -156,7 +182,9 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(directory: Path) -> NoReturn:
+def _no_weights(directory: Path, absent: Sequence[str]) -> NoReturn:
+    if absent:
+        raise CheckpointError(lacks(directory, absent))
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """Model directories: what others write is read; what is broken is refused, and named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phi3_mlx import checkpoint
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.checkpoint import load_model, weight_bytes
+from phi3_mlx.conversion.sources import DirectorySource
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
+from phi3_mlx.models.phi3 import Phi3Model
 from phi3_mlx.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
 TIED = {**RAW, "tie_word_embeddings": True}
 IDS = oracle.ids_of(24)
 MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
+READERS = [load_model, weight_bytes, DirectorySource]
 
 
 def write(directory: Path, raw=RAW, change=None, model=None, shards=1) -> Path:
@@ -223,11 +227,21 @@ def test_all_mismatches_at_once_before_anything_is_loaded(tmp_path, monkeypatch)
 
 def test_a_long_list_is_cut(tmp_path):
     directory = write(tmp_path / "model")
-    (directory / "config.json").write_text(json.dumps({**RAW, "num_hidden_layers": 40}))
+    (directory / "config.json").write_text(json.dumps({**RAW, "num_hidden_layers": 10}))
     lines = refusal(directory).splitlines()
-    assert f"({38 * 6} missing)" in lines[0]
+    assert f"({8 * 6} missing)" in lines[0]
     assert len(lines) == 22
-    assert lines[-1] == f"… and {38 * 6 - 20} more"
+    assert lines[-1] == f"… and {8 * 6 - 20} more"
+
+
+@pytest.mark.parametrize("layers", [20, 9_000, 100_000, 10**15])
+def test_many_layers_are_refused_by_every_reader_before_any_is_made(tmp_path, monkeypatch, layers):
+    directory = write(tmp_path / "model")
+    (directory / "config.json").write_text(json.dumps({**RAW, "num_hidden_layers": layers}))
+    monkeypatch.setattr(Phi3Model, "make_layer", lambda *_: pytest.fail("a layer was made"))
+    for reader in READERS:
+        with pytest.raises((CheckpointError, ConfigError), match="num_hidden_layers"):
+            reader(directory)
 
 
 def test_missing_head(tmp_path):
@@ -291,25 +305,28 @@ def sharded(tmp_path) -> Path:
     return write(tmp_path / "model", shards=3)
 
 
-def test_a_shard_is_missing(sharded):
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_is_missing(sharded, indexed):
+    if not indexed:  # then the names of the others tell
+        (sharded / INDEX).unlink()
     files = sorted(sharded.glob("*.safetensors"))
-    lost = read_header(files[1])
     files[1].unlink()
-    text = refusal(sharded)
-    assert f"(1 between index and files, {len(lost)} missing)" in text
-    assert f"\nmissing file {files[1].name}\n" in text
-    assert all(f"missing {name}" in text for name in lost)
+    said = f"{sharded} lacks {files[1].name} of its weights; download the model again"
+    assert refusal(sharded) == said
+    for reader in READERS:
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            reader(sharded)
+    files[0].unlink()
+    assert f"{files[0].name} and 1 more files of its weights" in refusal(sharded)
+    files[2].unlink()
+    assert f"{files[0].name} and 2 more files" in refusal(sharded) if indexed else "has no weights" in refusal(sharded)
 
 
-def test_an_index_that_lies(sharded):
-    index = json.loads((sharded / INDEX).read_text())
-
+def test_an_index_that_cannot_be_read(sharded):
     def refused(weight_map) -> str:
         (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         return refusal(sharded)
 
-    first = index["weight_map"]["lm_head.weight"]
-    assert f"ghost: the index places it in {first}, which lacks it" in refused({**index["weight_map"], "ghost": first})
     assert "names '../model.safetensors', which is not a file beside" in refused({"a": "../model.safetensors"})
     assert "names pytorch_model.bin, which is not a safetensors" in refused({"a": "pytorch_model.bin"})
     assert "names 3, which is not a file" in refused({"a": 3})
@@ -318,8 +335,159 @@ def test_an_index_that_lies(sharded):
 
 def test_a_tensor_in_two_files(tmp_path):
     directory = write(tmp_path / "model")
-    shutil.copy(directory / "model.safetensors", directory / "model-2.safetensors")
-    assert "lm_head.weight: in both model-2.safetensors and model.safetensors" in refusal(directory)
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+    shutil.copy(directory / "model-1.safetensors", directory / "model-2.safetensors")
+    assert "model-1.safetensors and model-2.safetensors both hold model.norm.weight" in refusal(directory)
+
+
+def older(path: Path) -> None:
+    """The same tensors from another run."""
+    arrays = {name: array + 1 for name, array in mx.load(str(path)).items()}
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays)
+
+
+def whole_beside_older_shards(folder: Path) -> None:
+    """What save_pretrained, which does not remove other people's files, leaves of a model that was in shards."""
+    whole = {name: a for file in folder.glob("*.safetensors") for name, a in mx.load(str(file)).items()}
+    mx.eval(whole)
+    for file in folder.glob("*.safetensors"):
+        older(file)
+    mx.save_safetensors(str(folder / "model.safetensors"), whole)
+
+
+def whole_beside_an_older_index(folder: Path) -> None:
+    whole_beside_older_shards(folder)
+    for file in folder.glob("model-*.safetensors"):
+        file.unlink()
+
+
+def whole_beside_a_stray_shard(folder: Path) -> None:
+    whole_beside_older_shards(folder)
+    (folder / INDEX).unlink()
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def whole_beside_a_broken_index(folder: Path) -> None:
+    whole_beside_older_shards(folder)
+    (folder / INDEX).write_text("{")
+
+
+def shards_beside_those_of_another_run(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00001-of-00002.safetensors")
+    older(folder / "model-00001-of-00002.safetensors")
+
+
+def whole_beside_a_variant(folder: Path) -> None:
+    whole_beside_an_older_index(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    older(folder / "model.fp16.safetensors")
+
+
+def whole_beside_original_and_consolidated_weights(folder: Path) -> None:
+    whole_beside_an_older_index(folder)
+    (folder / "original").mkdir()
+    for other in (folder / "original" / "model.safetensors", folder / "consolidated.safetensors"):
+        shutil.copy(folder / "model.safetensors", other)
+        older(other)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+
+
+def an_index_that_names_other_places(folder: Path) -> None:
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    files = sorted(set(places.values()))
+    moved = {name: files[(files.index(file) + 1) % 3] for name, file in places.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {**moved, "ghost": files[0]}}))
+
+
+def an_empty_shard(folder: Path) -> None:
+    mx.save_safetensors(str(folder / "model-00004-of-00004.safetensors"), {})
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    places["nothing"] = "model-00004-of-00004.safetensors"
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def links_of_the_hubs_cache(folder: Path) -> None:
+    """A snapshot's files are links to blobs, which have no endings."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for n, file in enumerate(sorted(folder.glob("*"))):
+        file.rename(blobs / f"{n:064x}")
+        file.symlink_to(Path("..", "blobs", f"{n:064x}"))
+
+
+LIKE_TRANSFORMERS = [
+    whole_beside_older_shards,
+    whole_beside_an_older_index,
+    whole_beside_a_stray_shard,
+    whole_beside_a_broken_index,
+    shards_beside_those_of_another_run,
+    whole_beside_a_variant,
+    whole_beside_original_and_consolidated_weights,
+    an_index_that_names_other_places,
+    links_of_the_hubs_cache,
+]
+
+
+def the_index_of_the_original(folder: Path) -> None:
+    """As in a conversion whose shards are others than those of the model it was made of."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00009.safetensors"}}))
+
+
+def no_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+
+
+def a_variant_alone(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / file.name.replace("model-", "model.fp16-"))
+    (folder / INDEX).rename(folder / "model.safetensors.index.fp16.json")
+
+
+@pytest.mark.parametrize(
+    "lay_out", [*LIKE_TRANSFORMERS, an_empty_shard, the_index_of_the_original, no_index, a_variant_alone]
+)
+def test_which_files_hold_the_weights(sharded, lay_out):
+    right = oracle.make_ours(RAW)
+    size = weight_bytes(sharded, "float32")
+    lay_out(sharded)
+    loaded = load_model(sharded, dtype="float32")
+    assert same_weights(loaded, right)
+    assert (
+        weight_bytes(sharded, "float32") == size == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
+    )
+    source = DirectorySource(sharded)
+    assert mx.array_equal(source.read("model.norm.weight"), right.model.norm.weight)
+    assert mx.array_equal(source.read("model.layers.1.mlp.down_proj.weight"), right.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("lay_out", LIKE_TRANSFORMERS)
+def test_transformers_reads_the_same_files(sharded, lay_out):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    lay_out(sharded)
+    index = sharded / INDEX
+    if index.exists() and lay_out is not whole_beside_a_broken_index:  # it wants a key that it does not use
+        index.write_text(json.dumps({"metadata": {}, **json.loads(index.read_text())}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32).state_dict()
+    for name, array in tree_flatten(load_model(sharded, dtype="float32").parameters()):
+        assert np.array_equal(np.array(array), theirs[name].numpy()), name
+
+
+def test_a_plan_of_weights_that_do_not_fit_is_refused_as_the_model_is(tmp_path):
+    for change in (
+        lambda weights: weights.clear() or weights.update(other=mx.ones((3,))),
+        lambda weights: weights.pop("model.norm.weight"),
+    ):
+        directory = write(tmp_path / str(len(list(tmp_path.iterdir()))), change=change)
+        with pytest.raises(CheckpointError) as caught:
+            weight_bytes(directory)
+        assert str(caught.value) == refusal(directory)
+
+
+def test_a_file_without_tensors_is_no_model(tmp_path):
+    directory = write(tmp_path / "model", change=lambda weights: weights.clear())
+    assert "model.safetensors holds no tensors" in refusal(directory)
 
 
 def safetensors(header, data: bytes = b"", length: int | None = None) -> bytes:

@@ -4,11 +4,15 @@ import copy
 import json
 import math
 
+import moe_models
+import oracle
 import pytest
 import released
+import small_models
+from mlx.utils import tree_flatten
 
 from phi3_mlx.errors import CheckpointError, ConfigError, Phi3Error
-from phi3_mlx.models import build, parse_config, read_config
+from phi3_mlx.models import build, check_layers, parse_config, read_config, shapes
 
 LONG_128K = {
     "max_position_embeddings": 131072,
@@ -444,3 +448,40 @@ def test_a_good_file_is_read_and_a_bad_one_is_named(tmp_path):
     with pytest.raises(ConfigError, match="rope_theta") as caught:
         read_config(tmp_path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("huge", [10**8, 10**9, 10**17])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"]
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(key, huge):
+    with pytest.raises(ConfigError, match=rf"config\.json: {key} is {huge}, which no model has; expected at most"):
+        parse_config({**MINI, key: huge})
+
+
+def test_all_heads_together_have_a_bound_too():
+    with pytest.raises(ConfigError, match=r"num_attention_heads 100000 of head_dim 1000 are 100,000,000 numbers"):
+        parse_config({**MINI, "num_attention_heads": 10**5, "num_key_value_heads": 1, "head_dim": 1000})
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "sliding_window"])
+def test_lengths_fit_what_mlx_counts_in(key):
+    with pytest.raises(ConfigError, match="expected at most 2,147,483,647"):
+        parse_config({**MINI, key: 2**31})
+
+
+@pytest.mark.parametrize(
+    "raw", [oracle.CONFIGS["mini-4k"], oracle.CONFIGS["phi-4-mini"], moe_models.RAW, small_models.RAW]
+)
+@pytest.mark.parametrize("layers", [1, 2, 11])
+def test_shapes_are_those_of_the_models_modules(raw, layers):
+    config = parse_config({**raw, "num_hidden_layers": layers})
+    made = {name: array.shape for name, array in tree_flatten(build(config).parameters())}
+    assert list(shapes(config).items()) == list(made.items())
+
+
+def test_more_layers_than_tensors_are_refused_before_anything_is_made():
+    config = parse_config({**MINI, "num_hidden_layers": 9999})
+    names = [name for name in shapes(parse_config({**MINI, "num_hidden_layers": 3})) if ".mlp." not in name]
+    with pytest.raises(CheckpointError, match=r"there: config\.json says num_hidden_layers 9,999, .* have 3 layers"):
+        check_layers(config, names, "there")

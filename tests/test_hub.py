@@ -21,6 +21,7 @@ from phi3_mlx.hub import ALIASES, list_models, on_disk, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TWO = {"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'}
 FILES = {
     "config.json": json.dumps(oracle.BASE),
     "model.safetensors": "weights",
@@ -196,8 +197,13 @@ def test_revisions_on_disk(cache):
         ({"model.safetensors": None}, False),
         ({"model.safetensors": None, "pytorch_model.bin": ""}, False),
         ({"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors"}}'}, True),
-        ({"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors", "b": "m2.safetensors"}}'}, False),
-        ({"model.safetensors.index.json": "{"}, False),
+        # Beside a whole file no index is read.
+        ({"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'}, True),
+        ({"model.safetensors.index.json": "{"}, True),
+        ({"model.safetensors": None, "model-1.safetensors": "", "model.safetensors.index.json": "{"}, False),
+        ({"model.safetensors": None, "model-1.safetensors": "", **TWO}, False),
+        ({"model.safetensors": None, "model-1.safetensors": "", "model-2.safetensors": "", **TWO}, True),
+        ({"model.safetensors": None, "model-00001-of-00002.safetensors": ""}, False),
     ],
 )
 def test_complete_or_not(cache, change, complete):

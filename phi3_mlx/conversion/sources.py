@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..hub import COMPANIONS
 from ..models import parse_config, shapes
 from ..quantize import packing_of
-from ..safetensors import Tensor, find_weights
+from ..safetensors import Tensor, find_weights, lacks
 from .split import plan
 
 _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
@@ -83,9 +83,6 @@ class DirectorySource:
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")
         weights = find_weights(directory)
-        if weights.faults:
-            more = f" (and {len(weights.faults) - 1} more)" if len(weights.faults) > 1 else ""
-            raise CheckpointError(f"{directory}: {weights.faults[0]}{more}; download the model again")
         self._stored, self._homes = weights.tensors, weights.homes
         self.quantization = raw.pop("quantization", None)
         if self.quantization is not None:
@@ -95,7 +92,12 @@ class DirectorySource:
                 del raw["quantization_config"]
         self._packings = self._find_packings(raw, where)
         unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
-        self.config, self._parts = plan(raw, unpacked, self.name)
+        try:
+            self.config, self._parts = plan(raw, unpacked, self.name)
+        except CheckpointError as error:
+            if weights.absent:
+                raise CheckpointError(lacks(directory, weights.absent)) from error
+            raise
         self.config.pop("auto_map", None)  # names code files, and code is not copied
         self.tensors = {}
         self._parsed = parse_config(self.config, self.name)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ..assembly import origin, part_shapes
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..models import MEMBERS, parse_config, shapes
+from ..models import MEMBERS, check_layers, parse_config, shapes
 from ..safetensors import Tensor
 
 # What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
@@ -53,6 +53,7 @@ def plan(
     """
     config = phi3_config(raw, source)
     parsed = parse_config(config, source)
+    check_layers(parsed, tensors, source)
     sources = {name: origin(parsed, name, tensors) for name in shapes(parsed)}
     stored = {name: tensor.shape for name, tensor in tensors.items() if not parsed.is_unused(name)}
     require(stored, sources, parsed, source)

@@ -5,7 +5,8 @@ A file has `Config` (with `read`), `DecoderLayer` and `Model`; what they share i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ MEMBERS = {
     "phimoe": ("phi_moe", "Phi-3.5-MoE"),
     "phi3small": ("phi3_small", "Phi-3-small"),
 }
+_LAYERS = "model.layers."
+_FIRST = f"{_LAYERS}0."
 
 
 def read_config(directory: Path) -> Config:
@@ -51,9 +54,33 @@ def build(config: Config) -> Model:
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the unpacked model, in the model's order."""
-    parameters: list[tuple[str, mx.array]] = tree_flatten(build(config).parameters())
-    return {name: array.shape for name, array in parameters}
+    """Name and shape of every tensor of the unpacked model, in the model's order.
+
+    Of one layer only modules are made: all layers have the same, and a config may ask for any number of them.
+    """
+    parameters: list[tuple[str, mx.array]] = tree_flatten(build(replace(config, num_hidden_layers=1)).parameters())
+    layer = {name: array.shape for name, array in parameters if name.startswith(_FIRST)}
+    result: dict[str, tuple[int, ...]] = {}
+    for name, array in parameters:
+        if name not in layer:
+            result[name] = array.shape
+        elif name not in result:
+            for i in range(config.num_hidden_layers):
+                result |= {f"{_LAYERS}{i}.{own.removeprefix(_FIRST)}": shape for own, shape in layer.items()}
+    return result
+
+
+def check_layers(config: Config, names: Collection[str], source: str) -> None:
+    """CheckpointError where the config has more layers than there are tensors, by their names.
+
+    Asked before anything is made for every layer. `source` names the model in the message.
+    """
+    if config.num_hidden_layers > len(names):
+        layers = {name.removeprefix(_LAYERS).partition(".")[0] for name in names if name.startswith(_LAYERS)}
+        raise CheckpointError(
+            f"{source}: config.json says num_hidden_layers {config.num_hidden_layers:,}, and the weights have "
+            f"{len(layers):,} layers; download the model again"
+        )
 
 
 def _member(model_type: str) -> Any:
