@@ -78,7 +78,7 @@ def test_packed_batch_equals_sequences_alone(name):
     """One row without padding: block-diagonal attention, positions from 0, each sequence in its own regime."""
     model, _ = make(name)
     data = examples(LENGTHS)
-    packed, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data), count(data)))
+    packed, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data)) / count(data))
     alone, theirs = loss_and_gradients(model, lambda: plain_loss(model, data))
     assert packed == pytest.approx(alone, abs=1e-5)
     assert_close(ours, theirs)
@@ -92,7 +92,7 @@ def test_loss_equals_the_float64_oracle():
         logits = naive.logits(raw, weights, example.ids[:-1])
         logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         total -= logs[np.arange(len(example) - 1), example.ids[1:]][example.trained[1:]].sum()
-    assert float(part_loss(model, make_part(data), 1).item()) == pytest.approx(total, rel=1e-5)
+    assert float(part_loss(model, make_part(data)).item()) == pytest.approx(total, rel=1e-5)
 
 
 def test_a_neighbour_in_the_row_is_never_seen():
@@ -118,8 +118,8 @@ def test_blocks_hold_every_token_once_and_little_padding():
 def test_checkpointed_gradients_are_the_same():
     model, _ = make(dora=True)
     part = make_part(examples(LENGTHS))
-    plain, expected = loss_and_gradients(model, lambda: part_loss(model, part, 5))
-    again, found = loss_and_gradients(model, lambda: part_loss(model, part, 5, checkpoint=True))
+    plain, expected = loss_and_gradients(model, lambda: part_loss(model, part) / 5)
+    again, found = loss_and_gradients(model, lambda: part_loss(model, part, checkpoint=True) / 5)
     assert again == pytest.approx(plain, abs=1e-6)
     assert_close(found, expected, 1e-6)
 
@@ -129,13 +129,13 @@ def test_parts_add_up_to_the_batch():
     model, _ = make()
     data = [*examples((40, 9), trained=0.9), *examples((40, 9, 20), seed=3, trained=0.05)]
     total = count(data)
-    whole, expected = loss_and_gradients(model, lambda: part_loss(model, make_part(data), total))
+    whole, expected = loss_and_gradients(model, lambda: part_loss(model, make_part(data)) / total)
     parts = split_parts(range(5), [len(example) - 1 for example in data], 3)
     assert sorted(i for part in parts for i in part) == list(range(5))
     value, summed = 0.0, None
     for part in parts:
         chosen = make_part([data[i] for i in part])
-        one, gradients = loss_and_gradients(model, lambda chosen=chosen: part_loss(model, chosen, total))
+        one, gradients = loss_and_gradients(model, lambda chosen=chosen: part_loss(model, chosen) / total)
         value += one
         summed = gradients if summed is None else {name: summed[name] + gradients[name] for name in summed}
     assert value == pytest.approx(whole, abs=1e-5)
@@ -156,12 +156,12 @@ def test_the_output_layer_runs_on_trained_places_alone(monkeypatch):
         return forward(model, hidden)
 
     monkeypatch.setattr(Model, "logits", watched)
-    whole = float(part_loss(model, make_part(data), 1).item())
+    whole = float(part_loss(model, make_part(data)).item())
     assert set(seen) == {count(data)}
     seen.clear()
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 96)
     monkeypatch.setattr(loss, "_ROWS", 1)
-    assert float(part_loss(model, make_part(data), 1).item()) == pytest.approx(whole, rel=1e-6)
+    assert float(part_loss(model, make_part(data)).item()) == pytest.approx(whole, rel=1e-6)
     assert max(seen) == 4
 
 
@@ -177,7 +177,7 @@ def test_pieces_have_the_gradients_of_the_whole(name, monkeypatch):
     model.unfreeze()
     model.train()
     data = examples((30, 41, 12))
-    pieces, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data), count(data)))
+    pieces, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data)) / count(data))
     whole, theirs = loss_and_gradients(model, lambda: plain_loss(model, data))
     assert pieces == pytest.approx(whole, abs=1e-5)
     assert_close(ours, theirs)
@@ -191,7 +191,7 @@ def test_gradients_equal_finite_differences(method):
         detach(model)
         model.unfreeze()
     part = make_part(examples((9, ORIGINAL + 5)))
-    function = lambda: part_loss(model, part, part.targets.size)  # noqa: E731
+    function = lambda: part_loss(model, part) / part.targets.size  # noqa: E731
     _, gradients = loss_and_gradients(model, function)
     start = dict(tree_flatten(model.trainable_parameters()))
     rng = np.random.default_rng(0)
@@ -249,7 +249,7 @@ def test_one_optimizer_step_equals_peft(ours, theirs):
     torch, reference, state = peft_of(model, adapters, **theirs)
     data = examples((9, 20, ORIGINAL + 10))
     optimizer = make_optimizer(Settings(**RUN, learning_rate=1e-2, weight_decay=0.1))
-    value, gradients = nn.value_and_grad(model, lambda: part_loss(model, make_part(data), count(data)))()
+    value, gradients = nn.value_and_grad(model, lambda: part_loss(model, make_part(data)) / count(data))()
     optimizer.update(model, gradients)
 
     trained = [p for p in reference.parameters() if p.requires_grad]
@@ -316,7 +316,7 @@ def test_parts_of_fused_layers_change_their_own_rows_alone():
         assert a.shape[1] == (6 if "qkv" in path else 3)
     # Components of q never learn to change v.
     part = make_part(examples((20, 9)))
-    _, gradients = loss_and_gradients(model, lambda: part_loss(model, part, 1))
+    _, gradients = loss_and_gradients(model, lambda: part_loss(model, part))
     for name, gradient in gradients.items():
         if "qkv_proj" in name and name.endswith("lora_b"):
             assert float(mx.abs(gradient[:3, q:]).max()) == 0

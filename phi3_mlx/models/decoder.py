@@ -21,6 +21,7 @@ from ..config import Config
 from ..errors import OptionError
 from .attention import Mask, attend, fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from .dropout import Draws
 from .linear import Embedding, Linear, unpacking_pays
 from .packing import Packing
 from .rope import Regime, Rope
@@ -176,16 +177,25 @@ class Decoder(nn.Module):
                 layer.trim(layer.offset - offset)
             raise
 
-    def packed(self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False) -> mx.array:
+    def packed(
+        self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False, keys: mx.array | None = None
+    ) -> mx.array:
         """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
 
         Each comes out as it would alone: its positions begin at 0, it sees only itself, and its own length says its
         LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
+        `keys` (sum(lengths), 2) say what dropout draws for every token; None: they are drawn from MLX's random state.
         """
         packing = Packing(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
+        draws = Draws(keys)
+
+        def read(x: mx.array, index: int) -> mx.array:
+            with draws.within(index):
+                return self.layers[index].packed(x, packing)
+
         x = self.embed(ids)
-        for layer in self.layers:
-            forward = partial(layer.packed, packing=packing)
+        for index, layer in enumerate(self.layers):
+            forward = partial(read, index=index)
             x = nn.utils.checkpoint(layer, forward)(x) if checkpoint else forward(x)
         return self.last_norm(x)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-import mlx.nn as nn
-
 from ..memory import size_text
 from .batches import Plan, make_part, split_parts
 from .examples import Example, histogram
-from .loss import part_loss
+from .gradients import Gradients
 from .plan import memory_limit
 from .run import Prepared, load_for_training
 
@@ -96,11 +93,11 @@ def _time_a_batch(prepared: Prepared, plan: Plan) -> tuple[float, int]:
         key=lambda b: sum(lengths[i] for i in b),
     )
     parts = [part for part in split_parts(batches[len(batches) // 2], lengths, settings.accumulate) if part]
-    step = nn.value_and_grad(model, lambda part: part_loss(model, part, 1, checkpoint=settings.gradient_checkpointing))
+    gradients = Gradients(model, checkpoint=settings.gradient_checkpointing)
     for _ in range(2):
         started = time.perf_counter()
         for part in parts:
-            mx.eval(step(make_part([examples[i] for i in part])))
+            gradients.of(make_part([examples[i] for i in part]))
     return time.perf_counter() - started, sum(lengths[i] for part in parts for i in part)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.dropout import dropped
 from ..models.linear import plain_weight
 from .targets import Target
 
@@ -70,11 +71,8 @@ class Adapter(nn.Module):
     def delta(self, x: mx.array, y: mx.array, linear: nn.Module) -> mx.array:
         """What the adapter adds to the layer's output `y` (..., outputs) for its input `x` (..., inputs)."""
         a, b = self.product()
-        dropped = x
-        if self._dropout and self.training:
-            keep = 1 - self._dropout
-            dropped = x * (mx.random.bernoulli(keep, x.shape) / keep).astype(x.dtype)
-        z = (dropped @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        seen = dropped(x, self._dropout) if self._dropout and self.training else x
+        z = (seen @ a.astype(x.dtype)) @ b.astype(x.dtype)
         if not self.is_dora:
             return z
         gain = self.gain(linear).astype(x.dtype)

@@ -21,10 +21,14 @@ LOGITS_AT_ONCE = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pie
 _ROWS = 64  # at least, since a packed output layer may be unpacked for every piece
 
 
-def part_loss(model: Model, part: Part, total: int, *, checkpoint: bool = False) -> mx.array:
-    """The sum of -log p over the part's trained tokens, divided by `total`: parts of a batch add up to its mean."""
-    hidden = model.model.packed(part.ids, part.lengths, checkpoint=checkpoint)[0]
-    return summed_loss(model, hidden[part.places], part.targets) / total
+def part_loss(model: Model, part: Part, *, checkpoint: bool = False, keys: mx.array | None = None) -> mx.array:
+    """The sum of -log p over the part's trained tokens, float32; `checkpoint` and `keys` as `Decoder.packed` has them.
+
+    The mean over a batch is taken behind the backward pass: 1 / tokens in front of it would push gradients of 16 bits
+    below what float16 can hold.
+    """
+    hidden = model.model.packed(part.ids, part.lengths, checkpoint=checkpoint, keys=keys)[0]
+    return summed_loss(model, hidden[part.places], part.targets)
 
 
 def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -41,7 +45,7 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
     # Every piece waits for the one before it: MLX would else be free to hold the logits of all.
     @mx.custom_function
     def loss(hidden: mx.array, *parameters: mx.array) -> tuple[mx.array, ...]:
-        total, sums = mx.array(0.0), [mx.zeros_like(parameter) for parameter in parameters]
+        total, sums = mx.array(0.0), [mx.zeros(parameter.shape) for parameter in parameters]
         by_rows: list[mx.array] = []
         for span in pieces:
             before = by_rows[-1] if by_rows and model.training else total
@@ -54,7 +58,8 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
 
     @loss.vjp
     def loss_vjp(_: Any, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        return tuple((gradient * cotangents[0]).astype(gradient.dtype) for gradient in outputs[1:])
+        given = (hidden, *learnt.values())
+        return tuple((slope * cotangents[0]).astype(a.dtype) for slope, a in zip(outputs[1:], given, strict=True))
 
     outputs: Any = loss(hidden, *learnt.values())
     head.update(tree_unflatten(list(learnt.items())))

@@ -72,9 +72,10 @@ def plan_memory(
     item = computed_size(config, dtype)
     numbers = trained_numbers(config, settings, find_weights(directory).tensors)
     kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
-    # Full fine-tuning trains the weights themselves, which are counted already.
     own = numbers * (item if full else 4)
-    copies = (0 if full else 1) + 2 + kept  # gradients of a part and their sum
+    gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before
+    # Full fine-tuning trains the weights themselves, which are counted already.
+    training = own * (kept if full else 1 + kept) + gradients
     plan = Plan.of(lengths, settings)
     part = plan.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
@@ -98,7 +99,7 @@ def plan_memory(
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
-    return MemoryPlan(weight_bytes(directory, dtype), own * copies, activations, part.tokens)
+    return MemoryPlan(weight_bytes(directory, dtype), training, activations, part.tokens)
 
 
 def _sparse_scores(config: Config, part: PartSize) -> int:

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 Notify = Callable[[str], None]
+_LOST_UPDATES = (
+    "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for float32",
+)
 _MAX_LENGTH = 2048  # tokens of an example where nothing is said: most chats are shorter, and memory grows with it
 
 
@@ -123,6 +126,11 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             f"{settings.model} is quantized, and packed weights cannot be trained; take method='lora', or "
             "unpack it first with phi3-mlx convert --dequantize"
         )
+    if settings.method == "full" and settings.dtype == "float16":
+        raise OptionError(
+            "dtype float16 cannot train whole weights: squares of their gradients are below what it holds, and "
+            "optimizers divide by them; leave dtype out, which trains in float32"
+        )
     context = config.max_position_embeddings
     if settings.max_length is None:
         settings = dataclasses.replace(settings, max_length=min(_MAX_LENGTH, context))
@@ -151,6 +159,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     plan, available = replan(settings), room()
     base = base_of(directory, settings.model, settings.revision)
     warned = (
+        *(_LOST_UPDATES if settings.method == "full" and settings.dtype == "bfloat16" else ()),
         *dict.fromkeys([*train.notes, *valid.notes]),
         *_losses(train, "training", settings),
         *_losses(valid, "validation", settings),

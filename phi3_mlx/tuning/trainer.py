@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import TrainingError
 from ..models.decoder import Model
+from ..models.dropout import token_keys
 from . import optimizers
 from .batches import Part, Plan, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
 from .examples import Example
+from .gradients import Gradients
 from .loss import number, part_loss
 from .settings import Settings, changed
 
@@ -92,11 +93,8 @@ class Trainer:
         self.progress = Progress()
         self._optimizer = optimizers.make_optimizer(settings)
         self._optimizer.init(model.trainable_parameters())
-        self._gradients = nn.value_and_grad(model, self._loss)
+        self._gradients = Gradients(model, checkpoint=settings.gradient_checkpointing)
         self._saved_at: int | None = None
-
-    def _loss(self, part: Part, total: int) -> mx.array:
-        return part_loss(self.model, part, total, checkpoint=self.settings.gradient_checkpointing)
 
     # State
 
@@ -161,24 +159,15 @@ class Trainer:
         self.model.train()
         batch = self.plan.batch(step)
         total = sum(int(self.train[i].trained.sum()) for i in batch)
-        parts = split_parts(batch, self._lengths, settings.accumulate * self._ranks)
-        loss, gradients = mx.array(0.0), tree_map(mx.zeros_like, self.model.trainable_parameters())
-        for n, members in enumerate(parts[self.rank :: self._ranks]):
-            if not members:
-                continue
-            # A key of its own for every part: dropout repeats when a run is resumed.
-            mx.random.seed((settings.seed << 32) + (step << 8) + n * self._ranks + self.rank)
-            value, new = self._gradients(make_part([self.train[i] for i in members]), total)
-            loss, gradients = loss + value, tree_map(mx.add, gradients, new)
-            mx.eval(loss, gradients)
+        loss, gradients = self.gradients(step)
         if self._ranks > 1:
             gradients = tree_map(lambda g: mx.distributed.all_sum(g, group=self._group), gradients)
-        length = optimizers.gradient_length(gradients)
-        value, norm = self._sum(loss)[0], number(length)
+        value = self._sum(loss)[0] / total
+        norm = number(optimizers.gradient_length(gradients)) / total
         if not math.isfinite(value) or not math.isfinite(norm):
             self._diverged(batch, value, norm)
-        if settings.clip and norm > settings.clip:
-            gradients = tree_map(lambda g: g * (settings.clip / norm), gradients)
+        factor = min(1.0, settings.clip / norm if settings.clip and norm else 1.0) / total
+        gradients = tree_map(lambda g, a: (g * factor).astype(a.dtype), gradients, self.model.trainable_parameters())
         rate = optimizers.learning_rate(settings, step, self.plan.steps)
         self._optimizer.learning_rate = rate
         self._optimizer.update(self.model, gradients)
@@ -199,6 +188,19 @@ class Trainer:
             time.perf_counter() - started,
             mx.get_peak_memory(),
         )
+
+    def gradients(self, step: int) -> tuple[float, Any]:
+        """Loss and gradients, summed over the trained tokens of this rank's parts of a step's batch."""
+        parts = split_parts(self.plan.batch(step), self._lengths, self.settings.accumulate * self._ranks)
+        return self._gradients.of_parts(
+            self._part(members, step) for members in parts[self.rank :: self._ranks] if members
+        )
+
+    def _part(self, members: Sequence[int], step: int) -> tuple[Part, mx.array | None]:
+        """Examples as the model reads them, and what dropout draws in this step: the same in whatever part they are."""
+        part = make_part([self.train[i] for i in members])
+        keys = token_keys(self.settings.seed, step, members, part.lengths) if self.settings.dropout else None
+        return part, keys
 
     def _diverged(self, batch: Sequence[int], loss: float, norm: float) -> None:
         """The update was not made, so the weights are the last good ones: keep them and name the batch."""
@@ -230,7 +232,7 @@ class Trainer:
             lengths = {i: len(self.valid[i]) - 1 for i in members}
             for some in _within(members, lengths, self._largest):
                 part = make_part([self.valid[i] for i in some])
-                loss += number(part_loss(self.model, part, 1))
+                loss += number(part_loss(self.model, part))
                 count += part.targets.size
         total, tokens = self._sum(loss, count)
         return total / tokens

@@ -1,0 +1,58 @@
+"""Loss and gradients of parts of a batch, added up in float32 whatever the model computes in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..models.decoder import Model
+from .batches import Part
+from .loss import number, part_loss
+from .optimizers import gradient_length
+
+# What the loss is multiplied by in the backward pass. A sum over thousands of tokens may be more than float16 holds,
+# 65,504, so that the part is computed again with the next; the mean's 1 / tokens would lose small gradients instead.
+_SCALES = (1.0, 2.0**-6, 2.0**-12)
+
+
+class Gradients:
+    """Of the sum of -log p over trained tokens, by the model's trained arrays."""
+
+    def __init__(self, model: Model, *, checkpoint: bool = False):
+        self._model = model
+        self._scales = _SCALES if model.dtype == mx.float16 else (1.0,)
+
+        def scaled(part: Part, keys: mx.array | None, scale: float) -> mx.array:
+            return part_loss(model, part, checkpoint=checkpoint, keys=keys) * scale
+
+        self._function = nn.value_and_grad(model, scaled)
+
+    def of(self, part: Part, keys: mx.array | None = None) -> tuple[float, Any]:
+        """(loss, gradients in float32), computed. `keys`: what dropout draws for every token, see `Decoder.packed`."""
+        for scale in self._scales:
+            value, found = self._function(part, keys, scale)
+            found = _divided(found, scale)
+            mx.eval(value, found)
+            loss = number(value) / scale
+            if not math.isfinite(loss) or math.isfinite(number(gradient_length(found))):
+                break  # a loss that is no number does not become one
+        return loss, found
+
+    def of_parts(self, parts: Iterable[tuple[Part, mx.array | None]]) -> tuple[float, Any]:
+        """The sums over parts, each with its keys; zeros without any."""
+        loss, total = 0.0, None
+        for part, keys in parts:
+            value, found = self.of(part, keys)
+            loss, total = loss + value, found if total is None else tree_map(mx.add, total, found)
+            del found  # else it would be kept beside the next one
+            mx.eval(total)
+        return loss, total or tree_map(lambda a: mx.zeros(a.shape), self._model.trainable_parameters())
+
+
+def _divided(gradients: Any, by: float) -> Any:
+    return tree_map(lambda gradient: gradient.astype(mx.float32) / by, gradients)
