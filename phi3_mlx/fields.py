@@ -27,7 +27,7 @@ def parse(text: str) -> Any:
     """The value of a JSON text. A whole number beyond 64 bits becomes a float.
 
     Raises ValueError, its message a reason to put into a sentence, for what is no JSON, nested deeper than `DEEPEST`,
-    or has half a character or a key given twice with different values.
+    or has a key given twice with different values, or half a character that stands for no byte of a file's name.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_number)
@@ -36,7 +36,7 @@ def parse(text: str) -> Any:
     _check_depth(value)
     if _HALF.search(text):
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
             raise ValueError("it has half a character (a lone surrogate)") from error
     return value
@@ -63,6 +63,15 @@ class Fields:
         advice = f"; {self._advice}" if self._advice else ""
         raise self._error(f"{self.source}: {self._within}{shorten(key, quote=False)} {given} {expected}{advice}")
 
+    def all_of(self, *keys: str) -> Fields:
+        """Itself, once it has these keys and no other."""
+        for key in (*self.raw, *keys):
+            if key not in keys:
+                self.fail(key, f"no key but {', '.join(keys)}")
+            if key not in self.raw:
+                self.fail(key, "a value or null")
+        return self
+
     def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
         """A finite number (in float32 too), `default` where it is absent or null."""
         value = self._of((int, float), key, default, "a number")
@@ -81,6 +90,16 @@ class Fields:
         return bool(self._of((bool,), key, default, "true or false"))
 
     def text(self, key: str, default: str | None = None) -> str:
+        """A text that can be written as UTF-8."""
+        value = self.path(key, default)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.fail(key, "a text without half a character")
+        return value
+
+    def path(self, key: str, default: str | None = None) -> str:
+        """A text that may name a file: bytes that are not UTF-8 stand in it as halves of characters."""
         return str(self._of((str,), key, default, "a text"))
 
     def items_of(self, key: str, kind: type, expected: str) -> list[Any]:

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 
 from .atomic import check_file, new_file
+from .cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
 from .chat import render_chat
 from .engine import Generation, common_length
-from .errors import CacheError, CheckpointError
-from .files import json_text, open_file
+from .errors import CacheError
 from .generation import check_loaded, make_kv_bits
 from .memory import size_text
 from .models.cache import KVBits, KVCache
-from .safetensors import read_header
 from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .models.decoder import Model
     from .tokenizer import Tokenizer
 
-_FORMAT = "phi3-mlx prompt cache 3"
-_SUMMED = 1 << 22  # numbers of a weight whose sums are taken at a time
 _REDONE = 16  # tokens at the end of a stored prefix that another continuation may tokenize differently
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text that questions are asked about, the system message they are asked under, and the model that read it.
-
-    `model` is what was given to name it, a directory by its whole path.
-    """
-
-    text: str
-    system: str | None = None
-    model: str | None = None
 
 
 class PromptCache:
@@ -132,26 +112,17 @@ class PromptCache:
         if not self.ids:
             raise CacheError("this prompt cache has read nothing yet, so there is nothing to write")
         assert self._layers is not None
-        first = self._layers[0]
+        if self._layers[0].lost:
+            raise CacheError("a run that did not go on has cut this prompt cache behind its window; read() again")
+        facts = facts_of(self._model, self._layers, self.bits, self.document)
         arrays = {"ids": mx.array(self.ids, dtype=mx.int32)}
         for i, layer in enumerate(self._layers):
             # With their free slots: without, each would be a copy, and all copies are made before any is written.
             arrays |= {f"{i}.{j}": array for j, array in enumerate(layer.state)}
-        bits = self.bits
-        facts = {
-            "format": _FORMAT,
-            "model": fingerprint(self._model),
-            "options": _options(self._model),
-            "tokens": first.offset,
-            "start": first.start,
-            "long": first.sequence.long,
-            "kv_bits": None if bits is None else [bits.keys, bits.values, bits.group_size],
-            "document": None if self.document is None else list(astuple(self.document)),
-        }
         check_writable(path)
         try:
             with new_file(path) as file:
-                mx.save_safetensors(file, arrays, {"phi3-mlx": json_text(facts)})
+                mx.save_safetensors(file, arrays, metadata_of(facts, arrays))
         except OSError as error:
             raise CacheError(_unwritable(path, error)) from error
 
@@ -160,14 +131,10 @@ class PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         check_loaded(model)
         facts = read_facts(path)
-        try:
-            cache = cls(model, document=Document(*facts["document"]) if facts["document"] else None)
-            _check_model(path, facts, cache.document, model)
-            read_header(Path(path))  # truncated files are found here
-            cache.bits = None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"])
-            cache.keep(_layers_of(path, facts, model.make_cache(bits=cache.bits)))
-        except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CacheError(f"{path} is damaged; build it anew with `phi3-mlx cache build`") from error
+        check_model(path, facts, model)
+        cache = cls(model, document=facts.document)
+        cache.bits = facts.bits
+        cache.keep(read_layers(path, facts, model))
         return cache
 
     def check_prefix(self, ids: Sequence[int], name: str) -> None:
@@ -181,45 +148,13 @@ class PromptCache:
             )
 
 
-def _check_model(path: str | os.PathLike[str], facts: dict[str, Any], document: Document | None, model: Model) -> None:
-    """Raise CacheError unless `model` is the one that read what the file holds."""
-    for name, value in _options(model).items():
-        if (made := facts["options"][name]) != value:
-            raise CacheError(
-                f"{path} was made with {name}={made}, and this model has {name}={value}; load it with {name}={made}, "
-                "or build the cache anew"
-            )
-    if facts["model"] != fingerprint(model):
-        whose = document.model if document and document.model else "another model"
-        raise CacheError(
-            f"{path} is of {whose}, and this model is another or has other weights; give the model that it was built "
-            "with, or build it anew with `phi3-mlx cache build`"
-        )
-
-
-def _layers_of(path: str | os.PathLike[str], facts: dict[str, Any], layers: list[KVCache]) -> list[KVCache]:
-    """Empty layers, filled from a file of `save`."""
-    arrays: dict[str, mx.array] = mx.load(os.fspath(path), format="safetensors")  # type: ignore[assignment]
-    for i, layer in enumerate(layers):
-        layer.state = [arrays[f"{i}.{j}"] for j in range(2 if layer.bits is None else 6)]
-        layer.offset, layer.start = facts["tokens"], facts["start"]
-    sequence = layers[0].sequence
-    sequence.read(arrays["ids"][None], 0)
-    sequence.long = tuple(facts["long"])
-    mx.eval([layer.state for layer in layers], sequence.ids)
-    return layers
-
-
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise CacheError if no file of that name can be written, or one that is there is no prompt cache.
 
     Asked before a long text is read.
     """
-    if Path(path).is_file() and Path(path).stat().st_size:
-        try:
-            read_facts(path, any_version=True)
-        except CacheError as error:
-            raise CacheError(f"{path} is there and is no prompt cache, so it is not replaced; name another") from error
+    if Path(path).is_file() and Path(path).stat().st_size and not is_cache(path):
+        raise CacheError(f"{path} is there and is no prompt cache, so it is not replaced; name another")
     try:
         check_file(path)
     except OSError as error:
@@ -230,28 +165,12 @@ def _unwritable(path: str | os.PathLike[str], error: OSError) -> str:
     return f"{path} cannot be written ({error.strerror or error}); name a file in a folder that can be"
 
 
-def read_facts(path: str | os.PathLike[str], *, any_version: bool = False) -> dict[str, Any]:
-    """What a prompt-cache file says of itself. Raises CacheError, for another version's too unless `any_version`."""
-    try:
-        with open_file(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 100_000_000)))
-        facts = json.loads(header["__metadata__"]["phi3-mlx"])
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}; build it with `phi3-mlx cache build`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is no prompt cache, or is damaged; build it with `phi3-mlx cache build`") from error
-    if facts.get("format") != _FORMAT and not any_version:
-        raise CacheError(f"{path} is of another version of phi3-mlx; build it anew with `phi3-mlx cache build`")
-    return facts
-
-
 def read_document(path: str | os.PathLike[str]) -> tuple[Document, KVBits | None]:
     """The document of a prompt-cache file, and how its keys and values are packed. Raises CacheError."""
     facts = read_facts(path)
-    if not facts["document"]:
+    if facts.document is None:
         raise CacheError(f"{path} holds no document; build one with `phi3-mlx cache build`")
-    return Document(*facts["document"]), None if facts["kv_bits"] is None else KVBits(*facts["kv_bits"])
+    return facts.document, facts.bits
 
 
 def about_document(text: str, question: str) -> str:
@@ -269,25 +188,3 @@ def document_ids(tokenizer: Tokenizer, document: Document, *, notify: Callable[[
         for question, say in (("Why?", notify), ("a", None))
     )
     return first[: common_length(first, second)]
-
-
-def _options(model: Model) -> dict[str, str]:
-    """How the model was loaded, as far as it changes what is read."""
-    return {"longrope": model.model.longrope, "dtype": str(model.dtype).removeprefix("mlx.core.")}
-
-
-def fingerprint(model: Model) -> str:
-    """Tells models apart by config, names, shapes, types and every number: sums of rows and of columns."""
-    digest = hashlib.sha256(repr((model.config, model.model.longrope)).encode())
-    for name, array in tree_flatten(model.parameters()):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        flat = array.reshape(-1, array.shape[-1]).view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size])
-        columns = mx.zeros(flat.shape[1], mx.uint32)
-        step = max(1, _SUMMED // flat.shape[1])
-        for first in range(0, len(flat), step):
-            bits = flat[first : first + step].astype(mx.uint32)
-            columns, rows = columns + bits.sum(axis=0), bits.sum(axis=1)  # of integers: no order changes them
-            mx.eval(columns, rows)
-            digest.update(np.array(rows).tobytes())
-        digest.update(np.array(columns).tobytes())
-    return digest.hexdigest()[:32]

@@ -7,6 +7,7 @@ import pytest
 
 from phi3_mlx.errors import CheckpointError
 from phi3_mlx.fields import DEEPEST, Fields, kind_of, parse, shorten
+from phi3_mlx.files import json_text
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,15 @@ def test_what_is_refused_has_a_reason_on_one_line(text, why):
         parse(text)
     assert why in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_files_name_that_is_not_utf8_comes_back():
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for text in (json.dumps({"name": name, "n": 1}), json_text({"name": name, "n": 1})):
+        fields = Fields(parse(text), "x.json", CheckpointError)
+        assert fields.path("name") == name
+        with pytest.raises(CheckpointError, match=r"name is .*, expected a text without half a character"):
+            fields.text("name")
 
 
 def test_what_is_odd_and_has_one_meaning_is_read():

@@ -11,13 +11,14 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import Phi3Error, PromptCache, generate, hub, load, memory, prompt_cache, stream_generate
+from phi3_mlx import Phi3Error, PromptCache, cache_file, generate, hub, load, memory, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.options import Pulse
 from phi3_mlx.engine import Generation
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
 from phi3_mlx.generation import run_of
 from phi3_mlx.models.cache import KVBits, KVCache
+from phi3_mlx.prompt_cache import read_document
 from phi3_mlx.sampling import Sampling
 
 NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
@@ -101,9 +102,9 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
 
 
 def test_a_fingerprint_is_the_same_however_many_numbers_are_summed_at_once(monkeypatch):
-    whole = prompt_cache.fingerprint(MODELS["3.5-mini"])
-    monkeypatch.setattr(prompt_cache, "_SUMMED", 1000)
-    assert prompt_cache.fingerprint(MODELS["3.5-mini"]) == whole
+    whole = cache_file.fingerprint(MODELS["3.5-mini"])
+    monkeypatch.setattr(cache_file, "_SUMMED", 1000)
+    assert cache_file.fingerprint(MODELS["3.5-mini"]) == whole
 
 
 @pytest.mark.parametrize("shared", [3, 40, 60, 90])
@@ -210,7 +211,7 @@ def test_damaged_files_are_refused(tmp_path):
         whole[:50],
         b"",
         b"not a cache at all",
-        whole.replace(b"prompt cache 3", b"prompt cache 9"),
+        whole.replace(b"prompt cache 4", b"prompt cache 9"),
         whole.replace(b'"0.0"', b'"7.0"'),
         whole.replace(b"document", b"docum3nt"),
         whole.replace(b'"F32"', b'"F99"'),
@@ -324,7 +325,7 @@ def test_a_pipe_or_a_folder_is_not_replaced_by_a_cache(built, capsys, monkeypatc
     build = ["cache", "build", "-f", str(built / "book.txt"), "-o"]
     assert run(capsys, *build, str(built / "link"))[0] == 0
     assert (built / "link").is_symlink()
-    assert prompt_cache.read_document(built / "disk" / "book.cache")
+    assert read_document(built / "disk" / "book.cache")
     cache = PromptCache.load(built / "disk" / "book.cache", load("tiny")[0])
     monkeypatch.setattr(PromptCache, "read", lambda *_, **__: pytest.fail("the text was read"))
     for name, words in {**places, "link to pipe": places["pipe"]}.items():
