@@ -1,6 +1,8 @@
 # Everything runs in its own virtual environment, made on first use.
 #   make demo    set up and let the bundled model tell a story (offline)
 #   make test    set up and run the tests, in two processes
+#   make test-live    compare with PyTorch, transformers and PEFT: installs them, and runs the tests that can use them
+#   make test-long    the tests that take too long for every day, alone; the result goes into tests/long.json
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
 #   make bench   the benchmarks, side by side with mlx-lm and, for parity, with PyTorch (TORCH=... says which)
@@ -10,18 +12,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 ifeq ($(shell uname -s),Linux)
 BACKEND ?= cpu
 endif
 comma := ,
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-live test-long check docs bench clean
 
 demo: $(VENV)/.package
 	$(BIN)/phi3-mlx generate -p "Write a story about a rabbit who finds a key."
 
 test: $(VENV)/.test
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+test-live: $(VENV)/.live
+	$(PYTEST) -m live
+
+test-long: $(VENV)/.live
+	PHI3_MLX_TEST_LONG=1 $(PYTEST) -m long
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -45,6 +54,10 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.package
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test$(if $(BACKEND),$(comma)$(BACKEND))]'
+	touch $@
+
+$(VENV)/.live: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) 'transformers>=5.20' 'peft>=0.15'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.package

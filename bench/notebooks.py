@@ -20,6 +20,8 @@ from typing import Any
 import click
 import mlx.core as mx
 
+from phi3_mlx import blas
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 VARIES = "varies"  # the tag of a cell whose text is never twice the same
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -42,7 +44,8 @@ def run(path: Path) -> Any:
         notebook, timeout=_SECONDS, resources={"metadata": {"path": str(path.parent)}}, record_timing=False
     )
     try:
-        client.execute()
+        # Notebooks import MLX before the package, as the linter sorts them: its BLAS must be there from the start.
+        client.execute(env={**os.environ, **blas.environment()})
     except CellExecutionError as error:
         raise click.ClickException(f"{path.name} fails:\n{error}") from error
     for cell in notebook.cells:

@@ -1,7 +1,12 @@
 """What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
 
+import json
 import os
+import platform
 import signal
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,3 +26,30 @@ def shared() -> Path:
     if not (folder / "configs").is_dir():
         pytest.skip("no shared material beside the checkout")
     return folder
+
+
+LONG = os.environ.get("PHI3_MLX_TEST_LONG") == "1"
+_STARTED = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long") and not LONG:
+            item.add_marker(pytest.mark.skip(reason="takes long; `make test-long` runs it"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What `make test-long` found stays in the tree, since it is run by hand."""
+    if not LONG or hasattr(config, "workerinput"):
+        return
+    outcomes = ("passed", "failed", "error", "skipped")
+    reports = {name: terminalreporter.stats.get(name, []) for name in outcomes}
+    result = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "mlx": version("mlx")},
+        "minutes": round((time.monotonic() - _STARTED) / 60, 1),
+        **{name: len(found) for name, found in reports.items()},
+        "tests": sorted(report.nodeid for name in ("passed", "failed") for report in reports[name]),
+    }
+    (ROOT / "tests" / "long.json").write_text(json.dumps(result, indent=1) + "\n")
