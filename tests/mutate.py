@@ -1,0 +1,187 @@
+"""Change the package in small ways, one at a time, and see whether the tests notice.
+
+    python tests/mutate.py MODULE... [--mutants 40] [--seed 0] [-o survivors.json]
+
+MODULE is a name of `TESTS`: which tests guard it. A mutant is one changed operator, constant, condition, call or
+statement, drawn at random, in a copy of the tree; its tests run in a process of their own, because MLX does not survive
+a fork. Those that no test notices are printed, with their line, and written to the file. A mutant may survive because
+it computes the same: such lines are kept in `tests/mutants.md`, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import difflib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Module -> the test files that must notice, the most telling first.
+TESTS = {
+    "engine": ["test_engine", "test_generation", "test_lookup"],
+    "sampling": ["test_engine", "test_generation"],
+    "models/attention": ["test_attention", "test_blocksparse", "test_model"],
+    "models/cache": ["test_cache", "test_model", "test_prompt_cache"],
+    "models/rope": ["test_model", "test_config"],
+    "chat": ["test_chat", "test_tuning_data"],
+    "tuning/loss": ["test_tuning_gradients"],
+    "tuning/trainer": ["test_tuning_run", "test_tuning_gradients"],
+    "tuning/checkpoints": ["test_tuning_run"],
+    "atomic": ["test_convert", "test_tuning_run", "test_prompt_cache"],
+}
+_SWAPS: dict[type, type] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+_SECONDS = 300  # a mutant may loop for ever, which the tests then have noticed
+
+
+def mutants(source: str) -> list[tuple[ast.AST, ast.AST]]:
+    """Pairs of a node of `source` and what may stand in its place."""
+    found: list[tuple[ast.AST, ast.AST]] = []
+    for node in _walk(ast.parse(source)):
+        found += [(node, other) for other in _variants(node)]
+    return found
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that do something: no docstrings, annotations, error messages or imports for type checkers."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.JoinedStr, ast.Raise)):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or (
+                isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            ):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue
+            yield child
+            yield from _walk(child)
+
+
+def _variants(node: ast.AST) -> Iterator[ast.AST]:
+    changed = copy.deepcopy(node)
+    if isinstance(changed, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(changed.op) in _SWAPS:
+        changed.op = _SWAPS[type(changed.op)]()  # type: ignore[assignment]
+        yield changed
+    elif isinstance(changed, ast.Compare) and len(changed.ops) == 1:
+        changed.ops = [_SWAPS[type(changed.ops[0])]()]  # type: ignore[list-item]
+        yield changed
+    elif isinstance(changed, ast.UnaryOp) and isinstance(changed.op, (ast.Not, ast.USub)):
+        yield changed.operand
+    elif isinstance(changed, ast.Constant) and isinstance(changed.value, (bool, int, float)):
+        value = changed.value
+        changed.value = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2
+        yield changed
+    elif isinstance(changed, ast.Call) and isinstance(changed.func, ast.Name) and changed.func.id in _NAMES:
+        changed.func.id = _NAMES[changed.func.id]
+        yield changed
+    elif isinstance(changed, (ast.If, ast.While, ast.IfExp)):
+        yield ast.UnaryOp(ast.Not(), changed.test)  # in place of the condition
+    elif isinstance(changed, ast.Break):
+        yield ast.Continue()
+    elif isinstance(changed, ast.Continue):
+        yield ast.Break()
+    if isinstance(node, (ast.AugAssign, ast.Delete)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ):
+        yield ast.Pass()
+
+
+def apply(source: str, node: ast.AST, other: ast.AST) -> str:
+    """`source` with `other` where `node` is."""
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+        node = node.test
+    lines = source.encode().splitlines(keepends=True)  # columns count bytes
+    first, last = node.lineno - 1, node.end_lineno - 1  # type: ignore[attr-defined]
+    text = ast.unparse(ast.fix_missing_locations(other))
+    new = text if isinstance(other, ast.stmt) else f"({text})"
+    tail = lines[last][node.end_col_offset :]  # type: ignore[attr-defined]
+    lines[first : last + 1] = [lines[first][: node.col_offset] + new.encode() + tail]  # type: ignore[attr-defined]
+    return b"".join(lines).decode()
+
+
+def noticed(tree: Path, files: list[str]) -> bool:
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for file in files:
+        try:
+            done = subprocess.run(
+                [*command, f"tests/{file}.py"],
+                cwd=tree,
+                env=environment,
+                capture_output=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return True
+        if done.returncode:
+            return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="+", choices=TESTS, metavar="MODULE")
+    parser.add_argument("--mutants", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args()
+    survivors = []
+    with tempfile.TemporaryDirectory() as work:
+        tree = Path(work, "tree")
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "site", "dist"))
+        for module in given.modules:
+            file = tree / "phi3_mlx" / f"{module}.py"
+            source, started = file.read_text(), time.monotonic()
+            if noticed(tree, TESTS[module]):
+                sys.exit(f"the tests of {module} fail without a mutant")
+            found = mutants(source)
+            drawn = random.Random(f"{given.seed} {module}").sample(found, min(given.mutants, len(found)))
+            alive = 0
+            for node, other in drawn:
+                mutant = apply(source, node, other)
+                compile(mutant, str(file), "exec")
+                file.write_text(mutant)
+                if not noticed(tree, TESTS[module]):
+                    alive += 1
+                    lines = list(difflib.unified_diff(source.splitlines(), mutant.splitlines(), "", "", "", "", 0))[2:]
+                    survivors.append({"module": module, "change": lines})
+                    print("\n".join([f"SURVIVED {module}", *lines]), flush=True)
+            file.write_text(source)
+            print(f"{module}: {alive} of {len(drawn)} survived, {time.monotonic() - started:.0f} s", flush=True)
+    if given.output:
+        given.output.write_text(json.dumps({"seed": given.seed, "survivors": survivors}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
