@@ -17,6 +17,7 @@ from .models import build, check_layers, read_config, shapes
 from .models.decoder import LongRopeRule, Model
 from .quantize import FLOATS, pack_like, packed_layout
 from .safetensors import Weights, find_weights, lacks
+from .threads import refuse_fork
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
@@ -30,12 +31,13 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     in 16 bits. `longrope` pins the regime of LongRoPE models ("short", "long"); "auto" follows the length.
 
     Names, shapes and types are checked before a weight is read. Raises CheckpointError (files, or weights that do
-    not fit the config: all of them listed), ConfigError (config.json), OptionError.
+    not fit the config: all of them listed), ConfigError (config.json), OptionError; Phi3Error in a forked process.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
     if longrope not in get_args(LongRopeRule):
         raise OptionError(f"longrope {longrope!r} is unknown; choose {', '.join(get_args(LongRopeRule))}")
+    refuse_fork()
     checked = _check(directory)
     model = build(checked.config)
     if checked.config.quantization is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from .chat import render_chat
-from .errors import PromptError
+from .errors import CacheError, PromptError
 from .generation import Chunk, _Run
 from .lookup import MAX_DRAFT
 from .prompt_cache import PromptCache
@@ -25,7 +27,9 @@ class Conversation:
             print(chunk.text, end="", flush=True)
 
     `kv_bits`, `kv_group_size` and `force` are `generate`'s.
-    An answer that is broken off (the iterator closed, Ctrl-C) is kept as far as it came.
+    An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept as far as it came. Any thread
+    may send a message, but one answer is read at a time: a further message, or a reset, ends the one before, and who
+    reads on in that gets a CacheError.
     `notify` gets a sentence if the model's template has no place for the system message.
     """
 
@@ -44,23 +48,24 @@ class Conversation:
         self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
         self._force = force
         self.messages: list[dict[str, str]] = []
-        # The last answer, which may not have been read to its end.
+        # The last answer, which may not have been read to its end, and the number of it.
         self._open: Generator[Chunk, None, None] | None = None
+        self._number = 0
+        self._changing = threading.RLock()
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with this system message or none."""
-        if self._open is not None:
-            self._open.close()  # an answer that was broken off is noted now, not after what it belongs to is forgotten
-        self.messages = [{"role": "system", "content": system}] if system else []
-        self._cache = PromptCache(self._model, **self._packing)
-        self._open = None
-        # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
-        # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
-        # has read is how it was made.
-        self._rendered: list[int] = []
-        self._actual: list[int] = []
-        self._answer: list[int] = []
+        with self._changing:
+            self._end_answer()
+            self.messages = [{"role": "system", "content": system}] if system else []
+            self._cache = PromptCache(self._model, **self._packing)
+            # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
+            # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
+            # has read is how it was made.
+            self._rendered: list[int] = []
+            self._actual: list[int] = []
+            self._answer: list[int] = []
 
     def __repr__(self) -> str:
         return f"<Conversation: {len(self.messages)} messages, {self.cached_tokens:,} tokens read>"
@@ -90,28 +95,49 @@ class Conversation:
         lookup: int = MAX_DRAFT,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        if self._open is not None:
-            self._open.close()  # an answer nobody read to its end
-        if not text.strip():
-            raise PromptError("the message is empty; give some text")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
-        actual = self._with_own_answers(rendered)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        run = _Run(
-            self._model,
-            self._tokenizer,
-            [actual],
-            max_tokens,
-            sampling,
-            stop,
-            raw=True,
-            lookup=lookup,
-            prompt_cache=self._cache,
-            force=self._force,
-        )
-        self._open = self._answered(run, messages, rendered, actual)
-        return self._open
+        with self._changing:
+            self._end_answer()
+            if not text.strip():
+                raise PromptError("the message is empty; give some text")
+            messages = [*self.messages, {"role": "user", "content": text}]
+            rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
+            actual = self._with_own_answers(rendered)
+            run = _Run(
+                self._model,
+                self._tokenizer,
+                [actual],
+                max_tokens,
+                sampling,
+                stop,
+                raw=True,
+                lookup=lookup,
+                prompt_cache=self._cache,
+                force=self._force,
+            )
+            self._open = self._answered(run, messages, rendered, actual, self._number)
+            return self._read(self._open, self._number)
+
+    def _end_answer(self) -> None:
+        """End an answer that was not read to its end, and what it holds."""
+        self._number += 1
+        answer, self._open = self._open, None
+        if answer is not None:
+            with suppress(ValueError):  # another thread computes its next token, and will see the number
+                answer.close()
+
+    def _read(self, answer: Generator[Chunk, None, None], number: int) -> Generator[Chunk, None, None]:
+        """The chunks of an answer; CacheError if it was ended before its end."""
+        ended = False
+        with closing(answer):
+            for chunk in answer:
+                ended = chunk.finish_reason is not None
+                yield chunk
+        if not ended and number != self._number:
+            raise CacheError(
+                "a further message was sent in this conversation, or it was reset, before this answer was read to its "
+                "end; use one Conversation for each stream"
+            )
 
     def _with_own_answers(self, rendered: list[int]) -> list[int]:
         """`rendered` with the answers so far in the ids the model made, where the template only appends."""
@@ -127,16 +153,21 @@ class Conversation:
         return [*self._actual, *self._answer, *rendered[end:]]
 
     def _answered(
-        self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int]
+        self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int], number: int
     ) -> Generator[Chunk, None, None]:
-        parts: list[str] = []
+        """The chunks of a run, noted as they come."""
         ids: list[int] = []
-        try:
-            for chunk in run.chunks():
-                parts.append(chunk.text)
+        answer = {"role": "assistant", "content": ""}
+        with self._changing:
+            if number != self._number:
+                return
+            self._rendered, self._actual, self._answer = rendered, actual, ids
+            self.messages = [*messages, answer]
+        for chunk in run.chunks():
+            with self._changing:
+                if number != self._number:
+                    return
+                answer["content"] += chunk.text
                 if chunk.token not in self._tokenizer.stop_ids:
                     ids.append(chunk.token)
-                yield chunk
-        finally:
-            self._rendered, self._actual, self._answer = rendered, actual, ids
-            self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
+            yield chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from .models.attention import fused_attention
 from .models.cache import REREAD_CHUNK, KVBits, KVCache
 from .models.decoder import Model
 from .sampling import Sampler, Sampling
+from .threads import turn
 
 FinishReason = Literal["stop", "length"]
 Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet
@@ -34,6 +35,9 @@ class Token(NamedTuple):
     id: int
     logprob: float
     finish_reason: FinishReason | None
+
+
+Step = Token | tuple[int, int]  # what a turn ends with: a token, or how much of how long a prompt is read
 
 
 @dataclass
@@ -73,6 +77,9 @@ class Generation:
     `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
     by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it. `force`
     refuses nothing. `kept`: the cache outlives the run, so a refusal cannot offer other bits for it.
+
+    Any thread may take the next token, and runs of several threads take turns: a chunk of a prompt, or a step.
+
     Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
     MemoryLimitError for a run that does not fit, and while it runs CacheError if the cache was given to another.
     """
@@ -102,25 +109,56 @@ class Generation:
         context = model.config.max_position_embeddings
         self._budgets = [min(max_tokens, context - len(prompt)) for prompt in prompts]
         self._kv_bits = kv_bits if cache is None else cache[0].bits
-        lengths = [len(prompt) for prompt in prompts]
+        self._on_prefill = on_prefill
+        self._lookup = lookup if len(prompts) == 1 else 0
+        self._finished: set[int] = set()
+        self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
+        with turn():
+            shared = self._shared_with(cache)
+            self._plan(cache, shared, room, force, kept, prefill_chunk)
+            self._sampler = Sampler(sampling, prompts, model.config.vocab_size)
+            mx.eval(self._sampler.state)
+            self.cache = self._new_cache() if cache is None else self._taken_over(cache, shared)
+            self.cache[0].sequence.prompt_length = tuple(map(len, prompts))
+            self.cache[0].sequence.reread_chunk = min(self._chunk, REREAD_CHUNK)
+            # Not the run itself: a cycle would keep its keys and values until Python looks for cycles.
+            self.cache[0].sequence.reader = self._reader = object()
+
+    def _shared_with(self, cache: list[KVCache] | None) -> int:
+        """How many tokens of the prompt need not be read."""
+        if cache is None:
+            return 0
+        read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
+        return common_length(read, self._prompts[0][:-1])  # the last is read anew: its logits begin the answer
+
+    def _plan(
+        self,
+        cache: list[KVCache] | None,
+        shared: int,
+        room: float | None,
+        force: bool,
+        kept: bool,
+        chunk: int | None,
+    ) -> None:
+        """Choose the prefill chunk; MemoryLimitError if the run does not fit."""
+        model, lengths = self._model, [len(prompt) for prompt in self._prompts]
         ends = max(map(sum, zip(lengths, self._budgets, strict=True)))
-        rereads = shared = 0
-        if cache is not None:
-            read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
-            shared = common_length(read, prompts[0][:-1])  # the last token is read anew: its logits begin the answer
-            if cache[0].lost_at(shared) or cache[0].sequence.long != (model.model.is_long(lengths[0]),):
-                rereads = shared
+        rereads = 0
+        if cache is not None and (
+            cache[0].lost_at(shared) or cache[0].sequence.long != (model.model.is_long(lengths[0]),)
+        ):
+            rereads = shared
         if model.model.is_long(ends) and not all(map(model.model.is_long, lengths)):
             rereads = max(rereads, memory.reread_at_boundary(model.config))
         run = Run(
             model.config,
             sum(array.nbytes for _, array in tree_flatten(model.parameters())),
             max(lengths) + max(self._budgets),  # shorter rows are padded in front: all answers begin together
-            len(prompts),
+            len(lengths),
             self._kv_bits,
             model.dtype.size,
             fused_attention(),
-            prefill_chunk,
+            chunk,
             rereads,
         )
         held = sum(layer.nbytes for layer in cache or ())
@@ -132,21 +170,14 @@ class Generation:
             room = (memory.room() if room is None else room) + held
             plan = memory.check_fits(run, room, prompt=max(lengths), kept=kept or cache is not None)
         self._chunk, self._spare = plan.chunk, max(room - plan.total, 0)
-        self._on_prefill = on_prefill
-        self._lookup = lookup if len(prompts) == 1 else 0
-        self._finished: set[int] = set()
-        self._sampler = Sampler(sampling, prompts, model.config.vocab_size)
-        self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
-        if cache is not None:
-            cache[0].sequence.reader = None  # whoever reads with it now is to hear of it
-            for layer in cache:
-                layer.trim(layer.offset - shared)
-                layer.shrink()
-        self.cache = cache if cache is not None and shared else self._new_cache()
-        self.cache[0].sequence.prompt_length = tuple(lengths)
-        self.cache[0].sequence.reread_chunk = min(self._chunk, REREAD_CHUNK)
-        # Not the run itself: a cycle would keep its keys and values until Python looks for cycles.
-        self.cache[0].sequence.reader = self._reader = object()
+
+    def _taken_over(self, cache: list[KVCache], shared: int) -> list[KVCache]:
+        """The cache with what the prompt begins with, or a new one."""
+        cache[0].sequence.reader = None  # whoever reads with it now is to hear of it
+        for layer in cache:
+            layer.trim(layer.offset - shared)
+            layer.shrink()
+        return cache if shared else self._new_cache()
 
     def _new_cache(self) -> list[KVCache]:
         lengths = [len(prompt) for prompt in self._prompts]
@@ -160,14 +191,30 @@ class Generation:
     def __iter__(self) -> Iterator[Token]:
         with bounded_run(self._spare):
             mx.reset_peak_memory()
-            yield from self._run()
+            steps = self._run()
+            while (step := self._turn(steps)) is not None:
+                if isinstance(step, Token):
+                    yield step
+                elif self._on_prefill:
+                    self._on_prefill(*step)
 
-    def _run(self) -> Iterator[Token]:
+    def _turn(self, steps: Iterator[Step]) -> Step | None:
+        """The next of `steps`, after which all that is kept is computed or queued."""
+        with turn():
+            try:
+                return next(steps, None)
+            except BaseException:  # Ctrl-C may fall anywhere
+                mx.eval([layer.state for layer in self.cache], self.cache[0].sequence.kept)
+                raise
+
+    def _run(self) -> Iterator[Step]:
         started = time.perf_counter()
-        hidden = self._prefill()
+        longest = max(map(len, self._prompts))
+        hidden = yield from self._prefill(longest)
         pending = self._draw(hidden)
-        mx.eval(pending)
+        mx.eval(pending, self._sampler.state)
         self.statistics.prompt_seconds = time.perf_counter() - started
+        yield longest, longest
         self._started = time.perf_counter()
         if self._lookup and self._budgets[0] > 0:
             yield from self._decode_with_drafts(pending)
@@ -185,7 +232,7 @@ class Generation:
             # The next step is queued before the last token is read, so the device never waits for Python.
             more = any(self._budgets[row] > step for row in active)
             if more:
-                pending = self._queue_next(drawn)
+                pending = self._queue(drawn[0][:, None])
             read = self._read(drawn)
             if step > 1:
                 self._count_step(len(active))
@@ -210,8 +257,7 @@ class Generation:
             if pending is None:
                 draft = drafter.draft(self._most_drafted(budget - step - 1))
                 if not draft:
-                    pending = self._draw(self._forward(mx.array([[last]])))
-                    mx.async_eval(pending)
+                    pending = self._queue(mx.array([[last]]))
                     continue
                 read = self._verify(last, draft)
                 drafter.saw_draft(len(draft), len(read) - 1, time.perf_counter() - started)
@@ -219,7 +265,7 @@ class Generation:
             else:
                 # A step is queued before the last token is read, unless it is likely to become a draft's.
                 if step + 1 < budget and not drafter.draft(1):
-                    ahead = self._queue_next(pending)
+                    ahead = self._queue(pending[0][:, None])
                 read = self._read(pending)
                 if step:
                     self._count_step(1)
@@ -251,15 +297,17 @@ class Generation:
         read = self._read((mx.concatenate([t for t, _ in drawn]), mx.concatenate([p for _, p in drawn])))
         accepted = accepted_of(draft, [token for token, _ in read])
         self._sampler.state = states[accepted]
+        mx.async_eval(self._sampler.state)
         for layer in self.cache:
             layer.trim(len(draft) - accepted)
         self.statistics.drafted_tokens += len(draft)
         self.statistics.accepted_tokens += accepted
         return read[: accepted + 1]
 
-    def _queue_next(self, drawn: Drawn) -> Drawn:
-        pending = self._draw(self._forward(drawn[0][:, None]))
-        mx.async_eval(pending)
+    def _queue(self, ids: mx.array) -> Drawn:
+        """Begin the step that reads `ids` (B, 1)."""
+        pending = self._draw(self._forward(ids))
+        mx.async_eval(pending, self._sampler.state)
         return pending
 
     def _read(self, drawn: Drawn) -> list[tuple[int, float]]:
@@ -287,9 +335,8 @@ class Generation:
         self.statistics.generated_tokens += 1
         return Token(row, token, logprob, reason)
 
-    def _prefill(self) -> mx.array:
-        """Read the prompts; returns the last position's hidden state (B, 1, hidden_size)."""
-        longest = max(map(len, self._prompts))
+    def _prefill(self, longest: int) -> Generator[Step, None, mx.array]:
+        """Read the prompts, `longest` tokens; yields how far it is, returns their last hidden states (B, 1, hidden)."""
         ids = mx.array([[_PAD] * (longest - len(prompt)) + list(prompt) for prompt in self._prompts], dtype=mx.int32)
         done = self.cache[0].offset
         self.statistics.prefilled_tokens = self.statistics.prompt_tokens - done
@@ -299,12 +346,11 @@ class Generation:
                 last -= 1  # read alone, it spares all others the last layer, of which they need but the keys
             hidden = self._forward(ids[:, done:last])
             mx.eval([layer.state for layer in self.cache])
-            if self._on_prefill:
-                self._on_prefill(last, longest)
             if last == longest:
                 return hidden[:, -1:]
             del hidden  # what the last layer did not compute would hold its keys, which would be copied to grow
             mx.clear_cache()
+            yield last, longest
             done = last
 
     def _forward(self, ids: mx.array) -> mx.array:

@@ -32,8 +32,9 @@ MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _BUFFER_CACHE = 1 << 30
 
 
-_runs = 0
+_runs: set[object] = set()
 _restore: list[Callable[[], object]] = []
+os.register_at_fork(after_in_child=_restore.clear)  # MLX hangs there, even where a stream is only forgotten
 
 
 @contextmanager
@@ -41,17 +42,18 @@ def bounded_run(spare: float = math.inf) -> Iterator[None]:
     """For the time of a run: weights wired on Metal (macOS would page them out), MLX's buffer cache bounded.
 
     `spare`: bytes that the run's plan leaves of its room, which the buffers kept must not exceed. Runs may overlap (two
-    streams read in turn): the first sets the limits, the last to end restores them.
+    streams read in turn): the first sets the limits, the last to end restores them. Any thread may end one, at any
+    time: Python closes a stream nobody reads on wherever it finds it. So there is no lock here, and no counting.
     """
-    global _runs
-    _runs += 1
+    run = object()
+    _runs.add(run)
     try:
-        if _runs == 1:
+        if not _restore:
             _set_limits(int(min(_BUFFER_CACHE, max(spare, 0))))
         yield
     finally:
-        _runs -= 1
-        if _runs == 0:
+        _runs.discard(run)
+        if not _runs:
             while _restore:
                 _restore.pop()()
 

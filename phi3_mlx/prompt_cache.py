@@ -18,6 +18,7 @@ from .generation import check_loaded, make_kv_bits
 from .memory import size_text
 from .models.cache import KVBits, KVCache
 from .sampling import Sampling
+from .threads import turn
 
 if TYPE_CHECKING:
     from .models.decoder import Model
@@ -33,9 +34,10 @@ class PromptCache:
         generate(model, tokenizer, question_1, prompt_cache=cache)
         generate(model, tokenizer, question_2, prompt_cache=cache)  # reads only where the two differ
 
-    `kv_bits` and `kv_group_size`, as `generate`'s, pack whatever is read with it. It serves one run at a time and holds
-    what the last one read: what the next prompt does not begin with is dropped. `document` is kept in the file beside
-    it. Raises OptionError for bits that cannot be.
+    `kv_bits` and `kv_group_size`, as `generate`'s, pack whatever is read with it. It serves one run at a time, of any
+    thread, and holds what the last one read: what the next prompt does not begin with is dropped. A run that begins
+    while another is not at its end takes the cache from it, and the other ends with a CacheError. `document` is kept in
+    the file beside it. Raises OptionError for bits that cannot be.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class PromptCache:
     @property
     def ids(self) -> list[int]:
         """The token ids it has read."""
-        if not self._layers or not self._whole():
-            return []
-        return self._layers[0].sequence.ids[0, : self._layers[0].offset].tolist()  # type: ignore[return-value]
+        with turn():
+            if not self._layers or not self._whole():
+                return []
+            return self._layers[0].sequence.ids[0, : self._layers[0].offset].tolist()  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +75,8 @@ class PromptCache:
         """
         if model is not self._model:
             raise CacheError("this prompt cache belongs to another model; make one for each")
-        return self._layers if self._layers is not None and self._whole() else None
+        with turn():
+            return self._layers if self._layers is not None and self._whole() else None
 
     def keep(self, layers: list[KVCache]) -> None:
         """Hold these layers of a run; they grow as it does."""
@@ -107,6 +111,7 @@ class PromptCache:
         for _ in generation:
             pass
 
+    @turn()
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file `path`, whole or not at all. Raises CacheError."""
         if not self.ids:
@@ -127,6 +132,7 @@ class PromptCache:
             raise CacheError(_unwritable(path, error)) from error
 
     @classmethod
+    @turn()
     def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         check_loaded(model)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import MemoryLimitError, OptionError, PromptError
+from .threads import turn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,8 +98,10 @@ def compare(
     difference = Difference()
     for block in blocks(ids_a, window, _bos(tokenizer_a)):
         inputs, targets = block[:, :-1], block[:, 1:].flatten()
-        hidden_a, hidden_b = model_a.model(inputs), model_b.model(inputs)
-        difference.add(hidden_a, model_a.logits, hidden_b, model_b.logits, targets, sizes[0])
+        with turn():
+            hidden_a, hidden_b = model_a.model(inputs), model_b.model(inputs)
+            difference.add(hidden_a, model_a.logits, hidden_b, model_b.logits, targets, sizes[0])
+            del hidden_a, hidden_b
         if progress is not None:
             progress(difference.tokens, total)
     return difference.result(_characters(tokenizer_a, text, ids_a))
@@ -217,10 +220,11 @@ def _sum(values: np.ndarray) -> float:
 def _alone(model: Model, tokenizer: Tokenizer, text: str, ids: Sequence[int], window: int) -> Quality:
     nats = 0.0
     for block in blocks(ids, window, _bos(tokenizer)):
-        hidden, targets = model.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
-        for here in chunks(len(targets), model.config.vocab_size):
-            logs = log_softmax(model.logits(hidden[here]))
-            nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
+        with turn():
+            hidden, targets = model.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
+            for here in chunks(len(targets), model.config.vocab_size):
+                logs = log_softmax(model.logits(hidden[here]))
+                nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
     return Quality(_predicted(tokenizer, ids), _characters(tokenizer, text, ids), nats)
 
 

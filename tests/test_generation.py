@@ -17,7 +17,7 @@ from phi3_mlx import (
     stream_generate,
     unload,
 )
-from phi3_mlx.errors import ChatError, OptionError, PromptError
+from phi3_mlx.errors import CacheError, ChatError, OptionError, PromptError
 from phi3_mlx.generation import StopStrings, encode_prompt
 
 ASK = "Write a story about a rabbit who finds a key."
@@ -273,7 +273,8 @@ def test_reset_forgets_an_answer_that_is_still_open(tiny):
     stream = chat.send("My name is Anna.", max_tokens=20)
     next(stream)
     chat.reset("Be kind.")
-    assert list(stream) == []
+    with pytest.raises(CacheError, match="before this answer was read to its end"):
+        next(stream)
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
     assert chat.cached_tokens == 0
 

@@ -16,6 +16,7 @@ from ..config import read_json
 from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..hub import resolve
 from ..memory import parse_size, room, size_text
+from ..threads import refuse_fork
 from .checked import CheckedSource
 from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
 from .sources import Source, open_source, weights_of
@@ -93,6 +94,7 @@ def convert(
     Raises OptionError (contradicting options, a quantization mlx does not have), ModelNotFoundError, CheckpointError
     (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute).
     """
+    refuse_fork()
     destination = Path(destination)
     _check_options(bits, group_size, mode, dtype, dequantize, target_bpw, target_size, recipe, method)
     wanted = uniform(bits, group_size, mode)  # refuses what mlx does not have

@@ -35,19 +35,29 @@ class Sequence:
     def ids(self) -> mx.array:
         """Token ids read, int32 (B, n)."""
         if len(self._pieces) > 1:
-            self._pieces = [mx.concatenate(self._pieces, axis=1)]
+            self._keep(mx.concatenate(self._pieces, axis=1))
         return self._pieces[0]
+
+    @property
+    def kept(self) -> list[mx.array]:
+        """The arrays to evaluate where a call was broken off."""
+        return self._pieces
+
+    def _keep(self, ids: mx.array) -> None:
+        mx.async_eval(ids)  # behind the step that is queued, without waiting; another thread could not compute them
+        self._pieces = [ids]
 
     def read(self, ids: mx.array, offset: int) -> None:
         """Note that `ids` (B, L) follow the first `offset` ids; what was trimmed since is forgotten."""
         length = sum(piece.shape[1] for piece in self._pieces)
         if offset < length:
-            self._pieces = [self.ids[:, :offset]] if offset else []
+            if offset:
+                self._keep(self.ids[:, :offset])
+            else:
+                self._pieces = []
         if len(self._pieces) > _PIECES:
-            joined = mx.concatenate(self._pieces, axis=1)
-            mx.async_eval(joined)  # behind the step that is queued, without waiting for it
-            self._pieces = [joined]
-        self._pieces.append(ids.astype(mx.int32))
+            self._keep(mx.concatenate(self._pieces, axis=1))
+        self._pieces.append(ids)
 
     @property
     def expected(self) -> int:
@@ -61,7 +71,7 @@ class Sequence:
         """Keep only these rows of a batch, in this order."""
         order: list[int] = rows.tolist()  # type: ignore[assignment]
         if self._pieces:
-            self._pieces = [self.ids[rows]]
+            self._keep(self.ids[rows])
         if self.left_padding is not None:
             self.left_padding = tuple(self.left_padding[i] for i in order)
             self.padding_array = mx.array(self.left_padding)

@@ -153,6 +153,7 @@ class Decoder(nn.Module):
 
     def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
         batch, length = ids.shape
+        ids = ids.astype(mx.int32)  # the cache keeps this very array, so it is computed with what is read of it
         if cache is None:
             return self._read(ids, None, self.is_long(length))
         offset, sequence = cache[0].offset, cache[0].sequence

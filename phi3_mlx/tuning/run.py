@@ -31,6 +31,7 @@ from ..errors import CheckpointError, OptionError, TrainingError
 from ..files import json_text
 from ..memory import bounded_run, room
 from ..models import read_config
+from ..threads import refuse_fork
 from .adapters import Base, adapter_files, base_of, write_adapter
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
@@ -256,6 +257,7 @@ def start(
     on_sample: Callable[[str, str], None] | None = None,
 ) -> Result:
     """Run to the end, or to Ctrl-C, which saves and stops. See `tune`."""
+    refuse_fork()
     group = mx.distributed.init()
     first = group.rank() == 0
     output = Path(os.path.abspath(os.path.expanduser(settings.output)))

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from ..errors import TrainingError
 from ..models.decoder import Model
 from ..models.dropout import token_keys
+from ..threads import turn
 from . import optimizers
 from .batches import Part, Plan, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
@@ -140,7 +141,9 @@ class Trainer:
         Raises TrainingError where loss or gradient is no number, after saving the last good state.
         """
         while self.progress.step < self.plan.steps:
-            self._listener.step(self._step())
+            with turn():
+                report = self._step()
+            self._listener.step(report)
             step = self.progress.step
             last = step == self.plan.steps
             if self.valid and (last or step % self.validate_every == 0):
@@ -232,7 +235,8 @@ class Trainer:
             lengths = {i: len(self.valid[i]) - 1 for i in members}
             for some in _within(members, lengths, self._largest):
                 part = make_part([self.valid[i] for i in some])
-                loss += number(part_loss(self.model, part))
+                with turn():
+                    loss += number(part_loss(self.model, part))
                 count += part.targets.size
         total, tokens = self._sum(loss, count)
         return total / tokens
