@@ -192,7 +192,15 @@ def test_a_conversation_goes_on_in_another_thread(tiny):
 def test_what_a_thread_loaded_and_trained_serves_in_others(tmp_path):
     base = make_directory(tmp_path / "base")
     data = write_jsonl(tmp_path / "data.jsonl", facts(8))
-    options = {"steps": 2, "batch_size": 2, "validate_every": 1, "rank": 2, "samples": ("Hello",), "sample_tokens": 3}
+    options = {
+        "steps": 2,
+        "batch_size": 2,
+        "validate_every": 1,
+        "rank": 2,
+        "samples": ("Hello",),
+        "sample_tokens": 3,
+        "holdout": 0.25,
+    }
     result = elsewhere(tune, str(base), data, tmp_path / "adapter", **options)
     assert result.finished
     elsewhere(tune, str(base), data, tmp_path / "again", **options)
