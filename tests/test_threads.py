@@ -191,7 +191,7 @@ def test_a_conversation_goes_on_in_another_thread(tiny):
 
 def test_what_a_thread_loaded_and_trained_serves_in_others(tmp_path):
     base = make_directory(tmp_path / "base")
-    data = write_jsonl(tmp_path / "data.jsonl", facts(8))
+    data = write_jsonl(tmp_path / "data.jsonl", facts(12))
     options = {
         "steps": 2,
         "batch_size": 2,
@@ -349,7 +349,7 @@ def test_a_stream_that_nobody_reads_on_ends_in_whatever_thread_finds_it(tiny):
 
 def test_many_rows_and_tuning_take_turns_as_well(tiny, tmp_path):
     base = make_directory(tmp_path / "base")
-    data = write_jsonl(tmp_path / "data.jsonl", facts(8))
+    data = write_jsonl(tmp_path / "data.jsonl", facts(12))
     texts = ["Hello.", "Tell me about a cat."]
     alone = batch_generate(*tiny, texts, max_tokens=12)
     tuned, answers = at_once(
