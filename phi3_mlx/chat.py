@@ -1,12 +1,13 @@
 """Chat messages to prompt ids, and to ids with a loss mask, through the model's own Jinja template.
 
-Only the template makes control tokens. Strings such as `<|end|>` inside a message are broken by a guard, a run of
-private-use characters that occurs nowhere else, before the template sees them; the rendered text is then cut at the
-unbroken ones, and the guard taken out of the text between. Where the assistant's own words begin and end is found in
-the same way, by a second run of private-use characters around them.
+Only the template makes control tokens. Strings such as `<|end|>` inside a message are broken by a guard, a private-use
+character that occurs nowhere else, before the template sees them; the rendered text is then cut at the unbroken ones,
+and the guard taken out of the text between. Which strings these are depends on who speaks: `added_tokens` has the rule.
+Where the assistant's own words begin and end is found in the same way, by a second such character around them.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -22,8 +23,8 @@ Message = Mapping[str, str]
 
 ROLES = ("system", "user", "assistant", "tool")
 
-_PRIVATE = "\ue000"  # the guard and the probes are runs of it, longer than any in the messages
-_EDGE = "\ue001"  # runs of it stand where an answer begins and where it ends
+# Unicode's private-use characters: no text of the world needs one, and few use any.
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 SYSTEM_FOLDED = "this model's chat template has no place for a system message, so it was put before the user's text"
 
@@ -76,8 +77,8 @@ def render_training_chat(
     prompt. Raises ChatError as that does, and where the template changes what the assistant said.
     """
     messages, render, private = _prepare(tokenizer, messages, False, notify)
-    edge = _longer_run(messages, tokenizer.chat_template or "", _EDGE)
-    guarded = [{key: _guard(tokenizer, value, private) for key, value in message.items()} for message in messages]
+    edge = _unused(messages, tokenizer.chat_template or "", private)
+    guarded = [_guard(tokenizer, message, private) for message in messages]
     marked = [
         {**message, "content": _between_edges(message["content"], edge)} if message["role"] == "assistant" else message
         for message in guarded
@@ -128,7 +129,7 @@ def _prepare(
     if not messages:
         raise ChatError("the list of messages is empty: give at least one user message")
     render = functools.partial(_render, template, tokenizer, add_generation_prompt)
-    private = _longer_run(messages, tokenizer.chat_template or "", _PRIVATE)
+    private = _unused(messages, tokenizer.chat_template or "")
     dropped = _dropped(render, messages, private)
     if notify and any(messages[n]["content"] for n in dropped):
         notify(SYSTEM_FOLDED)
@@ -172,12 +173,13 @@ def _checked(message: Any, number: int) -> Message:
     return message
 
 
-def _longer_run(messages: Sequence[Message], template: str, character: str) -> str:
-    """A run of the character longer than every one in the messages and the template."""
-    run = character
-    while any(run in value for message in messages for value in message.values()) or run in template:
-        run += character
-    return run
+def _unused(messages: Sequence[Message], *others: str) -> str:
+    """A private-use character that occurs neither in the messages nor in the other texts."""
+    used = set().union(*others, *(value for message in messages for value in message.values()))
+    for code in itertools.chain(*_PRIVATE_USE):
+        if chr(code) not in used:
+            return chr(code)
+    raise ChatError("the messages hold every private-use character of Unicode, and one is needed; leave one out")
 
 
 def _dropped(render: Callable[[Sequence[Message]], str], messages: Sequence[Message], private: str) -> set[int]:
@@ -211,16 +213,17 @@ def _fold(messages: Sequence[Message], dropped: set[int]) -> list[Message]:
 def _encode(
     tokenizer: Tokenizer, render: Callable[[Sequence[Message]], str], messages: Sequence[Message], private: str
 ) -> list[int]:
-    guarded = [{key: _guard(tokenizer, value, private) for key, value in message.items()} for message in messages]
+    guarded = [_guard(tokenizer, message, private) for message in messages]
     if guarded == messages:
         return tokenizer.encode(render(messages), special=True)
     pieces = tokenizer.split_special(render(guarded))
     return tokenizer.encode_pieces(piece if isinstance(piece, int) else piece.replace(private, "") for piece in pieces)
 
 
-def _guard(tokenizer: Tokenizer, text: str, private: str) -> str:
-    """`text` with `private` after the first character of every added token in it, overlapping ones included."""
-    return tokenizer.added_starts.sub(lambda match: match[0] + private, text)
+def _guard(tokenizer: Tokenizer, message: Message, private: str) -> Message:
+    """The message with `private` inside every string that would turn into a token its writer has no right to."""
+    kept = tokenizer.kept_from("assistant" if message["role"] == "assistant" else "anyone")
+    return {key: kept.break_up(value, private) for key, value in message.items()}
 
 
 def _built_in(tokenizer: Tokenizer) -> str:

@@ -1,14 +1,15 @@
 """A model directory's tokenizer: which vocabulary it has, and what its other files say about it."""
 
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import files
+from .added_tokens import AddedToken
 from .config import read_json
 from .errors import OptionError, TokenizerError
 from .fields import Fields, shorten
-from .vocabulary import AddedToken, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from .vocabulary import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
@@ -32,15 +33,16 @@ def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
     directory = Path(directory)
     kind, path = _find(directory, backend)
     config = _read_json(directory / "tokenizer_config.json")
-    tokenizer: Tokenizer
-    if kind == "tokenizers":
-        tokenizer = JsonTokenizer(path)
-    elif kind == "sentencepiece":
-        tokenizer = SentencePieceTokenizer(path, _declared_tokens(directory, config))
-    else:
-        tokenizer = TiktokenTokenizer(path, _declared_tokens(directory, config))
     given = Fields(config, directory / "tokenizer_config.json", TokenizerError)
     names = Fields(_read_json(directory / "special_tokens_map.json") | config, given.source, TokenizerError)
+    declared = _declared_tokens(directory, given, names)
+    tokenizer: Tokenizer
+    if kind == "tokenizers":
+        tokenizer = JsonTokenizer(path, declared, overrule=bool(config.get("added_tokens_decoder")))
+    elif kind == "sentencepiece":
+        tokenizer = SentencePieceTokenizer(path, declared)
+    else:
+        tokenizer = TiktokenTokenizer(path, declared)
     tokenizer.bos_token_id = _named_id(tokenizer, names, "bos_token")
     tokenizer.eos_token_id = _named_id(tokenizer, names, "eos_token")
     tokenizer.pad_token_id = _named_id(tokenizer, names, "pad_token")
@@ -65,23 +67,38 @@ def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
     )
 
 
-def _declared_tokens(directory: Path, config: dict[str, Any]) -> Iterable[AddedToken]:
-    """Added tokens from added_tokens.json and, with their flags, from tokenizer_config.json."""
+def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[AddedToken]:
+    """The added tokens of tokenizer_config.json with their flags, by id; where it lists none, of added_tokens.json."""
     tokens: dict[int, AddedToken] = {}
-    listed = Fields(_read_json(directory / "added_tokens.json"), directory / "added_tokens.json", TokenizerError)
-    for content in listed.raw:
-        token_id = listed.whole(content)
-        tokens[token_id] = AddedToken(token_id, content)
-    decoder = Fields(config, directory / "tokenizer_config.json", TokenizerError).fields("added_tokens_decoder")
+    decoder = config.fields("added_tokens_decoder")
     for number in decoder.raw:
         entry = decoder.fields(number)
         if not number.isdecimal() or len(number) > 9 or not entry.text("content"):
             decoder.fail(number, "a token's id, and its content")
-        if entry.flag("single_word", False) or entry.flag("normalized", False):
-            decoder.fail(number, "a token without single_word and normalized, which need a tokenizer.json")
-        flags = {flag: entry.flag(flag, False) for flag in ("special", "lstrip", "rstrip")}
-        tokens[int(number)] = AddedToken(int(number), entry.text("content"), **flags)
-    return tokens.values()
+        special = entry.flag("special", False)
+        flags = {flag: entry.flag(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
+        flags["normalized"] = entry.flag("normalized", not special)
+        tokens[int(number)] = AddedToken(int(number), entry.text("content"), special, **flags)
+    if not tokens:
+        parts = _special_names(names)
+        source = directory / "added_tokens.json"
+        listed = Fields(_read_json(source), source, TokenizerError)
+        for content in listed.raw:
+            if not content:
+                listed.fail(content, "a token that is not empty")
+            token = AddedToken(listed.whole(content), content)
+            control = token.marked or content in parts
+            tokens[token.id] = replace(token, special=control, normalized=not control)
+    return [tokens[number] for number in sorted(tokens)]
+
+
+def _special_names(names: Fields) -> set[str]:
+    """The strings that the files give a part: bos_token and the like, and the additional special tokens."""
+    given = [value for key, value in names.raw.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given += names.raw[key] if isinstance(names.raw.get(key), list) else []
+    contents = (value.get("content") if isinstance(value, dict) else value for value in given)
+    return {content for content in contents if isinstance(content, str)}
 
 
 def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:

@@ -3,26 +3,23 @@
 The reference is the shipped `tokenizer.json` as the `tokenizers` library reads it. What it does with an added token
 (`<|user|>` and its like) is what `Tokenizer` does for every backend: the longest string at the leftmost place wins, a
 token with `rstrip` swallows the white space after it, and each stretch of text between added tokens is encoded for
-itself, so in a SentencePiece vocabulary each one gets its own leading `▁`.
+itself, so in a SentencePiece vocabulary each one gets its own leading `▁`. Which of them a text may write is the
+rule of `added_tokens`.
 """
 
 import base64
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .added_tokens import AddedToken, AddedTokens, Writer
 from .errors import PromptError, TokenizerError
 from .files import read_bytes, read_text
+from .pieces import CONTROL, UNKNOWN, USER_DEFINED, piece_types, without_user_defined
 from .streaming import ByteStream, PieceStream, StreamDecoder, symbols_to_bytes
-
-# Unicode's White_Space, which Rust's `\s` means; Python's has U+001C..U+001F as well.
-_WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-_WHITE_AFTER = re.compile(f"[{_WHITE}]*")
 
 # How cl100k_base cuts text into words before merging: English clitics, letters with one sign before them, digits by
 # threes, runs of signs with the line ends after them, line ends, spaces (the last one goes with the word).
@@ -31,24 +28,17 @@ _CL100K_WORDS = (
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 _CL100K_SIZE = 100_256
-_PHI3_SMALL_TOKENS = {
-    "<|endoftext|>": 100257,
-    "<|system|>": 100261,
-    "<|user|>": 100262,
-    "<|assistant|>": 100263,
-    "<|end|>": 100266,
-}
 
 
-@dataclass(frozen=True)
-class AddedToken:
-    """A token found in the text by its own string, before the vocabulary's rules apply."""
+def _phi3_small_tokens() -> dict[str, int]:
+    """Phi-3-small's names for the ids behind the ranks, up to the end of its embedding; most stand for nothing.
 
-    id: int
-    content: str
-    special: bool = True  # a control token: `decode` leaves it out
-    lstrip: bool = False  # swallows the white space before it
-    rstrip: bool = False  # swallows the white space after it
+    From tokenization_phi3_small.py of microsoft/Phi-3-small-8k-instruct.
+    """
+    names = ["endoftext", "fim_prefix", "fim_middle", "fim_suffix", "system", "user", "assistant"]
+    names += ["dummy_id_0", "dummy_id_1", "end", *(f"dummy_id_{n}" for n in range(3, 12)), "endofprompt"]
+    names = ["dummy_id_2", *names, *(f"dummy_id_{n}" for n in range(12, 87))]
+    return {f"<|{name}|>": _CL100K_SIZE + n for n, name in enumerate(names)}
 
 
 class Tokenizer(ABC):
@@ -56,7 +46,6 @@ class Tokenizer(ABC):
 
     Attributes:
         added_tokens: the added tokens by their strings.
-        added_starts: matches the first character of every added token in a text, overlapping ones included.
         special_ids: ids that `decode` and `stream` leave out.
         vocab_size: one more than the highest id (the model's embedding may have more rows).
         stop_ids: ids that end a generation, see `load_tokenizer`.
@@ -76,40 +65,43 @@ class Tokenizer(ABC):
         self.special_ids = frozenset(token.id for token in self.added_tokens.values() if token.special)
         self.vocab_size = max([size, *(token.id + 1 for token in self.added_tokens.values())])
         self._added_by_id = {token.id: token.content for token in self.added_tokens.values()}
-        longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        any_added = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self._added_pattern = re.compile(any_added)
-        self.added_starts = re.compile(f"(?={any_added}).", re.DOTALL)
+        self._all_added = AddedTokens(self.added_tokens.values())
+
+    def kept_from(self, writer: Writer) -> AddedTokens:
+        """The added tokens that what `writer` says never turns into."""
+        return self._not_the_assistants if writer == "assistant" else self._control
+
+    def _written_by(self, *writers: Writer) -> AddedTokens:
+        parts = {self.bos_token_id, self.eos_token_id, self.pad_token_id, *self.stop_ids}
+        return AddedTokens(token for token in self.added_tokens.values() if token.writer(parts) in writers)
+
+    # Made when they are first asked for: by then `load_tokenizer` has said which tokens play a part.
+
+    @cached_property
+    def _words(self) -> AddedTokens:
+        return self._written_by("anyone")
+
+    @cached_property
+    def _control(self) -> AddedTokens:
+        return self._written_by("assistant", "template")
+
+    @cached_property
+    def _not_the_assistants(self) -> AddedTokens:
+        return self._written_by("template")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. With `special`, strings like `<|end|>` in it become control tokens; without, never.
 
-        Raises PromptError for a lone surrogate, which no vocabulary can spell.
+        Added words are tokens either way. Raises PromptError for a lone surrogate, which no vocabulary can spell.
         """
-        return self.encode_pieces(self.split_special(text) if special else [text])
+        return self.encode_pieces(self._all_added.cut(text) if special else [text])
 
     def split_special(self, text: str) -> list[str | int]:
-        """Cut `text` at its added tokens: ids of those, and between them the ordinary text, never empty."""
-        pieces: list[str | int] = []
-        position = 0
-        for match in self._added_pattern.finditer(text):
-            token = self.added_tokens[match.group()]
-            begin, end = match.span()
-            before = text[position:begin]
-            if token.lstrip:
-                before = before.rstrip(_WHITE)
-            if before:
-                pieces.append(before)
-            pieces.append(token.id)
-            position = end
-            if token.rstrip and (white := _WHITE_AFTER.match(text, end)):
-                position = white.end()
-        if position < len(text):
-            pieces.append(text[position:])
-        return pieces
+        """Cut `text` at its control tokens: ids of those, and between them the ordinary text, never empty."""
+        return self._control.cut(text)
 
     def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
-        """Ids of what `split_special` gives: ids stay, and every string is ordinary text whatever it contains."""
+        """Ids of what `split_special` gives: ids stay, and no string turns into a control token, whatever it holds."""
         ids: list[int] = []
         for n, piece in enumerate(pieces):
             if isinstance(piece, int):
@@ -138,7 +130,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        """Ids of ordinary text; `first` says that no token stands before it."""
+        """Ids of ordinary text, added words in it included; `first` says that no token stands before it."""
 
     @abstractmethod
     def _stream(self, skip_special: bool) -> StreamDecoder: ...
@@ -152,9 +144,14 @@ class Tokenizer(ABC):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json`, read by the `tokenizers` library."""
+    """A `tokenizer.json`, read by the `tokenizers` library.
 
-    def __init__(self, path: Path):
+    `declared`: added tokens of other files. As in transformers 5, those that the file lacks get the next free ids, and
+    with `overrule` (tokenizer_config.json) the flags of the others hold instead of the file's own; what either calls
+    special is special.
+    """
+
+    def __init__(self, path: Path, declared: Iterable[AddedToken] = (), *, overrule: bool = True):
         import tokenizers
 
         try:
@@ -168,11 +165,27 @@ class JsonTokenizer(Tokenizer):
         if not (self._is_byte_level or self._is_sentencepiece):
             kinds = ", ".join(step["type"] for step in self._decoder_steps) or "none"
             raise TokenizerError(f"{path} decodes with {kinds}; known are ByteLevel and SentencePiece's byte fallback")
-        added = self._full.get_added_tokens_decoder()
-        self._any_normalized = any(token.normalized for token in added.values())
+        known = {token.content: token for token in self._full.get_added_tokens_decoder().values()}
+        self._full.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=token.special or (token.content in known and known[token.content].special),
+                )
+                for token in declared
+                if overrule or token.content not in known
+            ]
+        )
         super().__init__(
             self._full.get_vocab_size(with_added_tokens=False),
-            [AddedToken(i, t.content, t.special, t.lstrip, t.rstrip) for i, t in added.items()],
+            [
+                AddedToken(i, t.content, t.special, t.lstrip, t.rstrip, t.single_word, t.normalized)
+                for i, t in self._full.get_added_tokens_decoder().items()
+            ],
         )
 
     @property
@@ -193,9 +206,9 @@ class JsonTokenizer(Tokenizer):
         return super().encode(text)
 
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        # The library finds added tokens in any text, so text that contains one goes to a copy without them.
+        # The library finds control tokens in any text, so text that contains one goes to a copy that does not.
         # That copy costs a second load; nearly every text is ordinary and never needs it.
-        ordinary = not self._any_normalized and not self._added_pattern.search(text)
+        ordinary = not any(token.normalized for token in self._control) and not self._control.occur_in(text)
         if first:
             tokenizer = self._full if ordinary else self._plain
         else:
@@ -209,22 +222,29 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _plain(self) -> Any:
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._full.to_str()) | {"added_tokens": []}))
+        return self._without_control(json.loads(self._full.to_str()))
 
     @cached_property
     def _plain_inner(self) -> Any:
         """`_plain` for text that follows a token."""
         if not self._prefixes_first_only:
             return self._plain
-        import tokenizers
-
-        description = json.loads(self._plain.to_str())
+        description = json.loads(self._full.to_str())
         for step in _parts(description["pre_tokenizer"]):
             if step.get("prepend_scheme") == "first":
                 step["prepend_scheme"] = "never"
-        return tokenizers.Tokenizer.from_str(json.dumps(description))
+        return self._without_control(description)
+
+    def _without_control(self, description: dict[str, Any]) -> Any:
+        """A tokenizer of the library for which control tokens are ordinary text."""
+        import tokenizers
+
+        control = {token.content for token in self._control}
+        for token in description["added_tokens"]:
+            token["special"] = token["content"] in control
+        made = tokenizers.Tokenizer.from_str(json.dumps(description))
+        made.encode_special_tokens = True  # as text, that is
+        return made
 
     def frame(self) -> list[int]:
         """The ids that the file's own post-processor puts around a text; `encode` leaves them out."""
@@ -263,8 +283,15 @@ class SentencePieceTokenizer(Tokenizer):
             size = self._model.get_piece_size()
         except (RuntimeError, OSError, ValueError) as error:
             raise TokenizerError(f"{path} is not a readable SentencePiece model: {_one_line(error)}") from None
-        controls = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
-        by_id = {i: AddedToken(i, self._model.id_to_piece(i)) for i in controls}
+        proto = self._model.serialized_model_proto()
+        kinds = piece_types(proto)
+        if USER_DEFINED in kinds:  # found by us, like every added token; SentencePiece would find them in any text
+            self._model.load_from_serialized_proto(without_user_defined(proto))
+        by_id = {
+            number: AddedToken(number, self._model.id_to_piece(number), special=kind != USER_DEFINED)
+            for number, kind in enumerate(kinds)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        }
         for token in added:
             if token.id < size and self._model.id_to_piece(token.id) != token.content:
                 raise TokenizerError(
@@ -276,7 +303,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._size = size
 
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        return self._model.encode(text)
+        pieces = self._words.cut(text)
+        return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else self._model.encode(piece))]
 
     def token_to_id(self, token: str) -> int | None:
         if token in self.added_tokens:
@@ -304,24 +332,27 @@ class TiktokenTokenizer(Tokenizer):
                 f'{path} needs tiktoken, which is not installed: pip install "phi3-mlx[tiktoken]"'
             ) from None
         ranks = _read_ranks(path)
-        declared = list(added)
-        if not declared:
-            if len(ranks) != _CL100K_SIZE:
-                raise TokenizerError(
-                    f"{path} has {len(ranks):,} ranks, cl100k_base has {_CL100K_SIZE:,}: download it again, "
-                    "or declare its added tokens in tokenizer_config.json"
-                )
-            declared = [AddedToken(token_id, content) for content, token_id in _PHI3_SMALL_TOKENS.items()]
-        clash = next((token for token in declared if token.id < len(ranks)), None)
+        known = _phi3_small_tokens() if len(ranks) == _CL100K_SIZE else {}
+        by_id = {number: AddedToken(number, content) for content, number in known.items()}
+        declared = {token.id: token for token in added}
+        if not known and not declared:
+            raise TokenizerError(
+                f"{path} has {len(ranks):,} ranks, cl100k_base has {_CL100K_SIZE:,}: download it again, "
+                "or declare its added tokens in tokenizer_config.json"
+            )
+        clash = next((token for token in declared.values() if token.id < len(ranks)), None)
         if clash:
             raise TokenizerError(f"{path.parent} declares {clash.content} as id {clash.id}, which {path.name} has too")
+        elsewhere = {token.content for token in declared.values()}
+        by_id = {number: token for number, token in by_id.items() if token.content not in elsewhere} | declared
         self._ranks = ranks
-        self._words = tiktoken.Encoding(path.stem, pat_str=_CL100K_WORDS, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(path.stem, pat_str=_CL100K_WORDS, mergeable_ranks=ranks, special_tokens={})
         self._bytes = list(ranks)  # in order of rank, which `_read_ranks` has checked
-        super().__init__(len(ranks), declared)
+        super().__init__(len(ranks), by_id.values())
 
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        return self._words.encode_ordinary(text)
+        pieces = self._words.cut(text)
+        return [i for p in pieces for i in ([p] if isinstance(p, int) else self._encoding.encode_ordinary(p))]
 
     def token_to_id(self, token: str) -> int | None:
         added = self.added_tokens.get(token)

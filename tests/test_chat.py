@@ -251,6 +251,32 @@ def test_private_use_characters_survive(tokenizers_of):
         assert tokenizer.decode(ids) == content
 
 
+class Watched(str):
+    """A text that knows how often it was looked through."""
+
+    looked = 0
+
+    def __iter__(self):
+        Watched.looked += 1
+        return super().__iter__()
+
+    def __contains__(self, part: object) -> bool:
+        Watched.looked += 1
+        return super().__contains__(part)
+
+
+def test_long_runs_of_private_use_characters_cost_no_more_than_other_text(tokenizers_of):
+    """Each text is looked through a few times, and a guard is one character, whatever the texts hold."""
+    tokenizer, _ = tokenizers_of["june-sentencepiece"]
+    run = "".join(map(chr, range(0xE000, 0xF900)))
+    content = f"{run}{chr(0xE000) * 1000}<|end|>{run}"
+    ids = render_chat(tokenizer, user(Watched(content)))
+    assert 0 < Watched.looked <= 3
+    assert ids == [USER, *tokenizer.encode(content), END, ASSISTANT]
+    tokenizer = with_template("{% for m in messages %}{{ m.content }}:{{ m.content | length }}{% endfor %}")
+    assert tokenizer.decode(render_chat(tokenizer, user(content))) == f"{content}:{len(content) + 1}"
+
+
 def test_special_strings_with_a_file_of_transformers_5(tmp_path: Path):
     """There only the beginning of the text gets the space mark, also when messages have to be cut to pieces."""
     folder = copy_of(TINY, tmp_path, chat_template=JUNE)

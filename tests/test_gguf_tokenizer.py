@@ -120,6 +120,15 @@ def test_flags_of_the_released_tokens(shared: Path, name: str):
     }
 
 
+def test_tool_tokens_are_shown_as_in_phi_4_mini_though_llama_cpp_calls_them_control_tokens():
+    tokens = ["a", "<|user|>", "<|end|>", "<|tool_call|>", "<|/tool|>", "<|tag|>", "<think>"]
+    kinds = [KINDS.NORMAL, *[KINDS.CONTROL] * 5, KINDS.USER_DEFINED]
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o", "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.token_type": list(map(int, kinds)), "tokenizer.ggml.merges": []}  # fmt: skip
+    made = tokenizer_files(metadata, "x.gguf").tokenizer_config["added_tokens_decoder"]
+    assert [token["content"] for token in made.values() if not token["special"]] == [*tokens[3:5], "<think>"]
+
+
 def test_the_released_vocabulary(shared: Path):
     folder = shared / "tokenizers" / "phi-3-mini"
     files = tokenizer_files(sentencepiece_metadata(folder, declared(folder)), "x.gguf")

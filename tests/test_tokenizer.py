@@ -397,8 +397,8 @@ DAMAGED = [
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "x is .* expected a token's id"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {}}}', "4000.content is missing"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {"content": ""}}}', "4000 is .* and its content"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"9": {"content": "a", "normalized": true}}}', "normalized"),
     ("added_tokens.json", b'{"<|end|>": null}', "<.end.> is missing"),
+    ("added_tokens.json", b'{"": 4000}', "is 4000, expected a token"),
     ("added_tokens.json", b'{"<|end|>": 1.5}', "<.end.> is 1.5, expected a whole number"),
     ("tokenizer_config.json", b'{"eos_token": 3}', "eos_token is 3, expected a text"),
     ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "add_bos_token is 'yes', expected true or false"),
@@ -411,7 +411,8 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
 def test_damaged_files_give_one_line(tmp_path: Path, name: str, content: bytes, message: str):
-    folder = copy_of(TINY, tmp_path)
+    # added_tokens.json is read where tokenizer_config.json lists no added tokens.
+    folder = copy_of(TINY, tmp_path, **({"added_tokens_decoder": None} if name == "added_tokens.json" else {}))
     (folder / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer(folder, backend="tokenizers" if name == "tokenizer.json" else "sentencepiece")

@@ -16,6 +16,8 @@ from ..errors import TokenizerError
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 _PREFIX = "tokenizer.ggml."
+# llama.cpp calls every `<|…|>` a control token; Phi-4-mini's own files do not call these so, and answers show them.
+_TOOL_TOKENS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
 
 # English endings, letters with one sign before them, digits, signs with the line ends after them, white space.
 _LLAMA3 = (
@@ -183,7 +185,7 @@ class _Reader:
                 "lstrip": False,
                 "rstrip": phi3 and token not in plain,
                 "normalized": False,
-                "special": self.types[number] != _USER_DEFINED,
+                "special": self.types[number] != _USER_DEFINED and token not in _TOOL_TOKENS,
             }
             for token, number in self.vocab.items()
             if self.types[number] in _ADDED and token

@@ -1,0 +1,99 @@
+"""Added tokens: strings that are one token wherever they stand in a text, and who may write them.
+
+One rule says who, for every file that declares them. *Special* is what tokenizer.json, tokenizer_config.json and GGUF
+(control and unknown types) say; the control and unknown pieces of a SentencePiece model are, its user-defined ones are
+not; all of Phi-3-small's tiktoken names are. *Marked* is a string of the form `<|…|>`.
+
+- Neither special nor marked is a **word** (`<think>`, a name that a fine-tune added): a token in every text, whoever
+  wrote it, as in transformers.
+- One of the two (`<|tool_call|>` of Phi-4-mini, which its files call no special token; `<think>` where they call it
+  one) is a token where the **assistant** says it, and ordinary text where anyone else does.
+- Both (`<|end|>`), and whatever plays a part (the tokens that begin a text, end an answer, pad or stand for the
+  unknown), comes from the chat **template** alone, or from text that is sent as it is.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Writer = Literal["anyone", "assistant", "template"]
+
+# Unicode's White_Space, which Rust's `\s` means; Python's has U+001C..U+001F as well.
+_WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_WHITE_AFTER = re.compile(f"[{_WHITE}]*")
+_WORD_BEFORE, _WORD = re.compile(r"(?<=\w)"), re.compile(r"\w")
+
+_MARKED = re.compile(r"<\|.+\|>", re.DOTALL)
+_PARTS = ("<unk>", "<s>", "</s>", "<pad>")  # SentencePiece's own, whatever the other files say of them
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token found in the text by its own string, before the vocabulary's rules apply."""
+
+    id: int
+    content: str
+    special: bool = True  # `decode` leaves it out
+    lstrip: bool = False  # swallows the white space before it
+    rstrip: bool = False  # swallows the white space after it
+    single_word: bool = False  # no token inside a longer word
+    normalized: bool = False  # looked for in the normalized text; only a tokenizer.json has the rules for that
+
+    @property
+    def marked(self) -> bool:
+        return _MARKED.fullmatch(self.content) is not None
+
+    def writer(self, parts: Collection[int | None]) -> Writer:
+        """Who may write it. `parts` are the ids that begin or end texts and answers, or pad them."""
+        if self.id in parts or self.content in _PARTS or (self.special and self.marked):
+            return "template"
+        return "assistant" if self.special or self.marked else "anyone"
+
+
+class AddedTokens:
+    """Some of a vocabulary's added tokens, to be found in texts: the longest string at the leftmost place."""
+
+    def __init__(self, tokens: Iterable[AddedToken]):
+        self._by_content = {token.content: token for token in tokens}
+        longest_first = sorted(self._by_content, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        rests: dict[str, list[str]] = {}
+        for content in longest_first:
+            rests.setdefault(re.escape(content[0]), []).append(re.escape(content[1:]))
+        self._starts = re.compile("|".join(f"{first}(?={'|'.join(rest)})" for first, rest in rests.items()) or "(?!)")
+
+    def __iter__(self) -> Iterator[AddedToken]:
+        return iter(self._by_content.values())
+
+    def __contains__(self, content: object) -> bool:
+        return content in self._by_content
+
+    def occur_in(self, text: str) -> bool:
+        return self._any.search(text) is not None
+
+    def cut(self, text: str) -> list[str | int]:
+        """The ids of the tokens in `text`, and between them the other text, never empty."""
+        pieces: list[str | int] = []
+        position = 0
+        for match in self._any.finditer(text):
+            token = self._by_content[match.group()]
+            begin, end = match.span()
+            if token.single_word and (_WORD_BEFORE.match(text, begin) or _WORD.match(text, end)):
+                continue
+            before = text[position:begin]
+            if token.lstrip:
+                before = before.rstrip(_WHITE)
+            if before:
+                pieces.append(before)
+            pieces.append(token.id)
+            position = end
+            if token.rstrip and (white := _WHITE_AFTER.match(text, end)):
+                position = white.end()
+        if position < len(text):
+            pieces.append(text[position:])
+        return pieces
+
+    def break_up(self, text: str, guard: str) -> str:
+        """`text` with `guard` after the first character of every token in it, overlapping ones included."""
+        return self._starts.sub(lambda match: match[0] + guard, text)
