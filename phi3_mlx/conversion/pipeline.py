@@ -133,6 +133,7 @@ def convert(
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=force) as folder:
+        read.write_extras(folder)  # first, for it may refuse
         if target_bpw is not None or target_bytes is not None:
             from .sensitivity import choose_recipe
 
@@ -161,7 +162,6 @@ def convert(
         else:
             arrays = rounded(read, chosen)
         write_weights(folder, tensors, arrays, progress)
-        read.write_extras(folder)
         config = dict(read.config)
         if chosen is not None:
             # Twice because tools of the Hugging Face hub look for the second name.

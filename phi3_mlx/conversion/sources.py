@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Source(Protocol):
         """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
 
     def write_extras(self, directory: Path) -> None:
-        """Write tokenizer, chat template and the like into `directory`."""
+        """Write tokenizer, chat template and the like into `directory`. CheckpointError for what is not the model's."""
 
 
 def open_source(path: Path) -> Source:
@@ -119,8 +120,9 @@ class DirectorySource:
         return assemble(self._parsed, name, self._parts[name], self.tensors[name].shape, read)
 
     def write_extras(self, directory: Path) -> None:
-        for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern) if file.is_file()}):
-            shutil.copyfile(file, directory / file.name)
+        for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern)}):
+            if not file.is_dir():
+                shutil.copyfile(_own(file), directory / file.name)
 
     def _part(self, name: str) -> mx.array:
         packing = self._packings.get(name)
@@ -198,6 +200,26 @@ class DirectorySource:
                 f"{self.name}: tie_word_embeddings is true, but {head} differs from {embedding}; set "
                 "tie_word_embeddings to false in config.json"
             )
+
+
+def _own(file: Path) -> Path:
+    """The regular file that a file of a model directory is. CheckpointError if it is not the model's own.
+
+    Whoever made the directory may have linked to anything that the user can read, and the result may be published.
+    A link may lead into the directory, and from a snapshot of the hub's cache to the blobs of that repository.
+    """
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    repository = home.parent.parent
+    places = [home]
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        places.append(repository / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise CheckpointError(
+            f"{file} is a link to {real}, outside the model's directory, and is not copied; put the file itself there"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{file} is not a regular file, or a link to none; remove it or put the file there")
+    return real
 
 
 def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -92,8 +92,8 @@ def fuse(
     mx.clear_cache()
     with new_directory(Path(output), force=force) as unfinished:
         check_space(Path(os.path.realpath(output)).parent, sum(tensor.nbytes for tensor in planned.values()))
+        source.unpacked.write_extras(unfinished)  # first, for it may refuse
         write_weights(unfinished, planned, source.arrays(planned))
-        source.unpacked.write_extras(unfinished)
         write_json(unfinished / "config.json", source.config())
         survived = None if kept is None else kept.survived(load_model(unfinished))
     changed = len(source.adapters) or len(source.replaced)
