@@ -180,11 +180,19 @@ def _record(source: str, value: dict[str, Any]) -> Record:
 
 
 def hold_out(records: Sequence[Record], share: float, seed: int) -> Splits:
-    """Keep a share of the examples (drawn with `seed`) for validation, at least one; none of fewer than ten."""
+    """Keep a share of the examples (drawn with `seed`) for validation, and at least one to train on.
+
+    Of ten or more at least one is kept; of fewer the share is rounded down, so that the usual one keeps none.
+    """
     import random
 
-    count = max(1, round(len(records) * share)) if share and len(records) >= 10 else 0
-    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    total = len(records)
+    count = max(1, round(total * share)) if share and total >= 10 else int(total * share)
+    count = min(count, max(0, total - 1))
+    chosen = set(random.Random(seed).sample(range(total), count))
     train = [record for n, record in enumerate(records) if n not in chosen]
-    note = f"no valid.jsonl: {count:,} of {len(records):,} examples were held out to validate on"
-    return Splits(train, [records[n] for n in sorted(chosen)], (note,) if count else ())
+    if count:
+        note = f"no valid.jsonl: {count:,} of {total:,} examples were held out to validate on"
+    else:
+        note = f"no valid.jsonl, and {total:,} examples are too few to hold out {share:.0%}: nothing is validated"
+    return Splits(train, [records[n] for n in sorted(chosen)], (note,) if share else ())
