@@ -12,12 +12,13 @@ import mlx.core as mx
 
 from .assembly import View, assemble, view
 from .config import Config
-from .errors import CheckpointError, OptionError
+from .errors import CheckpointError
 from .models import build, check_layers, read_config, shapes
 from .models.decoder import LongRopeRule, Model
 from .quantize import FLOATS, pack_like, packed_layout
 from .safetensors import Weights, find_weights, lacks
 from .threads import refuse_fork
+from .values import choice
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
@@ -33,10 +34,9 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     Names, shapes and types are checked before a weight is read. Raises CheckpointError (files, or weights that do
     not fit the config: all of them listed), ConfigError (config.json), OptionError; Phi3Error in a forked process.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
-    if longrope not in get_args(LongRopeRule):
-        raise OptionError(f"longrope {longrope!r} is unknown; choose {', '.join(get_args(LongRopeRule))}")
+    if dtype is not None:
+        choice(dtype, "dtype", DTYPES)
+    choice(longrope, "longrope", get_args(LongRopeRule))
     refuse_fork()
     checked = _check(directory)
     model = build(checked.config)

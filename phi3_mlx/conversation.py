@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
+from . import values
 from .chat import render_chat
 from .errors import CacheError, PromptError
-from .generation import Chunk, _Run
+from .generation import Chunk, _Run, check_loaded, check_tokenizer
 from .lookup import MAX_DRAFT
 from .prompt_cache import PromptCache
 from .sampling import Sampling
@@ -40,10 +41,13 @@ class Conversation:
         *,
         system: str | None = None,
         kv_bits: int | tuple[int, int] | None = None,
-        kv_group_size: int = 32,
+        kv_group_size: int | None = None,
         force: bool = False,
         notify: Callable[[str], None] | None = None,
     ):
+        check_loaded(model)
+        check_tokenizer(tokenizer)
+        values.check_function(notify, "notify")
         self._model, self._tokenizer, self._notify = model, tokenizer, notify
         self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
         self._force = force
@@ -98,7 +102,7 @@ class Conversation:
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         with self._changing:
             self._end_answer()
-            if not text.strip():
+            if not values.text(text, "the message").strip():
                 raise PromptError("the message is empty; give some text")
             messages = [*self.messages, {"role": "user", "content": text}]
             rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)

@@ -17,6 +17,7 @@ from .errors import OptionError, Phi3Error, PromptError
 from .lookup import MAX_DRAFT
 from .models.cache import KVCache
 from .sampling import Sampling
+from .values import check_function, flag, number, path, refusal, shown, texts, whole
 
 if TYPE_CHECKING:
     from .memory import Run
@@ -65,13 +66,15 @@ def load(
     `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
     with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
     `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
-    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError or AdapterError.
+    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError or OptionError.
     """
     from . import hub, tokenizer
 
+    given = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    folder = "an adapter's folder, or several with their weights"
+    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given.items()}
     directory = hub.resolve(name, revision)
     words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
-    weights = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
 
 
@@ -175,7 +178,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
-    kv_group_size: int = 32,
+    kv_group_size: int | None = None,
     lookup: int = MAX_DRAFT,
     prompt_cache: PromptCache | None = None,
     force: bool = False,
@@ -185,10 +188,11 @@ def generate(
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
     options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
-    packs the cache, `kv_group_size` numbers (32 or 64) to a scale. `lookup`: how many tokens may be guessed from
+    packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed from
     earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read for
-    the next prompt that begins alike; its own bits then hold instead of `kv_bits`. A run that the memory at hand cannot
-    hold is refused unless `force`. Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
+    the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. A run that the
+    memory at hand cannot hold is refused unless `force`.
+    Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
@@ -223,7 +227,7 @@ def stream_generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
-    kv_group_size: int = 32,
+    kv_group_size: int | None = None,
     lookup: int = MAX_DRAFT,
     prompt_cache: PromptCache | None = None,
     force: bool = False,
@@ -268,7 +272,7 @@ def batch_generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
-    kv_group_size: int = 32,
+    kv_group_size: int | None = None,
     force: bool = False,
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
@@ -306,37 +310,55 @@ def encode_prompt(
     return list(prompt)  # type: ignore[arg-type]
 
 
-def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> list[str]:
-    """The stop strings as a list; OptionError if one is empty, or a number is outside its range."""
+def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> tuple[int, list[str], int]:
+    """The arguments, typed, the stop strings as a list; OptionError for another type, an empty string, or a number
+    outside its range."""
+    max_tokens, lookup = whole(max_tokens, "max_tokens"), whole(lookup, "lookup")
+    stops = [] if stop is None else list(texts(stop, "stop"))
     if not 0 <= lookup <= _MOST_LOOKUP:
         raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {_MOST_LOOKUP}")
     if max_tokens < 1:
         raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
     if not all(stops):
         raise OptionError("a stop string is empty; give at least one character")
-    return stops
+    return max_tokens, stops, lookup
 
 
 def check_loaded(model: Model) -> None:
     """Phi3Error unless it is a model, and one that was not unloaded."""
     if isinstance(model, str | Path):
         raise Phi3Error(f"{str(model)!r} is a model's name; give the model of: model, tokenizer = load({str(model)!r})")
+    if isinstance(model, tuple):
+        raise Phi3Error("this is all that load() gives; take it apart first: model, tokenizer = load(...)")
     if not model:
         raise Phi3Error("this model was unloaded; load() it again")
 
 
-def make_kv_bits(kv_bits: int | tuple[int, int] | None, kv_group_size: int) -> KVBits | None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """OptionError unless it is a tokenizer of this package."""
+    from .tokenizer import Tokenizer as Ours
+
+    if not isinstance(tokenizer, Ours):
+        raise refusal(tokenizer, "tokenizer", "the one that load() gives beside the model")
+
+
+def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None = None) -> KVBits | None:
     """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
-    from .models.cache import KV_BITS, KVBits
+    from .models.cache import KVBits
 
     if kv_bits is None:
-        KVBits(KV_BITS[0], KV_BITS[0], kv_group_size)  # a group that cannot be is refused in any case
+        if kv_group_size is not None:
+            raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits; leave it out")
         return None
-    each = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
-    if not isinstance(each, tuple | list) or len(each) != 2:
-        raise OptionError(f"kv_bits {kv_bits!r} is not possible; give a number such as 4, or (8, 4) of keys and values")
-    return KVBits(each[0], each[1], kv_group_size)
+    each = kv_bits if isinstance(kv_bits, tuple | list) else (kv_bits, kv_bits)
+    if len(each) != 2:
+        raise OptionError(
+            f"kv_bits {tuple(each)} is not possible; give a number such as 4, or (8, 4) of keys and values"
+        )
+    keys, values = (whole(bits, "kv_bits") for bits in each)
+    return (
+        KVBits(keys, values) if kv_group_size is None else KVBits(keys, values, whole(kv_group_size, "kv_group_size"))
+    )
 
 
 class _Run:
@@ -358,7 +380,14 @@ class _Run:
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         check_loaded(model)
-        stops = check_limits(max_tokens, stop, lookup)
+        check_tokenizer(tokenizer)
+        max_tokens, stops, lookup = check_limits(max_tokens, stop, lookup)
+        raw, force = flag(raw, "raw"), flag(force, "force")
+        check_function(on_prefill, "on_prefill")
+        if prompt_cache is not None and not hasattr(prompt_cache, "layers_for"):
+            raise refusal(prompt_cache, "prompt_cache", "a PromptCache")
+        if prompt_cache is not None and kv_bits not in (None, prompt_cache.bits):
+            raise OptionError("kv_bits has no effect beside a prompt_cache, which has bits of its own; leave it out")
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = [StopStrings(stops) for _ in prompts]
         self._stop_ids = tokenizer.stop_ids

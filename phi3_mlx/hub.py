@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from . import values
 from .errors import ModelNotFoundError, OptionError, Phi3Error
 from .safetensors import INDEX, weight_files
 
@@ -120,9 +121,11 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
     `name`, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local directory, an
     `owner/repository` of the Hugging Face hub; `revision` (a branch, tag or commit) goes with the last. A repository
-    that is on this disk already is taken as it is, without asking the network. Raises ModelNotFoundError.
+    that is on this disk already is taken as it is, without asking the network. Raises ModelNotFoundError,
+    and OptionError for what is no name.
     """
-    name = str(name)
+    name = values.path(name, "model", "the name or directory of a model")
+    revision = values.optional(values.text, revision, "revision")
     low, path = name.lower(), os.path.expanduser(name)
     if low == "tiny" or (low not in _REPO_IDS and os.path.isdir(path)):
         if revision is not None:

@@ -45,7 +45,7 @@ class PromptCache:
         model: Model,
         *,
         kv_bits: int | tuple[int, int] | None = None,
-        kv_group_size: int = 32,
+        kv_group_size: int | None = None,
         document: Document | None = None,
     ):
         check_loaded(model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from . import values
 from .errors import MemoryLimitError, OptionError, PromptError
 from .threads import turn
 
@@ -82,7 +83,13 @@ def compare(
     Every token but the first is predicted once. `progress(done, total)` counts positions. Raises PromptError for a
     text of fewer than two tokens, OptionError for a window longer than a model's context.
     """
-    for model in (model_a, model_b):
+    from .generation import check_loaded, check_tokenizer
+
+    text, window = values.text(text, "text"), values.whole(window, "window")
+    values.check_function(progress, "progress")
+    for model, tokenizer in ((model_a, tokenizer_a), (model_b, tokenizer_b)):
+        check_loaded(model)
+        check_tokenizer(tokenizer)
         check_window(window, model.config.max_position_embeddings)
     ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)
     sizes = model_a.config.vocab_size, model_b.config.vocab_size

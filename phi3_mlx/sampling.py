@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from .errors import OptionError
+from .values import number, optional, whole
 
 _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
@@ -19,13 +22,13 @@ _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 class Sampling:
     """How the next token is drawn. The filters apply in transformers' order: temperature, top-k, top-p, min-p.
 
-    - `temperature`: 0 takes the likeliest token; higher is more varied.
+    - `temperature`: 0 takes the likeliest token, which no filter excludes; higher is more varied.
     - `top_k`: only the k likeliest tokens (0: all). `top_p`: only the likeliest that together reach p (1: all).
     - `min_p`: only tokens at least this fraction as likely as the likeliest (0: all).
     - `repetition_penalty`: above 1 makes tokens of the prompt and the answer so far less likely (arXiv 1909.05858).
     - `seed`: the same seed gives the same tokens; None draws anew each time.
 
-    Raises OptionError for a value outside its range.
+    Raises OptionError for a value of another type or outside its range.
     """
 
     temperature: float = 0.0
@@ -36,12 +39,24 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, read in _TYPES.items():
+            object.__setattr__(self, name, read(getattr(self, name), name))
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1")
+
+
+_TYPES: dict[str, Callable[[Any, str], object]] = {
+    "temperature": number,
+    "top_p": number,
+    "top_k": whole,
+    "min_p": number,
+    "repetition_penalty": number,
+    "seed": partial(optional, whole),
+}
 
 
 def _check(name: str, value: object, good: bool, expected: str) -> None:

@@ -8,7 +8,7 @@ MLX or torch counts as the number that it holds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import OptionError
@@ -77,6 +77,19 @@ def path(value: Any, name: str, expected: str = "a path") -> str:
     if "\0" in found:
         raise refusal(value, name, f"{expected}, without a null character")
     return str(found)
+
+
+def choice(value: Any, name: str, choices: Collection[str]) -> str:
+    """One of some texts."""
+    if isinstance(value, str) and value in choices:
+        return str(value)
+    raise OptionError(f"{name} {shown(value)} is unknown; choose {', '.join(choices)}")
+
+
+def check_function(value: Any, name: str) -> None:
+    """OptionError unless it can be called, or is None."""
+    if value is not None and not callable(value):
+        raise refusal(value, name, "a function")
 
 
 def optional(read: Callable[[Any, str], T], value: Any, name: str) -> T | None:

@@ -16,7 +16,7 @@ from phi3_mlx.conversion.sources import open_source, tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_weights
 from phi3_mlx.quality import compare
-from phi3_mlx.tokenizer import load_tokenizer
+from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
 
 TRAINED = ROOT / "weights" / "tiny-8bit"
 
@@ -87,6 +87,7 @@ def divergence(reference, directory, tokenizer, text):
     return compare(reference, tokenizer, load_model(directory), tokenizer, text, window=128).kl
 
 
+@Tokenizer.register
 @dataclasses.dataclass
 class Letters:
     """A tokenizer of one id a character."""

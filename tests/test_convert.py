@@ -308,7 +308,7 @@ def test_float16_overflows_by_name(tmp_path):
 
     source = write(tmp_path / "source", change=change, dtype=mx.bfloat16)
     text = refusal(CheckpointError, source, tmp_path / "new", dtype="float16", report=False)
-    assert f"{DOWN}.weight has values beyond what float16 holds; --dtype bfloat16" in text
+    assert f"{DOWN}.weight has values beyond what float16 holds; dtype='bfloat16'" in text
     convert(source, tmp_path / "new", dtype="bfloat16", report=False)
 
 
@@ -319,7 +319,7 @@ def test_what_is_not_finite_is_named(tmp_path, value):
 
     source = write(tmp_path / "source", change=change)
     text = refusal(CheckpointError, source, tmp_path / "new", report=False)
-    assert text == f"{DOWN}.weight is not finite in {source} (NaN or infinity); --allow-nan converts it as it is"
+    assert text == f"{DOWN}.weight is not finite in {source} (NaN or infinity); allow_nan=True converts it as it is"
     assert os.listdir(tmp_path) == ["source"]
     convert(source, tmp_path / "new", dequantize=True, allow_nan=True, report=False)
     np.testing.assert_equal(read(tmp_path / "new")[f"{DOWN}.weight"][-1, -1].item(), value)
@@ -340,7 +340,7 @@ def test_finite_is_told_from_the_bits(dtype):
 def test_a_packed_source_is_rounded_again_only_when_asked(tmp_path, source):
     convert(source, tmp_path / "packed", bits=8, group_size=32, report=False)
     text = refusal(OptionError, tmp_path / "packed", tmp_path / "new")
-    assert "is 8-bit already; --dequantize unpacks it, --bits N unpacks it and rounds a second time" in text
+    assert "is 8-bit already; dequantize=True unpacks it, bits=N unpacks it and rounds a second time" in text
     done = convert(tmp_path / "packed", tmp_path / "again", bits=4, report=False)
     assert "is 8-bit already: it was unpacked and rounded a second time" in done.notes[0]
     convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, report=False)
@@ -589,13 +589,13 @@ def test_two_runs_at_once(tmp_path, source):
         ({"mode": "nvfp4", "group_size": 64}, "no such quantization"),
         ({"mode": "int4"}, "mode 'int4' is unknown"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; choose float32, bfloat16, float16"),
-        ({"method": "awq"}, "method 'awq' is unknown; choose round or gptq"),
-        ({"dequantize": True, "bits": 4}, "has no use for --bits"),
-        ({"dequantize": True, "mode": "mxfp4"}, "has no use for --mode"),
-        ({"target_bpw": 4.5, "target_size": "2GB"}, "--target-bpw and --target-size each decide"),
-        ({"target_bpw": 4.5, "bits": 4}, "--target-bpw decides what --bits would"),
-        ({"recipe": "r.json", "group_size": 64}, "--recipe decides what --group-size would"),
-        ({"bits": 4, "calibration": "a text"}, "a calibration text is for --method gptq"),
+        ({"method": "awq"}, "method 'awq' is unknown; choose round, gptq"),
+        ({"dequantize": True, "bits": 4}, "has no use for bits=4"),
+        ({"dequantize": True, "mode": "mxfp4"}, "has no use for mode=mxfp4"),
+        ({"target_bpw": 4.5, "target_size": "2GB"}, "target_bpw=4.5 and target_size=2GB each decide"),
+        ({"target_bpw": 4.5, "bits": 4}, "target_bpw=4.5 decides what bits=4 would"),
+        ({"recipe": "r.json", "group_size": 64}, "recipe=r.json decides what group_size=64 would"),
+        ({"bits": 4, "calibration": "a text"}, "calibration has no effect without method='gptq'"),
         ({"target_size": "2 elephants"}, "'2 elephants' is not a size; give one such as 16GB"),
         ({"target_size": "-2GB"}, "'-2GB' is not a size"),
         ({"group_size": 128, "mode": "affine"}, "groups of 128 divide no layer's width"),
@@ -751,7 +751,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
     done = convert(source, tmp_path / "new")
     assert done.report is None
     assert re.fullmatch(
-        r"no report: it takes about [\d.]+ [GM]B of memory, and 1.0 MB are free; --report .*", done.notes[0]
+        r"no report: it takes about [\d.]+ [GM]B of memory, and 1.0 MB are free; report=True .*", done.notes[0]
     )
     for file in source.glob("tokenizer*"):
         file.unlink()

@@ -171,9 +171,15 @@ def test_unknown_alias(name, near):
     assert "`phi3-mlx models`" in text
 
 
-@pytest.mark.parametrize("name", ["", "llama", "owner name/repository", "owner/repo:4bit", "a\0b"])
+@pytest.mark.parametrize("name", ["", "llama", "owner name/repository", "owner/repo:4bit"])
 def test_no_possible_name(name):
     assert refusal(name).startswith(f"no model {name!r}: ")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"tiny", ["tiny"], ("a model", "a tokenizer"), "a\0b"])
+def test_what_is_no_name(name):
+    with pytest.raises(OptionError, match=r"model is .*; expected the name or directory of a model"):
+        resolve(name)
 
 
 # The cache.

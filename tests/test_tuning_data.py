@@ -109,7 +109,16 @@ def test_holding_out_repeats_and_does_not_overlap(tmp_path):
 
 @pytest.mark.parametrize(
     ("examples", "share", "kept"),
-    [(40, 0.05, 2), (12, 0.05, 1), (12, 0.96, 11), (12, 0.999, 11), (9, 0.05, 0), (9, 0.3, 2), (2, 0.9, 1), (1, 0.9, 0)],
+    [
+        (40, 0.05, 2),
+        (12, 0.05, 1),
+        (12, 0.96, 11),
+        (12, 0.999, 11),
+        (9, 0.05, 0),
+        (9, 0.3, 2),
+        (2, 0.9, 1),
+        (1, 0.9, 0),
+    ],
 )
 def test_holding_out_leaves_something_to_train_on(examples, share, kept):
     records = [Record(f"memory:{n}", None, "a ball") for n in range(examples)]

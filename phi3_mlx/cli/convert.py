@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Pulse, read_text
+from .options import Pulse, in_options, read_text
 
 if TYPE_CHECKING:
     from ..conversion import Conversion
@@ -120,7 +120,7 @@ def _describe(done: Conversion) -> None:
 
         Console().print(table(done.report))
     for note in done.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {in_options(note, click.get_current_context().command)}", err=True)
     if done.kept:
         click.echo(f"note: kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}", err=True)
     click.echo(f"{done.path}: {size_text(done.bytes)}, {done.bits_per_weight:.2f} bits a weight", err=True)

@@ -133,7 +133,7 @@ class MemoryOptions:
     """How the cache is packed, and whether a run that does not fit is tried; by `generate`'s names."""
 
     kv_bits: tuple[int, int] | None
-    kv_group_size: int
+    kv_group_size: int | None
     force: bool
 
     def bits(self) -> KVBits | None:
@@ -190,9 +190,7 @@ def memory_options(function: F) -> F:
             click.option(
                 "--kv-group-size",
                 type=int,
-                default=32,
-                show_default=True,
-                help="Packed numbers that share a scale: 32 or 64.",
+                help="Packed numbers that share a scale: 32 or 64.  [default: 32]",
             ),
             within_memory,
             force_memory,
@@ -220,6 +218,10 @@ class SamplingOptions:
         from ..sampling import Sampling
 
         check_limits(self.max_tokens, self.stop, self.lookup)
+        for name, value, off in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
+            if self.temperature == 0 and value != off:
+                option = f"--{name.replace('_', '-')}"
+                click.echo(f"note: {option} changes nothing at --temperature 0, where the likeliest is taken", err=True)
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 

@@ -52,7 +52,7 @@ class CheckedSource:
             return array
         array = array.astype(to_mlx(wanted))
         if wanted == "F16":
-            self._check(name, array, "has values beyond what float16 holds; --dtype bfloat16 holds them")
+            self._check(name, array, "has values beyond what float16 holds; dtype='bfloat16' holds them")
         return array
 
     def write_extras(self, directory: Path) -> None:
@@ -60,7 +60,7 @@ class CheckedSource:
 
     def _check(self, name: str, array: mx.array, why: str) -> None:
         if not self._allow_nan and not is_finite(array):
-            raise CheckpointError(f"{name} {why}; --allow-nan converts it as it is")
+            raise CheckpointError(f"{name} {why}; allow_nan=True converts it as it is")
 
 
 def is_finite(array: mx.array) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .. import values
 from ..atomic import check_destination, new_directory
 from ..checkpoint import DTYPES
 from ..config import read_json
@@ -95,8 +96,23 @@ def convert(
     (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute).
     """
     refuse_fork()
-    destination = Path(destination)
+    source = values.path(source, "source", "a model's name, directory or GGUF file")
+    destination = Path(values.path(destination, "destination"))
+    bits, group_size = (
+        values.optional(values.whole, value, name) for name, value in (("bits", bits), ("group_size", group_size))
+    )
+    target_bpw = values.optional(values.number, target_bpw, "target_bpw")
+    dequantize, force = values.flag(dequantize, "dequantize"), values.flag(force, "force")
+    allow_nan, report = values.flag(allow_nan, "allow_nan"), values.optional(values.flag, report, "report")
+    calibration = values.optional(values.text, calibration, "calibration")
+    text = values.optional(values.text, text, "text")
+    values.check_function(progress, "progress")
+    if recipe is not None and not isinstance(recipe, Mapping):
+        recipe = values.path(recipe, "recipe", "a JSON file, or what it holds")
     _check_options(bits, group_size, mode, dtype, dequantize, target_bpw, target_size, recipe, method)
+    if text is not None and (report is False or (dequantize and not report)):
+        asks = "; report=True asks for one" if report is None else ""
+        raise OptionError(f"text has no effect where no report is made{asks}; leave it out")
     wanted = uniform(bits, group_size, mode)  # refuses what mlx does not have
     path = _resolve(source, revision)
     _check_places(path, destination, force)
@@ -109,20 +125,23 @@ def convert(
     if keeps:
         wanted = _recipe_of_blocks(opened)
         but = "" if dtype in (None, "float16", "float32") else f", but for their scales, rounded to {dtype}"
-        notes.append(f"the blocks of {opened.name} are kept as they are{but}; --bits N rounds them a second time")
+        notes.append(f"the blocks of {opened.name} are kept as they are{but}; bits=N rounds them a second time")
         others = [
             path for path, own in wanted.items() if isinstance(own, dict) and f"{path}.weight" not in opened.blocks
         ]
         if others:
             notes.append(
-                f"{len(others)} matrices of other types are rounded to 8 bits ({others[0]}, ...); not with --dequantize"
+                f"{len(others)} matrices of other types are rounded to 8 bits ({others[0]}, ...); "
+                "not with dequantize=True"
             )
     # float16 holds the scales of GGUF's blocks exactly.
     dtype = dtype or ("float16" if keeps else _own_dtype(opened.config))
     read = CheckedSource(opened, dtype=dtype, allow_nan=allow_nan)
     fitted = method == "gptq" or target_bpw is not None or target_size is not None
     if calibration is not None and not fitted:
-        raise OptionError("a calibration text is for --method gptq, --target-bpw and --target-size; leave it out")
+        raise OptionError(
+            "calibration has no effect without method='gptq', target_bpw=X or target_size=SIZE; leave it out"
+        )
     ids = _calibration_ids(read, calibration) if fitted else []
     chosen: Recipe | None = None if dequantize else wanted
     where = opened.name
@@ -204,7 +223,7 @@ def _report(
     needed, available = memory_needed(source, size), room()
     if only_if_it_fits and needed > available:
         raise MemoryLimitError(
-            f"it takes about {size_text(needed)} of memory, and {size_text(available)} are free; --report makes "
+            f"it takes about {size_text(needed)} of memory, and {size_text(available)} are free; report=True makes "
             "it nonetheless"
         )
     return write_report(
@@ -228,29 +247,30 @@ def _check_options(
     method: str,
 ) -> None:
     """OptionError for options that contradict each other; the first of them is named."""
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
-    if method not in ("round", "gptq"):
-        raise OptionError(f"method {method!r} is unknown; choose round or gptq")
+    if dtype is not None:
+        values.choice(dtype, "dtype", DTYPES)
+    values.choice(method, "method", ("round", "gptq"))
     given = {
         "bits": bits,
-        "group-size": group_size,
-        "mode": None if mode == "affine" else mode,
-        "target-bpw": target_bpw,
-        "target-size": target_size,
-        "recipe": recipe,
+        "group_size": group_size,
+        "mode": None if mode == "affine" else values.text(mode, "mode"),
+        "target_bpw": target_bpw,
+        "target_size": target_size,
+        "recipe": "FILE" if isinstance(recipe, Mapping) else recipe,
         "method": None if method == "round" else method,
     }
-    names = [name for name, value in given.items() if value is not None]
-    if dequantize and names:
-        raise OptionError(f"--dequantize writes plain weights, so it has no use for --{names[0]}; leave one out")
-    plans = [name for name in names if name in ("target-bpw", "target-size", "recipe")]
+    named = {name: f"{name}={value}" for name, value in given.items() if value is not None}
+    if dequantize and named:
+        raise OptionError(
+            f"dequantize=True writes plain weights, so it has no use for {next(iter(named.values()))}; leave one out"
+        )
+    plans = [name for name in named if name in ("target_bpw", "target_size", "recipe")]
     if len(plans) > 1:
-        raise OptionError(f"--{plans[0]} and --{plans[1]} each decide the bits of every layer; leave one out")
-    decided = ("bits", "group-size", "mode") if recipe is not None else ("bits", "mode")
-    clash = next((name for name in decided if plans and name in names), None)
+        raise OptionError(f"{named[plans[0]]} and {named[plans[1]]} each decide the bits of every layer; leave one out")
+    decided = ("bits", "group_size", "mode") if recipe is not None else ("bits", "mode")
+    clash = next((name for name in decided if plans and name in named), None)
     if clash:
-        raise OptionError(f"--{plans[0]} decides what --{clash} would; leave one out")
+        raise OptionError(f"{named[plans[0]]} decides what {named[clash]} would; leave one out")
     if target_size is not None:
         parse_size(target_size)
 
@@ -292,7 +312,7 @@ def _about_packed(source: Source, dequantize: bool, asked: bool) -> list[str]:
     now = f"{source.quantization.get('bits', '?')}-bit"
     if not asked:
         raise OptionError(
-            f"{source.name} is {now} already; --dequantize unpacks it, --bits N unpacks it and rounds a second time"
+            f"{source.name} is {now} already; dequantize=True unpacks it, bits=N unpacks it and rounds a second time"
         )
     return [
         f"{source.name} is {now} already: it was unpacked and rounded a second time, which costs quality; "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..values import flag, refusal
+from ..values import check_function, flag
 from . import run
 from .settings import Settings
 
@@ -125,8 +125,7 @@ def tune(
         }
     )
     for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
-        if call is not None and not callable(call):
-            raise refusal(call, name, "a function")
+        check_function(call, name)
     return run.start(
         settings,
         resume=flag(resume, "resume"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import hub
+from .. import hub, values
 from ..atomic import check_destination, new_directory
 from ..checkpoint import DTYPES, load_model, read_arrays
 from ..config import read_json
@@ -68,7 +68,11 @@ def fuse(
     layers in `bits` if given (5, 6 or 8 keep more of the adapter), or unpacked with `dequantize`. `text` is what the
     measurement reads, a bundled sample by default. Raises AdapterError, OptionError and what `load` raises.
     """
-    folder = Path(adapter).expanduser()
+    folder, output = Path(values.path(adapter, "adapter")).expanduser(), values.path(output, "output")
+    dequantize, force = values.flag(dequantize, "dequantize"), values.flag(force, "force")
+    bits, text = values.optional(values.whole, bits, "bits"), values.optional(values.text, text, "text")
+    if dtype is not None:
+        values.choice(dtype, "dtype", DTYPES)
     check_destination(Path(output), force=force)
     tensors, config = read_adapter(folder)
     if model is None:
@@ -85,6 +89,8 @@ def fuse(
         source.adapters = make_adapters(folder, tensors, config, loaded)
     planned = source.planned()
     kept = None
+    if text is not None and not (source.is_packed and source.adapters):
+        raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")
     if source.is_packed and source.adapters:
         kept = _Effect(loaded, Adapters(loaded, base), folder, _tokenizer(directory), text)
     del loaded
@@ -111,9 +117,9 @@ class _Source:
         self._quantization = self._raw.get("quantization")
         self.is_packed = self._quantization is not None and not dequantize
         if bits is not None and not self.is_packed:
-            raise OptionError("bits are for packed models, and this one is written in floats; leave --bits out")
+            raise OptionError("bits is for packed models, and this one is written in floats; leave it out")
         if dtype is not None and self.is_packed:
-            raise OptionError("dtype is for floats, and this model stays packed; give --dequantize as well")
+            raise OptionError("dtype is for floats, and this model stays packed; give dequantize=True as well")
         own = self._raw.get("torch_dtype") or self._raw.get("dtype")
         self._dtype = dtype or (own if own in DTYPES else None)
         self._given_dtype = dtype

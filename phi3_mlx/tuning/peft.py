@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-from .. import hub
+from .. import hub, values
 from ..atomic import check_destination, new_directory
 from ..checkpoint import load_model
 from ..config import Config
@@ -62,7 +62,9 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
 
     Raises AdapterError for settings that cannot be honoured and tensors that do not fit the model.
     """
-    source, output = Path(source).expanduser(), Path(output).expanduser()
+    source, output = (
+        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
+    )
     check_destination(output, fault=AdapterError)
     raw, tensors = _read(source)
     directory = hub.resolve(model, revision)
@@ -159,7 +161,9 @@ def export_peft(
     `split` makes q, k, v, gate and up of the fused layers, for models that have them apart. `model` is the base, by
     default the one that the adapter names. Raises AdapterError.
     """
-    source, output = Path(source).expanduser(), Path(output).expanduser()
+    source, output = (
+        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
+    )
     check_destination(output, fault=AdapterError)
     tensors, config = read_adapter(source)
     if config.get("fine_tune_type") == "full":

@@ -20,7 +20,7 @@ from ..checkpoint import DTYPES
 from ..errors import OptionError
 from ..files import read_text
 from ..memory import parse_size
-from ..values import flag, number, path, refusal, shown, text, texts, whole
+from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
 from .batches import Order
 from .examples import Overflow, TrainOn
 
@@ -161,8 +161,8 @@ class Settings:
             value, choices, within = getattr(self, one.name), one.metadata.get("choices"), one.metadata["within"]
             if value is None:
                 continue
-            if choices and value not in choices:
-                raise OptionError(f"{one.name} {shown(value)} is unknown; choose {', '.join(choices)}")
+            if choices:
+                choice(value, one.name, choices)
             if isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:  # NaN is not
                 raise OptionError(f"{one.name} {value} is no number to train with; give a finite one")
             if within and not within[0](value):
