@@ -1,8 +1,10 @@
 """What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
 
+import functools
 import json
 import os
 import platform
+import re
 import signal
 import time
 from datetime import datetime, timezone
@@ -32,8 +34,18 @@ LONG = os.environ.get("PHI3_MLX_TEST_LONG") == "1"
 _STARTED = time.monotonic()
 
 
+_ORACLES = re.compile(r"""importorskip\("(torch|transf|peft|trl)|make_torch|reference_steps|import (torch|peft)""")
+
+
+@functools.cache
+def _is_live(path):
+    return _ORACLES.search(path.read_text(encoding="utf-8")) is not None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if _is_live(item.path):
+            item.add_marker("live")
         if item.get_closest_marker("long") and not LONG:
             item.add_marker(pytest.mark.skip(reason="takes long; `make test-long` runs it"))
 

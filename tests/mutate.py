@@ -129,7 +129,8 @@ def apply(source: str, node: ast.AST, other: ast.AST) -> str:
     return b"".join(lines).decode()
 
 
-def noticed(tree: Path, files: list[str]) -> bool:
+def noticed(tree: Path, files: list[str]) -> str | None:
+    """What the first test said that failed, None if none did."""
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
     for file in files:
@@ -143,10 +144,10 @@ def noticed(tree: Path, files: list[str]) -> bool:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return True
+            return f"{file} took more than {_SECONDS} seconds"
         if done.returncode:
-            return True
-    return False
+            return done.stdout.decode()[-2000:]
+    return None
 
 
 def main() -> None:
@@ -163,8 +164,8 @@ def main() -> None:
         for module in given.modules:
             file = tree / "phi3_mlx" / f"{module}.py"
             source, started = file.read_text(), time.monotonic()
-            if noticed(tree, TESTS[module]):
-                sys.exit(f"the tests of {module} fail without a mutant")
+            if said := noticed(tree, TESTS[module]):
+                sys.exit(f"the tests of {module} fail without a mutant:\n{said}")
             found = mutants(source)
             drawn = random.Random(f"{given.seed} {module}").sample(found, min(given.mutants, len(found)))
             alive = 0
@@ -172,7 +173,7 @@ def main() -> None:
                 mutant = apply(source, node, other)
                 compile(mutant, str(file), "exec")
                 file.write_text(mutant)
-                if not noticed(tree, TESTS[module]):
+                if noticed(tree, TESTS[module]) is None:
                     alive += 1
                     lines = list(difflib.unified_diff(source.splitlines(), mutant.splitlines(), "", "", "", "", 0))[2:]
                     survivors.append({"module": module, "change": lines})
