@@ -8,16 +8,11 @@ Where the assistant's own words begin and end is found in the same way, by a sec
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from .errors import ChatError
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 Message = Mapping[str, str]
 
@@ -124,7 +119,7 @@ def _prepare(
     notify: Callable[[str], None] | None,
 ) -> tuple[list[Message], Callable[[Sequence[Message]], str], str]:
     """The messages checked and folded, the function that renders them, and a guard that fits them."""
-    template = _compile(tokenizer.chat_template or _built_in(tokenizer))
+    template = _template(tokenizer)
     messages = [_checked(message, number) for number, message in enumerate(messages, 1)]
     if not messages:
         raise ChatError("the list of messages is empty: give at least one user message")
@@ -226,8 +221,13 @@ def _guard(tokenizer: Tokenizer, message: Message, private: str) -> Message:
     return {key: kept.break_up(value, private) for key, value in message.items()}
 
 
-def _built_in(tokenizer: Tokenizer) -> str:
-    """A template that fits the control tokens of the vocabulary."""
+def _template(tokenizer: Tokenizer) -> str:
+    """The template's source: the model's own, else one that fits the control tokens of the vocabulary."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    if tokenizer.named_templates:
+        names = ", ".join(sorted(tokenizer.named_templates))
+        raise ChatError(f"the model has chat templates named {names}, and none named default: send raw text")
     known = tokenizer.added_tokens
     if "<|im_sep|>" in known:
         return _PHI4
@@ -238,47 +238,8 @@ def _built_in(tokenizer: Tokenizer) -> str:
     raise ChatError("the model has no chat template, and its tokens are not those of a Phi chat model: send raw text")
 
 
-def _render(
-    template: "Template", tokenizer: Tokenizer, add_generation_prompt: bool, messages: Sequence[Message]
-) -> str:
-    names = {
-        "bos_token": tokenizer.bos_token_id,
-        "eos_token": tokenizer.eos_token_id,
-        "pad_token": tokenizer.pad_token_id,
-    }
-    tokens = {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in names.items()}
-    try:
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-    except Exception as error:  # a template is a program and may fail in any way
-        raise ChatError(f"the chat template cannot render these messages: {_one_line(error)}") from None
+def _render(source: str, tokenizer: Tokenizer, add_generation_prompt: bool, messages: Sequence[Message]) -> str:
+    from . import template  # brings jinja2
 
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> "Template":
-    """A template in a sandbox, with the block trimming and the functions that transformers gives it."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    # Jinja's own would write < and > as \u003c and \u003e, for web pages.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__
+    names = {**tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
+    return template.render(source, messages, names)

@@ -111,6 +111,7 @@ COMPANIONS = (
     "merges.txt",
     "*.tiktoken",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")

@@ -46,11 +46,14 @@ def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
     tokenizer.bos_token_id = _named_id(tokenizer, names, "bos_token")
     tokenizer.eos_token_id = _named_id(tokenizer, names, "eos_token")
     tokenizer.pad_token_id = _named_id(tokenizer, names, "pad_token")
+    tokenizer.special_tokens = _special_tokens(tokenizer, names)
     if "add_bos_token" in config:
         tokenizer.add_bos_token = given.flag("add_bos_token", False)
     elif isinstance(tokenizer, JsonTokenizer):  # transformers 5 leaves the key out when it saves
         tokenizer.add_bos_token = tokenizer.frame()[:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = _chat_template(directory, config)
+    templates = _chat_templates(directory, config)
+    tokenizer.chat_template = templates.pop("default", None)
+    tokenizer.named_templates = templates
     tokenizer.stop_ids = frozenset(_stop_ids(directory, tokenizer))
     return tokenizer
 
@@ -111,27 +114,45 @@ def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
     return next((found for name in _USUAL[role] if (found := tokenizer.token_to_id(name)) is not None), None)
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """From chat_template.jinja, else chat_template.json, else tokenizer_config.json (of several, "default")."""
-    source = directory / "chat_template.jinja"
-    if source.exists():
-        try:
-            return files.read_text(source)
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{source} is not readable: {error}") from None
-    source = directory / "chat_template.json"
-    template = _read_json(source).get("chat_template")
-    if template is None:
-        source = directory / "tokenizer_config.json"
-        template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+def _special_tokens(tokenizer: Tokenizer, names: Fields) -> dict[str, str]:
+    """What a chat template knows by name: `bos_token`, `eos_token`, `unk_token` and whatever else the files name so."""
+    usual = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    found = {role: tokenizer.id_to_token(i) for role, i in usual.items() if i is not None and role not in names.raw}
+    extra = names.raw.get("extra_special_tokens")
+    named = {key: value for key, value in names.raw.items() if key.endswith("_token")}
+    for key, value in (named | (extra if isinstance(extra, dict) else {})).items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[key] = content
+    return {role: content for role, content in found.items() if content is not None}
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat templates by name, "default" among them where there is one.
+
+    From chat_template.jinja, else chat_template.json, else tokenizer_config.json, which may list several; and from
+    additional_chat_templates/NAME.jinja.
+    """
+    found: dict[str, str] = {}
+    main = directory / "chat_template.jinja"
+    if not main.exists():
+        source = directory / "chat_template.json"
+        template = _read_json(source).get("chat_template")
         if template is None:
-            raise TokenizerError(f"{source} lists chat templates, but none of them is named default")
-    if not isinstance(template, str | None):
-        raise TokenizerError(f"{source} has a chat_template that is no text")
-    return template
+            source, template = directory / "tokenizer_config.json", config.get("chat_template")
+        for entry in template if isinstance(template, list) else [{"name": "default", "template": template}]:
+            name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+            if isinstance(name, str) and isinstance(text, str):
+                found[name] = text
+            elif template is not None:
+                raise TokenizerError(f"{source} has a chat_template that is no text: {shorten(entry)}")
+    for path in [main, *sorted(directory.glob("additional_chat_templates/*.jinja"))]:
+        try:
+            if path != main or path.exists():
+                found["default" if path == main else path.stem] = files.read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{path} is not readable: {error}") from None
+    return found
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:

@@ -51,6 +51,8 @@ class Tokenizer(ABC):
         stop_ids: ids that end a generation, see `load_tokenizer`.
         add_bos_token: whether a prompt begins with `bos_token_id`; `encode` itself never adds it.
         chat_template: the model's own Jinja template, None where its files have none.
+        named_templates: its other ones by name, "tool_use" say.
+        special_tokens: the tokens that a template knows by name, `bos_token` and the like.
     """
 
     bos_token_id: int | None = None
@@ -58,6 +60,8 @@ class Tokenizer(ABC):
     pad_token_id: int | None = None
     add_bos_token: bool = False
     chat_template: str | None = None
+    named_templates: Mapping[str, str] = {}
+    special_tokens: Mapping[str, str] = {}
     stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, size: int, added: Iterable[AddedToken]):

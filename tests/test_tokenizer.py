@@ -381,6 +381,37 @@ def test_where_the_chat_template_comes_from(tmp_path: Path):
     assert template() == "from jinja\n"
 
 
+def test_other_chat_templates_have_names(tmp_path: Path):
+    """Of a list in tokenizer_config.json, or of files, which hold instead of it."""
+    listed = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    copy_of(TINY, tmp_path, chat_template=listed)
+    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    assert (tokenizer.chat_template, tokenizer.named_templates) == ("d", {"tool_use": "t"})
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("from a folder", encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    assert tokenizer.named_templates == {"tool_use": "t", "rag": "from a folder"}
+    (tmp_path / "chat_template.jinja").write_text("j", encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    assert (tokenizer.chat_template, tokenizer.named_templates) == ("j", {"rag": "from a folder"})
+    (tmp_path / "additional_chat_templates" / "bad.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"bad\.jinja is not readable"):
+        load_tokenizer(tmp_path, backend="sentencepiece")
+
+
+def test_what_a_chat_template_knows_by_name(tmp_path: Path):
+    """Every token that the files name, as transformers gives them; an absent one has no name."""
+    tokens = {"bos_token": None, "eos_token": {"content": "<|end|>"}, "image_token": "<|image|>", "add_bos_token": False}
+    copy_of(TINY, tmp_path, **tokens, extra_special_tokens={"audio_token": "<|audio|>"})
+    named = load_tokenizer(tmp_path, backend="sentencepiece").special_tokens
+    assert {name: named.get(name) for name in ("bos_token", "eos_token", "image_token", "audio_token")} == {
+        "bos_token": None, "eos_token": "<|end|>", "image_token": "<|image|>", "audio_token": "<|audio|>"
+    }  # fmt: skip
+    assert "add_bos_token" not in named
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path, backend="sentencepiece").special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
 # -------------------------------------------------------------------------------------- bad material
 
 DAMAGED = [
@@ -393,7 +424,7 @@ DAMAGED = [
     ("tokenizer_config.json", b"\xff\xfe", "not valid JSON"),
     ("tokenizer_config.json", b"[]", "holds an empty list, not a JSON object"),
     ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template that is no text"),
-    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag"}]}', "none of them is named default"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag"}]}', "chat_template that is no text: .*rag"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "x is .* expected a token's id"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {}}}', "4000.content is missing"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {"content": ""}}}', "4000 is .* and its content"),

@@ -122,7 +122,9 @@ class DirectorySource:
     def write_extras(self, directory: Path) -> None:
         for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern)}):
             if not file.is_dir():
-                shutil.copyfile(_own(file), directory / file.name)
+                copy = directory / file.relative_to(self._directory)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(_own(file), copy)
 
     def _part(self, name: str) -> mx.array:
         packing = self._packings.get(name)
