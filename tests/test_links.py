@@ -163,3 +163,15 @@ def test_a_folder_that_looks_like_blobs_is_none(model, tmp_path):
     (plain / "LICENSE").symlink_to("../../blobs/secret")
     with pytest.raises(CheckpointError, match="outside the model's directory"):
         convert(plain, tmp_path / "out", dequantize=True, report=False)
+
+
+def test_chat_templates_in_a_folder_are_copied_but_not_through_a_linked_one(model, tmp_path):
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("t", encoding="utf-8")
+    convert(model, tmp_path / "out", dequantize=True, report=False)
+    assert load_tokenizer(tmp_path / "out").named_templates == {"tool_use": "t"}
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="outside the model's directory"):
+        convert(model, tmp_path / "again", dequantize=True, report=False)

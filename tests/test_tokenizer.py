@@ -401,7 +401,12 @@ def test_other_chat_templates_have_names(tmp_path: Path):
 
 def test_what_a_chat_template_knows_by_name(tmp_path: Path):
     """Every token that the files name, as transformers gives them; an absent one has no name."""
-    tokens = {"bos_token": None, "eos_token": {"content": "<|end|>"}, "image_token": "<|image|>", "add_bos_token": False}
+    tokens = {
+        "bos_token": None,
+        "eos_token": {"content": "<|end|>"},
+        "image_token": "<|image|>",
+        "add_bos_token": False,
+    }
     copy_of(TINY, tmp_path, **tokens, extra_special_tokens={"audio_token": "<|audio|>"})
     named = load_tokenizer(tmp_path, backend="sentencepiece").special_tokens
     assert {name: named.get(name) for name in ("bos_token", "eos_token", "image_token", "audio_token")} == {

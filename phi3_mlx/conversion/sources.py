@@ -124,7 +124,7 @@ class DirectorySource:
             if not file.is_dir():
                 copy = directory / file.relative_to(self._directory)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(_own(file), copy)
+                shutil.copyfile(_own(file, self._directory), copy)
 
     def _part(self, name: str) -> mx.array:
         packing = self._packings.get(name)
@@ -204,13 +204,13 @@ class DirectorySource:
             )
 
 
-def _own(file: Path) -> Path:
-    """The regular file that a file of a model directory is. CheckpointError if it is not the model's own.
+def _own(file: Path, directory: Path) -> Path:
+    """The regular file that a file of a model's directory is. CheckpointError if it is not the model's own.
 
     Whoever made the directory may have linked to anything that the user can read, and the result may be published.
     A link may lead into the directory, and from a snapshot of the hub's cache to the blobs of that repository.
     """
-    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(directory))
     repository = home.parent.parent
     places = [home]
     if home.parent.name == "snapshots" and repository.name.startswith("models--"):
