@@ -26,6 +26,7 @@ _METAVARS = {
     "output": "DIR",
     "revision": "REV",
     "valid": "FILE",
+    "from_adapter": "DIR",
     "layers": "RANGE",
     "memory": "SIZE",
 }

@@ -32,6 +32,7 @@ def tune(
     valid: str | Path | None = None,
     holdout: float | None = None,
     method: str | None = None,
+    from_adapter: str | Path | None = None,
     rank: int | None = None,
     alpha: float | None = None,
     rslora: bool | None = None,
@@ -74,6 +75,9 @@ def tune(
     usual value: method "lora" with rank 8, alpha 16 and no dropout on all layers, 3 epochs, weight decay 0.01, 5 % of
     the examples held out, answers to samples of 64 tokens. What is given and would do nothing is refused.
 
+    `from_adapter` is an adapter's folder to train on from, with an optimizer of its own and perhaps other data: method,
+    rank, alpha and layers are the adapter's, and others are refused.
+
     `resume` goes on with the interrupted run in `output`, which ends with the weights of one that was never
     interrupted. `force` tries a run that does not fit in memory. `notify` gets sentences about the data, which
     `Result.notes` keeps; without it those about examples that were left out or cut are Python warnings. `on_step` gets
@@ -81,7 +85,8 @@ def tune(
 
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
     MemoryLimitError (numbers, and arguments that would fit), TrainingError (no number; another run's checkpoint or
-    folder), and what `load` raises. Ctrl-C saves and returns a Result whose `interrupted` is True.
+    folder), AdapterError (of `from_adapter`) and what `load` raises. Ctrl-C saves and returns a Result whose
+    `interrupted` is True.
     """
     settings = Settings.of(
         {
@@ -92,6 +97,7 @@ def tune(
             "valid": valid,
             "holdout": holdout,
             "method": method,
+            "from_adapter": from_adapter,
             "rank": rank,
             "alpha": alpha,
             "rslora": rslora,

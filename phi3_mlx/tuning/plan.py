@@ -65,12 +65,18 @@ def plan_memory(
     lengths: Sequence[int],
     trained: Sequence[int],
     ranks: int = 1,
+    *,
+    numbers: int | None = None,
 ) -> MemoryPlan:
-    """The plan of a run over examples of these lengths (tokens read of each), so many of which are trained."""
+    """The plan of a run over examples of these lengths (tokens read of each), so many of which are trained.
+
+    `numbers`: how many numbers of the model or an adapter are trained, if `settings` do not say so.
+    """
     full = settings.method == "full"
     dtype = training_dtype(settings)
     item = computed_size(config, dtype)
-    numbers = trained_numbers(config, settings, find_weights(directory).tensors)
+    if numbers is None:
+        numbers = trained_numbers(config, settings, find_weights(directory).tensors)
     kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
     own = numbers * (item if full else 4)
     gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before

@@ -38,6 +38,7 @@ from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
 from .log import Log, plot_losses
 from .lora import Adapter, attach
+from .onward import Start, attach_start, read_start
 from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
 from .settings import HOLDOUT, Settings, from_stored, no_effect
 from .targets import find_targets
@@ -94,6 +95,7 @@ class Prepared:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]  # those of the notes that say what is not trained on as it stands
     way_out: str  # what would make it fit, if it does not
+    start: Start | None  # the adapter that it begins with
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,12 +105,13 @@ class Prepared:
             "base model": self.base.fingerprint,
             "training data": self.train.fingerprint(),
             "validation data": self.valid.fingerprint(),
+            "adapter to begin with": None if self.start is None else self.start.fingerprint,
             "setting": settings,
         }
 
 
 # By content, or of no consequence.
-_FREE = ("output", "model", "data", "valid", "holdout", "revision", "memory", "tensorboard")
+_FREE = ("output", "model", "data", "valid", "holdout", "from_adapter", "revision", "memory", "tensorboard")
 
 
 def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
@@ -138,6 +141,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     elif settings.max_length > context:
         raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
+    base = base_of(directory, settings.model, settings.revision)
+    start = None if settings.from_adapter is None else read_start(settings, config, base)
     if splits.valid and settings.holdout not in (0, HOLDOUT):
         raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
     if not splits.valid and settings.holdout:
@@ -155,10 +160,12 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             if getattr(settings, name):
                 why = "without validation: no examples are left for it, so give more, or some in valid=FILE"
                 raise no_effect(name, getattr(settings, name), why)
-    replan = lambda changed: plan_memory(directory, config, changed, *sizes(train, changed), ranks)  # noqa: E731
+    numbers = None if start is None else start.numbers
+    replan = lambda changed: plan_memory(  # noqa: E731
+        directory, config, changed, *sizes(train, changed), ranks, numbers=numbers
+    )
     gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
-    base = base_of(directory, settings.model, settings.revision)
     warned = (
         *(_LOST_UPDATES if settings.method == "full" and settings.dtype == "bfloat16" else ()),
         *dict.fromkeys([*train.notes, *valid.notes]),
@@ -168,7 +175,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     notes = (*splits.notes, *warned)
     limit = memory_limit(settings, available)
     way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
-    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, warned, way_out)
+    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, warned, way_out, start)
     for note in notes:
         if notify:
             notify(note)
@@ -181,7 +188,7 @@ def _absolute(settings: Settings) -> Settings:
     """Paths made independent of the working folder, so that a run can be resumed from another."""
     paths = {
         name: os.path.abspath(os.path.expanduser(v))
-        for name in ("data", "valid", "output")
+        for name in ("data", "valid", "output", "from_adapter")
         if (v := getattr(settings, name))
     }
     if os.path.isdir(os.path.expanduser(settings.model)) and settings.model != "tiny":
@@ -229,6 +236,8 @@ def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     settings = prepared.settings
     model = load_model(prepared.directory, dtype=training_dtype(settings))
     mx.random.seed(settings.seed)
+    if prepared.start is not None:
+        return model, attach_start(model, prepared.start, settings.dropout)
     if settings.method == "full":
         model.unfreeze()
         return model, {}

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,10 @@ from ..errors import OptionError
 from ..files import read_text
 from ..memory import parse_size
 from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
+from .adapters import read_config_of, trained_on
 from .batches import Order
 from .examples import Overflow, TrainOn
+from .onward import decided_by
 
 if TYPE_CHECKING:
     import yaml
@@ -88,6 +91,9 @@ class Settings:
     )
 
     method: str = _option("lora", "What is trained; full needs an unquantized model.", choices=METHODS)
+    from_adapter: str | None = _option(
+        None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path
+    )
     rank: int = _option(8, "Components of every low-rank change.", _SOME)
     alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
     rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
@@ -149,7 +155,7 @@ class Settings:
             if name in given and given[name] is None:
                 raise OptionError(f"{name} is None; name it")
         given = {name: value for name, value in given.items() if value is not None}
-        settings = cls(**given).check()
+        settings = cls(**{**_decided(given), **given}).check()
         for name, why in settings._without_effect():
             if name in given and getattr(settings, name):
                 raise no_effect(name, given[name], why)
@@ -198,6 +204,22 @@ def no_effect(name: str, value: Any, why: str) -> OptionError:
     """That a setting was given and would do nothing."""
     what = f"{name} {shown(value)}" if isinstance(value, int | float | str) else name
     return OptionError(f"{what} has no effect {why}; leave it out")
+
+
+def _decided(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the adapter that a run begins with decides. Raises OptionError where another value is given."""
+    if "from_adapter" not in given:
+        return {}
+    directory = Path(os.path.expanduser(path(given["from_adapter"], "from_adapter")))
+    decided = decided_by(directory)
+    if "model" not in given:
+        decided["model"], decided["revision"] = trained_on(directory, read_config_of(directory), given.get("revision"))
+    for one in fields(Settings):
+        if one.name in decided and one.name in given and one.name not in ("dropout", "revision"):
+            value, own = _typed(one, given[one.name], one.name), decided[one.name]
+            if not (math.isclose(value, own, rel_tol=1e-6) if isinstance(own, float) else value == own):
+                raise OptionError(f"{one.name} {shown(value)} is not that of {directory}, {shown(own)}; leave it out")
+    return decided
 
 
 def read_settings(path: Path) -> dict[str, Any]:
