@@ -15,6 +15,8 @@ from . import files
 from .errors import CheckpointError, ConfigError, Phi3Error
 from .fields import kind_of, shorten
 
+# transformers 5 writes `rope_parameters` with theta and friends inside, older files `rope_scaling`.
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
 _MOST_OF_ALL = 2**31 - 1  # MLX counts in 32 bits
 # Ten times and more what any model has: what is made before the weights are looked at stays small.
 _MOST = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "num_local_experts": 1024} | dict.fromkeys(
@@ -195,12 +197,10 @@ class Reader:
 
     def __init__(self, raw: Mapping[str, Any], source: str):
         self.raw, self.source = raw, source
-        # transformers 5 writes `rope_parameters` with theta and friends inside; older files `rope_scaling`.
-        given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
-        if len(given) == 2 and raw[given[0]] != raw[given[1]]:
-            self.fail("rope_parameters and rope_scaling are both given and differ; remove one of them")
-        self.rope_key = given[0] if given else "rope_scaling"
-        rope = raw[self.rope_key] if given else {}
+        # One of them at most has something in it: of two `models.parse_config` makes two readers.
+        self.rope_key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        rope = next((raw[key] for key in ROPE_KEYS if raw.get(key)), raw.get("rope_scaling"))
+        rope = {} if rope is None else rope
         if not isinstance(rope, Mapping):
             self.fail(f"{self.rope_key} is {shorten(rope)}, expected an object or null")
         self.rope: Mapping[str, Any] = rope
@@ -232,8 +232,9 @@ class Reader:
         """ConfigError for a key that is given and has none of the values that the member computes."""
         for key, allowed in must_be.items():
             value = self.raw.get(key)
-            # MLX conversions repeat their own `quantization` under the Hugging Face key.
-            repeated = key == "quantization_config" and value == self.raw.get("quantization")
+            # Without a method it is MLX's repetition of `quantization`, which nobody reads, and which some tools leave
+            # when they unpack a model. Packed weights without `quantization` are refused when they are found.
+            repeated = key == "quantization_config" and isinstance(value, Mapping) and "quant_method" not in value
             if value is not None and value not in allowed and not repeated:
                 kind = self.raw["model_type"]
                 self.fail(f"{key} {shorten(value)} is not supported for {kind}, so its outputs would be wrong")
@@ -279,7 +280,8 @@ class Reader:
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is not None and not isinstance(dtype, str):
             self.fail(f"torch_dtype is {shorten(dtype)}, expected a name such as 'bfloat16'")
-        window = raw.get("sliding_window")
+        window = None if raw.get("sliding_window") is None else self.number("sliding_window")
+        self._check_layer_types(window)
         heads = self.number("num_attention_heads")
         return {
             "model_type": raw["model_type"],
@@ -292,10 +294,24 @@ class Reader:
             "head_dim": self.head_dim(),
             "max_position_embeddings": self.number("max_position_embeddings"),
             "original_max_position_embeddings": self.original_length(),
-            "sliding_window": None if window is None else self.number("sliding_window"),
+            "sliding_window": window,
             "dtype": dtype,
             "quantization": quantization,
         }
+
+    def _check_layer_types(self, window: int | None) -> None:
+        """ConfigError unless `layer_types`, where it is given, says of every layer what the window says of all."""
+        kinds, layers = self.raw.get("layer_types"), self.number("num_hidden_layers")
+        if kinds is None:
+            return
+        allowed = ["full_attention"] if window is None else ["sliding_attention"]
+        if window is not None and window >= self.number("max_position_embeddings"):
+            allowed.append("full_attention")  # nothing is outside such a window
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
+            self.fail(
+                f"layer_types {shorten(kinds)} is not {allowed[0]} for each of the {layers} layers, as sliding_window "
+                f"{'null' if window is None else window} says; set it to null if that is meant"
+            )
 
     def rope_kind(self) -> str | None:
         """ "longrope", or None for plain rotation; ConfigError for any other."""
@@ -312,6 +328,8 @@ class Reader:
             return None
         if any(kind != "longrope" for kind in spelled):
             named = " / ".join(shorten(kind) for kind in kinds.values())
+            if len(spelled) == 2 and spelled[0] != spelled[1]:
+                self.fail(f"{self.rope_key} has a type and a rope_type that differ, {named}; remove one of them")
             self.fail(f"rope type {named} is not supported; known: longrope")
         return "longrope"
 

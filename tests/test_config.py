@@ -209,6 +209,16 @@ def test_what_transformers_writes_is_read_back(name, tmp_path):
 # Spellings
 
 
+BOTH_SPELLINGS = [
+    {**LONG, "rope_parameters": scaling()},
+    # As written so that transformers 4 and 5 and mlx-lm read it.
+    {**LONG, "rope_parameters": scaling(type=..., rope_type="longrope", rope_theta=1e4, partial_rotary_factor=1.0,
+                                        original_max_position_embeddings=4096, factor=32.0)},
+    {**LONG, "rope_scaling": scaling(rope_theta=1e4), "rope_parameters": scaling(type="su", rope_type="longrope")},
+    {**LONG, "rope_scaling": scaling(type="yarn"), "rope_parameters": scaling(attention_factor=ATTENTION_FACTOR)},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -221,6 +231,11 @@ def test_what_transformers_writes_is_read_back(name, tmp_path):
         {**without(LONG, "rope_scaling", "rope_theta"), "rope_parameters": scaling(rope_theta=10000.0)},
         {**LONG, "rope_parameters": None},
         {**LONG, "rope_scaling": None, "rope_parameters": scaling()},
+        {**LONG, "rope_scaling": {}, "rope_parameters": scaling()},
+        {**LONG, "rope_parameters": {}},
+        *BOTH_SPELLINGS,
+        {**LONG, "layer_types": ["full_attention"] * 32},  # nothing is outside its window
+        {**LONG, "layer_types": ["sliding_attention"] * 32},
         {**LONG, "rope_scaling": scaling(original_max_position_embeddings=8192)},  # the top-level one wins
         {**without(LONG, "original_max_position_embeddings"), "rope_scaling": scaling()},  # 4096 is the default
         {
@@ -240,6 +255,63 @@ def test_what_transformers_writes_is_read_back(name, tmp_path):
 )
 def test_spellings_of_the_same_model(raw):
     assert parse_config(raw) == parse_config(LONG)
+
+
+@pytest.mark.parametrize("raw", BOTH_SPELLINGS)
+def test_transformers_means_the_same_by_two_spellings(raw):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Phi3Config.from_dict(copy.deepcopy(raw)).rope_parameters
+    ours = parse_config(raw)
+    assert theirs["rope_type"] == "longrope"
+    assert theirs["rope_theta"] == ours.rope_theta
+    assert tuple(theirs["short_factor"]) == ours.longrope.short_factor
+    assert tuple(theirs["long_factor"]) == ours.longrope.long_factor
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"rope_theta": 1e6}, "rope_theta"),
+        ({"short_factor": [1.5] * 48}, "longrope"),
+        ({"attention_factor": 1.0}, "longrope"),
+        ({"factor": 8.0}, "longrope"),
+        ({"partial_rotary_factor": 0.5, "short_factor": [1.0] * 24, "long_factor": [1.0] * 24}, "rotary_dim"),
+    ],
+)
+def test_two_spellings_of_other_ropes_are_refused(change, differs):
+    for old, new in ((scaling(), scaling(**change)), (scaling(**change), scaling())):
+        with pytest.raises(ConfigError, match=rf"rope_scaling and rope_parameters are both given.* {differs}"):
+            parse_config({**LONG, "rope_scaling": old, "rope_parameters": new})
+
+
+@pytest.mark.parametrize(
+    ("raw", "fits"),
+    [
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 32}, True),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 32}, True),
+        ({"sliding_window": 2047, "layer_types": ["sliding_attention"] * 32}, True),
+        ({"sliding_window": 2047, "layer_types": ["full_attention"] * 32}, False),
+        ({"sliding_window": None, "layer_types": ["sliding_attention"] * 32}, False),
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 31}, False),
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 31 + ["chunked_attention"]}, False),
+        ({"sliding_window": None, "layer_types": [["full_attention"]] * 32}, False),
+        ({"sliding_window": None, "layer_types": "full_attention"}, False),
+        ({"sliding_window": None, "layer_types": []}, False),
+    ],
+)
+def test_layer_types_say_what_the_window_says(raw, fits):
+    if fits:
+        assert parse_config({**MINI, **raw}) == parse_config({**MINI, **raw, "layer_types": None})
+    else:
+        with pytest.raises(ConfigError, match="layer_types"):
+            parse_config({**MINI, **raw})
+
+
+@pytest.mark.parametrize("beside", [{"group_size": 32, "bits": 4}, {"group_size": 64, "bits": 4, "mode": "affine"}, {}])
+@pytest.mark.parametrize("quantization", [{"group_size": 32, "bits": 4, "mode": "affine"}, None])
+def test_mlxs_repetition_of_quantization_is_not_read(quantization, beside):
+    raw = {**MINI, "quantization": quantization}
+    assert parse_config({**raw, "quantization_config": beside}) == parse_config(raw)
 
 
 def test_values_inside_the_rope_object_win():

@@ -374,6 +374,7 @@ def test_damaged_packed_sources(tmp_path, source):
         return refusal((CheckpointError, ConfigError), directory, tmp_path / "new", dequantize=True)
 
     assert "holds packed weights" in broken(quantization=None, quantization_config=None)
+    assert "holds packed weights" in broken(quantization=None)
     assert "quantization is 4, expected an object" in broken(quantization=4)
     assert f"but {DOWN}.biases is missing" in broken(lambda w: w.pop(f"{DOWN}.biases"))
     assert f"config.json says {DOWN} is not packed" in broken(quantization={**config["quantization"], DOWN: False})

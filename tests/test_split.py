@@ -249,7 +249,10 @@ REFUSED = {
     "rope type 'dynamic'": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     # Phi-3's configs mean LongRoPE by it; Llama's mean YaRN.
     "rope type 'yarn'": {"rope_scaling": {**LONGROPE, "type": "yarn"}},
-    "rope_parameters and rope_scaling are both given": {"rope_scaling": LONGROPE, "rope_parameters": {"type": "x"}},
+    "rope_parameters and rope_scaling are both given": {
+        "rope_scaling": LONGROPE,
+        "rope_parameters": {"rope_theta": 1},
+    },
     "rope_scaling is 'none'": {"rope_scaling": "none"},
     "rope_scaling.short_factor is None": {"rope_scaling": {**LONGROPE, "short_factor": None}},
     "sliding_window 128 is given, but a llama model has none": {"sliding_window": 128},
@@ -282,6 +285,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name(change: dict, message: str)
     with pytest.raises(CheckpointError) as caught:
         plan(LLAMA, tensors_of({name: shape for name, shape in shapes.items() if shape is not None}), "there")
     assert message in str(caught.value)
+
+
+def test_the_same_rope_in_two_spellings_is_one():
+    new = {"rope_type": "longrope", **{key: value for key, value in LONGROPE.items() if key != "type"}}
+    both = {**LLAMA, "rope_scaling": LONGROPE, "rope_parameters": {**new, "rope_theta": LLAMA["rope_theta"]}}
+    assert phi3_config(both) == phi3_config({**LLAMA, "rope_scaling": LONGROPE})
 
 
 def test_a_long_list_of_differences_is_cut():

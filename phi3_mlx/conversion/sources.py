@@ -86,11 +86,10 @@ class DirectorySource:
         weights = find_weights(directory)
         self._stored, self._homes = weights.tensors, weights.homes
         self.quantization = raw.pop("quantization", None)
-        if self.quantization is not None:
-            if not isinstance(self.quantization, Mapping):
-                raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
-            if raw.get("quantization_config") == self.quantization:
-                del raw["quantization_config"]
+        if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
+            del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
+        if self.quantization is not None and not isinstance(self.quantization, Mapping):
+            raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
         self._packings = self._find_packings(raw, where)
         unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
         try:

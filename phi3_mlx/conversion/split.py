@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..assembly import origin, part_shapes
-from ..config import Config
+from ..config import ROPE_KEYS, Config
 from ..errors import CheckpointError, ConfigError
 from ..models import MEMBERS, check_layers, parse_config, shapes
 from ..safetensors import Tensor
@@ -85,6 +85,11 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
     model_type = raw.get("model_type")
     if model_type in MEMBERS:
         return dict(raw)
+    if all(raw.get(key) for key in ROPE_KEYS):
+        old, new = (phi3_config({**raw, other: None}, source) for other in ROPE_KEYS)
+        if parse_config(old, source) != parse_config(new, source):
+            _fail(source, "rope_parameters and rope_scaling are both given and differ; remove one of them")
+        return new
     if model_type not in _DEFAULTS:
         _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
     for key, allowed in _MUST_BE.items():
@@ -122,10 +127,8 @@ def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | Non
 
 def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and the original length."""
-    keys = [key for key in ("rope_parameters", "rope_scaling") if given.get(key) is not None]
-    if len(keys) == 2 and given[keys[0]] != given[keys[1]]:
-        _fail(source, "rope_parameters and rope_scaling are both given and differ; remove one of them")
-    rope = given[keys[0]] if keys else {}
+    keys = [key for key in ROPE_KEYS if given.get(key)] or ["rope_scaling"]  # one of them, see `phi3_config`
+    rope = {} if given.get(keys[0]) is None else given[keys[0]]
     if not isinstance(rope, Mapping):
         _fail(source, f"{keys[0]} is {rope!r}, expected an object or null")
     longest = given["max_position_embeddings"]

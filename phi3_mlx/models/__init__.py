@@ -6,7 +6,7 @@ A file has `Config` (with `read`), `DecoderLayer` and `Model`; what they share i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..config import Config, Reader, read_json
+from ..config import ROPE_KEYS, Config, Reader, read_json
 from ..errors import CheckpointError
 from ..fields import shorten
 from .decoder import Model
@@ -39,6 +39,15 @@ def read_config(directory: Path) -> Config:
 
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     """Validate the dictionary of a config.json; `source` names it in the ConfigError."""
+    if all(raw.get(key) for key in ROPE_KEYS):
+        # Written for old software and new. Each alone must give the same numbers, since of some the one is read alone.
+        old, new = (parse_config({**raw, other: None}, source) for other in ROPE_KEYS)
+        if old != new:
+            differ = ", ".join(one.name for one in fields(old) if getattr(old, one.name) != getattr(new, one.name))
+            Reader({}, source).fail(
+                f"rope_scaling and rope_parameters are both given, and differ in what they make of {differ}; remove one"
+            )
+        return new
     reader, model_type = Reader(raw, source), raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in MEMBERS:
         known = ", ".join(f"{name} ({who})" for name, (_, who) in MEMBERS.items())

@@ -24,7 +24,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "interpolate_factor": (1,),
     "embedding_multiplier": (1, 1.0),
     "logits_scaling": (1, 1.0),
-    "layer_types": (),
     "quantize_activations": (False,),
     "quantization_config": (),  # GPTQ, AWQ, bitsandbytes...: packed in ways mlx does not read
 }

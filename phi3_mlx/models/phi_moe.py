@@ -27,7 +27,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "num_experts_per_tok": (2,),  # the sparse mixer has two stages
     "partial_rotary_factor": (1, 1.0),
     "mlp_bias": (False,),
-    "layer_types": (),
     "quantization_config": (),  # GPTQ, AWQ, bitsandbytes...: packed in ways mlx does not read
 }
 _EXPERTS = "block_sparse_moe.switch_mlp"
