@@ -7,7 +7,6 @@ them fails far from the file that is to blame.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import reprlib
@@ -72,11 +71,11 @@ class Fields:
                 self.fail(key, "a value or null")
         return self
 
-    def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
-        """A finite number (in float32 too), `default` where it is absent or null."""
+    def number(self, key: str, default: float | None = None, *, least: float = -3e38, most: float = 3e38) -> float:
+        """A number from `least` to `most`, by default what float32 can hold; `default` where it is absent or null."""
         value = self._of((int, float), key, default, "a number")
-        if not abs(value) < 3e38 or value < least:  # NaN fails the first
-            self.fail(key, "a finite number" if least == -math.inf else f"a finite number from {least:g}")
+        if not least <= value <= most:  # NaN is nowhere
+            self.fail(key, f"a number from {least:g} to {most:g}")
         return float(value)
 
     def whole(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:

@@ -186,7 +186,7 @@ def test_damaged_folders_are_refused(base, tmp_path):
         ("weights", "no adapters.safetensors"),
         ("cut", "cut short|where its header promises"),
         ("json", "not valid JSON"),
-        ("scale", "no number lora_parameters.scale"),
+        ("scale", r"lora_parameters.scale is missing, expected a number"),
         ("shape", "the layer turns 64 into"),
         ("name", "which this model does not have"),
         ("half", "has no lora_b"),
@@ -306,7 +306,7 @@ def test_an_adapter_folder_appears_with_all_its_files(base, tmp_path, monkeypatc
         (lambda place: import_peft(tmp_path / "peft", place, str(base)), tmp_path / "out"),
     )
 
-    def full(path, content, **_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     fsync, seen = os.fsync, []

@@ -19,14 +19,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..atomic import new_files
+from ..checkpoint import read_arrays
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
+from ..fields import Fields, shorten
 from ..files import json_text
 from ..models.decoder import Model
 from ..safetensors import find_weights, read_header
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+STRONGEST = 65504.0  # of scales: the largest number of float16
 _SAMPLE = 4096  # bytes of a tensor that its fingerprint reads, at its beginning, middle and end
 
 
@@ -121,8 +124,7 @@ def write_pair(
 def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """The tensors and the config of a folder. Raises AdapterError."""
     config = read_config_of(directory)
-    tensors: dict[str, mx.array] = mx.load(str(directory / WEIGHTS))  # type: ignore[assignment]
-    return tensors, config
+    return read_floats(directory / WEIGHTS), config
 
 
 def read_config_of(directory: Path) -> dict[str, Any]:
@@ -146,6 +148,18 @@ def checked_config(directory: Path, config: str, weights: str, without: str) -> 
     except CheckpointError as error:
         raise AdapterError(str(error).replace("; download it again", "; it is damaged")) from error
     return value
+
+
+def read_floats(path: Path) -> dict[str, mx.array]:
+    """The arrays of an adapter's safetensors file that `checked_config` has found whole. Raises AdapterError."""
+    try:
+        arrays = read_arrays(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    for name, array in arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating) or not mx.all(mx.isfinite(array)):
+            raise AdapterError(f"{path} has {shorten(name, quote=False)}, whose numbers are not all finite floats")
+    return arrays
 
 
 def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
@@ -261,14 +275,13 @@ def make_adapters(
     directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any], model: Model
 ) -> dict[str, Adapter]:
     """The adapters of a folder by layer path, checked against the model's shapes. Raises AdapterError."""
-    scale = (config.get("lora_parameters") or {}).get("scale")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        _refuse(directory, f"{CONFIG} has no number lora_parameters.scale")
+    given = Fields(config, directory / CONFIG, AdapterError).fields("lora_parameters")
+    scale = given.number("scale", least=-STRONGEST, most=STRONGEST)
     layers: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf not in ("lora_a", "lora_b", "m"):
-            _refuse(directory, f"{WEIGHTS} has {name}, which is no part of a LoRA or DoRA adapter")
+            _refuse(directory, f"{WEIGHTS} has {shorten(name, quote=False)}, which is no part of an adapter")
         layers.setdefault(path, {})[leaf] = array.astype(mx.float32)
     known = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
     adapters = {}
@@ -287,7 +300,7 @@ def make_adapters(
                 directory,
                 f"{path} has lora_a {a.shape} and lora_b {b.shape}, but the layer turns {columns} into {rows}",
             )
-        adapters[path] = Adapter(a, b, float(scale), m=m)
+        adapters[path] = Adapter(a, b, scale, m=m)
     if not adapters:
         _refuse(directory, f"{WEIGHTS} is empty")
     mx.eval([list(leaves.values()) for leaves in layers.values()])

@@ -20,14 +20,18 @@ from ..atomic import check_destination, new_directory
 from ..checkpoint import load_model
 from ..config import Config
 from ..errors import AdapterError
+from ..fields import Fields, shorten
 from ..models.decoder import Model
 from .adapters import (
+    CONFIG,
+    STRONGEST,
     adapter_files,
     base_of,
     check_base,
     checked_config,
     make_adapters,
     read_adapter,
+    read_floats,
     trained_on,
     write_adapter,
     write_pair,
@@ -40,6 +44,7 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<layer>model\.layers\.\d+)\.(?P<home>\w+)\.(?P<name>\w+)\."
     r"(?P<leaf>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?"
 )
+_REPEATED = 3  # parts of a pattern that may be repeated
 # Settings of PEFT that change the numbers in ways that a LoRA or DoRA layer here does not have.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -70,8 +75,9 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
     directory = hub.resolve(model, revision)
     loaded = load_model(directory)
     adapters = adapters_of_peft(source, raw, tensors, loaded)
-    alpha, rank = raw.get("lora_alpha", 8), raw.get("r", 8)
-    facts = {"phi3_mlx": {"alpha": alpha, "rank": rank, "rslora": bool(raw.get("use_rslora")), "imported": "peft"}}
+    given = Fields(raw, source / _CONFIG, AdapterError)
+    alpha, rank, rslora = _alpha(given, "lora_alpha"), given.whole("r", 8), given.flag("use_rslora", False)
+    facts = {"phi3_mlx": {"alpha": alpha, "rank": rank, "rslora": rslora, "imported": "peft"}}
     base = base_of(directory, model, revision)
     files = adapter_files(adapters, loaded.config.num_hidden_layers, base, **facts, model=base.name)
     with new_directory(output, fault=AdapterError) as folder:
@@ -93,7 +99,7 @@ def adapters_of_peft(
     if not found:
         _refuse(source, f"{_WEIGHTS} is empty")
     scales = {
-        (path, part): _scale(raw, f"{path.rpartition('.')[0]}.{part}")
+        (path, part): _scale(Fields(raw, source / _CONFIG, AdapterError), f"{path.rpartition('.')[0]}.{part}")
         for path, parts in found.items()
         for part in parts
     }
@@ -176,7 +182,9 @@ def export_peft(
     adapters = make_adapters(source, tensors, config, loaded)
     arrays, ranks = peft_tensors(adapters, loaded.config, split)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    rslora = bool((config.get("phi3_mlx") or {}).get("rslora"))
+    given = Fields(config, source / CONFIG, AdapterError)
+    rslora = given.fields("phi3_mlx").flag("rslora", False)
+    dropout = given.fields("lora_parameters").number("dropout", 0.0, least=0.0, most=1.0)
     scale = next(iter(adapters.values())).scale
     alpha = {path: scale * (math.sqrt(rank) if rslora else rank) for path, rank in ranks.items()}
     settings = {
@@ -188,7 +196,7 @@ def export_peft(
         "bias": "none",
         "r": common,
         "lora_alpha": scale * (math.sqrt(common) if rslora else common),
-        "lora_dropout": (config.get("lora_parameters") or {}).get("dropout") or 0.0,
+        "lora_dropout": dropout,
         "use_rslora": rslora,
         "use_dora": any(adapter.is_dora for adapter in adapters.values()),
         "target_modules": sorted(ranks),
@@ -230,22 +238,33 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     raw = checked_config(source, _CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
     for key, allowed in _MUST_BE.items():
         if raw.get(key, allowed[0]) not in allowed:
-            _refuse(source, f"{key} is {raw[key]!r}, which a LoRA or DoRA layer here does not have")
-    tensors: dict[str, mx.array] = mx.load(str(source / _WEIGHTS))  # type: ignore[assignment]
-    return raw, tensors
+            _refuse(source, f"{key} is {shorten(raw[key])}, which a LoRA or DoRA layer here does not have")
+    return raw, read_floats(source / _WEIGHTS)
 
 
-def _scale(raw: Mapping[str, Any], path: str) -> float:
+def _scale(given: Fields, path: str) -> float:
     """What PEFT multiplies B A by in the layer `path`: of its own pattern if one matches, as PEFT matches them."""
+    ranks, alphas = given.fields("rank_pattern"), given.fields("alpha_pattern")
+    own_rank = next((key for key in ranks.raw if _matches(ranks, key, path)), None)
+    own_alpha = next((key for key in alphas.raw if _matches(alphas, key, path)), None)
+    rank = given.whole("r", 8, least=1) if own_rank is None else ranks.whole(own_rank, least=1)
+    alpha = _alpha(given, "lora_alpha") if own_alpha is None else _alpha(alphas, own_alpha)
+    return scale_of(alpha, rank, given.flag("use_rslora", False))
 
-    def of(patterns: str, default: str) -> float:
-        for pattern, value in (raw.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return float(value)
-        return float(raw.get(default) or 8)
 
-    rank = of("rank_pattern", "r")
-    return scale_of(of("alpha_pattern", "lora_alpha"), int(rank), bool(raw.get("use_rslora")))
+def _alpha(given: Fields, key: str) -> float:
+    return given.number(key, 8, least=1e-6, most=STRONGEST)
+
+
+def _matches(table: Fields, pattern: str, path: str) -> bool:
+    """Whether PEFT applies the entry `pattern`, a regular expression, to the layer `path`."""
+    # Matching takes for ever where a group is repeated that may match in several ways, or much is repeated.
+    if len(re.findall(r"[*+{]", pattern)) > _REPEATED or re.search(r"\)[*+{]", pattern):
+        table.fail(pattern, "the name of a layer, or a pattern that repeats little")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except (re.error, OverflowError):
+        table.fail(pattern, "the name of a layer, or a regular expression that matches it")
 
 
 def _exactly(path: str) -> str:
