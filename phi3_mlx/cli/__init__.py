@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import sys
@@ -14,6 +13,7 @@ import click
 from .. import __version__
 from ..errors import Phi3Error
 from .options import as_typed
+from .terminal import say, take_all_characters
 
 # Command -> what it does, so that the list of commands imports none of them.
 _COMMANDS = {
@@ -82,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (<&-, >&-)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    take_all_characters()
     given = list(sys.argv[1:] if args is None else args)
     try:
         # Not cli.main(): it would turn a closed pipe into a silent exit.
@@ -96,10 +97,10 @@ def main(args: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _say("the reader of the output went away, so the work was stopped", 141)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(err=True)
+        say()
         code = _say("stopped by Ctrl-C", 130)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        say(error.format_message())
         code = error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "phi3-mlx"
@@ -130,6 +131,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be the pipe that was closed
-        click.echo(f"phi3-mlx: {message}", err=True)
+    say(f"phi3-mlx: {message}")
     return code

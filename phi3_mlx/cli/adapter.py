@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from .terminal import say
+
 
 @click.group()
 def adapter() -> None:
@@ -26,7 +28,7 @@ def take(source: str, model: str, revision: str | None, output: str) -> None:
     from ..tuning.peft import import_peft
 
     count = import_peft(source, output, model, revision=revision)
-    click.echo(f"{count:,} layers changed; the adapter is in {output}", err=True)
+    say(f"{count:,} layers changed; the adapter is in {output}")
 
 
 @adapter.command("export")
@@ -44,4 +46,4 @@ def give(source: str, model: str | None, revision: str | None, output: str, spli
     from ..tuning.peft import export_peft
 
     count = export_peft(source, output, model=model, revision=revision, split=split)
-    click.echo(f"{count:,} layers changed; PEFT's folder is {output}", err=True)
+    say(f"{count:,} layers changed; PEFT's folder is {output}")

@@ -6,6 +6,7 @@ import click
 
 from ..errors import PromptError
 from .options import MemoryOptions, ModelOptions, PrefillProgress, check_text, memory_options, model_options, read_text
+from .terminal import note, say
 
 
 @click.group()
@@ -50,7 +51,6 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     bits = memory.bits()  # refuses what cannot be, before a model is fetched
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
     model = source.load_model(directory, len(ids), 1, bits, memory.force)
@@ -58,4 +58,4 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     with PrefillProgress(len(ids)) as progress:
         prompt_cache.read(ids, force=memory.force, on_prefill=progress.update)
     prompt_cache.save(output)
-    click.echo(f"{output}: {len(ids):,} tokens, {size_text(prompt_cache.nbytes)} of keys and values", err=True)
+    say(f"{output}: {len(ids):,} tokens, {size_text(prompt_cache.nbytes)} of keys and values")

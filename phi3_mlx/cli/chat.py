@@ -25,6 +25,7 @@ from .options import (
     model_options,
     sampling_options,
 )
+from .terminal import note, say, show
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -58,13 +59,12 @@ def chat(
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     model = source.load_model(directory, 1, sampling.max_tokens, bits, memory.force)
-    note = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
     conversation = Conversation(model, tokenizer, system=system, notify=note, **dataclasses.asdict(memory))
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # some Pythons are built without it
             import readline  # noqa: F401  (line editing and history for input())
-        click.echo(f"{source.model}. /help lists the commands, Ctrl-D leaves.", err=True)
+        say(f"{source.model}. /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             line = _read_line()
@@ -77,13 +77,13 @@ def chat(
         except KeyboardInterrupt:
             if not typed:
                 raise
-            click.echo(err=True)
+            say()
         except Phi3Error as error:
             if not typed:
                 raise
             full = isinstance(error, PromptError | MemoryLimitError)
             hint = "; /reset begins anew" if full and conversation.messages else ""
-            click.echo(f"phi3-mlx: {as_typed(error, click.get_current_context().command)}{hint}", err=True)
+            say(f"phi3-mlx: {as_typed(error, click.get_current_context().command)}{hint}")
 
 
 def _read_line() -> str | None:
@@ -94,12 +94,12 @@ def _read_line() -> str | None:
     try:
         if sys.stdout.isatty():
             return check_text(input("> "), "that line")
-        click.echo("> ", err=True, nl=False)
+        say("> ", end="")
         return check_text(input(), "that line")
     except UnicodeDecodeError as error:
         raise PromptError("that line is not UTF-8 text; type it again") from error
     except EOFError:
-        click.echo(err=True)
+        say()
         return None
 
 
@@ -108,17 +108,14 @@ def _answer(conversation: Conversation, text: str, sampling: SamplingOptions, st
     try:
         with contextlib.closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks:
             for chunk in chunks:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                show(chunk.text, end="")
     except KeyboardInterrupt:
-        click.echo(" [stopped]", err=True, nl=False)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        say(" [stopped]", end="")
+    show()
     if stats and chunk:
-        click.echo(
+        say(
             f"prompt {chunk.prompt_tokens:,} tokens, {chunk.prefilled_tokens:,} of them new; "
-            f"answer {chunk.generation_tokens:,} tokens, {chunk.generation_tps:,.1f} tok/s",
-            err=True,
+            f"answer {chunk.generation_tokens:,} tokens, {chunk.generation_tps:,.1f} tok/s"
         )
 
 
@@ -128,19 +125,19 @@ def _command(conversation: Conversation, line: str) -> None:
     if name == "/reset":
         system = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
         conversation.reset(system)
-        click.echo("The conversation is forgotten.", err=True)
+        say("The conversation is forgotten.")
     elif name in ("/system", "/save") and not argument:
-        click.echo(f"{name} needs {'a text' if name == '/system' else 'a file name'} after it", err=True)
+        say(f"{name} needs {'a text' if name == '/system' else 'a file name'} after it")
     elif name == "/system":
         conversation.reset(argument)
-        click.echo("A new conversation with this system message.", err=True)
+        say("A new conversation with this system message.")
     elif name == "/save":
         _save(conversation, os.path.expanduser(argument))
-        click.echo(f"{len(conversation.messages)} messages written to {argument}.", err=True)
+        say(f"{len(conversation.messages)} messages written to {argument}.")
     elif name == "/help":
-        click.echo(_HELP, err=True)
+        say(_HELP)
     else:
-        click.echo(f"{line!r} is no command here; /help lists them", err=True)
+        say(f"{line!r} is no command here; /help lists them")
 
 
 def _save(conversation: Conversation, path: str) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError
-from ..files import json_text
 from .options import Pulse, force_memory, read_text, within_memory
+from .terminal import progress_bar, show, show_json
 
 if TYPE_CHECKING:
     from ..quality import Comparison, Quality
@@ -109,12 +109,12 @@ def compare(
         facts = {"a": a, "b": b, "text": name, "window": window, **_figures(found)}
         for side, (size, weights) in zip("ab", sizes, strict=True):
             facts[f"quality_{side}"] |= {"bytes": size, "bits_per_weight": 8 * size / weights}
-        click.echo(json_text(facts))
+        show_json(facts)
         return
     for line in _lines(a, b, name, found, sizes):
-        click.echo(line)
+        show(line)
     if output is not None:
-        click.echo(f"\nlayer by layer: {os.path.join(output, 'REPORT.md')}")
+        show(f"\nlayer by layer: {os.path.join(output, 'REPORT.md')}")
 
 
 def _figures(found: Comparison) -> dict[str, Any]:
@@ -167,11 +167,10 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn
 
             columns = ("reading", BarColumn(), TextColumn(f"{{task.completed:,.0f}} of {{task.total:,}} {self._unit}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = progress_bar(*columns)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
         return self

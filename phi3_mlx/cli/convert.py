@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import Pulse, in_options, read_text
+from .terminal import escape, note, progress_bar, say, show_rich
 
 if TYPE_CHECKING:
     from ..conversion import Conversion
@@ -114,16 +115,14 @@ def _describe(done: Conversion) -> None:
     from ..memory import size_text
 
     if done.report is not None:
-        from rich.console import Console
-
         from ..conversion.report import table
 
-        Console().print(table(done.report))
-    for note in done.notes:
-        click.echo(f"note: {in_options(note, click.get_current_context().command)}", err=True)
+        show_rich(table(done.report))
+    for sentence in done.notes:
+        note(in_options(sentence, click.get_current_context().command))
     if done.kept:
-        click.echo(f"note: kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}", err=True)
-    click.echo(f"{done.path}: {size_text(done.bytes)}, {done.bits_per_weight:.2f} bits a weight", err=True)
+        note(f"kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}")
+    say(f"{done.path}: {size_text(done.bytes)}, {done.bits_per_weight:.2f} bits a weight")
 
 
 class _Bar:
@@ -136,11 +135,10 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = progress_bar(*columns)
             self._bar.start()
             self._bar.add_task("loading", total=None, count="")
         return self
@@ -161,6 +159,6 @@ class _Bar:
         if now.stage != self._stage:  # each has a time of its own
             for task in list(self._bar.task_ids):
                 self._bar.remove_task(task)
-            self._stage, self._task = now.stage, self._bar.add_task(now.stage, total=1.0, count="")
+            self._stage, self._task = now.stage, self._bar.add_task(escape(now.stage), total=1.0, count="")
         share = now.bytes / now.all_bytes if now.all_bytes else now.done / now.total
         self._bar.update(self._task, completed=share, count=count)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from typing import Any
 
 import click
 
-_COLORS = {"ok": "green", "note": "yellow", "wrong": "red"}
+from .terminal import show, show_json
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "ok": {"fg": "green"},
+    "note": {"fg": "yellow"},
+    "wrong": {"fg": "red", "bold": True},
+}
 
 
 @click.command()
@@ -26,11 +32,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     wrong = sum(finding.status == "wrong" for finding in findings)
     if as_json:
         facts = {"phi3_mlx": __version__, "wrong": wrong, "checks": [dataclasses.asdict(one) for one in findings]}
-        click.echo(json.dumps(facts, indent=2))
+        show_json(facts, indent=2)
     else:
-
-        def colored(status: str) -> str:
-            return click.style(f"{status:6}", fg=_COLORS[status], bold=status == "wrong")
-
-        click.echo(report(findings, colored))
+        around = {status: click.style("\0", **style).split("\0") for status, style in _STYLES.items()}
+        text = report(findings, lambda status: f"{status:6}".join(around[status]))
+        show(text, styles={sequence for pair in around.values() for sequence in pair})
     ctx.exit(1 if wrong else 0)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .options import read_text
+from .terminal import say
 
 
 @click.command()
@@ -42,12 +43,11 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     words = read_text(text) if text else None
     done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)
     kind = "packed" if done.packed else "in floats"
-    click.echo(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}", err=True)
+    say(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}")
     if done.survived is not None:
-        click.echo(f"{max(0.0, done.survived):.0%} of what the adapter does survived the packing", err=True)
+        say(f"{max(0.0, done.survived):.0%} of what the adapter does survived the packing")
         if done.survived < work.ENOUGH:
-            click.echo(
+            say(
                 "warning: this is not the model you trained; keep the adapter beside the base (--adapter), or fuse "
-                "with --dequantize, or with --bits 8 for the changed layers",
-                err=True,
+                "with --dequantize, or with --bits 8 for the changed layers"
             )

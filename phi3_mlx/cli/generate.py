@@ -22,6 +22,7 @@ from .options import (
     read_text,
     sampling_options,
 )
+from .terminal import note, say, show, show_json
 
 if TYPE_CHECKING:
     from ..generation import Chunk
@@ -95,8 +96,7 @@ def generate(
     tokenizer = source.load_tokenizer(directory)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
-    notify = lambda sentence: click.echo(f"note: {sentence}", err=True)  # noqa: E731
-    ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=notify)
+    ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
     model = source.load_model(directory, len(ids), sampling.max_tokens, bits, memory.force, kept=cache is not None)
     prompt_cache = None
     if cache is not None:
@@ -111,11 +111,10 @@ def generate(
     if stats:
         from ..memory import size_text
 
-        click.echo(
+        say(
             f"prompt {last.prompt_tokens:,} tokens ({last.prefilled_tokens:,} read now), {last.prompt_tps:,.1f} tok/s; "
             f"answer {last.generation_tokens:,} tokens, {last.generation_tps:,.1f} tok/s; "
-            f"peak memory {size_text(last.peak_memory)}",
-            err=True,
+            f"peak memory {size_text(last.peak_memory)}"
         )
 
 
@@ -142,18 +141,16 @@ def _print_text(chunks: Iterator[Chunk]) -> Chunk:
     ended = True
     try:
         for chunk in chunks:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+            show(chunk.text, end="")
             ended = chunk.text.endswith("\n") if chunk.text else ended
             last = chunk
     finally:
         if not ended:
-            sys.stdout.write("\n")
+            show()
     return last
 
 
 def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
-    from ..files import json_text
 
     seen: list[Chunk] = []
     try:
@@ -165,5 +162,5 @@ def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
                 del figures[key]
             tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
             answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
-            click.echo(json_text(answer))
+            show_json(answer)
     return seen[-1]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 
 import click
+
+from .terminal import show, show_json
 
 _SOURCES = (
     "MMLU: percent, 5-shot, from each model's card (phi-4: as OpenAI's simple-evals asks). MT-BENCH: technical report, "
@@ -30,11 +31,11 @@ def models(as_json: bool) -> None:
     family, rows = family_rows(), list_models()
     if as_json:
         named = [dataclasses.asdict(row) | {"path": str(row.path) if row.path else None} for row in rows]
-        click.echo(json.dumps({"family": [dataclasses.asdict(row) for row in family], "models": named}, indent=2))
+        show_json({"family": [dataclasses.asdict(row) for row in family], "models": named}, indent=2)
         return
     header = ["FAMILY", "PARAMETERS", "LAYERS", "HEADS", "CONTEXT", "MMLU", "MT-BENCH", "4-BIT", "16 GB", "32 GB"]
     print_table([header, *(row.cells() for row in family)], right=range(1, len(header)), spare=(2, 3, 6))
-    click.echo(f"\n{click.wrap_text(_SOURCES, min(100, shutil.get_terminal_size().columns))}\n")
+    show(f"\n{click.wrap_text(_SOURCES, min(100, shutil.get_terminal_size().columns))}\n")
     table = [["NAME", "REPOSITORY", "BITS", "SIZE", "CONTEXT", "ON DISK"]]
     for row in rows:
         place = "bundled" if row.name == "tiny" else "yes" if row.path else ""

@@ -15,6 +15,7 @@ import click
 
 from .. import files
 from ..errors import OptionError, Phi3Error, PromptError
+from .terminal import note, progress_bar, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -221,7 +222,7 @@ class SamplingOptions:
         for name, value, off in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
             if self.temperature == 0 and value != off:
                 option = f"--{name.replace('_', '-')}"
-                click.echo(f"note: {option} changes nothing at --temperature 0, where the likeliest is taken", err=True)
+                note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
@@ -337,7 +338,7 @@ class Pulse:
         now = time.monotonic()
         if now - self._last >= self.SECONDS:
             self._last = now
-            click.echo(line, err=True)
+            say(line)
 
 
 class PrefillProgress:
@@ -346,11 +347,10 @@ class PrefillProgress:
     def __init__(self, total: int):
         self._bar, self._pulse = None, Pulse()
         if sys.stderr.isatty() and total > 2048:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn
 
             columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = progress_bar(*columns)
             self._task = self._bar.add_task("", total=total)
 
     def __enter__(self) -> PrefillProgress:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import OptionError
+from .terminal import show, show_json
 
 if TYPE_CHECKING:
     from ..memory import Run
@@ -65,10 +65,10 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
             "needs": needs,
             "machines": rows,
         }
-        click.echo(json.dumps(facts, indent=2))
+        show_json(facts, indent=2)
         return
-    click.echo(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens")
-    click.echo("The most tokens that fit, by the bits of keys and values:\n")
+    show(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens")
+    show("The most tokens that fit, by the bits of keys and values:\n")
     table = [["", *(f"{bits} BITS" for bits in needs)]]
     table.append([f"{context or longest:,} tokens need", *map(size_text, needs.values())])
     for row in rows:
@@ -78,11 +78,11 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         table.append([f"{name} ({f'{within / 1e9:.3g} GB' if within >= 1e9 else size_text(within)})", *lengths])
     print_table(table, right=range(1, len(table[0])))
     if len(rows) == 1 and run.weights > rows[0]["room"]:
-        click.echo(f"\nThe weights alone, {size_text(run.weights)}, do not fit.")
+        show(f"\nThe weights alone, {size_text(run.weights)}, do not fit.")
     elif context is not None and len(rows) == 1:
         enough = [bits for bits in _BITS if rows[0]["longest"][widths[bits]] >= context]
         flag = f" with --kv-bits {enough[0]}" if enough and enough[0] else ""
-        click.echo(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
+        show(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
 
 
 def _run(model: str, revision: str | None, here: bool) -> Run:

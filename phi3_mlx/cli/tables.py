@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Container, Sequence
 
-import click
+from .terminal import show
 
 
 def print_table(lines: Sequence[Sequence[str]], right: Container[int], spare: Sequence[int] = ()) -> None:
@@ -21,4 +21,4 @@ def print_table(lines: Sequence[Sequence[str]], right: Container[int], spare: Se
             del widths[i]
     for line in lines:
         cells = [line[i].rjust(width) if i in right else line[i].ljust(width) for i, width in widths.items()]
-        click.echo("  ".join(cells).rstrip())
+        show("  ".join(cells).rstrip())

@@ -13,6 +13,7 @@ import click
 
 from ..doctor import WATCHDOG
 from .options import FORCE_MEMORY, Pulse, in_options
+from .terminal import note, redraw, say, show
 
 if TYPE_CHECKING:
     from ..tuning.run import Result
@@ -120,23 +121,23 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
                 raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
         settings = Settings.of({"output": "(dry run)", **chosen} if dry_run else chosen)
     command = click.get_current_context().command
-    note = lambda sentence: click.echo(f"note: {in_options(sentence, command)}", err=True)  # noqa: E731
+    notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
         note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
-        from ..tuning.dryrun import describe
+        from ..tuning.dryrun import STYLES, describe
 
         prepared = run.prepare(settings, fits=False)
         notes, way_out = [in_options(note, command) for note in prepared.notes], in_options(prepared.way_out, command)
         prepared = dataclasses.replace(prepared, notes=tuple(notes), way_out=way_out)
-        click.echo(describe(prepared, color=sys.stdout.isatty(), force=force))
+        show(describe(prepared, color=sys.stdout.isatty(), force=force), styles=STYLES)
         return
     with _Progress(settings) as progress:
         result = run.start(
             settings,
             resume=resume,
             force=force,
-            notify=note,
+            notify=notify,
             on_step=progress.step,
             on_validation=progress.validated,
             on_sample=progress.sample,
@@ -150,9 +151,9 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
 def _summary(result: Result) -> None:
     speed = result.tokens / result.seconds if result.seconds else 0
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
-    click.echo(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}", err=True)
+    say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
     if result.interrupted:
-        click.echo(f"saved; go on with: phi3-mlx tune --resume -o {result.output}", err=True)
+        say(f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
 
 
 class _Progress:
@@ -169,7 +170,7 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live and self._started:
-            click.echo(err=True)
+            say()
 
     def step(self, report: StepReport) -> None:
         from ..memory import size_text
@@ -186,7 +187,7 @@ class _Progress:
             f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
         if self._live:
-            click.echo(f"\r\033[K{line}", err=True, nl=False)
+            redraw(line)
         else:
             self._pulse.say(line)
 
@@ -197,7 +198,10 @@ class _Progress:
         self._say(f"  {prompt!r} -> {answer!r}")
 
     def _say(self, text: str) -> None:
-        click.echo(f"\r\033[K{text}" if self._live else text, err=True)
+        if self._live:
+            redraw(text, "\n")
+        else:
+            say(text)
 
 
 tune = _TuneCommand(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 _SHOWN, _SHOWN_TOKENS = 3, 120
-_LEARNT, _PLAIN = "\033[1;32m", "\033[0m"
+STYLES = _LEARNT, _PLAIN = "\033[1;32m", "\033[0m"
 
 
 def describe(prepared: Prepared, *, color: bool = False, measure: bool = True, force: bool = False) -> str:
