@@ -219,11 +219,11 @@ class SamplingOptions:
         from ..sampling import Sampling
 
         check_limits(self.max_tokens, self.stop, self.lookup)
+        Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
         for name, value, off in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
             if self.temperature == 0 and value != off:
                 option = f"--{name.replace('_', '-')}"
                 note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
-        Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
 def sampling_options(function: F) -> F:
