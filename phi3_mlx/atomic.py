@@ -25,8 +25,9 @@ from typing import BinaryIO
 from .errors import CheckpointError, Phi3Error
 
 _PREFIX, _SUFFIX = ".phi3-mlx-", ".partial"
-_PARTIAL = re.compile(rf"{re.escape(_PREFIX)}.+{re.escape(_SUFFIX)}")
+_PARTIAL = re.compile(rf"{re.escape(_PREFIX)}[^/]+{re.escape(_SUFFIX)}")
 _NEW, _OLD = "new", "old"  # in a hidden directory: what is written, and what it replaces where names cannot be swapped
+_HIDDEN = re.compile(rf"/{_PARTIAL.pattern}(/{_NEW})?")
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -43,7 +44,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises OSError, as `check_file` does, and where the disk cannot take it.
     """
     place = _place(path)
-    with _named(path), _partial(place.parent) as hidden:
+    with named(path), _partial(place.parent) as hidden:
         unfinished = hidden / _NEW / place.name
         with unfinished.open("wb") as file:
             yield file
@@ -59,10 +60,10 @@ def new_files(directory: Path) -> Iterator[Path]:
     """
     directory = Path(os.path.realpath(directory))
     if not os.path.lexists(directory):
-        with _named(directory), _whole_directory(directory, lambda: None) as folder:
+        with named(directory), _whole_directory(directory, lambda: None) as folder:
             yield folder
         return
-    with _named(directory), _partial(directory) as hidden:
+    with named(directory), _partial(directory) as hidden:
         yield hidden / _NEW
         _put_files(sorted((hidden / _NEW).iterdir()), directory)
 
@@ -76,7 +77,7 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 def check_file(path: str | os.PathLike[str]) -> None:
     """OSError if `new_file` would write nothing there: no such folder, no permission, or no regular file is there."""
     place = _place(path)
-    with _named(path):
+    with named(path):
         if not os.access(place.parent, os.W_OK):
             os.stat(place.parent)  # there is none
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -103,11 +104,11 @@ def new_directory(
 
     check()
     try:
-        with _whole_directory(destination, check) as folder:
+        with named(destination), _whole_directory(destination, check) as folder:
             yield folder
     except OSError as error:
-        named = error.filename is not None and _PREFIX not in os.fspath(error.filename)
-        why = f"{error.strerror or error}{f' ({error.filename})' if named else ''}"
+        file = "" if error.filename == str(destination) else f" ({error.filename})"
+        why = f"{error.strerror or error}{file}"
         if isinstance(error, (FileExistsError, NotADirectoryError)):
             why = f"{error.filename} is not a directory"
         if way_out is None:
@@ -175,7 +176,7 @@ def is_partial(path: Path) -> bool:
 
 def _place(path: str | os.PathLike[str]) -> Path:
     """Where a file `path` is to be, links followed. Raises OSError if it may not be replaced."""
-    with _named(path):
+    with named(path):
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
@@ -189,14 +190,13 @@ def _place(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError of the block names `path`, not a hidden directory or nothing (as those of a full disk do)."""
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block names `path` if it names nothing, as those of a full disk do, and no hidden directory."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or _PREFIX in os.fspath(error.filename):
-            error.filename = os.fspath(path)
-            error.filename2 = None
+        name = os.fsdecode(path if error.filename is None or isinstance(error.filename, int) else error.filename)
+        error.filename, error.filename2 = _HIDDEN.sub("", name), None
         raise
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +88,11 @@ _RUN_OPTIONS: list[click.Parameter] = [
     click.Option(
         ["-c", "--config"], metavar="FILE", help="A YAML file of these settings (max_length: 512); options overrule it."
     ),
-    click.Option(["--resume"], is_flag=True, help="Go on with the run in -o, with its settings."),
+    click.Option(
+        ["--resume"],
+        is_flag=True,
+        help="Go on with the run in -o, with its settings; -m, -d and --valid say where these are now.",
+    ),
     click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; train nothing."),
     click.Option(["--force"], is_flag=True, help=FORCE_MEMORY),
 ]
@@ -96,6 +102,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     from ..errors import OptionError
     from ..tuning import run
     from ..tuning.settings import Settings, read_settings
+    from ..tuning.signals import pass_on
     from ..values import shown
 
     chosen: dict[str, Any] = read_settings(Path(config)) if config else {}
@@ -108,7 +115,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         changed = [
             name
             for name in chosen
-            if name != "output" and run.comparable(settings, name) != run.comparable(stored, name)
+            if name not in run.FREE and run.comparable(settings, name) != run.comparable(stored, name)
         ]
         if changed:
             raise OptionError(
@@ -121,7 +128,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
                 raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
         settings = Settings.of({"output": "(dry run)", **chosen} if dry_run else chosen)
     command = click.get_current_context().command
-    notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731
+    notify = lambda sentence: _quietly(note, in_options(sentence, command))  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
         note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
@@ -144,16 +151,23 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         )
     if result.first_rank:
         _summary(result)
+    pass_on(result.signal)
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+def _quietly(tell: Callable[..., None], *words: str) -> None:
+    """Print, if there still is where to: a run whose terminal is closed goes on, or saves."""
+    with contextlib.suppress(OSError):
+        tell(*words)
 
 
 def _summary(result: Result) -> None:
     speed = result.tokens / result.seconds if result.seconds else 0
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
-    say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
+    _quietly(say, f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
     if result.interrupted:
-        say(f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
+        _quietly(say, f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
 
 
 class _Progress:
@@ -170,7 +184,7 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live and self._started:
-            say()
+            _quietly(say)
 
     def step(self, report: StepReport) -> None:
         from ..memory import size_text
@@ -187,9 +201,9 @@ class _Progress:
             f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
         if self._live:
-            redraw(line)
+            _quietly(redraw, line)
         else:
-            self._pulse.say(line)
+            _quietly(self._pulse.say, line)
 
     def validated(self, step: int, loss: float, best: bool) -> None:
         self._say(f"step {step:,}: validation loss {loss:.4f}{', the best so far' if best else ''}")
@@ -199,9 +213,9 @@ class _Progress:
 
     def _say(self, text: str) -> None:
         if self._live:
-            redraw(text, "\n")
+            _quietly(redraw, text, "\n")
         else:
-            say(text)
+            _quietly(say, text)
 
 
 tune = _TuneCommand(
@@ -215,7 +229,7 @@ tune = _TuneCommand(
     phi3-mlx tune -m phi-3.5-mini-4bit -d my.jsonl -o adapter
     phi3-mlx generate -m phi-3.5-mini-4bit --adapter adapter -p "..."
 
-    A line of my.jsonl is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Ctrl-C saves;
-    --resume goes on to the very weights of an uninterrupted run.
+    A line of my.jsonl is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Ctrl-C, kill
+    and a closed terminal save; --resume goes on to the very weights of an uninterrupted run.
     """,
 )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..values import check_function, flag
 from . import run
 from .settings import Settings
+from .signals import pass_on
 
 if TYPE_CHECKING:
     from .run import Result
@@ -86,7 +87,8 @@ def tune(
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
     MemoryLimitError (numbers, and arguments that would fit), TrainingError (no number; another run's checkpoint or
     folder), AdapterError (of `from_adapter`) and what `load` raises. Ctrl-C saves and returns a Result whose
-    `interrupted` is True.
+    `interrupted` is True. So do SIGTERM and SIGHUP (a terminal that is closed), which then end the process, unless your
+    program handles them.
     """
     settings = Settings.of(
         {
@@ -132,7 +134,7 @@ def tune(
     )
     for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
         check_function(call, name)
-    return run.start(
+    result = run.start(
         settings,
         resume=flag(resume, "resume"),
         force=flag(force, "force"),
@@ -140,3 +142,5 @@ def tune(
         on_step=on_step,
         on_validation=on_validation,
     )
+    pass_on(result.signal)
+    return result

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..atomic import new_files
+from ..atomic import named, new_files
 from ..checkpoint import read_arrays
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
@@ -117,7 +117,7 @@ def write_pair(
 ) -> None:
     """A JSON file and a safetensors file. Raises OSError, also where MLX itself would say RuntimeError."""
     (folder / config_name).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
-    with (folder / name).open("wb") as file:
+    with named(folder / name), (folder / name).open("wb") as file:
         mx.save_safetensors(file, dict(tensors), {"format": made_for})
 
 

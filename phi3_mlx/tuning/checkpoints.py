@@ -35,8 +35,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a step into `folder` and remove older ones. Raises TrainingError: older ones are kept."""
     final = folder / f"step-{step:08d}"
+    way_out = "mend that and go on with resume=True" if _all(folder) else None
     # One of this step may be there, of a run that was resumed from before it.
-    way_out = "mend that and go on with resume=True"
     with new_directory(final, force=True, mark=_STATE, fault=TrainingError, way_out=way_out) as unfinished:
         for name, arrays in ((_WEIGHTS, weights), (_OPTIMIZER, optimizer)):
             with (unfinished / name).open("wb") as file:

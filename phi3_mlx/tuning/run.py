@@ -1,54 +1,44 @@
-"""A fine-tuning run from its settings to an adapter folder.
-
-ADAPTER/
-  adapters.safetensors, adapter_config.json   the best adapter by validation, or the last without any
-  last/                                       the same of the last step
-  checkpoints/                                what --resume goes on from
-  metrics.jsonl  loss.png  samples.jsonl  run.json
-"""
+"""A fine-tuning run from its settings to an adapter folder, whose files are in `folder.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..atomic import replace_file
 from ..config import read_json
-from ..errors import CheckpointError, OptionError, TrainingError
-from ..files import json_text
+from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
 from ..memory import bounded_run, room
 from ..models import read_config
 from ..threads import refuse_fork
-from .adapters import Base, adapter_files, base_of, write_adapter
+from .adapters import Base, base_of
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
-from .log import Log, plot_losses
+from .folder import CHECKPOINTS, RUN, RunFolder, check_folder, taken
+from .log import check_tensorboard
 from .lora import Adapter, attach
 from .onward import Start, attach_start, read_start
 from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
 from .settings import HOLDOUT, Settings, from_stored, no_effect
+from .signals import stop_on_signal
 from .targets import find_targets
 from .trainer import Listener, StepReport, Trainer
 
 if TYPE_CHECKING:
+    from ..config import Config
     from ..models.decoder import Model
     from ..tokenizer import Tokenizer
 
-RUN = "run.json"
 Notify = Callable[[str], None]
 _LOST_UPDATES = (
     "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for float32",
@@ -60,7 +50,7 @@ _MAX_LENGTH = 2048  # tokens of an example where nothing is said: most chats are
 class Result:
     """How a run ended: `finished` is False if it was stopped before its last step; losses are validation's.
 
-    `notes` are sentences about the data: what was held out, left out or cut.
+    `notes` are sentences about the data (what was held out, left out or cut) and of what went wrong on the way.
     """
 
     output: Path
@@ -73,6 +63,7 @@ class Result:
     seconds: float
     first_rank: bool = True  # False in the other processes of a distributed run, which write and print nothing
     notes: tuple[str, ...] = ()
+    signal: int | None = field(default=None, repr=False)  # that it was told to stop by: Ctrl-C's or another
 
     def _repr_markdown_(self) -> str:
         from ..display import result_markdown
@@ -100,7 +91,7 @@ class Prepared:
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
-        settings = {key: v for key, v in self.settings.as_dict().items() if key not in _FREE}
+        settings = {key: v for key, v in self.settings.as_dict().items() if key not in FREE}
         return {
             "base model": self.base.fingerprint,
             "training data": self.train.fingerprint(),
@@ -110,8 +101,8 @@ class Prepared:
         }
 
 
-# By content, or of no consequence.
-_FREE = ("output", "model", "data", "valid", "holdout", "from_adapter", "revision", "memory", "tensorboard")
+# What may differ where a run goes on: compared by content, or of no consequence.
+FREE = ("output", "model", "data", "valid", "holdout", "from_adapter", "revision", "memory", "tensorboard")
 
 
 def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
@@ -122,6 +113,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     from .. import hub, tokenizer
 
     settings = _absolute(settings.check())
+    if settings.tensorboard:
+        check_tensorboard()
     splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
     directory = hub.resolve(settings.model, settings.revision)
     config = read_config(directory)
@@ -160,6 +153,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             if getattr(settings, name):
                 why = "without validation: no examples are left for it, so give more, or some in valid=FILE"
                 raise no_effect(name, getattr(settings, name), why)
+    _check_samples(settings, words, config)
     numbers = None if start is None else start.numbers
     replan = lambda changed: plan_memory(  # noqa: E731
         directory, config, changed, *sizes(train, changed), ranks, numbers=numbers
@@ -182,6 +176,26 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     if fits and way_out:
         raise refusal(plan, limit, way_out)
     return prepared
+
+
+def _check_samples(settings: Settings, tokenizer: Tokenizer, config: Config) -> None:
+    """OptionError for a sample that could not be answered."""
+    from ..engine import check_length
+    from ..generation import encode_prompt
+
+    for prompt in settings.samples:
+        try:
+            check_length(config, len(encode_prompt(tokenizer, prompt)))
+        except Phi3Error as error:
+            raise OptionError(f"samples: {error}") from error
+
+
+def _check_paths(settings: Settings) -> None:
+    """TrainingError for a path of a run that was moved since, or whose model or data were."""
+    for name in ("model", "data", "valid", "from_adapter"):
+        path = getattr(settings, name)
+        if path and os.path.isabs(path) and not os.path.exists(path):
+            raise TrainingError(f"{path}, the {name} of this run, is not there; say where it is now with {name}=PATH")
 
 
 def _absolute(settings: Settings) -> Settings:
@@ -270,36 +284,53 @@ def start(
     group = mx.distributed.init()
     first = group.rank() == 0
     output = Path(os.path.abspath(os.path.expanduser(settings.output)))
-    if settings.output and not resume and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        on = "resume=True goes on with it" if (output / RUN).is_file() else "it holds no run to go on with"
-        raise TrainingError(f"{output} exists already; {on}, or name another folder with output=DIR")
+    if settings.output and first:
+        check_folder(output, resume)
+    if resume:
+        _check_paths(settings)
     prepared = prepare(settings, notify if first else None, group.size(), fits=not force)
     if notify is None and first:
         for note in prepared.warnings:
             warnings.warn(note, stacklevel=3)
     settings = prepared.settings
-    checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
-    if resume and checkpoint is None:
-        raise TrainingError(f"{output} has no checkpoint to go on from; begin it without resume=True")
-    model, adapters = load_for_training(prepared)
-    run = _Run(prepared, model, adapters, output, first)
-    listener = Listener()
-    trainer = Trainer(
-        model,
-        prepared.train.examples,
-        prepared.valid.examples,
-        settings,
-        output / "checkpoints",
-        prepared.identity,
-        listener,
-        group,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    started = time.perf_counter()
-    with run.writing(trainer, on_step, on_validation, on_sample, notify), _stop_on_signal() as stop, bounded_run():
-        listener.step, listener.validated, listener.stop = run.step, run.validated, stop.is_set
-        finished = trainer.run()
+    with taken(output, resume) if first else nullcontext():
+        checkpoint = newest_checkpoint(output / CHECKPOINTS) if resume else None
+        model, adapters = load_for_training(prepared)
+        listener = Listener()
+        trainer = Trainer(
+            model,
+            prepared.train.examples,
+            prepared.valid.examples,
+            settings,
+            output / CHECKPOINTS,
+            prepared.identity,
+            listener,
+            group,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        folder = RunFolder(
+            output,
+            settings,
+            prepared.base,
+            prepared.tokenizer,
+            model,
+            adapters,
+            trainer,
+            on_step,
+            on_validation,
+            on_sample,
+            notify,
+        )
+        started = time.perf_counter()
+        with stop_on_signal() as stop, folder.writing() if first else nullcontext(), bounded_run():
+            listener.stop = stop.is_set
+            if first:
+                listener.step, listener.validated, listener.noted = folder.step, folder.validated, folder.note
+            finished = trainer.run()
+    if notify is None:
+        for note in folder.notes:
+            warnings.warn(note, stacklevel=3)
     progress = trainer.progress
     return Result(
         output,
@@ -311,123 +342,9 @@ def start(
         progress.tokens,
         time.perf_counter() - started,
         first,
-        prepared.notes,
+        (*prepared.notes, *folder.notes),
+        stop.signal,
     )
-
-
-class _Run:
-    """What rank 0 writes while the trainer works."""
-
-    def __init__(self, prepared: Prepared, model: Model, adapters: dict[str, Adapter], output: Path, first: bool):
-        self._prepared, self._model, self._adapters = prepared, model, adapters
-        self._output, self._first = output, first
-
-    @contextmanager
-    def writing(
-        self, trainer: Trainer, on_step: Any, on_validation: Any, on_sample: Any, notify: Notify | None
-    ) -> Iterator[None]:
-        """The files of the run, open; at the end, however it comes, the last adapter and the plot are written."""
-        self._trainer, self._on_step, self._on_validation, self._on_sample = trainer, on_step, on_validation, on_sample
-        if not self._first:
-            yield
-            return
-        settings = self._prepared.settings
-        self._output.mkdir(parents=True, exist_ok=True)
-        self._log = Log(self._output, trainer.progress.step, settings.tensorboard)
-        facts = {"settings": settings.as_dict(), "base_model": dataclasses.asdict(self._prepared.base)}
-        replace_file(self._output / RUN, f"{json_text(facts, indent=2)}\n".encode())
-        if trainer.progress.step == 0:
-            trainer.save()  # so that even a run killed in its first steps can be resumed
-        try:
-            yield
-        finally:
-            self._log.close()
-            self._write(self._output / "last")
-            if trainer.progress.best_step is None:
-                self._write(self._output)
-            if not plot_losses(self._output) and notify:
-                notify('no loss.png, which needs matplotlib: pip install "phi3-mlx[plot]"')
-
-    def step(self, report: StepReport) -> None:
-        if not self._first:
-            return
-        figures = dataclasses.asdict(report)
-        del figures["step"], figures["steps"]
-        self._log.add("train", report.step, **figures)
-        if self._on_step:
-            self._on_step(report)
-
-    def validated(self, step: int, loss: float, best: bool) -> None:
-        if not self._first:
-            return
-        self._log.add("valid", step, loss=loss)
-        if best:
-            self._write(self._output)
-        if self._on_validation:
-            self._on_validation(step, loss, best)
-        self._answer_samples(step)
-
-    def _write(self, directory: Path) -> None:
-        prepared, settings = self._prepared, self._prepared.settings
-        facts = {
-            "phi3_mlx": {
-                "alpha": settings.alpha,
-                "rank": settings.rank,
-                "rslora": settings.rslora,
-                "step": self._trainer.progress.step,
-            }
-        }
-        if self._adapters:
-            tensors, config = adapter_files(
-                self._adapters, self._model.config.num_hidden_layers, prepared.base, **facts
-            )
-        else:
-            tensors = self._trainer.weights()
-            base = dataclasses.asdict(prepared.base)
-            config = {
-                "fine_tune_type": "full",
-                "num_layers": self._model.config.num_hidden_layers,
-                "lora_parameters": {},
-                **facts,
-                "base_model": base,
-            }
-        config["model"] = prepared.base.name
-        write_adapter(directory, tensors, config)
-
-    def _answer_samples(self, step: int) -> None:
-        settings = self._prepared.settings
-        if not settings.samples:
-            return
-        from ..generation import generate
-
-        self._model.eval()
-        with (self._output / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt in settings.samples:
-                answer = generate(self._model, self._prepared.tokenizer, prompt, max_tokens=settings.sample_tokens)
-                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
-                if self._on_sample:
-                    self._on_sample(prompt, answer)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stored_settings(output: Path) -> Settings:

@@ -27,6 +27,8 @@ from .gradients import Gradients
 from .loss import number, part_loss
 from .settings import Settings, changed
 
+_NAMED = 3  # examples that a sentence names
+
 
 @dataclass
 class Progress:
@@ -62,6 +64,7 @@ class Listener:
     """What a run tells while it goes on; every function may be replaced."""
 
     step: Callable[[StepReport], None] = field(default=lambda report: None)
+    noted: Callable[[str], None] = field(default=lambda sentence: None)  # what went wrong, and the run goes on
     validated: Callable[[int, float, bool], None] = field(default=lambda step, loss, best: None)
     saved: Callable[[Path], None] = field(default=lambda path: None)
     stop: Callable[[], bool] = field(default=lambda: False)  # asked after every step
@@ -103,9 +106,22 @@ class Trainer:
         """The trained arrays by name."""
         return dict(tree_flatten(self.model.trainable_parameters()))
 
+    def is_finite(self) -> bool:
+        """Whether no trained number is NaN or infinite."""
+        with turn():
+            return bool(mx.stack([mx.isfinite(array).all() for array in self.weights().values()]).all().item())
+
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
-        if self._saved_at == self.progress.step or self.rank:
+        """Write a checkpoint of this step, unless there is one. TrainingError: its weights are none to go on from."""
+        if self._saved_at == self.progress.step:
+            return
+        if not self.is_finite():
+            raise TrainingError(
+                f"trained weights are no numbers after step {self.progress.step}; {self._kept()}; begin anew with a "
+                "lower learning_rate"
+            )
+        if self.rank:
+            self._saved_at = self.progress.step
             return
         state = {**vars(self.progress), "identity": dict(self.identity)}
         arrays = optimizers.optimizer_arrays(self._optimizer)
@@ -206,14 +222,21 @@ class Trainer:
         return part, keys
 
     def _diverged(self, batch: Sequence[int], loss: float, norm: float) -> None:
-        """The update was not made, so the weights are the last good ones: keep them and name the batch."""
-        self.save()
+        """The update was not made: keep the weights, if the one before did not spoil them, and name the batch."""
+        if self.is_finite():
+            self.save()
         sources = [self.train[i].source for i in batch]
         named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise TrainingError(
             f"loss {loss} and gradient {norm} at step {self.progress.step + 1} are no numbers; the batch was {named}; "
-            f"the state before it is kept in {self._checkpoints}; lower learning_rate or look at these examples"
+            f"{self._kept()}; lower learning_rate or look at these examples"
         )
+
+    def _kept(self) -> str:
+        """Where the last good state is, as a part of a sentence."""
+        if self._saved_at is None:
+            return "nothing was saved yet"
+        return f"the state after step {self._saved_at} is kept in {self._checkpoints}"
 
     def _sum(self, *values: Any) -> list[float]:
         """Numbers added up over all ranks."""
@@ -247,13 +270,30 @@ class Trainer:
 
     def _validate(self) -> None:
         loss, progress = self.validation_loss(), self.progress
-        best = progress.best_loss is None or loss < progress.best_loss
+        finite = math.isfinite(loss)
+        if not finite:
+            step, whose = progress.step, self._no_numbers()
+            self._listener.noted(f"the validation loss at step {step} is no number{whose}; it does not count as better")
+        best = finite and (progress.best_loss is None or loss < progress.best_loss)
         progress.last_loss = loss
         if best:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
         else:
             progress.worse += 1
         self._listener.validated(progress.step, loss, best)
+
+    def _no_numbers(self) -> str:
+        """The validation examples whose loss is no number, as a part of a sentence."""
+        found = []
+        for example in self.valid:
+            with turn():
+                loss = number(part_loss(self.model, make_part([example])))
+            if not math.isfinite(loss):
+                found.append(example.source)
+            if len(found) > _NAMED:
+                break
+        more = ", ..." if len(found) > _NAMED else ""
+        return f" for {', '.join(found[:_NAMED])}{more}" if found else ""
 
 
 def _within(members: Iterable[int], lengths: Mapping[int, int], limit: int) -> list[list[int]]:
