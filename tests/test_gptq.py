@@ -57,6 +57,41 @@ def test_codes_are_those_of_the_definition(bits, group_size):
     assert wrong <= 2, "more than float32 against float64 explains"
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 32)])
+def test_a_grid_is_the_best_for_what_errors_of_its_columns_cost(bits, group_size):
+    """An error of a column that no later one makes up for costs 1 / (H^-1)_jj of what is left of H, as in the paper.
+
+    Of all ranges that are tried each row's group has the one of least cost; counting all columns alike gives others.
+    """
+    width, rows, top = 128, 40, 2**bits - 1
+    rng = np.random.default_rng(2)
+    weight = rng.standard_t(3, size=(rows, width)).astype(np.float32)
+    x = inputs(400, width) * (10 ** rng.uniform(-1.5, 1, width)).astype(np.float32)
+    packing = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32)
+    scales, biases = (np.array(part).astype(np.float64) for part in parts[1:])
+    fixed = np.array(mx.dequantize(*parts, **packing)).astype(np.float64)
+    hessian = x.astype(np.float64).T @ x
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(width)
+    wrong, alike = 0, 0
+    for n, j in enumerate(range(0, width, group_size)):
+        lost = weight[:, :j] - fixed[:, :j]
+        group = (weight[:, j:] + lost @ hessian[:j, j:] @ np.linalg.inv(hessian[j:, j:]))[:, :group_size]
+        costs = [1 / np.linalg.inv(hessian[k:, k:])[0, 0] for k in range(j, j + group_size)]
+        low, high = group.min(axis=1, keepdims=True), group.max(axis=1, keepdims=True)
+        errors = []
+        for shrink in gptq._SHRINKS:
+            step, start = (high - low) * shrink / top, low * shrink
+            errors.append(np.square(group - np.clip(np.round((group - start) / step), 0, top) * step - start))
+        best = np.argmin([(error * costs).sum(axis=1) for error in errors], axis=0)
+        shrinks = np.array(gptq._SHRINKS)[best]
+        wrong += (~np.isclose(scales[:, n], (high - low)[:, 0] * shrinks / top, rtol=1e-3)).sum()
+        wrong += (~np.isclose(biases[:, n], low[:, 0] * shrinks, rtol=1e-3)).sum()
+        alike += (best == np.argmin([error.sum(axis=1) for error in errors], axis=0)).sum()
+    assert wrong <= 4, "more than float32 against float64 explains"
+    assert alike < 0.7 * rows * width / group_size
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_outputs_are_nearer_than_after_rounding(dtype):
     weight = mx.random.normal((48, 128), key=mx.random.key(3)).astype(dtype)
