@@ -578,3 +578,28 @@ def test_models_lists_the_bundled_model_and_the_aliases(run, monkeypatch, tmp_pa
     for row in family.values():  # weights are the least there is, the whole context the most
         assert row["longest"]["16"] <= row["longest"]["32"] <= row["context"]
         assert (row["longest"]["16"] > 0) == (row["bytes_4bit"] < 16 * 2**30 * 2 / 3)
+
+
+# Ctrl-C, and another one while the first is told, or while Python ends (it waits for a thread).
+TWICE = """
+import signal, sys, threading, time
+from phi3_mlx import cli
+
+def interrupted(*_):
+    if sys.argv.pop() == "told":
+        tell = cli._say
+        cli._say = lambda *words: (tell(*words), signal.raise_signal(signal.SIGINT))
+    else:
+        threading.Thread(target=lambda: (time.sleep(0.3), signal.raise_signal(signal.SIGINT))).start()
+    raise KeyboardInterrupt
+
+cli.cli.invoke = interrupted
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["told", "ending"])
+def test_a_second_ctrl_c_is_no_other_end(moment):
+    done = subprocess.run([sys.executable, "-c", TWICE, "models", moment], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "\nphi3-mlx: stopped by Ctrl-C\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -83,42 +84,52 @@ def main(args: Sequence[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by the caller (<&-, >&-)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     take_all_characters()
-    given = list(sys.argv[1:] if args is None else args)
+    try:
+        code = _run(list(sys.argv[1:] if args is None else args))
+        if args is None:  # nothing is left that another Ctrl-C could stop; Python would print a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # a second one, while the first was told
+        code = 130
+    sys.exit(code)
+
+
+def _run(given: list[str]) -> int:
+    """Run the command line; its exit code."""
     try:
         # Not cli.main(): it would turn a closed pipe into a silent exit.
         with cli.make_context("phi3-mlx", list(given)) as context:
             cli.invoke(context)
         sys.stdout.flush()
-        code = 0
+        return 0
     except click.exceptions.Exit as done:
-        code = done.exit_code
+        return done.exit_code
     except BrokenPipeError:
         # Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _say("the reader of the output went away, so the work was stopped", 141)
+        return _say("the reader of the output went away, so the work was stopped", 141)
     except (KeyboardInterrupt, click.Abort):
         say()
-        code = _say("stopped by Ctrl-C", 130)
+        return _say("stopped by Ctrl-C", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
-        code = error.exit_code
+        return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "phi3-mlx"
         message = error.format_message().rstrip(".")
         if "unexpected extra argument" in message and (option := _STRAY.get(command.split()[-1])):
             message += f"; {option} goes before it"
-        code = _say(f"{message}; see {command} -h", error.exit_code)
+        return _say(f"{message}; see {command} -h", error.exit_code)
     except click.ClickException as error:
-        code = _say(error.format_message(), error.exit_code)
+        return _say(error.format_message(), error.exit_code)
     except Phi3Error as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
         named = next((cli.get_command(click.Context(cli), arg) for arg in given if arg in _COMMANDS), None)
-        code = _say(as_typed(error, named or cli), error.exit_code)
+        return _say(as_typed(error, named or cli), error.exit_code)
     except OSError as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
-        code = _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
@@ -126,8 +137,7 @@ def main(args: Sequence[str] | None = None) -> None:
             message = 'MLX has no backend here; pip install "phi3-mlx[cpu]", or "phi3-mlx[cuda]" with an NVIDIA GPU'
         else:
             message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
-        code = _say(message.replace("\n", " "), 1)
-    sys.exit(code)
+        return _say(message.replace("\n", " "), 1)
 
 
 def _say(message: str, code: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +126,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
                 raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
         settings = Settings.of({"output": "(dry run)", **chosen} if dry_run else chosen)
     command = click.get_current_context().command
-    notify = lambda sentence: _quietly(note, in_options(sentence, command))  # noqa: E731
+    notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
         note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
@@ -156,18 +154,12 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         raise KeyboardInterrupt
 
 
-def _quietly(tell: Callable[..., None], *words: str) -> None:
-    """Print, if there still is where to: a run whose terminal is closed goes on, or saves."""
-    with contextlib.suppress(OSError):
-        tell(*words)
-
-
 def _summary(result: Result) -> None:
     speed = result.tokens / result.seconds if result.seconds else 0
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
-    _quietly(say, f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
+    say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
     if result.interrupted:
-        _quietly(say, f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
+        say(f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
 
 
 class _Progress:
@@ -184,7 +176,7 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live and self._started:
-            _quietly(say)
+            say()
 
     def step(self, report: StepReport) -> None:
         from ..memory import size_text
@@ -201,9 +193,9 @@ class _Progress:
             f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
         if self._live:
-            _quietly(redraw, line)
+            redraw(line)
         else:
-            _quietly(self._pulse.say, line)
+            self._pulse.say(line)
 
     def validated(self, step: int, loss: float, best: bool) -> None:
         self._say(f"step {step:,}: validation loss {loss:.4f}{', the best so far' if best else ''}")
@@ -213,9 +205,9 @@ class _Progress:
 
     def _say(self, text: str) -> None:
         if self._live:
-            _quietly(redraw, text, "\n")
+            redraw(text, "\n")
         else:
-            _quietly(say, text)
+            say(text)
 
 
 tune = _TuneCommand(

@@ -271,7 +271,7 @@ class Trainer:
     def _validate(self) -> None:
         loss, progress = self.validation_loss(), self.progress
         finite = math.isfinite(loss)
-        if not finite:
+        if not finite and (progress.last_loss is None or math.isfinite(progress.last_loss)):  # said once, not always
             step, whose = progress.step, self._no_numbers()
             self._listener.noted(f"the validation loss at step {step} is no number{whose}; it does not count as better")
         best = finite and (progress.best_loss is None or loss < progress.best_loss)
