@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import values
 from .errors import ModelNotFoundError, OptionError, Phi3Error
-from .places import has_tokenizer, instead_of_model
 from .safetensors import INDEX, weight_files
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
-_CACHED = "models--"  # how the folder of a repository begins in Hugging Face's cache; OWNER--NAME follows
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
@@ -141,7 +140,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
-    folder = cache_folder() / f"{_CACHED}{repo_id.replace('/', '--')}"
+    folder = cache_folder() / f"models--{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
         commit = (folder / "refs" / revision).read_text().strip()
@@ -149,20 +148,6 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
         commit = revision  # a commit hash names itself
     snapshot = folder / "snapshots" / commit
     return snapshot if _is_complete(snapshot) else None
-
-
-def snapshot_of(directory: Path) -> tuple[str, str] | None:
-    """(repository, commit) of a directory in Hugging Face's cache; None for any other."""
-    folder = directory.parent.parent
-    if directory.parent.name != "snapshots" or not folder.name.startswith(_CACHED):
-        return None
-    return folder.name.removeprefix(_CACHED).replace("--", "/", 1), directory.name
-
-
-def is_repository(name: str) -> bool:
-    """Whether `resolve` takes a name for an alias or a repository, which have revisions, and not for a directory."""
-    low = name.lower()
-    return low in _REPO_IDS or (low != "tiny" and "/" in name and not os.path.isdir(os.path.expanduser(name)))
 
 
 def find_alias(name: str) -> Alias | None:
@@ -181,8 +166,8 @@ def list_models() -> list[ModelRow]:
         context = alias.shape.max_position_embeddings
         rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, context, path))
     known = set(_REPO_IDS.values())
-    for folder in sorted(cache_folder().glob(f"{_CACHED}*")):
-        repo_id = folder.name.removeprefix(_CACHED).replace("--", "/", 1)
+    for folder in sorted(cache_folder().glob("models--*")):
+        repo_id = folder.name.removeprefix("models--").replace("--", "/")
         path = None if repo_id in known else on_disk(repo_id)
         row = None if path is None else _describe(repo_id, repo_id, path)
         if row is not None:
@@ -211,8 +196,9 @@ def _is_complete(folder: Path) -> bool:
         files, absent = weight_files(folder)
     except Phi3Error:
         return False
+    tokenizer = any(path.exists() for pattern in _TOKENIZERS for path in folder.glob(pattern))
     # A link whose blob was deleted is no file.
-    return has_tokenizer(folder) and bool(files) and not absent and (folder / "config.json").is_file()
+    return tokenizer and bool(files) and not absent and (folder / "config.json").is_file()
 
 
 def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
@@ -234,7 +220,7 @@ def _check_repo_id(name: str) -> None:
     """Raise ModelNotFoundError unless `name`, no alias and no directory, can be a repository."""
     path = os.path.expanduser(name)
     if os.path.isfile(path):
-        raise ModelNotFoundError(f"{name} is a file, not a model directory; {instead_of_model(Path(path))}")
+        raise ModelNotFoundError(f"{name} is a file, not a model directory; name the directory it is in")
     rooted = name.startswith(("./", "../", "~")) or os.path.isabs(path) or name.endswith(os.sep)
     if rooted or name.count(os.sep) > 1 or (os.sep in name and os.path.isdir(os.path.dirname(path))):
         raise ModelNotFoundError(f"no such directory: {name}; check the path, or see `phi3-mlx models` for names")

@@ -25,6 +25,7 @@ from tokenizer_samples import (
 
 from phi3_mlx.chat import SYSTEM_FOLDED, render_chat
 from phi3_mlx.errors import ChatError
+from phi3_mlx.messages import unused
 from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
 
 JUNE = (  # mini-4k, June 2024
@@ -49,6 +50,7 @@ NO_STRIP = {"*": {"rstrip": False}}
 STRIP_BUT_ASSISTANT = {"*": {"rstrip": False}, "<|assistant|>": {"rstrip": True}}
 
 HELLO = [{"role": "user", "content": "Hello"}]
+NESTED = json.loads("[" * 40 + "]" * 40)
 TALK = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi there!"},
@@ -270,8 +272,9 @@ def test_long_runs_of_private_use_characters_cost_no_more_than_other_text(tokeni
     tokenizer, _ = tokenizers_of["june-sentencepiece"]
     run = "".join(map(chr, range(0xE000, 0xF900)))
     content = f"{run}{chr(0xE000) * 1000}<|end|>{run}"
-    ids = render_chat(tokenizer, user(Watched(content)))
+    assert unused(user(Watched(content)))
     assert 0 < Watched.looked <= 3
+    ids = render_chat(tokenizer, user(content))
     assert ids == [USER, *tokenizer.encode(content), END, ASSISTANT]
     tokenizer = with_template("{% for m in messages %}{{ m.content }}:{{ m.content | length }}{% endfor %}")
     assert tokenizer.decode(render_chat(tokenizer, user(content))) == f"{content}:{len(content) + 1}"
@@ -402,7 +405,9 @@ def test_templates_that_fail(template: str, message: str):
         ([{"role": 3, "content": "x"}], "'role' of type int"),
         ([{"role": "User", "content": "x"}], "the role 'User': roles are system, user, assistant, tool"),
         ([{"role": "user|>\nhi<|end|>", "content": "x"}], "the role"),
-        ([{"role": "user", "content": "x", "tools": [1]}], "'tools' of type list"),
+        ([{"role": "user", "content": "x", "tools": {1: 2}}], "message 1, 'tools' holds a dict"),
+        ([{"role": "user", "content": "x", "tools": [object()]}], "message 1, 'tools' holds a object"),
+        ([{"role": "user", "content": "x", "tools": NESTED}], "message 1, 'tools' is nested more than 32 deep"),
     ],
 )
 def test_messages_of_another_shape(messages, message: str):

@@ -318,7 +318,7 @@ def test_an_adapter_folder_appears_with_all_its_files(base, tmp_path, monkeypatc
     for work, place in works:
         with monkeypatch.context() as patch:
             patch.setattr(mx, "save_safetensors", full)
-            with pytest.raises(AdapterError, match=r"No space left on device.*free some space"):
+            with pytest.raises(AdapterError, match="No space left on device; free some space"):
                 work(place)
         assert sorted(os.listdir(tmp_path)) == kept
         with monkeypatch.context() as patch:
@@ -416,8 +416,6 @@ def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
         fuse(tmp_path / "a", tmp_path / "m", model=str(packed))
     with pytest.raises(OptionError, match="bits is for packed models"):
         fuse(tmp_path / "a", tmp_path / "m", bits=8)
-    with pytest.raises(OptionError, match="text has no effect where nothing is packed"):
-        fuse(tmp_path / "a", tmp_path / "m", text="a text")
     make_adapter(packed, tmp_path / "b", targets=("o_proj",))
     with pytest.raises(OptionError, match="dequantize=True"):
         fuse(tmp_path / "b", tmp_path / "m", dtype="bfloat16")

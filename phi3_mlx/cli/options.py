@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +74,7 @@ class ModelOptions:
             kept=kept,
             force=force,
         )
-        adapters = _weights(self.adapter)
+        adapters = dict(map(_weighted, self.adapter))
         return load_adapted(
             directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
         )
@@ -90,16 +89,6 @@ def _weighted(given: str) -> tuple[str, float]:
         return directory, float(weight)
     except ValueError as error:
         raise OptionError(f"{weight!r} is no weight of an adapter; write --adapter {directory}=0.5") from error
-
-
-def _weights(given: Sequence[str]) -> dict[str, float]:
-    """The folders of --adapter and their weights."""
-    weights: dict[str, float] = {}
-    for directory, weight in map(_weighted, given):
-        if directory in weights:
-            raise OptionError(f"--adapter {directory} is given twice; give it once, with the sum of the weights")
-        weights[directory] = weight
-    return weights
 
 
 def model_options(function: F) -> F:
@@ -253,9 +242,7 @@ def sampling_options(function: F) -> F:
         click.option("--min-p", type=float, default=0.0, help="Only tokens P times as likely as the likeliest."),
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
         click.option("--seed", type=int, help="Repeat the same draw."),
-        click.option(
-            "--stop", multiple=True, metavar="TEXT", help="End before this text, or control token; may be repeated."
-        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
         click.option(
             "--lookup",
             type=int,
@@ -325,9 +312,9 @@ def in_options(text: str, command: click.Command) -> str:
         name, quoted, plain = found.groups()
         if name not in options:
             return found[0]
-        return options[name] if plain == "True" else f"{options[name]} {shlex.quote(quoted) if quoted else plain}"
+        return options[name] if plain == "True" else f"{options[name]} {quoted or plain}"
 
-    return re.sub(r"\b([a-z_]+)=(?:'([^'\n]+)'|([\w.]+))", option, text)
+    return re.sub(r"\b([a-z_]+)=(?:'([\w.]+)'|([\w.]+))", option, text)
 
 
 def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:

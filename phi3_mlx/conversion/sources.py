@@ -18,7 +18,6 @@ from ..config import read_json
 from ..errors import CheckpointError
 from ..hub import COMPANIONS
 from ..models import parse_config, shapes
-from ..places import no_model
 from ..quantize import packing_of
 from ..safetensors import Tensor, find_weights, lacks
 from .split import plan
@@ -81,7 +80,7 @@ class DirectorySource:
         self.name = str(directory)
         self._directory = directory
         if not (directory / "config.json").exists():
-            raise CheckpointError(no_model(directory))
+            raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")
         weights = find_weights(directory)

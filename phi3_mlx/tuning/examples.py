@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from ..chat import render_training_chat
-from ..errors import ChatError, DataError, OptionError
-from .data import Record
+from ..errors import ChatError, DataError, OptionError, PromptError
+from .rows import Record
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -80,8 +81,13 @@ def encode_records(
     if overflow not in get_args(Overflow):
         raise OptionError(f"overflow {overflow!r} is unknown; choose {', '.join(get_args(Overflow))}")
     encoded = Encoded()
+    notes: dict[str, str] = {}  # and the source that each is about first
+
+    def notify(note: str, source: str) -> None:
+        notes.setdefault(note, source)
+
     for record in records:
-        whole = _encode(record, tokenizer, train_on, encoded.notes.append)
+        whole = _encode(record, tokenizer, train_on, partial(notify, source=record.source))
         encoded.lengths.append(len(whole))
         if len(whole) <= max_length:
             pieces = [whole]
@@ -98,7 +104,7 @@ def encode_records(
             encoded.dropped.append(record.source)
         elif len(whole) > max_length:
             (encoded.truncated if overflow == "truncate" else encoded.split).append(record.source)
-    encoded.notes = list(dict.fromkeys(encoded.notes))
+    encoded.notes = [f"{note} (first in {source})" for note, source in notes.items()]
     return encoded
 
 
@@ -112,16 +118,19 @@ def _encode(record: Record, tokenizer: Tokenizer, train_on: TrainOn, notify: Cal
         if eos is not None and ids[-1] not in tokenizer.stop_ids:
             ids.append(eos)
         return Example(np.array(ids, np.int32), np.ones(len(ids), bool), record.source)
+    ends = tuple(end for i in tokenizer.stop_ids if (end := tokenizer.id_to_token(i)))
+    for message in record.messages:
+        if message["role"] == "assistant" and ends and message["content"].rstrip().endswith(ends):
+            notify("an answer ends in the text of a control token, which is learnt as text: the template adds its own")
     try:
-        ids, turns = render_training_chat(tokenizer, record.messages, notify=notify)
-    except ChatError as error:
+        ids, turns = render_training_chat(tokenizer, record.messages, tools=record.tools, notify=notify)
+    except (ChatError, PromptError) as error:
         raise DataError(f"{record.source}: {error}") from error
     turn = np.array(turns)
-    if train_on == "all":
-        trained = np.ones(len(ids), bool)
-    else:
-        trained = turn == turn.max() if train_on == "last" else turn > 0
-        trained &= turn > 0
+    trained = np.ones(len(ids), bool) if train_on == "all" else turn > 0
+    if train_on == "last":
+        trained &= turn == turn.max()
+    trained &= ~np.isin(turn, [*record.unlearnt])
     return _trim(Example(np.array(ids, np.int32), trained, record.source))
 
 

@@ -139,7 +139,8 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     if splits.valid and settings.holdout not in (0, HOLDOUT):
         raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
     if not splits.valid and settings.holdout:
-        splits = hold_out(splits.train, settings.holdout, settings.seed)
+        held = hold_out(splits.train, settings.holdout, settings.seed)
+        splits = dataclasses.replace(held, notes=(*splits.notes, *held.notes))
     words = tokenizer.load_tokenizer(directory)
     train, valid = _encode(splits, words, settings)
     if not train.examples:
