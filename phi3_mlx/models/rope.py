@@ -32,10 +32,11 @@ class Rope:
         long = np.array(longrope.long_factor if longrope else 1.0, dtype=np.float32)
         self._freqs = (mx.array(short * periods), mx.array(long * periods))
         gains = (longrope.short_mscale**2, longrope.long_mscale**2) if longrope else (1.0, 1.0)
-        folded = gains[0] if self.dims == config.head_dim and gains[0] == gains[1] else 1.0
+        # The softmax scale takes the short regime's gain, where that is of all numbers of a head.
+        folded = gains[0] if self.dims == config.head_dim else 1.0
         self.scale: float = config.softmax_scale * folded
         rotated = np.arange(config.head_dim) < self.dims
-        # By regime; nothing where the softmax scale has it already.
+        # By regime, what is left; nothing where the softmax scale has it all.
         self._query_gains = [
             None if gain == folded else mx.array(np.where(rotated, gain / folded, 1.0).astype(np.float32))
             for gain in gains
