@@ -9,7 +9,6 @@ in the data.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,8 +18,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..atomic import new_directory
-from ..errors import TrainingError
+from ..checkpoint import read_arrays
+from ..config import read_json
+from ..errors import CheckpointError, TrainingError
+from ..fields import Fields, shorten
 from ..files import json_text
+from ..safetensors import read_header
 
 _NAME = re.compile(r"step-(\d{8})")
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -34,7 +37,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint of a step into `folder` and remove older ones. Raises TrainingError: older ones are kept."""
-    final = folder / f"step-{step:08d}"
+    final = folder / _name(step)
     way_out = "mend that and go on with resume=True" if _all(folder) else None
     # One of this step may be there, of a run that was resumed from before it.
     with new_directory(final, force=True, mark=_STATE, fault=TrainingError, way_out=way_out) as unfinished:
@@ -58,13 +61,31 @@ def _all(folder: Path) -> list[Path]:
     return [path for path in found if _NAME.fullmatch(path.name)]
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
-    """(weights, optimizer, state) of a checkpoint. Raises TrainingError if it is damaged."""
+def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], Fields]:
+    """(weights, optimizer, state) of a checkpoint. Raises TrainingError if it is damaged, or has numbers that are none.
+
+    What is taken from the state raises it too.
+    """
+    advice = f"remove {path} and start anew"
     try:
-        weights: dict[str, mx.array] = mx.load(str(path / _WEIGHTS))  # type: ignore[assignment]
-        optimizer: dict[str, mx.array] = mx.load(str(path / _OPTIMIZER))  # type: ignore[assignment]
-        mx.eval(weights, optimizer)
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"{path} is damaged ({' '.join(str(error).split())}); remove it and start anew") from error
+        weights, optimizer = _read_arrays(path / _WEIGHTS), _read_arrays(path / _OPTIMIZER)
+        state = Fields(read_json(path / _STATE), path / _STATE, TrainingError, advice)
+    except CheckpointError as error:
+        why = str(error).removesuffix("; download it again").removesuffix("; download the file again")
+        raise TrainingError(f"{path} is damaged ({why}); {advice}") from error
+    if path.name != _name(state.whole("step")):
+        state.fail("step", f"that of {path.name}")
     return weights, optimizer, state
+
+
+def _read_arrays(path: Path) -> dict[str, mx.array]:
+    read_header(path)
+    arrays = read_arrays(path)
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.all(mx.isfinite(array)):
+            raise CheckpointError(f"{path} has {shorten(name, quote=False)}, whose numbers are not all finite")
+    return arrays
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

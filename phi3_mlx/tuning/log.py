@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..atomic import new_file, replace_file
 from ..errors import OptionError
+from ..fields import parse
 from ..files import json_text
 
 METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
@@ -69,10 +69,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            line = json.loads(text)
+            line = parse(text.decode())
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
     return lines
 

@@ -52,5 +52,14 @@ def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
 
 
 def restore_optimizer(optimizer: optim.Optimizer, arrays: dict[str, mx.array]) -> None:
-    """Put back what `optimizer_arrays` gave into an optimizer that was initialized for the same parameters."""
+    """Put back what `optimizer_arrays` gave into an optimizer that was initialized for the same parameters.
+
+    Raises ValueError for arrays of another optimizer or of other parameters.
+    """
+    own = optimizer_arrays(optimizer)
+    odd = next(
+        (n for n in {**own, **arrays} if n not in own or n not in arrays or own[n].shape != arrays[n].shape), None
+    )
+    if odd is not None:
+        raise ValueError(f"{odd} is not of this optimizer and these parameters")
     optimizer.state = tree_map_with_path(lambda name, _: arrays[name], optimizer.state)

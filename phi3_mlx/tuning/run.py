@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..config import read_json
 from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
+from ..fields import Fields
 from ..memory import bounded_run, room
 from ..models import read_config
 from ..threads import refuse_fork
@@ -351,7 +352,8 @@ def start(
 def stored_settings(output: Path) -> Settings:
     """The settings of the run in a folder. Raises TrainingError."""
     try:
-        return from_stored(read_json(output / RUN).get("settings") or {}, str(output / RUN))
+        stored = Fields(read_json(output / RUN), output / RUN, TrainingError)
+        return from_stored(stored.fields("settings").raw, str(output / RUN))
     except CheckpointError as error:
         why = f" ({error})" if (output / RUN).is_file() else ""
         raise TrainingError(f"{output} holds no run to go on with{why}; begin one without resume=True") from error

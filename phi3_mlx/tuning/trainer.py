@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import TrainingError
+from ..fields import Fields
 from ..models.decoder import Model
 from ..models.dropout import token_keys
 from ..threads import turn
@@ -41,6 +42,24 @@ class Progress:
     best_step: int | None = None
     last_loss: float | None = None  # of the last validation
     worse: int = 0  # validations since the best
+
+    @classmethod
+    def of(cls, state: Fields) -> Progress:
+        """That of a checkpoint's state. Raises TrainingError."""
+
+        def loss(key: str) -> float | None:
+            value = state.raw.get(key)
+            return None if value is None or value != value else state.number(key)  # version 0.1.0 wrote NaN
+
+        return cls(
+            step=state.whole("step"),
+            tokens=state.whole("tokens", most=2**62),
+            trained_tokens=state.whole("trained_tokens", most=2**62),
+            best_loss=loss("best_loss"),
+            best_step=None if state.raw.get("best_step") is None else state.whole("best_step"),
+            last_loss=loss("last_loss"),
+            worse=state.whole("worse"),
+        )
 
 
 @dataclass(frozen=True)
@@ -132,21 +151,25 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises TrainingError if it belongs to another run."""
         weights, optimizer, state = read_checkpoint(path)
-        before = state.get("identity", {})
+        before = state.fields("identity")
         for key, value in self.identity.items():
-            other = changed(before.get(key, {}), value, str(path)) if key == "setting" else key
-            if before.get(key) != value and other is not None:
+            other = changed(before.fields(key).raw, value, str(path)) if key == "setting" else key
+            if before.raw.get(key) != value and other is not None:
                 raise TrainingError(
                     f"{path} is of a run with another {other}, so going on would not continue it; "
                     f"restore what was used then, or begin anew in another folder with output=DIR"
                 )
-        if {name: a.shape for name, a in weights.items()} != {name: a.shape for name, a in self.weights().items()}:
+        kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (weights, self.weights())]
+        if kinds[0] != kinds[1]:
             raise TrainingError(
                 f"{path} trains other arrays than these settings do; begin anew in another folder with output=DIR"
             )
+        try:
+            optimizers.restore_optimizer(self._optimizer, optimizer)
+        except ValueError as error:
+            raise TrainingError(f"{path} is damaged ({error}); remove it and start anew") from error
         self.model.update(tree_unflatten(list(weights.items())))
-        optimizers.restore_optimizer(self._optimizer, optimizer)
-        self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
+        self.progress = Progress.of(state)
         self._saved_at = self.progress.step
 
     # Steps
