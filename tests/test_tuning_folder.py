@@ -415,6 +415,10 @@ def test_a_run_that_was_moved_goes_on_where_its_parts_are_now(base, data, tmp_pa
         assert call(capsys, *words, "-o", old / "run")[0] == 0
     old.rename(new)
     moved = [(option, new / name) for option, name in parts]
+    for use in (("fuse", "--adapter"), ("adapter", "export")):
+        code, err = call(capsys, *use, new / "run", "-o", tmp_path / "other")
+        assert code == 1
+        assert f"was trained on {old / 'model'}, which is not there; say where it is now with --model DIR" in err
     for n, name in enumerate(("model", "data", "valid")):
         given = [word for pair in moved[:n] for word in pair]
         code, err = call(capsys, "tune", "--resume", "-o", new / "run", *given)
@@ -513,16 +517,28 @@ def test_a_second_ctrl_c_ends_at_once(base, data, tmp_path):
 
 
 def test_a_program_that_handles_signals_itself_is_asked_when_all_is_saved(base, data, tmp_path):
+    """Also of one that comes while the end is written."""
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append((tmp_path / "out" / "last").is_dir()))
+
+    def hear(*_):
+        with atomic.hold(tmp_path / "out") as free:
+            heard.append((free, (tmp_path / "out" / "last").is_dir()))
+
+    def send(*_):
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    before = signal.signal(signal.SIGTERM, hear)
     try:
-        result = tune(
-            str(base), data, tmp_path / "out", **SMALL, steps=9, on_step=lambda _: signal.raise_signal(signal.SIGTERM)
-        )
+        result = tune(str(base), data, tmp_path / "out", **SMALL, steps=3, on_step=send)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("phi3_mlx.tuning.folder.plot_losses", send)
+            ended = tune(str(base), data, tmp_path / "out", **SMALL, steps=3, resume=True)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == [True]
-    assert (result.interrupted, result.step, saved_step(tmp_path / "out")) == (True, 1, 1)
+    assert heard == [(True, True)] * 2
+    assert (result.interrupted, result.finished, result.step) == (True, False, 1)
+    assert (ended.interrupted, ended.finished, ended.step, saved_step(tmp_path / "out")) == (False, True, 3, 3)
 
 
 def test_what_is_ignored_stays_ignored(base, data, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,6 +182,8 @@ def trained_on(directory: Path, config: Mapping[str, Any], revision: str | None 
     name = base.get("name") if isinstance(base, Mapping) else config.get("model")
     if not isinstance(name, str):
         raise AdapterError(f"{directory} does not say what it was trained on; give the model with -m")
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise AdapterError(f"{directory} was trained on {name}, which is not there; say where it is now with model=DIR")
     # A local directory has no revision, and a repository's is a commit.
     stored = base.get("revision") if isinstance(base, Mapping) and "/" in name and not Path(name).is_dir() else None
     return name, revision or stored
