@@ -416,6 +416,8 @@ def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
         fuse(tmp_path / "a", tmp_path / "m", model=str(packed))
     with pytest.raises(OptionError, match="bits is for packed models"):
         fuse(tmp_path / "a", tmp_path / "m", bits=8)
+    with pytest.raises(OptionError, match="text has no effect where nothing is packed"):
+        fuse(tmp_path / "a", tmp_path / "m", text="a text")
     make_adapter(packed, tmp_path / "b", targets=("o_proj",))
     with pytest.raises(OptionError, match="dequantize=True"):
         fuse(tmp_path / "b", tmp_path / "m", dtype="bfloat16")

@@ -56,7 +56,10 @@ def _data(value: Any, name: str) -> str:
 
 def _layers(value: Any, name: str) -> str:
     """A range, or the number of a layer alone."""
-    return value if isinstance(value, str) else str(whole(value, name))
+    try:
+        return text(value, name) if isinstance(value, str) else str(whole(value, name))
+    except OptionError as error:
+        raise refusal(value, name, "a range such as 8-15, or a whole number") from error
 
 
 def _size(value: Any, name: str) -> int | str:
