@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import values
 from .errors import ModelNotFoundError, OptionError, Phi3Error
+from .places import has_tokenizer, instead_of_model
 from .safetensors import INDEX, weight_files
 
 if TYPE_CHECKING:
@@ -114,7 +115,6 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
@@ -196,9 +196,8 @@ def _is_complete(folder: Path) -> bool:
         files, absent = weight_files(folder)
     except Phi3Error:
         return False
-    tokenizer = any(path.exists() for pattern in _TOKENIZERS for path in folder.glob(pattern))
     # A link whose blob was deleted is no file.
-    return tokenizer and bool(files) and not absent and (folder / "config.json").is_file()
+    return has_tokenizer(folder) and bool(files) and not absent and (folder / "config.json").is_file()
 
 
 def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
@@ -220,7 +219,7 @@ def _check_repo_id(name: str) -> None:
     """Raise ModelNotFoundError unless `name`, no alias and no directory, can be a repository."""
     path = os.path.expanduser(name)
     if os.path.isfile(path):
-        raise ModelNotFoundError(f"{name} is a file, not a model directory; name the directory it is in")
+        raise ModelNotFoundError(f"{name} is a file, not a model directory; {instead_of_model(Path(path))}")
     rooted = name.startswith(("./", "../", "~")) or os.path.isabs(path) or name.endswith(os.sep)
     if rooted or name.count(os.sep) > 1 or (os.sep in name and os.path.isdir(os.path.dirname(path))):
         raise ModelNotFoundError(f"no such directory: {name}; check the path, or see `phi3-mlx models` for names")

@@ -18,9 +18,9 @@ from .config import read_json
 from .errors import CheckpointError
 from .fields import parse, shorten
 from .files import open_file
+from .places import PICKLES, convert_command, gguf_files
 
 INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _LONGEST_NAME = 255  # of a file, in bytes
 _WIDEST = 1 << 31  # rows, columns or experts of an array of mlx
@@ -185,15 +185,23 @@ def read_index(path: Path) -> dict[str, str]:
 def _no_weights(directory: Path, absent: Sequence[str]) -> NoReturn:
     if absent:
         raise CheckpointError(lacks(directory, absent))
-    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
+    gone = next((file.name for file in directory.glob("model*.safetensors")), None)
+    if gone is not None:
+        raise CheckpointError(f"{directory}: {gone} is a link to a file that is gone; download the model again")
+    looked = f"{directory} has no weights: looked for {INDEX} and model*.safetensors"
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    if others:
+        raise CheckpointError(f"{looked}, and found {others[0]}; if it is the whole model, name it model.safetensors")
+    ggufs = gguf_files(directory)
+    if ggufs:
+        raise CheckpointError(f"{looked}, and found {ggufs[0].name}; type `{convert_command(ggufs[0])}`")
+    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
             f"{directory} has only pickle weights ({pickles[0]}), and pickle is never read because loading it runs "
             "whatever code it holds; get the model.safetensors of the same model"
         )
-    raise CheckpointError(
-        f"{directory} has no weights: looked for {INDEX} and model*.safetensors; download the model again"
-    )
+    raise CheckpointError(f"{looked}; download the model again")
 
 
 def _damaged(path: Path, why: str) -> NoReturn:

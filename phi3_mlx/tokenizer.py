@@ -9,6 +9,7 @@ from .added_tokens import AddedToken
 from .config import read_json
 from .errors import OptionError, TokenizerError
 from .fields import Fields, shorten
+from .places import has_tokenizer, no_model
 from .vocabulary import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -65,6 +66,8 @@ def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
     for kind, pattern in wanted.items():
         for path in sorted(directory.glob(pattern)):
             return kind, path
+    if not (directory / "config.json").exists() and not has_tokenizer(directory):
+        raise TokenizerError(no_model(directory))
     raise TokenizerError(
         f"{directory} has no tokenizer: looked for {', '.join(wanted.values())}; copy it there from the original model"
     )

@@ -304,6 +304,9 @@ def test_choice_of_file(tmp_path: Path):
     with pytest.raises(OptionError, match="'spm' is unknown"):
         load_tokenizer(folder, backend="spm")
     (folder / "tokenizer.model").unlink()
+    with pytest.raises(TokenizerError, match=r"no config\.json, so it is not a model directory"):
+        load_tokenizer(folder)
+    (folder / "config.json").touch()
     with pytest.raises(TokenizerError, match=r"looked for tokenizer\.json, tokenizer\.model, \*\.tiktoken") as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value)

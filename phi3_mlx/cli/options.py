@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -312,9 +313,9 @@ def in_options(text: str, command: click.Command) -> str:
         name, quoted, plain = found.groups()
         if name not in options:
             return found[0]
-        return options[name] if plain == "True" else f"{options[name]} {quoted or plain}"
+        return options[name] if plain == "True" else f"{options[name]} {shlex.quote(quoted) if quoted else plain}"
 
-    return re.sub(r"\b([a-z_]+)=(?:'([\w.]+)'|([\w.]+))", option, text)
+    return re.sub(r"\b([a-z_]+)=(?:'([^'\n]+)'|([\w.]+))", option, text)
 
 
 def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:

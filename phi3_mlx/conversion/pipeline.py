@@ -15,8 +15,9 @@ from ..atomic import check_destination, new_directory
 from ..checkpoint import DTYPES
 from ..config import read_json
 from ..errors import MemoryLimitError, OptionError, Phi3Error
-from ..hub import resolve
+from ..hub import find_alias, resolve
 from ..memory import parse_size, room, size_text
+from ..places import is_gguf
 from ..threads import refuse_fork
 from .checked import CheckedSource
 from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
@@ -277,7 +278,8 @@ def _check_options(
 
 def _resolve(source: str | Path, revision: str | None) -> Path:
     path = Path(os.path.expanduser(source))
-    if path.suffix.lower() == ".gguf" and (path.is_file() or not path.exists()):
+    named = path.suffix.lower() == ".gguf" and (path.is_file() or not path.exists())
+    if named or (find_alias(str(source)) is None and is_gguf(path)):
         if revision is not None:
             raise OptionError(f"a revision is for Hugging Face repositories, and {source} is a file; leave it out")
         return path

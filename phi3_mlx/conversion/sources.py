@@ -18,6 +18,7 @@ from ..config import read_json
 from ..errors import CheckpointError
 from ..hub import COMPANIONS
 from ..models import parse_config, shapes
+from ..places import no_model
 from ..quantize import packing_of
 from ..safetensors import Tensor, find_weights, lacks
 from .split import plan
@@ -80,7 +81,7 @@ class DirectorySource:
         self.name = str(directory)
         self._directory = directory
         if not (directory / "config.json").exists():
-            raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
+            raise CheckpointError(no_model(directory))
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")
         weights = find_weights(directory)

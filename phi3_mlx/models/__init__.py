@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from ..config import ROPE_KEYS, Config, Reader, read_json
 from ..errors import CheckpointError
 from ..fields import shorten
+from ..places import no_model
 from .decoder import Model
 
 # model_type -> (file, who it is)
@@ -33,7 +34,7 @@ def read_config(directory: Path) -> Config:
     """The validated config of a model directory. Raises CheckpointError (no file) or ConfigError (its content)."""
     path = directory / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{directory} has no config.json, so it is not a model directory; name one that has")
+        raise CheckpointError(no_model(directory))
     return parse_config(read_json(path), str(path))
 
 

@@ -26,6 +26,7 @@ from ..errors import AdapterError, CheckpointError, OptionError
 from ..fields import Fields, shorten
 from ..files import json_text
 from ..models.decoder import Model
+from ..places import instead_of_adapter
 from ..safetensors import find_weights, read_header
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
@@ -130,9 +131,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 def read_config_of(directory: Path) -> dict[str, Any]:
     """The config of a folder whose two files are there and whole. Raises AdapterError."""
-    peft = (directory / "adapter_model.safetensors").is_file()
-    hint = "; phi3-mlx adapter import makes one of it" if peft else "; name one that has"
-    return checked_config(directory, CONFIG, WEIGHTS, f", so it is no adapter folder{hint}")
+    return checked_config(directory, CONFIG, WEIGHTS, f", so it is no adapter folder; {instead_of_adapter(directory)}")
 
 
 def checked_config(directory: Path, config: str, weights: str, without: str) -> dict[str, Any]:
