@@ -115,6 +115,7 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
+_CACHED = "models--"  # how the folder of a repository begins in Hugging Face's cache; OWNER--NAME follows
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
@@ -140,7 +141,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
-    folder = cache_folder() / f"models--{repo_id.replace('/', '--')}"
+    folder = cache_folder() / f"{_CACHED}{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
         commit = (folder / "refs" / revision).read_text().strip()
@@ -148,6 +149,20 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
         commit = revision  # a commit hash names itself
     snapshot = folder / "snapshots" / commit
     return snapshot if _is_complete(snapshot) else None
+
+
+def snapshot_of(directory: Path) -> tuple[str, str] | None:
+    """(repository, commit) of a directory in Hugging Face's cache; None for any other."""
+    folder = directory.parent.parent
+    if directory.parent.name != "snapshots" or not folder.name.startswith(_CACHED):
+        return None
+    return folder.name.removeprefix(_CACHED).replace("--", "/", 1), directory.name
+
+
+def is_repository(name: str) -> bool:
+    """Whether `resolve` takes a name for an alias or a repository, which have revisions, and not for a directory."""
+    low = name.lower()
+    return low in _REPO_IDS or (low != "tiny" and "/" in name and not os.path.isdir(os.path.expanduser(name)))
 
 
 def find_alias(name: str) -> Alias | None:
@@ -166,8 +181,8 @@ def list_models() -> list[ModelRow]:
         context = alias.shape.max_position_embeddings
         rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, context, path))
     known = set(_REPO_IDS.values())
-    for folder in sorted(cache_folder().glob("models--*")):
-        repo_id = folder.name.removeprefix("models--").replace("--", "/")
+    for folder in sorted(cache_folder().glob(f"{_CACHED}*")):
+        repo_id = folder.name.removeprefix(_CACHED).replace("--", "/", 1)
         path = None if repo_id in known else on_disk(repo_id)
         row = None if path is None else _describe(repo_id, repo_id, path)
         if row is not None:

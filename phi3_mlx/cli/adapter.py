@@ -20,7 +20,7 @@ def adapter() -> None:
 def take(source: str, model: str, revision: str | None, output: str) -> None:
     """Turn what PEFT has saved into an adapter.
 
-    Its projections may be fused or split; LoRA, rsLoRA or DoRA.
+    Its projections may be fused or split; LoRA, rsLoRA, DoRA, PiSSA or OLoRA.
 
     \b
     phi3-mlx adapter import peft-adapter -m phi-3.5-mini -o adapter

@@ -75,7 +75,7 @@ class ModelOptions:
             kept=kept,
             force=force,
         )
-        adapters = dict(map(_weighted, self.adapter))
+        adapters = _weights(self.adapter)
         return load_adapted(
             directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
         )
@@ -90,6 +90,16 @@ def _weighted(given: str) -> tuple[str, float]:
         return directory, float(weight)
     except ValueError as error:
         raise OptionError(f"{weight!r} is no weight of an adapter; write --adapter {directory}=0.5") from error
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """The folders of --adapter and their weights."""
+    weights: dict[str, float] = {}
+    for directory, weight in map(_weighted, given):
+        if directory in weights:
+            raise OptionError(f"--adapter {directory} is given twice; give it once, with the sum of the weights")
+        weights[directory] = weight
+    return weights
 
 
 def model_options(function: F) -> F:

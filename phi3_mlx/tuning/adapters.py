@@ -19,19 +19,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import hub, values
 from ..atomic import named, new_files
 from ..checkpoint import read_arrays
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError, OptionError
-from ..fields import Fields, shorten
+from ..fields import shorten
 from ..files import json_text
 from ..models.decoder import Model
 from ..places import instead_of_adapter
 from ..safetensors import find_weights, read_header
+from .adapter_config import check_config, kind_of, scale_in
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-STRONGEST = 65504.0  # of scales: the largest number of float16
 _SAMPLE = 4096  # bytes of a tensor that its fingerprint reads, at its beginning, middle and end
 
 
@@ -45,9 +46,16 @@ class Base:
 
 
 def base_of(directory: Path, name: str, revision: str | None = None) -> Base:
-    """The base that a model directory is. The revision of a downloaded repository is its commit."""
-    if directory.parent.name == "snapshots":
-        revision = directory.name
+    """The base that a model directory is, by a name that means the same tomorrow and elsewhere.
+
+    Of a downloaded repository that is its own name and its commit, not the alias or branch that it was asked for by; of
+    any other directory its whole path; "tiny" is itself.
+    """
+    repository = hub.snapshot_of(directory)
+    if repository is not None:
+        name, revision = repository
+    elif name.lower() != "tiny":
+        name = str(directory)
     return Base(name, revision, fingerprint(directory))
 
 
@@ -97,10 +105,12 @@ def _places(paths: list[str], layers: int) -> dict[str, Any]:
     """mlx-lm's way of saying which layers: names within the last `num_layers`, or whole paths."""
     within: dict[int, set[str]] = {}
     for path in paths:
-        number, _, name = path.removeprefix("model.layers.").partition(".")
-        within.setdefault(int(number), set()).add(name)
-    names = within[max(within)]
-    if sorted(within) == list(range(layers - len(within), layers)) and all(own == names for own in within.values()):
+        if path.startswith("model.layers."):
+            _, _, number, name = path.split(".", 3)
+            within.setdefault(int(number), set()).add(name)
+    names = max(within.values(), key=len, default=set())
+    regular = sum(map(len, within.values())) == len(paths) and all(own == names for own in within.values())
+    if regular and sorted(within) == list(range(layers - len(within), layers)):
         return {"num_layers": len(within), "lora_parameters": {"keys": sorted(names)}}
     return {"num_layers": layers, "lora_parameters": {"keys": paths}}
 
@@ -131,7 +141,10 @@ def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 def read_config_of(directory: Path) -> dict[str, Any]:
     """The config of a folder whose two files are there and whole. Raises AdapterError."""
-    return checked_config(directory, CONFIG, WEIGHTS, f", so it is no adapter folder; {instead_of_adapter(directory)}")
+    without = f", so it is no adapter folder; {instead_of_adapter(directory)}"
+    config = checked_config(directory, CONFIG, WEIGHTS, without)
+    check_config(directory, config)
+    return config
 
 
 def checked_config(directory: Path, config: str, weights: str, without: str) -> dict[str, Any]:
@@ -157,7 +170,7 @@ def read_floats(path: Path) -> dict[str, mx.array]:
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     for name, array in arrays.items():
-        if not mx.issubdtype(array.dtype, mx.floating) or not mx.all(mx.isfinite(array)):
+        if not mx.issubdtype(array.dtype, mx.floating) or not is_finite(array):
             raise AdapterError(f"{path} has {shorten(name, quote=False)}, whose numbers are not all finite floats")
     return arrays
 
@@ -184,8 +197,8 @@ def trained_on(directory: Path, config: Mapping[str, Any], revision: str | None 
     if os.path.isabs(name) and not os.path.exists(name):
         raise AdapterError(f"{directory} was trained on {name}, which is not there; say where it is now with model=DIR")
     # A local directory has no revision, and a repository's is a commit.
-    stored = base.get("revision") if isinstance(base, Mapping) and "/" in name and not Path(name).is_dir() else None
-    return name, revision or stored
+    stored = base.get("revision") if isinstance(base, Mapping) and hub.is_repository(name) else None
+    return name, revision or (stored if isinstance(stored, str) else None)
 
 
 class Adapters:
@@ -202,6 +215,7 @@ class Adapters:
     def __init__(self, model: Model, base: Base | None = None):
         self._model, self._base = model, base
         self._paths: dict[str, list[str]] = {}
+        self._folders: dict[str, Path] = {}
 
     @property
     def names(self) -> list[str]:
@@ -214,7 +228,7 @@ class Adapters:
         tensors, config = read_adapter(directory)
         if self._base is not None:
             check_base(directory, config, self._base)
-        if config.get("fine_tune_type") == "full":
+        if kind_of(directory, config) == "full":
             raise AdapterError(
                 f"{directory} holds whole weights (full fine-tuning): phi3-mlx fuse makes a model of them"
             )
@@ -229,7 +243,7 @@ class Adapters:
                 layer.eval()
                 set_layer(self._model, path, layer)
             layer.adapters[name] = adapter
-        self._paths[name] = list(found)
+        self._paths[name], self._folders[name] = list(found), directory
 
     def use(self, chosen: str | Mapping[str, float] | None) -> None:
         """Put these adapters in use with these weights (a name alone has weight 1), and no other."""
@@ -237,10 +251,20 @@ class Adapters:
         for name, weight in weights.items():
             if name not in self._paths:
                 raise OptionError(f"no adapter {name!r} is loaded; loaded are {', '.join(self._paths) or 'none'}")
-            if not math.isfinite(weight):
-                raise OptionError(f"the weight of adapter {name!r} is {weight}; give a finite number")
+            weights[name] = finite_weight(weight, str(self._folders[name]))
+            self._check_weight(name, weights[name])
         for path in {path for paths in self._paths.values() for path in paths}:
             get_layer(self._model, path).use(weights)
+
+    def _check_weight(self, name: str, weight: float) -> None:
+        """OptionError if numbers of the adapter, times this weight, are more than the model's type holds."""
+        dtype, layers = self._model.dtype, [get_layer(self._model, path) for path in self._paths[name]]
+        largest = max(1.0, *(layer.adapters[name].largest for layer in layers))
+        if not abs(weight) * largest <= mx.finfo(dtype).max:
+            raise OptionError(
+                f"the weight of {self._folders[name]} is {weight:g}, which makes numbers beyond what {_spelled(dtype)} "
+                "holds; give a smaller one"
+            )
 
     def remove(self, name: str) -> None:
         """Forget an adapter and give its memory back."""
@@ -255,11 +279,11 @@ class Adapters:
 def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None:
     """Put the adapters of these folders in use, each with its weight. Raises AdapterError."""
     adapters = Adapters(model, base)
-    names = {}
+    weights, names = {folder: finite_weight(weight, folder) for folder, weight in weights.items()}, {}
     for n, (folder, weight) in enumerate(weights.items()):
         directory = Path(folder).expanduser()
         config = read_config_of(directory)
-        if config.get("fine_tune_type") == "full":
+        if kind_of(directory, config) == "full":
             if len(weights) > 1 or weight != 1.0:
                 raise AdapterError(
                     f"{directory} holds whole weights, which do not mix with other adapters; give it alone"
@@ -273,39 +297,60 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
     adapters.use(names)
 
 
+def finite_weight(given: Any, folder: str) -> float:
+    """How much of an adapter is to be used, as a float. Raises OptionError."""
+    weight = values.number(given, f"the weight of {folder}")
+    if not math.isfinite(weight):
+        raise OptionError(f"the weight of {folder} is {weight}; give a finite number")
+    return weight
+
+
 def make_adapters(
     directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any], model: Model
 ) -> dict[str, Adapter]:
-    """The adapters of a folder by layer path, checked against the model's shapes. Raises AdapterError."""
-    given = Fields(config, directory / CONFIG, AdapterError).fields("lora_parameters")
-    scale = given.number("scale", least=-STRONGEST, most=STRONGEST)
+    """The adapters of a folder by layer path, checked against the model's shapes and type. Raises AdapterError."""
+    scale, dora = scale_in(directory, config), kind_of(directory, config) == "dora"
     layers: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf not in ("lora_a", "lora_b", "m"):
             _refuse(directory, f"{WEIGHTS} has {shorten(name, quote=False)}, which is no part of an adapter")
         layers.setdefault(path, {})[leaf] = array.astype(mx.float32)
-    known = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
+    known = {path.removesuffix(".linear"): layer for path, layer in model.named_modules() if "weight" in layer}
     adapters = {}
     for path, leaves in layers.items():
-        linear = known.get(path, known.get(f"{path}.linear"))
-        if linear is None and path in {name for name, _ in model.named_modules()}:
-            _refuse(directory, f"it changes {path}, and of experts adapters are not supported; train one of attention")
+        linear = known.get(path)
+        if isinstance(linear, (nn.Embedding, nn.QuantizedEmbedding)):
+            _refuse(directory, f"it changes {path}, and adapters of the embedding are not supported; train without it")
+        if linear is not None and not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
+            what = "of experts" if linear.weight.ndim > 2 else "of what is no linear layer"
+            _refuse(directory, f"it changes {path}, and {what} adapters are not supported; train one of attention")
         if linear is None:
-            _refuse(directory, f"it changes {path}, which this model does not have")
+            tied = ": its output layer is its embedding" if path == "lm_head" else ""
+            _refuse(directory, f"it changes {path}, which this model does not have{tied}")
         rows, columns = layer_shape(linear)
         a, b, m = leaves.get("lora_a"), leaves.get("lora_b"), leaves.get("m")
         if a is None or b is None:
             _refuse(directory, f"{path} has no {'lora_a' if a is None else 'lora_b'}")
-        if a.shape != (columns, b.shape[0]) or b.shape[1:] != (rows,) or (m is not None and m.shape != (rows,)):
+        if (m is not None) != dora:
+            kind, has = ("dora", "no") if dora else ("lora", "an")
+            _refuse(directory, f"fine_tune_type is {kind}, and {path} has {has} m")
+        if b.ndim != 2 or not b.shape[0] or a.shape != (columns, b.shape[0]) or b.shape[1:] != (rows,):
             _refuse(
                 directory,
                 f"{path} has lora_a {a.shape} and lora_b {b.shape}, but the layer turns {columns} into {rows}",
             )
+        if m is not None and m.shape != (rows,):
+            _refuse(directory, f"{path} has m {m.shape}, but the layer has {rows} outputs")
         adapters[path] = Adapter(a, b, scale, m=m)
+        if not adapters[path].largest <= mx.finfo(model.dtype).max:
+            _refuse(
+                directory,
+                f"{path} has numbers beyond what {_spelled(model.dtype)} holds, lora_parameters.scale {scale:g} among "
+                "them; load the model in a larger dtype, or train it again",
+            )
     if not adapters:
         _refuse(directory, f"{WEIGHTS} is empty")
-    mx.eval([list(leaves.values()) for leaves in layers.values()])
     return adapters
 
 
@@ -321,7 +366,18 @@ def load_full(model: Model, directory: Path, tensors: Mapping[str, mx.array]) ->
     for name, array in tensors.items():
         if name not in own or own[name].shape != array.shape:
             _refuse(directory, f"it has {name} {array.shape}, which this model does not have in that shape")
+        if not is_finite(array.astype(own[name].dtype)):
+            _refuse(directory, f"{name} has values that are not finite in {_spelled(own[name].dtype)}")
     model.load_weights([(name, array.astype(own[name].dtype)) for name, array in tensors.items()], strict=False)
+
+
+def is_finite(array: mx.array) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(mx.all(mx.isfinite(array)).item())
+
+
+def _spelled(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def _refuse(directory: Path, why: str) -> NoReturn:

@@ -23,11 +23,12 @@ from ..config import read_json
 from ..conversion.rounding import pack
 from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
 from ..conversion.writer import check_space, write_json, write_weights
-from ..errors import OptionError
+from ..errors import AdapterError, OptionError
 from ..models.decoder import Model
 from ..quantize import complete, packing_of
 from ..safetensors import Tensor, find_weights
-from .adapters import Adapters, base_of, check_base, load_full, make_adapters, read_adapter, trained_on
+from .adapter_config import kind_of
+from .adapters import Adapters, base_of, check_base, is_finite, load_full, make_adapters, read_adapter, trained_on
 from .lora import Adapter, float_weight
 from .loss import number
 
@@ -82,7 +83,7 @@ def fuse(
     base = base_of(directory, model, revision)
     check_base(folder, config, base)
     loaded = load_model(directory)
-    if config.get("fine_tune_type") == "full":
+    if kind_of(folder, config) == "full":
         load_full(loaded, folder, tensors)
         source.replaced = tensors
     else:
@@ -156,17 +157,18 @@ class _Source:
                 yield name, parts.pop(name)
             elif leaf != "weight" or (path not in self.adapters and (self.is_packed or self._packing(path) is None)):
                 array = self.replaced.get(name)
-                yield name, (self._load(name) if array is None else array).astype(to_mlx(tensor.dtype))
+                yield name, _as_type(name, self._load(name) if array is None else array, to_mlx(tensor.dtype))
             else:
                 layer = self._layer(path)
                 adapter = self.adapters.get(path)
                 weight = adapter.changed_weight(layer) if adapter else float_weight(layer)
                 if not self.is_packed or self._packing(path) is None:
-                    yield name, weight.astype(to_mlx(tensor.dtype))
+                    yield name, _as_type(name, weight, to_mlx(tensor.dtype))
                     continue
                 # The scales' own type first: packing rounds to values that they can spell.
                 scales = to_mlx(planned[f"{path}.scales"].dtype)
-                new = pack(weight.astype(scales) if scales != mx.uint8 else weight, self._new_packing(path))
+                weight = weight if scales == mx.uint8 else _as_type(name, weight, scales)
+                new = pack(weight, self._new_packing(path))
                 yield name, new[0]
                 parts |= dict(zip((f"{path}.scales", f"{path}.biases"), new[1:], strict=False))
 
@@ -219,6 +221,17 @@ class _Source:
     def _load(self, name: str) -> mx.array:
         # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
+
+
+def _as_type(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """AdapterError if `dtype` cannot hold a value."""
+    result = array.astype(dtype)
+    if result.dtype == mx.float16 and array.dtype != mx.float16 and not is_finite(result):
+        raise AdapterError(
+            f"{name} has values beyond what float16 holds with the adapter in it; give dtype='bfloat16', with "
+            "dequantize=True if the model is packed"
+        )
+    return result
 
 
 class _Effect:

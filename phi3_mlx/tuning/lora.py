@@ -60,6 +60,12 @@ class Adapter(nn.Module):
     def dropout(self) -> float:
         return self._dropout
 
+    @property
+    def largest(self) -> float:
+        """The largest number, without its sign, that the layer's type must hold to compute with the adapter."""
+        a, b = self.product()
+        return float(mx.maximum(mx.abs(a).max(), mx.abs(b).max()).item())  # type: ignore[arg-type]
+
     def separated(self) -> mx.array:
         """`lora_b` with parts kept apart."""
         return self.lora_b if self._mask is None else self.lora_b * self._mask
