@@ -150,8 +150,7 @@ class Conversation:
             return rendered
         decode, stop_ids = self._tokenizer.decode, self._tokenizer.stop_ids
         end = next((i for i in range(before, len(rendered)) if rendered[i] in stop_ids), None)
-        # Only where both are the same text: a stop string was cut off the answer, `messages` may have been edited, and
-        # a template may rewrite old answers.
+        # Only where both are the same text: `messages` may have been edited, and a template may rewrite old answers.
         if end is None or decode(rendered[before:end]).strip() != decode(self._answer).strip():
             return rendered
         return [*self._actual, *self._answer, *rendered[end:]]
@@ -172,6 +171,8 @@ class Conversation:
                 if number != self._number:
                     return
                 answer["content"] += chunk.text
-                if chunk.token not in self._tokenizer.stop_ids:
+                if chunk.token not in run.stop_ids:
                     ids.append(chunk.token)
+                    if chunk.finish_reason == "stop":
+                        ids.clear()  # a stop string was cut off the answer, so these are not its ids
             yield chunk

@@ -17,6 +17,7 @@ from .errors import OptionError, Phi3Error, PromptError
 from .lookup import MAX_DRAFT
 from .models.cache import KVCache
 from .sampling import Sampling
+from .stops import Stops
 from .values import check_function, flag, number, path, refusal, shown, texts, whole
 
 if TYPE_CHECKING:
@@ -186,12 +187,12 @@ def generate(
     """The model's answer to `prompt`.
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
-    list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it. The sampling
-    options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values)
-    packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed from
-    earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read for
-    the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. A run that the
-    memory at hand cannot hold is refused unless `force`.
+    list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it; control tokens too
+    ("<|user|>"). The sampling options are those of `phi3_mlx.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two
+    numbers: of keys and of values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many
+    tokens may be guessed from earlier text and verified at once (0: none), which changes the speed alone.
+    `prompt_cache` keeps what is read for the next prompt that begins alike; it has bits of its own, and others in
+    `kv_bits` are refused. A run that the memory at hand cannot hold is refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
@@ -389,15 +390,15 @@ class _Run:
         if prompt_cache is not None and kv_bits not in (None, prompt_cache.bits):
             raise OptionError("kv_bits has no effect beside a prompt_cache, which has bits of its own; leave it out")
         self._decoders = [tokenizer.stream() for _ in prompts]
-        self._stops = [StopStrings(stops) for _ in prompts]
-        self._stop_ids = tokenizer.stop_ids
+        self._stops = Stops(tokenizer, stops)
+        self._finders = [self._stops.finder() for _ in prompts]
         rows = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
         self.generation = Generation(
             model,
             rows,
             max_tokens=max_tokens,
             sampling=sampling,
-            stop_ids=self._stop_ids,
+            stop_ids=self._stops.ids,
             cache=None if prompt_cache is None else prompt_cache.layers_for(model),
             kv_bits=kv_bits if prompt_cache is None else prompt_cache.bits,
             lookup=lookup,
@@ -408,18 +409,23 @@ class _Run:
         if prompt_cache is not None:
             prompt_cache.keep(self.generation.cache)  # it grows in place
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return self._stops.ids
+
     def __iter__(self) -> Iterator[tuple[Token, str, FinishReason | None]]:
         for token in self.generation:
-            decoder, stops, reason = self._decoders[token.row], self._stops[token.row], token.finish_reason
-            text = "" if token.id in self._stop_ids else decoder.add(token.id)
-            if reason:
+            decoder, finder, reason = self._decoders[token.row], self._finders[token.row], token.finish_reason
+            hidden = self._stops.hidden.get(token.id, "")
+            text = "" if token.id in self._stops.ids else decoder.add(token.id)
+            if reason or hidden:
                 text += decoder.finish()
-            text, hit = stops.add(text)
+            text, hit = finder.add(text, hidden)
             if hit:
                 reason = "stop"
                 self.generation.finish(token.row)
             elif reason:
-                text += stops.finish()
+                text += finder.finish()
             yield token, text, reason
 
     def chunks(self) -> Generator[Chunk, None, None]:
@@ -437,34 +443,3 @@ class _Run:
                 s.decode_tps,
                 s.peak_memory,
             )
-
-
-class StopStrings:
-    """Finds stop strings in a stream of text, across the edges of its pieces."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
-        self._held = ""
-
-    def add(self, text: str) -> tuple[str, bool]:
-        """(text that is certain to come before any stop string, whether one was met)."""
-        if not self._stops:
-            return text, False
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            text, self._held = self._held[: min(found)], ""
-            return text, True
-        # Hold back the longest end that begins a stop string.
-        keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
-            default=0,
-        )
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text, False
-
-    def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
-        text, self._held = self._held, ""
-        return text

@@ -23,7 +23,7 @@ class StreamDecoder(ABC):
 
     @abstractmethod
     def finish(self) -> str:
-        """Return what was held back; incomplete characters become U+FFFD. Call once, after the last token."""
+        """Return what was held back; incomplete characters become U+FFFD. After the last token, or before a pause."""
 
 
 class ByteStream(StreamDecoder):

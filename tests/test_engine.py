@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -222,6 +223,15 @@ def naive_filter(logits, temperature, top_k, top_p, min_p):
     p = probabilities()
     kept = {i for i in kept if p[i] >= min_p * max(p.values())}
     return probabilities()
+
+
+def test_top_p_keeps_no_token_beyond_those_that_reach_it():
+    """Also where they reach it exactly: of .5, .25 and .25, p = .5 keeps one, as transformers does."""
+    halves = mx.array([[0.0, -math.log(2), -math.log(2)]])
+    assert mx.softmax(halves, axis=-1).tolist() == [[0.5, 0.25, 0.25]]
+    quarters = mx.zeros((1, 4))
+    for scores, p, kept in ((halves, 0.5, 1), (halves, 0.75, 2), (quarters, 0.25, 1), (quarters, 0.5, 2)):
+        assert int(mx.isfinite(filter_scores(scores, Sampling(1.0, p))).sum()) == kept
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,9 @@ def sampling_options(function: F) -> F:
         click.option("--min-p", type=float, default=0.0, help="Only tokens P times as likely as the likeliest."),
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
         click.option("--seed", type=int, help="Repeat the same draw."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="End before this text, or control token; may be repeated."
+        ),
         click.option(
             "--lookup",
             type=int,
