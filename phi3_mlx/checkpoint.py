@@ -72,6 +72,14 @@ def weight_bytes(directory: Path, dtype: str | None = None) -> int:
     )
 
 
+def cast_bytes(directory: Path, dtype: str | None = None) -> int:
+    """Bytes of the largest tensor that `load_model` casts, which it has in memory in both types."""
+    if (target := _target(dtype)) is None:
+        return 0
+    cast = {"BF16", "F16", "F32"} - {{mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}[target]}
+    return max((one.nbytes for one in find_weights(directory).tensors.values() if one.dtype in cast), default=0)
+
+
 def computed_size(config: Config, dtype: str | None = None) -> int:
     """Bytes of a number in the computation of a model that `load_model` has read."""
     target = _target(dtype)
@@ -81,7 +89,7 @@ def computed_size(config: Config, dtype: str | None = None) -> int:
 def _target(dtype: str | None) -> mx.Dtype | None:
     """The dtype of floating weights in memory; None is the checkpoint's own."""
     if dtype is not None:
-        return DTYPES[dtype]
+        return DTYPES[choice(dtype, "dtype", DTYPES)]
     return None if mx.default_device() == mx.gpu else mx.float32
 
 

@@ -315,7 +315,9 @@ class Generation:
         ids: list[int] = drawn[0].tolist()  # type: ignore[assignment]
         odds: list[float] = drawn[1].tolist()  # type: ignore[assignment]
         if any(map(math.isnan, odds)):
-            raise Phi3Error("the model computed NaN, so its weights or its number type fail; try --dtype float32")
+            raise Phi3Error(
+                "the model computed NaN, so its weights or its number type fail; load it with dtype='float32'"
+            )
         self.statistics.decode_seconds = time.perf_counter() - self._started
         self.statistics.peak_memory = mx.get_peak_memory()
         return list(zip(ids, odds, strict=True))

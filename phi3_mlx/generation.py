@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,13 +61,16 @@ def load(
     dtype: str | None = None,
     longrope: LongRopeRule = "auto",
     adapter: str | Path | Mapping[str, float] | None = None,
+    force: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer.
 
     `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
     with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
     `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
-    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError or OptionError.
+    A model that the memory at hand cannot hold is refused before it is read, unless `force`.
+    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError, OptionError or
+    MemoryLimitError.
     """
     from . import hub, tokenizer
 
@@ -76,6 +79,7 @@ def load(
     weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given.items()}
     directory = hub.resolve(name, revision)
     words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
+    plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
     return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
 
 
@@ -100,12 +104,19 @@ def load_adapted(
 
 
 def load_model(
-    name: str | Path, revision: str | None = None, *, dtype: str | None = None, longrope: LongRopeRule = "auto"
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    force: bool = False,
 ) -> Model:
     """The model of `load` alone."""
     from . import checkpoint, hub
 
-    return checkpoint.load_model(hub.resolve(name, revision), dtype=dtype, longrope=longrope)
+    directory = hub.resolve(name, revision)
+    plan_loading(directory, str(name), dtype=dtype, force=force)
+    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
@@ -113,6 +124,25 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     from . import hub, tokenizer
 
     return tokenizer.load_tokenizer(hub.resolve(name, revision))
+
+
+def plan_loading(
+    directory: Path, name: str, *, dtype: str | None = None, adapters: Iterable[str] = (), force: bool = False
+) -> None:
+    """Raise MemoryLimitError if the weights of `directory`, asked for by `name`, do not fit (and not `force`).
+
+    With those of the folders `adapters`. A run is planned when it begins, with its cache and work.
+    """
+    from . import checkpoint, memory
+
+    if flag(force, "force"):
+        return
+    weights, cast = checkpoint.weight_bytes(directory, dtype), checkpoint.cast_bytes(directory, dtype)
+    weights += sum(
+        file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
+    )
+    parts = {"weights": weights, "one of them as it is stored": cast}
+    memory.check_room(f"loading {name}", parts, "take a model of fewer bits")
 
 
 def plan_run(

@@ -328,6 +328,17 @@ def check_fits(run: Run, room: float, *, prompt: int = 0, kept: bool = False) ->
     )
 
 
+def check_room(what: str, parts: Mapping[str, int], way_out: str) -> None:
+    """MemoryLimitError if `what` needs more than there is, the sum of its named `parts`; `way_out` says what to do."""
+    total, now = sum(parts.values()), room()
+    if total > now:
+        of_which = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+        raise MemoryLimitError(
+            f"{what} needs {size_text(total)} ({of_which}), and {size_text(now)} may be used: {way_out}, "
+            "and force=True tries all the same"
+        )
+
+
 _allowed: list[int] = []
 
 

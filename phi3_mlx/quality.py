@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from . import values
-from .errors import MemoryLimitError, OptionError, PromptError
+from . import memory, values
+from .errors import OptionError, PromptError
+from .memory import Run
+from .models.attention import fused_attention
 from .threads import turn
 
 if TYPE_CHECKING:
@@ -76,12 +78,14 @@ def compare(
     text: str,
     *,
     window: int = WINDOW,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Read `text` with both models, in windows of `window` tokens that each begin anew.
 
-    Every token but the first is predicted once. `progress(done, total)` counts positions. Raises PromptError for a
-    text of fewer than two tokens, OptionError for a window longer than a model's context.
+    Every token but the first is predicted once. `progress(done, total)` counts positions. What the memory at hand
+    cannot hold is refused unless `force`. Raises PromptError for a text of fewer than two tokens, OptionError for a
+    window longer than a model's context, MemoryLimitError.
     """
     from .generation import check_loaded, check_tokenizer
 
@@ -91,6 +95,11 @@ def compare(
         check_loaded(model)
         check_tokenizer(tokenizer)
         check_window(window, model.config.max_position_embeddings)
+    if not values.flag(force, "force"):
+        for model in (model_a, model_b):
+            _check_room(
+                "comparing them", Run(model.config, 0, window, itemsize=model.dtype.size, fused=fused_attention())
+            )
     ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)
     sizes = model_a.config.vocab_size, model_b.config.vocab_size
     note = None
@@ -116,19 +125,17 @@ def compare(
 
 def check_fits(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
     """MemoryLimitError unless the model `name` of `directory` can be loaded and read windows. Only headers are read."""
-    from . import memory
     from .generation import run_of
 
-    run = replace(run_of(directory, window, dtype=dtype), rows=max(1, _TOKENS_AT_ONCE // window))
-    logits = 4 * 4 * min(LOGITS_AT_ONCE, run.rows * window * run.config.vocab_size)  # of two models, and their copies
-    weights, work, room = run.weights, run.workspace(window), memory.room()
-    total = weights + work + logits
-    if total > room:
-        raise MemoryLimitError(
-            f"{name} needs {memory.size_text(total)} to be compared (weights {memory.size_text(weights)}, "
-            f"work {memory.size_text(work + logits)}), and {memory.size_text(room)} may be used: take models of fewer "
-            "bits, and force=True tries all the same"
-        )
+    _check_room(f"comparing {name}", run_of(directory, window, dtype=dtype))
+
+
+def _check_room(what: str, run: Run) -> None:
+    """The same for the model of a `run` as long as a window."""
+    run = replace(run, rows=max(1, _TOKENS_AT_ONCE // run.length))
+    logits = 4 * 4 * min(LOGITS_AT_ONCE, run.rows * run.length * run.config.vocab_size)  # of two models, and copies
+    parts = {"weights": run.weights, "work": run.workspace(run.length) + logits}
+    memory.check_room(what, parts, "take models of fewer bits")
 
 
 class Difference:

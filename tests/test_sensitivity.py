@@ -100,7 +100,7 @@ def test_few_tokens_are_measured_where_activations_would_be_large(monkeypatch):
     )
     row = len(measure(source, random_ids(128 * 3))) * 128 * 192 * 4
     assert set(seen) == {3}
-    monkeypatch.setattr(sensitivity, "_ACTIVATION_BYTES", 2 * row)
+    monkeypatch.setattr(sensitivity, "ACTIVATION_BYTES", 2 * row)
     seen.clear()
     measure(source, random_ids(128 * 3))
     assert set(seen) == {2}

@@ -82,10 +82,12 @@ def compare(
     for model, directory in zip((a, b), places, strict=True):  # one is planned when the other is in memory
         if not force:
             check_fits(directory, model, window, dtype)
-        loaded.append(load(directory, dtype=dtype))
+        loaded.append(load(directory, dtype=dtype, force=True))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:
-        found = compare_models(model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, progress=bar.update)
+        found = compare_models(
+            model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, force=True, progress=bar.update
+        )
     del loaded, model_a, model_b
     sources = [open_source(directory) for directory in places]
     sizes = [

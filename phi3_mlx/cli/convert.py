@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     default=None,
     help="Compare with SRC on the text and write REPORT.md; done without asking where both fit in memory.",
 )
-@click.option("--force", is_flag=True, help="Go on where DST exists already: it is replaced.")
+@click.option(
+    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or the memory at hand is too small."
+)
 @click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
 def convert(

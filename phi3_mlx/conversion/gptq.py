@@ -138,7 +138,7 @@ def gptq(weight: mx.array, hessian: mx.array, packing: Mapping[str, Any], dtype:
     CheckpointError where one of the two is not finite.
     """
     if not is_finite(weight) or not is_finite(hessian):
-        raise CheckpointError("the model's weights or activations are not finite, which GPTQ needs; use --method round")
+        raise CheckpointError("the model's weights or activations are not finite, which GPTQ needs; use method='round'")
     factor = _inverse_factor(hessian)
     group_size, bits = packing["group_size"], packing["bits"]
     pieces = []

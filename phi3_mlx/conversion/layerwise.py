@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Traced = dict[str, list[mx.array]]  # by the path of a linear layer: the inputs of each of its matrices
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-_TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 4096
 
 
 class LayerStream:
@@ -119,7 +119,7 @@ class LayerStream:
 
 
 def _parts(hidden: mx.array) -> Iterator[mx.array]:
-    rows = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
+    rows = max(1, TOKENS_AT_ONCE // hidden.shape[1])
     for first in range(0, len(hidden), rows):
         yield hidden[first : first + rows]
 

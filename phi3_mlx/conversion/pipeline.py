@@ -78,7 +78,8 @@ def convert(
 
     `source`: a model name, directory or repository (as in `load`), or a GGUF file; packed or not, its projections
     fused or split. `destination` is written beside itself and renamed when complete; `force` replaces a model there.
-    At most one tensor is in memory at a time.
+    At most one tensor is in memory at a time, and a layer where a text is read; what the memory at hand cannot hold is
+    refused before anything is read or written, unless `force`.
 
     A GGUF file's blocks of 4 and 8 bits are kept to the bit unless bits or a method are asked for.
 
@@ -94,7 +95,8 @@ def convert(
     measured, tensor written and part compared.
 
     Raises OptionError (contradicting options, a quantization mlx does not have), ModelNotFoundError, CheckpointError
-    (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute).
+    (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute),
+    MemoryLimitError.
     """
     refuse_fork()
     source = values.path(source, "source", "a model's name, directory or GGUF file")
@@ -150,6 +152,11 @@ def convert(
         chosen, where = _given_recipe(recipe)
     weights = weights_of(read)
     target_bytes = None if target_size is None else parse_size(target_size)
+    if not force:
+        from .planning import check_room
+
+        written = planned(read.tensors, packings(chosen, read.tensors, where))
+        check_room(opened, read, written, ids, measures=target_bpw is not None or target_bytes is not None)
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=force) as folder:

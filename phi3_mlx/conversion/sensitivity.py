@@ -26,9 +26,9 @@ from .sources import Source, to_mlx, weights_of
 from .texts import windows
 
 BITS = (2, 3, 4, 5, 6, 8)
-_WINDOW = 128
-_TOKENS = 1024  # of the text that are measured
-_ACTIVATION_BYTES = 1 << 30  # fewer tokens where the activations of all tensors would take more
+WINDOW = 128
+TOKENS = 1024  # of the text that are measured
+ACTIVATION_BYTES = 1 << 30  # fewer tokens where the activations of all tensors would take more
 _STEPS = 100_000  # of the knapsack
 _MEASURED = 2  # widths of each tensor
 
@@ -101,10 +101,10 @@ def _budget(
         return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({size_text(total)})"
 
     if target_bytes < smallest:
-        hint = "" if group_size >= 128 else ", or larger groups (--group-size 128)"
+        hint = "" if group_size >= 128 else ", or larger groups (group_size=128)"
         raise OptionError(f"a target of {asked} is too small: {size(least, smallest)}; give more{hint}")
     if target_bytes > largest:
-        raise OptionError(f"a target of {asked} is too large: {size(most, largest)}; use --bits {most} or give less")
+        raise OptionError(f"a target of {asked} is too large: {size(most, largest)}; use bits={most} or give less")
     return target_bytes
 
 
@@ -125,9 +125,9 @@ class _Measurement:
         self._source, self._stream, self._bits = source, LayerStream(source), bits
         recipe = uniform(bits[0], group_size) | left_alone(source.config)
         self._found = packings(recipe, source.tensors, source.name)
-        row = len(self._found) * _WINDOW * self._stream.config.hidden_size * 4
-        rows = max(1, min(_TOKENS // _WINDOW, _ACTIVATION_BYTES // row))
-        self._ids = windows(ids, _WINDOW)[:rows]
+        row = len(self._found) * WINDOW * self._stream.config.hidden_size * 4
+        rows = max(1, min(TOKENS // WINDOW, ACTIVATION_BYTES // row))
+        self._ids = windows(ids, WINDOW)[:rows]
         self._errors: Costs = {}  # squared output error of each tensor at each width
         self._compared = False  # whether that is complete
         self._clean = mx.array(0.0)
@@ -166,7 +166,7 @@ class _Measurement:
             if not math.isfinite(divergence):
                 raise CheckpointError(
                     f"{self._source.name}: outputs are not finite with {name} rounded, so no bits can be chosen; "
-                    "use --bits or --recipe"
+                    "choose them with bits or recipe"
                 )
         return divergences
 

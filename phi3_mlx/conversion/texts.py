@@ -27,5 +27,5 @@ def windows(ids: Sequence[int], length: int) -> mx.array:
     """
     rows = len(ids) // length
     if rows == 0:
-        raise PromptError(f"the text has {len(ids):,} tokens, and {length:,} are needed; give a longer one with --text")
+        raise PromptError(f"the text has {len(ids):,} tokens, and {length:,} are needed; give a longer one")
     return mx.array(list(ids[: rows * length]), dtype=mx.int32).reshape(rows, length)
