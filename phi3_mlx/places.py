@@ -54,6 +54,13 @@ def instead_of_model(path: Path) -> str:
 
 def instead_of_adapter(path: Path) -> str:
     """What a path is rather than an adapter's folder; with what to type."""
+    try:
+        return _no_adapter(path)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+
+
+def _no_adapter(path: Path) -> str:
     if path.is_file():
         return f"it is a file; name its folder, {path.parent}"
     if not path.is_dir():

@@ -153,7 +153,9 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         try:
             if path != main or path.exists():
                 found["default" if path == main else path.stem] = files.read_text(path)
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise TokenizerError(f"{path} is not readable: {error.strerror}") from None
+        except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} is not readable: {error}") from None
     return found
 
