@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import select
 import shlex
 import stat
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 
 from .fields import parse
 
+_PATIENCE = 2.0  # seconds for whoever writes into a FIFO to open it
 LARGEST = 10**8  # bytes of a text: three times the largest tokenizer.json, far more than any context holds
 _MARKS = {  # UTF-16's mark is how UTF-32's begins
     codecs.BOM_UTF8: "utf-8",
@@ -30,7 +32,7 @@ _MARKS = {  # UTF-16's mark is how UTF-32's begins
 def open_file(path: str | os.PathLike[str], *, streams: bool = False) -> BinaryIO:
     """A regular file, opened to read its bytes. OSError, whose `strerror` says why, for anything else.
 
-    `streams` allows pipes and terminals as well (`-f <(command)`); a FIFO that nobody writes to is empty.
+    `streams` allows pipes and terminals as well (`-f <(command)`). A FIFO that nobody opens to write is empty.
     """
     kind = os.stat(path).st_mode
     if stat.S_ISDIR(kind):
@@ -40,6 +42,7 @@ def open_file(path: str | os.PathLike[str], *, streams: bool = False) -> BinaryI
     if not streams:
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
+    select.select([descriptor], [], [], _PATIENCE)
     os.set_blocking(descriptor, True)
     return open(descriptor, "rb")
 

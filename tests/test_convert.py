@@ -777,6 +777,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
 def test_faults_are_one_line(tmp_path, run, monkeypatch, args, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "something").touch()
     got, out, err = run("convert", *args)
     assert got == code
     assert len(err.splitlines()) == 1

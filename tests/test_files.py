@@ -12,7 +12,7 @@ import pytest
 from test_cli import one_line, run  # noqa: F401
 from tokenizer_samples import TINY
 
-from phi3_mlx import load, load_tokenizer, tune
+from phi3_mlx import files, load, load_tokenizer, tune
 from phi3_mlx.cache_file import read_facts
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.gguf_file import GgufFile
@@ -101,9 +101,11 @@ def test_what_stands_in_the_place_of_a_users_file_is_refused_at_once(tmp_path, k
             read(path)
 
 
-def test_a_prompt_comes_from_a_pipe_too_but_not_without_end(run, tmp_path):  # noqa: F811
+def test_a_prompt_comes_from_a_pipe_too_but_not_without_end(run, tmp_path, monkeypatch):  # noqa: F811
     fifo = put(tmp_path / "fifo", "fifo")
-    assert "empty" in one_line(run("generate", "-f", fifo, "--max-tokens", 2)[2])  # nobody writes to it
+    with monkeypatch.context() as context:
+        context.setattr(files, "_PATIENCE", 0.01)
+        assert "empty" in one_line(run("generate", "-f", fifo, "--max-tokens", 2)[2])  # nobody writes to it
     writer = threading.Thread(target=fifo.write_text, args=("Tell me a story.",))
     writer.start()
     code, from_pipe, _ = run("generate", "-f", fifo, "--max-tokens", 4)
@@ -226,3 +228,17 @@ def test_json_that_is_written_is_json_to_every_reader():
         "more": [1.5, None, [None, True, None]],
         "who": value["who"],
     }
+
+
+def test_files_joined_with_their_marks_and_old_encodings_in_several_lines(tmp_path):
+    path = tmp_path / "file.jsonl"
+    line = json.dumps(LINE, ensure_ascii=False).encode("utf-8-sig") + b"\n"
+    path.write_bytes(line * 2)
+    assert [message["content"] for message in read_data(path).train[1].messages] == list(LINE.values())
+    path.write_bytes(b'{"text": "coffee"}\n' + b'{"text": "caf\xe9"}\n' * 3)
+    with pytest.raises(DataError) as caught:
+        read_data(path)
+    said = str(caught.value)
+    assert said.count("iconv") == 1
+    assert f"{path}:2: is not UTF-8 text (byte " in said
+    assert f"{path}:4: is not UTF-8 text" in said

@@ -414,10 +414,10 @@ def test_blocks_are_kept_to_the_bit(architecture, kind, bits, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", architecture, metadata_of(raw, architecture) | TOY_TOKENS, tensors, types)
     made = convert(path, tmp_path / "kept", report=False)
     kept, others = made.notes
-    assert "kept as they are; --bits" in kept
+    assert "kept as they are; bits=N" in kept
     assert others.startswith("1 matrices of other types are rounded to 8 bits (model.layers.1.mlp.down_proj, ...)")
     coarse = convert(path, tmp_path / "coarse", dtype="bfloat16", report=False)
-    assert "kept as they are, but for their scales, rounded to bfloat16; --bits" in coarse.notes[0]
+    assert "kept as they are, but for their scales, rounded to bfloat16; bits=N" in coarse.notes[0]
     source, stored = GgufSource(path), mx.load(str(tmp_path / "kept" / "model.safetensors"))
     assert "lm_head.scales" not in stored
     for name in source.tensors:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from ..assembly import origin, part_shapes
 from ..config import ROPE_KEYS, Config
 from ..errors import CheckpointError, ConfigError
+from ..fields import shorten
 from ..models import MEMBERS, check_layers, parse_config, shapes
 from ..safetensors import Tensor
 
@@ -119,9 +120,9 @@ def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | Non
         if window is not None and not (isinstance(window, int) and isinstance(longest, int) and window >= longest):
             _fail(source, f"sliding_window {window!r} is given, but a llama model has none; set it to null")
         window = None
-    kinds = set(given.get("layer_types") or ())
-    if kinds - {"full_attention" if window is None else "sliding_attention"}:
-        _fail(source, f"layer_types {', '.join(sorted(map(str, kinds)))} differ by layer, which phi3 cannot compute")
+    kinds, kind = given.get("layer_types") or [], "full_attention" if window is None else "sliding_attention"
+    if not isinstance(kinds, list) or any(own != kind for own in kinds):
+        _fail(source, f"layer_types {shorten(kinds)} are not all {kind}, which phi3 cannot compute")
     return window
 
 

@@ -63,15 +63,17 @@ def _read(path: Path, faults: list[str], unused: dict[str, str]) -> list[Record]
         raise DataError(
             f"{path} cannot be read: {error.strerror}; name a .jsonl file or a directory with one"
         ) from error
-    records = []
+    records, first = [], True
     for number, line in enumerate(lines, 1):
         source = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = json.loads(line.decode("utf-8").removeprefix("\ufeff"))  # of files that were joined
         except UnicodeDecodeError as error:
-            faults.append(f"{source}: {not_unicode(error, data, path)}")
+            # The way out is the whole file's, and said once.
+            faults.append(f"{source}: {not_unicode(error, data, path) if first else 'is not UTF-8 text'}")
+            first = False
         except (ValueError, RecursionError) as error:
             faults.append(f"{source}: is not JSON ({error}); expected one JSON object a line")
         else:
