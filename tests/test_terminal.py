@@ -12,6 +12,8 @@ import pytest
 
 import phi3_mlx.cli
 from phi3_mlx.cli import main, terminal
+from phi3_mlx.cli.options import check_text
+from phi3_mlx.errors import PromptError
 from phi3_mlx.generation import Chunk
 
 TITLE = "\x1b]0;PWNED\x07\x1b[31mX"
@@ -159,6 +161,18 @@ def test_a_chosen_way_of_writing_such_characters_is_kept(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace"))
     assert ran("generate", "-p", "x") == 0
     assert raw.getvalue() == b"\\U0001f600\n"
+
+
+def test_a_prompt_in_utf_8_is_read_in_the_c_locale():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys; from phi3_mlx.cli.options import check_text; print(ascii(check_text(sys.argv[1], '-p')))"
+    command = [sys.executable, "-c", code, "naïve 日本".encode()]
+    assert (
+        subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        == b"'na\\xefve \\u65e5\\u672c'\n"
+    )
+    with pytest.raises(PromptError, match="not UTF-8 text"):
+        check_text("na\udcef", "-p")
 
 
 def test_help_is_written_in_any_encoding(monkeypatch: pytest.MonkeyPatch):

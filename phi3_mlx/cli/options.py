@@ -296,7 +296,10 @@ def check_text(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"{name} is not UTF-8 text (character {error.start + 1:,}); type it again") from error
+        try:
+            return os.fsencode(text).decode()  # UTF-8, which the locale does not say
+        except UnicodeError:
+            raise PromptError(f"{name} is not UTF-8 text (character {error.start + 1:,}); type it again") from error
     return text
 
 
