@@ -39,12 +39,24 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
     choice(longrope, "longrope", get_args(LongRopeRule))
     refuse_fork()
     checked = _check(directory)
-    model = build(checked.config)
-    if checked.config.quantization is not None:
-        pack_like(model, checked.config.quantization, checked.view.tensors, str(directory / "config.json"))
+    model = _built(directory, checked)
     _read(directory, model, checked, _target(dtype))
     model.model.longrope = longrope
     model.eval()
+    return model
+
+
+def outline(directory: Path) -> Model:
+    """The model of `load_model` with random weights, none of which is computed: for its modules and their shapes."""
+    model = _built(directory, _check(directory))
+    model.eval()
+    return model
+
+
+def _built(directory: Path, checked: _Checked) -> Model:
+    model = build(checked.config)
+    if checked.config.quantization is not None:
+        pack_like(model, checked.config.quantization, checked.view.tensors, str(directory / "config.json"))
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import read_text
+from .options import read_text, within_memory
 from .terminal import say
 
 
@@ -27,7 +27,10 @@ from .terminal import say
     help="Pack the changed layers in so many bits. Without it: as they were.",
 )
 @click.option("--text", metavar="FILE", help="The text that the measurement reads. Without it: a sample.")
-@click.option("--force", is_flag=True, help="Go on where DST exists already: it is replaced.")
+@within_memory
+@click.option(
+    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or the memory at hand is too small."
+)
 def fuse(adapter: str, output: str, bits: str | None, text: str | None, **options: Any) -> None:
     """Make one model of a model and its adapter.
 

@@ -7,6 +7,7 @@ change is often smaller than half the step between two packed values, and roundi
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,29 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from .. import hub, values
+from .. import hub, memory, values
 from ..atomic import check_destination, new_directory
-from ..checkpoint import DTYPES, load_model, read_arrays
+from ..checkpoint import DTYPES, load_model, outline
 from ..config import read_json
 from ..conversion.rounding import pack
 from ..conversion.sources import SPELLING, DirectorySource, tensor_of, to_mlx
 from ..conversion.writer import check_space, write_json, write_weights
 from ..errors import AdapterError, OptionError
+from ..models import read_config
 from ..models.decoder import Model
-from ..quantize import complete, packing_of
-from ..safetensors import Tensor, find_weights
+from ..quantize import FLOATS, complete
+from ..safetensors import Tensor
 from .adapter_config import kind_of
-from .adapters import Adapters, base_of, check_base, is_finite, load_full, make_adapters, read_adapter, trained_on
+from .adapters import Adapters, Base, base_of, check_base, is_finite, load_full, make_adapters, read_adapter, trained_on
 from .lora import Adapter, float_weight
 from .loss import number
+from .stored import StoredLayers
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 ENOUGH = 0.9  # of an adapter's effect; below it the fused model is no longer what was trained
 _TOKENS = 512  # of text that the measurement reads
+# Copies, float32, that are alive at once, as measured: of a changed matrix (with DoRA), of the text's logits.
+_COPIES, _LOGITS = (3.3, 5.7), 6.6
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ def fuse(
     `model` is what the adapter was trained on, by default under the name that it was given then.
     A model in floats is written in `dtype` (its own by default). A packed one is packed again as it was, the changed
     layers in `bits` if given (5, 6 or 8 keep more of the adapter), or unpacked with `dequantize`. `text` is what the
-    measurement reads, a bundled sample by default. Raises AdapterError, OptionError and what `load` raises.
+    measurement reads, a bundled sample by default. A matrix is in memory at a time, and for the measurement the whole
+    model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces what is there, and
+    refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load` raises.
     """
     folder, output = Path(values.path(adapter, "adapter")).expanduser(), values.path(output, "output")
     dequantize, force = values.flag(dequantize, "dequantize"), values.flag(force, "force")
@@ -82,19 +88,19 @@ def fuse(
     source = _Source(directory, dequantize, dtype, bits)
     base = base_of(directory, model, revision)
     check_base(folder, config, base)
-    loaded = load_model(directory)
+    shapes = outline(directory)
     if kind_of(folder, config) == "full":
-        load_full(loaded, folder, tensors)
+        load_full(shapes, folder, tensors)
         source.replaced = tensors
     else:
-        source.adapters = make_adapters(folder, tensors, config, loaded)
+        source.adapters = make_adapters(folder, tensors, config, shapes)
     planned = source.planned()
-    kept = None
-    if text is not None and not (source.is_packed and source.adapters):
+    measures = source.is_packed and bool(source.adapters)
+    if text is not None and not measures:
         raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")
-    if source.is_packed and source.adapters:
-        kept = _Effect(loaded, Adapters(loaded, base), folder, _tokenizer(directory), text)
-    del loaded
+    if not force:
+        _check_room(folder, directory, tensors, source, planned, measures)
+    kept = _Effect(directory, base, folder, text) if measures else None
     gc.collect()
     mx.clear_cache()
     with new_directory(Path(output), force=force) as unfinished:
@@ -107,16 +113,45 @@ def fuse(
     return Fused(Path(os.path.abspath(output)), source.is_packed, changed, survived)
 
 
+def _check_room(
+    folder: Path,
+    directory: Path,
+    tensors: Mapping[str, mx.array],
+    source: _Source,
+    planned: Mapping[str, Tensor],
+    measures: bool,
+) -> None:
+    """MemoryLimitError if making the model, or measuring it, needs more memory than there is. Only headers are read."""
+    from ..generation import run_of
+
+    held = {"the adapter": sum(array.nbytes for array in tensors.values())}
+    written = {**held, "a matrix at a time": source.work(planned)}
+    if not measures:
+        memory.check_room(f"fusing {folder}", written, "free some")
+        return
+    run = run_of(directory, _TOKENS)
+    fused = sum(math.prod(one.shape) * run.itemsize if one.dtype in FLOATS else one.nbytes for one in planned.values())
+    parts = {
+        "weights": max(run.weights, fused),
+        "work": max(run.workspace(run.length), int(_LOGITS * 4 * run.length * run.config.vocab_size)),
+        "the adapter": 2 * held["the adapter"],  # what is written, and what is measured
+    }
+    least = memory.size_text(sum(written.values()))
+    memory.check_room(
+        f"measuring what is left of {folder}",
+        max(parts, written, key=lambda needs: sum(needs.values())),
+        f"dequantize=True measures nothing and needs {least}",
+    )
+
+
 class _Source:
     """The tensors of the base, changed where the adapter changes them; at most one is in memory."""
 
     def __init__(self, directory: Path, dequantize: bool, dtype: str | None, bits: int | None):
         self.unpacked = DirectorySource(directory)  # for shapes; it checks the files, too
         self._raw = read_json(directory / "config.json")
-        weights = find_weights(directory)
-        self._stored, self._homes, self._where = weights.tensors, weights.homes, str(directory / "config.json")
-        self._quantization = self._raw.get("quantization")
-        self.is_packed = self._quantization is not None and not dequantize
+        self._base = StoredLayers(directory)
+        self.is_packed = self._base.quantization is not None and not dequantize
         if bits is not None and not self.is_packed:
             raise OptionError("bits is for packed models, and this one is written in floats; leave it out")
         if dtype is not None and self.is_packed:
@@ -131,9 +166,9 @@ class _Source:
     def planned(self) -> dict[str, Tensor]:
         """What will be written, in the order of the base's files."""
         result: dict[str, Tensor] = {}
-        for name, tensor in self._stored.items():
+        for name, tensor in self._base.tensors.items():
             path, _, leaf = name.rpartition(".")
-            packed = self._packing(path)
+            packed = self._base.packing(path)
             if packed is None or leaf not in ("weight", "scales", "biases"):
                 spelled = SPELLING[self._given_dtype] if self._given_dtype and not self.is_packed else tensor.dtype
                 result[name] = tensor_of(spelled, tensor.shape)
@@ -145,8 +180,8 @@ class _Source:
                 *rows, width = self.unpacked.tensors[name].shape
                 result[name] = tensor_of("U32", (*rows, width * self._new_packing(path)["bits"] // 32))
                 for part in ("scales", "biases"):
-                    if f"{path}.{part}" in self._stored:
-                        result[f"{path}.{part}"] = self._stored[f"{path}.{part}"]
+                    if f"{path}.{part}" in self._base.tensors:
+                        result[f"{path}.{part}"] = self._base.tensors[f"{path}.{part}"]
         return result
 
     def arrays(self, planned: Mapping[str, Tensor]) -> Iterator[tuple[str, mx.array]]:
@@ -155,14 +190,16 @@ class _Source:
             path, _, leaf = name.rpartition(".")
             if name in parts:
                 yield name, parts.pop(name)
-            elif leaf != "weight" or (path not in self.adapters and (self.is_packed or self._packing(path) is None)):
+            elif leaf != "weight" or (
+                path not in self.adapters and (self.is_packed or self._base.packing(path) is None)
+            ):
                 array = self.replaced.get(name)
-                yield name, _as_type(name, self._load(name) if array is None else array, to_mlx(tensor.dtype))
+                yield name, _as_type(name, self._base.read(name) if array is None else array, to_mlx(tensor.dtype))
             else:
-                layer = self._layer(path)
+                layer = self._base.layer(path)
                 adapter = self.adapters.get(path)
                 weight = adapter.changed_weight(layer) if adapter else float_weight(layer)
-                if not self.is_packed or self._packing(path) is None:
+                if not self.is_packed or self._base.packing(path) is None:
                     yield name, _as_type(name, weight, to_mlx(tensor.dtype))
                     continue
                 # The scales' own type first: packing rounds to values that they can spell.
@@ -172,13 +209,22 @@ class _Source:
                 yield name, new[0]
                 parts |= dict(zip((f"{path}.scales", f"{path}.biases"), new[1:], strict=False))
 
+    def work(self, planned: Mapping[str, Tensor]) -> int:
+        """Bytes that making the largest tensor takes: changed, or copied and perhaps cast."""
+        made = [
+            int(_COPIES[adapter.is_dora] * 4 * math.prod(self.unpacked.tensors[f"{path}.weight"].shape))
+            for path, adapter in self.adapters.items()
+        ]
+        stored = self._base.tensors
+        copied = [one.nbytes + (one != stored[name]) * stored[name].nbytes for name, one in planned.items()]
+        return max(made + copied)
+
     def config(self) -> dict[str, Any]:
         config = {
             key: v for key, v in self._raw.items() if key not in ("quantization", "quantization_config", "auto_map")
         }
         if self.is_packed:
-            assert self._quantization is not None
-            recipe = dict(self._quantization)
+            recipe = dict(self._raw["quantization"])
             if self._bits is not None:
                 recipe |= {path: self._new_packing(path) for path in self.adapters}
             config |= {"quantization": recipe, "quantization_config": recipe}
@@ -187,16 +233,12 @@ class _Source:
             config.pop("dtype", None)
         return config
 
-    def _packing(self, path: str) -> dict[str, Any] | None:
-        """How the base has packed a layer, or None."""
-        scales = self._stored.get(f"{path}.scales")
-        if self._quantization is None or scales is None:
-            return None
-        width = self.unpacked.tensors[f"{path}.weight"].shape[-1]
-        return packing_of(path, width, self._quantization, self._stored, self._where)
+    def _is_unpacked(self, path: str) -> bool:
+        """Whether a packed layer is written in floats."""
+        return not self.is_packed and self._base.packing(path) is not None
 
     def _new_packing(self, path: str) -> dict[str, Any]:
-        packed = self._packing(path)
+        packed = self._base.packing(path)
         assert packed is not None
         if self._bits is None or path not in self.adapters:
             return packed
@@ -204,23 +246,6 @@ class _Source:
             return complete(None, packed["group_size"], self._bits, packed["mode"])
         except ValueError as error:
             raise OptionError(f"bits {self._bits} cannot be honoured: {error}") from error
-
-    def _layer(self, path: str) -> nn.Module:
-        """A linear layer's arrays as they are stored, read when they are used; scales in float32."""
-        layer = nn.Module()
-        layer.weight = self._load(f"{path}.weight")
-        packed = self._packing(path)
-        if packed is not None:
-            scales = self._load(f"{path}.scales")
-            layer.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
-            if f"{path}.biases" in self._stored:
-                layer.biases = self._load(f"{path}.biases").astype(mx.float32)
-            layer.group_size, layer.bits, layer.mode = packed["group_size"], packed["bits"], packed["mode"]
-        return layer
-
-    def _load(self, name: str) -> mx.array:
-        # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
-        return read_arrays(self._homes[name])[name]
 
 
 def _as_type(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -237,8 +262,12 @@ def _as_type(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
 class _Effect:
     """What the adapter does to the log-probabilities of a text, to find again in the fused model."""
 
-    def __init__(self, model: Model, adapters: Adapters, folder: Path, tokenizer: Tokenizer, text: str | None):
-        self._ids = _ids(tokenizer, text, model.config.max_position_embeddings)
+    def __init__(self, directory: Path, base: Base, folder: Path, text: str | None):
+        from ..tokenizer import load_tokenizer
+
+        self._ids = _ids(load_tokenizer(directory), text, read_config(directory).max_position_embeddings)
+        model = load_model(directory)
+        adapters = Adapters(model, base)
         self._base = _log_probabilities(model, self._ids)
         adapters.load("adapter", folder)
         adapters.use("adapter")
@@ -266,9 +295,3 @@ def _ids(tokenizer: Tokenizer, text: str | None, context: int) -> mx.array:
     if not ids:
         raise OptionError("the text to measure with is empty; give some, or leave it out")
     return mx.array(ids)[None]
-
-
-def _tokenizer(directory: Path) -> Tokenizer:
-    from ..tokenizer import load_tokenizer
-
-    return load_tokenizer(directory)

@@ -17,12 +17,11 @@ import numpy as np
 
 from .. import hub, values
 from ..atomic import check_destination, new_directory
-from ..checkpoint import load_model
+from ..checkpoint import outline
 from ..config import Config
 from ..errors import AdapterError
 from ..fields import Fields, shorten
 from ..models.decoder import Model
-from ..models.linear import plain_weight
 from .adapter_config import kind_of
 from .adapters import (
     adapter_files,
@@ -40,6 +39,7 @@ from .adapters import (
 from .lora import Adapter, float_weight, get_layer, row_lengths
 from .peft_config import CONFIG, PeftConfig, alpha_of, exactly, refuse
 from .principal import taken_out
+from .stored import StoredLayers
 from .targets import fused
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -64,27 +64,30 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
     check_destination(output, fault=AdapterError)
     config, tensors = _read(source)
     directory = hub.resolve(model, revision)
-    loaded = load_model(directory)
-    adapters = adapters_of_peft(source, config, tensors, loaded)
+    shapes = outline(directory)
+    adapters = adapters_of_peft(source, config, tensors, shapes, StoredLayers(directory))
     facts = {
         "phi3_mlx": {"alpha": config.alpha, "rank": config.rank, "rslora": config.rslora, "imported": "peft"},
     }
     base = base_of(directory, model, revision)
-    files = adapter_files(adapters, loaded.config.num_hidden_layers, base, **facts, model=base.name)
+    files = adapter_files(adapters, shapes.config.num_hidden_layers, base, **facts, model=base.name)
     with new_directory(output, fault=AdapterError) as folder:
         write_adapter(folder, *files)
     return len(adapters)
 
 
 def adapters_of_peft(
-    source: Path, config: PeftConfig, tensors: Mapping[str, mx.array], model: Model
+    source: Path, config: PeftConfig, tensors: Mapping[str, mx.array], model: Model, base: StoredLayers
 ) -> dict[str, Adapter]:
-    """The adapters, by layer path, of a PEFT folder's config and tensors. Raises AdapterError."""
+    """The adapters, by layer path, of a PEFT folder's config and tensors. Raises AdapterError.
+
+    `model` may be an outline; weights that are needed are those of `base`.
+    """
     found: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
     for name, array in tensors.items():
         saved = _SAVED.fullmatch(name)
         if saved is not None:
-            _check_saved(source, name, array, model, saved["path"])
+            _check_saved(source, name, array, model, base, saved["path"])
             continue
         match = _KEY.fullmatch(name)
         if match is None:
@@ -123,10 +126,10 @@ def adapters_of_peft(
         _, _, number, name = path.split(".", 3)
         return int(number), order.index(name)
 
-    adapters = {
-        path: _joined(source, path, found[path], config, common, model) for path in sorted(found, key=place_in_model)
-    }
-    for path, adapter in adapters.items():
+    adapters = {}
+    for path in sorted(found, key=place_in_model):
+        adapters[path] = adapter = _joined(source, path, found[path], config, common, model, base)
+        mx.eval(adapter.parameters())  # else they would keep the base's weights
         if not adapter.largest <= mx.finfo(mx.float32).max:
             refuse(source, f"{path} has numbers beyond what float32 holds once alpha is in them")
     return adapters
@@ -138,11 +141,10 @@ def _sibling(path: str, name: str) -> str:
     return f"{home}{dot}{name}"
 
 
-def _check_saved(source: Path, name: str, array: mx.array, model: Model, path: str) -> None:
+def _check_saved(source: Path, name: str, array: mx.array, model: Model, base: StoredLayers, path: str) -> None:
     """AdapterError unless weights that were saved beside an adapter are the base's own."""
     tied = path == "lm_head" and model.config.tie_word_embeddings
-    layer = get_layer(model, "model.embed_tokens" if tied else path)
-    own = plain_weight(layer).astype(array.dtype)
+    own = float_weight(base.layer("model.embed_tokens" if tied else path)).astype(array.dtype)
     if own.shape != array.shape or not mx.array_equal(own, array):
         refuse(
             source,
@@ -158,6 +160,7 @@ def _joined(
     config: PeftConfig,
     common: float,
     model: Model,
+    base: StoredLayers,
 ) -> Adapter:
     """One adapter of a layer of the parts that PEFT has; its rank is the sum of theirs."""
     name = path.rpartition(".")[2]
@@ -190,14 +193,16 @@ def _joined(
             refuse(source, f"{path}: {part} has {part_a.shape[0]} components, and {CONFIG} says {rank}")
         pieces = [(part_a, part_b * (scale / common))]
         if config.principal:
-            taken_b, taken_a = taken_out(config.principal, np.array(float_weight(linear)[first:end]), rank, scale)
+            taken_b, taken_a = taken_out(
+                config.principal, np.array(float_weight(base.layer(path))[first:end]), rank, scale
+            )
             pieces.append((mx.array(taken_a.astype(np.float32)), mx.array((-taken_b / common).astype(np.float32))))
         for one_a, one_b in pieces:
             a.append(one_a.T)
             b.append(mx.pad(one_b.T, [(0, 0), (first, rows - end)]))
         if config.dora:
             # Rows that no part changes keep their length.
-            m = row_lengths(linear) if m is None else m
+            m = row_lengths(base.layer(path)) if m is None else m
             m[first:end] = leaves["lora_magnitude_vector"].astype(mx.float32).reshape(-1)
     return Adapter(mx.concatenate(a, axis=1), mx.concatenate(b, axis=0), common, m=m)
 
@@ -227,9 +232,9 @@ def export_peft(
     directory = hub.resolve(model, revision)
     base = base_of(directory, model, revision)
     check_base(source, config, base)
-    loaded = load_model(directory)
-    adapters = make_adapters(source, tensors, config, loaded)
-    arrays, ranks = peft_tensors(adapters, loaded.config, split)
+    shapes = outline(directory)
+    adapters = make_adapters(source, tensors, config, shapes)
+    arrays, ranks = peft_tensors(adapters, shapes.config, split)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     given = Fields(config, source / CONFIG, AdapterError)
     rslora = given.fields("phi3_mlx").flag("rslora", False)

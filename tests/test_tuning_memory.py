@@ -1,0 +1,91 @@
+"""What adapters take of memory: fusing is planned before anything is read, import and export read no model."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from test_tuning_adapters import make_adapter
+from tuning_models import make_directory
+
+from phi3_mlx import memory, memory_limit
+from phi3_mlx.cli import cli
+from phi3_mlx.errors import MemoryLimitError
+from phi3_mlx.tuning import fuse as fusing
+from phi3_mlx.tuning.fuse import fuse
+from phi3_mlx.tuning.peft import export_peft, import_peft
+
+SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {bits: make_directory(folder / str(bits), bits=bits, **SHAPE) for bits in (None, 4)}
+
+
+def peak_of(work):
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    work()
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "adapter"),
+    [
+        (None, {"dtype": "float32"}, {}),
+        (None, {"dtype": "bfloat16"}, {"dora": True}),
+        (4, {}, {}),
+        (4, {"bits": 8}, {"dora": True}),
+        (4, {"dequantize": True, "dtype": "float32"}, {}),
+    ],
+)
+def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp_path, monkeypatch):
+    make_adapter(models[base], tmp_path / "a", **adapter)
+    planned, check_room = [], memory.check_room
+
+    def watch(what, parts, way_out):
+        planned.append(sum(parts.values()))
+        check_room(what, parts, way_out)
+
+    monkeypatch.setattr(memory, "check_room", watch)
+    peak = peak_of(lambda: fuse(tmp_path / "a", tmp_path / "m", **options))
+    assert planned
+    assert 0.9 < planned[0] / peak < 1.35
+
+
+def test_a_fusion_that_does_not_fit_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):
+    """In Python and at the terminal, each in its words; in floats it needs little; `force` tries all the same."""
+    make_adapter(models[4], tmp_path / "a")
+    monkeypatch.setattr(fusing, "load_model", lambda *a, **k: pytest.fail("was loaded"))
+    refused = pytest.raises(
+        MemoryLimitError,
+        match=r"measuring what is left of .* needs .* \(weights .*, work .*\), and .* may be used: dequantize=True "
+        r"measures nothing and needs .*, and force=True tries",
+    )
+    with memory_limit("40MB"), refused:
+        fuse(tmp_path / "a", tmp_path / "m")
+    words = ["fuse", "--adapter", str(tmp_path / "a"), "-o", str(tmp_path / "m"), "--memory", "40MB"]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, MemoryLimitError)
+    with memory_limit("1MB"), pytest.raises(MemoryLimitError, match=r"fusing .* needs .*a matrix at a time"):
+        fuse(tmp_path / "a", tmp_path / "m", dequantize=True)
+    assert not (tmp_path / "m").exists()
+    with memory_limit("40MB"):
+        fuse(tmp_path / "a", tmp_path / "m", dequantize=True)
+    monkeypatch.undo()
+    with memory_limit("1MB"):
+        assert fuse(tmp_path / "a", tmp_path / "m", force=True).survived is not None
+
+
+def test_import_and_export_read_no_more_than_a_matrix(models, tmp_path):
+    """Of DoRA and PiSSA too, which need the base's weights."""
+    whole = sum(array.nbytes for array in mx.load(str(models[None] / "model.safetensors")).values())
+    largest = 2 * SHAPE["intermediate_size"] * SHAPE["hidden_size"] * 4
+    make_adapter(models[None], tmp_path / "a", dora=True, rank=1)
+    assert peak_of(lambda: export_peft(tmp_path / "a", tmp_path / "peft")) < 0.1 * whole
+    peak = peak_of(lambda: import_peft(tmp_path / "peft", tmp_path / "b", str(models[None])))
+    assert peak < 4 * largest < 0.8 * whole
