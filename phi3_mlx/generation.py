@@ -189,6 +189,7 @@ def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: K
 
 def unload(model: Model) -> None:
     """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
+    _check_model(model)
     model.clear()
     gc.collect()
     mx.clear_cache()
@@ -291,7 +292,7 @@ def stream_generate(
 def batch_generate(
     model: Model,
     tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -309,6 +310,9 @@ def batch_generate(
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
     if isinstance(prompts, str):
         raise PromptError("batch_generate takes a list of prompts, and this is one text; give [text], or call generate")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
+    prompts = list(prompts)
     if not prompts:
         return []
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
@@ -357,12 +361,18 @@ def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int 
 
 def check_loaded(model: Model) -> None:
     """Phi3Error unless it is a model, and one that was not unloaded."""
+    _check_model(model)
+    if not model:
+        raise Phi3Error("this model was unloaded; load() it again")
+
+
+def _check_model(model: Model) -> None:
     if isinstance(model, str | Path):
         raise Phi3Error(f"{str(model)!r} is a model's name; give the model of: model, tokenizer = load({str(model)!r})")
     if isinstance(model, tuple):
         raise Phi3Error("this is all that load() gives; take it apart first: model, tokenizer = load(...)")
-    if not model:
-        raise Phi3Error("this model was unloaded; load() it again")
+    if not hasattr(model, "parameters"):
+        raise refusal(model, "model", "the one that load() gives")
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:

@@ -1,12 +1,14 @@
 """Arguments of the public functions and options of the commands: of a wrong type or without effect, they are named."""
 
+import click
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import phi3_mlx
-from phi3_mlx.cli import main
+from phi3_mlx.cli import cli, main
+from phi3_mlx.cli.options import as_typed, in_options
 from phi3_mlx.errors import OptionError, Phi3Error
 from phi3_mlx.generation import make_kv_bits
 from phi3_mlx.models.cache import KVBits
@@ -97,6 +99,16 @@ def test_what_load_gives_is_told_from_its_parts(loaded):
             with pytest.raises(OptionError, match=r"tokenizer is .*; expected the one that load") as caught:
                 function(wrong)
             one_line(caught)
+    for wrong in (loaded, "tiny", None, tokenizer):
+        for function in (
+            phi3_mlx.unload,
+            phi3_mlx.PromptCache,
+            lambda wrong: phi3_mlx.generate(wrong, tokenizer, "Hi"),
+            lambda wrong: phi3_mlx.compare(wrong, tokenizer, model, tokenizer, "a text"),
+        ):
+            with pytest.raises(Phi3Error, match="load") as caught:
+                function(wrong)
+            one_line(caught)
     for wrong in (loaded, None, 3, ["tiny"]):
         for function in (phi3_mlx.load, phi3_mlx.load_model, phi3_mlx.load_tokenizer):
             with pytest.raises(OptionError, match=r"model is .*; expected the name or directory of a model") as caught:
@@ -161,6 +173,37 @@ def test_compare_refuses_values_of_another_type(loaded, options):
     with pytest.raises(OptionError) as caught:
         phi3_mlx.compare(*loaded, *loaded, **{"text": "a text", **options})
     one_line(caught)
+
+
+def test_prompts_are_any_that_come_one_by_one(loaded):
+    model, tokenizer = loaded
+    right = phi3_mlx.batch_generate(model, tokenizer, ["Hi", "Who are you?"], max_tokens=2)
+    assert phi3_mlx.batch_generate(model, tokenizer, (one for one in ("Hi", "Who are you?")), max_tokens=2) == right
+    for wrong in (None, 3, {"a": 1}, "Hi"):
+        with pytest.raises(Phi3Error, match="list of prompts") as caught:
+            phi3_mlx.batch_generate(model, tokenizer, wrong)
+        one_line(caught)
+
+
+def test_options_are_not_read_into_names_of_files():
+    tune = cli.get_command(click.Context(cli), "tune")
+    tune.get_params(click.Context(tune))
+    for text, right in (
+        (
+            "it would fit with gradient_checkpointing=True and accumulate=4",
+            "with --gradient-checkpointing and --accumulate 4",
+        ),
+        ("take method='lora', or leave it", "take --method lora, or leave it"),
+        ("name another folder with output=DIR", "with --output DIR"),
+        (
+            "/runs/rank=8/last exists already (resume=True goes on)",
+            "/runs/rank=8/last exists already (--resume goes on)",
+        ),
+        ("no_such=8 is nothing", "no_such=8 is nothing"),
+    ):
+        assert in_options(text, tune).endswith(right)
+    assert as_typed(OptionError("max_length 1 is too short"), tune) == "--max-length 1 is too short"
+    assert as_typed(Phi3Error("rank 8"), tune) == "rank 8"
 
 
 def test_the_group_of_a_packed_cache_is_nothing_without_its_bits(loaded, capsys):

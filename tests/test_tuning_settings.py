@@ -113,6 +113,11 @@ WRONG = [
     ("model", ""),
     ("revision", 3),
     ("valid", [{"text": "a"}]),
+    ("valid", ""),
+    ("revision", ""),
+    ("layers", ""),
+    ("from_adapter", ""),
+    ("from_adapter", ["a"]),
     ("tensorboard", "no"),
     ("max_length", 1),
     ("resume", "no"),
@@ -229,6 +234,14 @@ def test_a_run_of_the_first_version_can_be_resumed(base, data, tmp_path, capsys)
     assert tune(base, data, out, **SMALL, gradient_checkpointing=True, resume=True).finished
     with pytest.raises(TrainingError, match=r"another setting \(gradient_checkpointing was True\)"):
         tune(base, data, out, **SMALL, resume=True)
+
+
+def test_settings_that_did_nothing_do_not_keep_a_run_from_going_on():
+    """Before they were refused, they were written down."""
+    before = Settings(data="a", output="b", method="full", rank=4, steps=5, epochs=2).as_dict()
+    now = Settings(data="a", output="b", method="full", steps=5).as_dict()
+    assert changed(before, now, "state.json") is None
+    assert changed(before, now | {"clip": 2.0}, "state.json") == "setting (clip was 1.0)"
 
 
 def test_the_setting_that_changed_is_named():

@@ -330,7 +330,8 @@ def in_options(text: str, command: click.Command) -> str:
             return found[0]
         return options[name] if plain == "True" else f"{options[name]} {shlex.quote(quoted) if quoted else plain}"
 
-    return re.sub(r"\b([a-z_]+)=(?:'([^'\n]+)'|([\w.]+))", option, text)
+    # Not in names of files: folders of a series of runs are called runs/rank=8.
+    return re.sub(r"(?<![^\s(])([a-z_]+)=(?:'([^'\n]+)'|([\w.]+))", option, text)
 
 
 def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:

@@ -223,6 +223,7 @@ def export_peft(
     source, output = (
         Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
     )
+    split = values.flag(split, "split")
     check_destination(output, fault=AdapterError)
     tensors, config = read_adapter(source)
     if kind_of(source, config) == "full":

@@ -10,9 +10,8 @@ import dataclasses
 import difflib
 import functools
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -158,7 +157,8 @@ class Settings:
             if name in given and given[name] is None:
                 raise OptionError(f"{name} is None; name it")
         given = {name: value for name, value in given.items() if value is not None}
-        settings = cls(**{**_decided(given), **given}).check()
+        said = cls(**given)
+        settings = dataclasses.replace(said, **_decided(said, given)).check()
         for name, why in settings._without_effect():
             if name in given and getattr(settings, name):
                 raise no_effect(name, given[name], why)
@@ -209,19 +209,20 @@ def no_effect(name: str, value: Any, why: str) -> OptionError:
     return OptionError(f"{what} has no effect {why}; leave it out")
 
 
-def _decided(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the adapter that a run begins with decides. Raises OptionError where another value is given."""
-    if "from_adapter" not in given:
+def _decided(said: Settings, given: Collection[str]) -> dict[str, Any]:
+    """What the adapter that a run begins with decides. Raises OptionError where another value was given."""
+    if said.from_adapter is None:
         return {}
-    directory = Path(os.path.expanduser(path(given["from_adapter"], "from_adapter")))
+    directory = Path(said.from_adapter).expanduser()
     decided = decided_by(directory)
+    if "dropout" in given:  # of the arrays it says nothing
+        decided.pop("dropout", None)
+    for name, own in decided.items():
+        value = getattr(said, name)
+        if name in given and value != own:
+            raise OptionError(f"{name} {shown(value)} is not that of {directory}, {shown(own)}; leave it out")
     if "model" not in given:
-        decided["model"], decided["revision"] = trained_on(directory, read_config_of(directory), given.get("revision"))
-    for one in fields(Settings):
-        if one.name in decided and one.name in given and one.name not in ("dropout", "revision"):
-            value, own = _typed(one, given[one.name], one.name), decided[one.name]
-            if not (math.isclose(value, own, rel_tol=1e-6) if isinstance(own, float) else value == own):
-                raise OptionError(f"{one.name} {shown(value)} is not that of {directory}, {shown(own)}; leave it out")
+        decided["model"], decided["revision"] = trained_on(directory, read_config_of(directory), said.revision)
     return decided
 
 
@@ -293,16 +294,24 @@ def from_stored(given: Mapping[Any, Any], source: str) -> Settings:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], source: str) -> str | None:
-    """The first of the settings `now` that is another than a run of `before` wrote down, and what it was."""
-    stored = from_stored(before, source).as_dict()
-    return next((f"setting ({name} was {stored[name]!r})" for name in now if now[name] != stored[name]), None)
+    """The first of the settings `now` that is another than a run of `before` wrote down, and what it was.
+
+    Those that did nothing then, which older versions let be, do not count.
+    """
+    run = from_stored(before, source)
+    stored, idle = run.as_dict(), dict(run._without_effect())
+    differ = (name for name in now if now[name] != stored[name] and name not in idle)
+    return next((f"setting ({name} was {stored[name]!r})" for name in differ), None)
 
 
 def _typed(one: dataclasses.Field[Any], value: Any, where: str) -> Any:
     """`value` as the field `one` has it."""
     kind = str(one.type)
-    if value is None and kind.endswith("| None"):
-        return None
+    if kind.endswith("| None"):
+        if value is None:
+            return None
+        if isinstance(value, str) and not value:
+            raise OptionError(f"{where} is empty; say which, or leave it out")
     read: Callable[[Any, str], Any] = one.metadata.get("read") or _READERS[kind.removesuffix(" | None")]
     return read(value, where)
 
