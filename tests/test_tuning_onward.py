@@ -190,7 +190,7 @@ def test_an_adapter_of_mlx_lm_says_rank_and_scale_alone(base, data, adapter, tmp
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 20.0
     for damage in ({"lora_parameters": {"rank": 4}}, {"lora_parameters": {"scale": 20.0}}, {"fine_tune_type": "ia3"}):
         (theirs / "adapter_config.json").write_text(json.dumps(config | damage))
-        with pytest.raises(AdapterError, match="name another"):
+        with pytest.raises(AdapterError, match=r"adapter_config\.json: .* expected"):
             decided_by(theirs)
     # As 0.1.0 wrote a flag of its command line.
     facts = {"phi3_mlx": {"rank": 4, "alpha": 40.0, "rslora": "True"}}

@@ -22,6 +22,7 @@ from ..errors import AdapterError, OptionError
 from ..fields import Fields
 from ..models.decoder import Model
 from ..safetensors import read_header
+from .adapter_config import kind_of, scale_in
 from .adapters import CONFIG, WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
 from .lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
 from .targets import find_targets
@@ -42,14 +43,11 @@ class Start:
 def decided_by(directory: Path) -> dict[str, Any]:
     """The settings that an adapter decides: method, rank, alpha, rslora and dropout. Raises AdapterError."""
     config = read_config_of(directory)
-    method = config.get("fine_tune_type", "lora")
+    method = kind_of(directory, config)
     if method == "full":
-        return {"method": "full"}
-    if method not in ("lora", "dora"):
-        raise AdapterError(f"{directory} is no LoRA or DoRA adapter, so training cannot go on from it; name another")
-    fields = Fields(config, directory / CONFIG, AdapterError, "name another adapter")
+        return {"method": method}
+    fields, scale = Fields(config, directory / CONFIG, AdapterError), scale_in(directory, config)
     parameters, own = fields.fields("lora_parameters"), fields.fields("phi3_mlx")
-    scale = parameters.number("scale")
     # mlx-lm writes rank and scale. How they came about is ours: parts of fused layers add their ranks up.
     rank, alpha = own.whole("rank", 0), own.number("alpha", 0.0)
     rslora = own.raw.get("rslora") in (True, "True")  # as 0.1.0 wrote the flag of its command line
@@ -88,7 +86,7 @@ def attach_start(model: Model, start: Start, dropout: float) -> dict[str, Adapte
     Whole weights (of full fine-tuning) take the place of the model's, and none is frozen.
     """
     tensors, config = read_adapter(start.directory)
-    if config.get("fine_tune_type") == "full":
+    if kind_of(start.directory, config) == "full":
         load_full(model, start.directory, tensors)
         model.unfreeze()
         return {}
