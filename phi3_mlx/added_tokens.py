@@ -61,6 +61,9 @@ class AddedTokens:
         rests: dict[str, list[str]] = {}
         for content in longest_first:
             rests.setdefault(re.escape(content[0]), []).append(re.escape(content[1:]))
+        unfinished = {content[:n] for content in longest_first for n in range(1, len(content))}
+        self._unfinished = re.compile(f"(?:{'|'.join(map(re.escape, unfinished))})\\Z" if unfinished else "(?!)")
+        self._longest = max(map(len, longest_first), default=0)
         self._starts = re.compile("|".join(f"{first}(?={'|'.join(rest)})" for first, rest in rests.items()) or "(?!)")
 
     def __iter__(self) -> Iterator[AddedToken]:
@@ -95,5 +98,11 @@ class AddedTokens:
         return pieces
 
     def break_up(self, text: str, guard: str) -> str:
-        """`text` with `guard` after the first character of every token in it, overlapping ones included."""
-        return self._starts.sub(lambda match: match[0] + guard, text)
+        """`text` with `guard` after the first character of every token in it, overlapping ones included.
+
+        And at its end, before white space that may be stripped, where what it is joined with could complete one.
+        """
+        words = self._starts.sub(lambda match: match[0] + guard, text.rstrip())
+        if self._unfinished.search(words[-self._longest :]):
+            words += guard
+        return words + text[len(text.rstrip()) :]

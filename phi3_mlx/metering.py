@@ -26,7 +26,8 @@ from jinja2.visitor import NodeTransformer
 from .errors import ChatError
 
 _ALLOWED = 20_000_000  # a rendering of short messages; a loop that does nothing takes about two seconds to spend it
-_ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spend 5 to 15
+_ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spend 3 to 12
+_ALLOWED_A_PAIR = 20  # of messages: some templates go through all of them for each
 _DEEPEST = 64  # lists within lists
 _MOST_BITS = 16_384  # of an integer
 _ITEM = 8  # what an item of a list costs, the list itself, and what is not text
@@ -42,11 +43,11 @@ _meter: ContextVar["Meter"] = ContextVar("meter")
 
 
 class Meter:
-    """What a rendering may still spend. `with Meter(size):` measures what this thread renders within."""
+    """What a rendering may still spend. `with Meter(size, messages):` measures what this thread renders within."""
 
-    def __init__(self, size: int):
-        """`size`: characters of the messages and of what else the template is given."""
-        self.allowed = self.left = _ALLOWED + _ALLOWED_A_CHARACTER * size
+    def __init__(self, size: int, messages: int):
+        """`size`: characters of the messages and of what else the template is given; `messages`: how many they are."""
+        self.allowed = self.left = _ALLOWED + _ALLOWED_A_CHARACTER * size + _ALLOWED_A_PAIR * messages**2
         self._weights: dict[int, tuple[Any, int, int]] = {}  # id: the container (kept, so that it keeps its id), ...
 
     def __enter__(self) -> "Meter":
@@ -162,7 +163,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A function's or a method's result."""
         meter = _meter.get()
-        meter.spend(_CALL)
+        meter.spend(_CALL + _ITEM * (len(args) + len(kwargs)))
         named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # not Jinja's own
         for value in (*args, *named.values()):
             meter.weigh(value)  # what a macro makes of its arguments is a list as well
@@ -225,7 +226,7 @@ class _Hooks(NodeTransformer):
         if "in" in " ".join(op.op for op in node.ops) or not any(isinstance(side, nodes.Const) for side in sides):
             node.expr = _hooked(node.expr, "an operand")
             for op in node.ops:
-                op.expr = _hooked(op.expr, "an operand")
+                op.expr = _hooked(op.expr, "a place" if op.op in ("in", "notin") else "an operand")
         return node
 
     def _made(self, node: Any) -> nodes.Node:
@@ -268,6 +269,11 @@ def _operand(value: Any) -> Any:
     return value
 
 
+def _place(value: Any) -> Any:
+    """Where something is looked for: by its hash in a mapping, else one by one."""
+    return value if isinstance(value, Mapping) else _operand(value)
+
+
 @pass_context
 def _shown(_context: Any, value: Any) -> Any:
     """What `{{ value }}` writes. It takes the context so that Jinja does not call it while it compiles."""
@@ -280,6 +286,7 @@ _HOOKS: dict[str, Callable[..., Any]] = {
     "a step": _Steps,
     "a text": _text,
     "an operand": _operand,
+    "a place": _place,
     "a value": pay_for,
     "a payment": lambda amount: _meter.get().spend(amount),
 }
@@ -305,7 +312,7 @@ def metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             value = list(value)
         for other in (*args, *kwargs.values()):
             meter.weigh(other)
-        meter.spend(_FILTER)
+        meter.spend(_FILTER + _ITEM * (len(args) + len(kwargs)))
         if name in _SHALLOW:
             meter.spend(_ITEM * _size(value))
         elif name not in _AT_ONCE:

@@ -21,6 +21,7 @@ from .errors import ChatError
 from .metering import Meter, MeteredEnvironment, extent, metered, pay_for
 
 _LONGEST = 256 * 1024  # characters of a template; the longest in use have 30,000
+_LONGEST_ERROR = 500  # characters of what a template says is wrong
 _MOST_WRITTEN = 1_000_000  # characters beside four times those of the messages
 
 # What to write around a `{% generation %}` block, and the guard in the messages' text.
@@ -41,7 +42,7 @@ def render(
     size = extent(messages) + extent(names)
     marks = _marks.set((mark, guard))
     try:
-        with Meter(size):
+        with Meter(size, len(messages)):
             text = template.render({"tools": None, "documents": None, **names, "messages": messages})
     except ChatError:
         raise
@@ -153,4 +154,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__
+    text = " ".join(f"{error}"[:_LONGEST_ERROR].split()) or type(error).__name__
+    return text if len(text) < _LONGEST_ERROR else text[: _LONGEST_ERROR - 4] + " ..."

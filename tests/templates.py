@@ -226,6 +226,7 @@ ENDLESS = {
     "searches": "{% set a = 'a' * 90000 %}{% for i in range(9999) %}{{ 'b' in a }}{% endfor %}",
     "slices": "{% set a = 'a' * 9000 %}{% for i in range(999) %}{% set x = a[1:] %}{% endfor %}",
     "methods": "{% set a = 'a' * 9000 %}{% for i in range(999) %}{% set x = a.upper() %}{% endfor %}",
+    "arguments by the thousand": "{% for i in range(99) %}{{ cycler(*range(9999)).current }}{% endfor %}",
     "words of nonsense": "{{ lipsum(n=100000) }}",
     "sums of lists": "{{ ([[1] * 99] * 999) | sum(start=[]) | length }}",
     "tags": "{{ ('<!---->' * 9999) | striptags }}",

@@ -72,6 +72,7 @@ def test_a_template_that_does_too_much_is_stopped(name: str, monkeypatch: pytest
         ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nested too deep"),
         ("{{ 1" + " + 1" * 20_000 + " }}", "nested too deep"),
         ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "not valid Jinja: too many statically nested blocks"),
+        ("{{ raise_exception('x' * 90000) }}", r"cannot render these messages: x{490,500} \.\.\.$"),
         ("{{ x }}" * 40_000, "has 280,000 characters; 262,144 are the most"),
         (
             "{% for i in range(40000) %}{{ 'x' * 30 }}{% endfor %}",
