@@ -34,7 +34,10 @@ def open_file(path: str | os.PathLike[str], *, streams: bool = False) -> BinaryI
 
     `streams` allows pipes and terminals as well (`-f <(command)`). A FIFO that nobody opens to write is empty.
     """
-    kind = os.stat(path).st_mode
+    try:
+        kind = os.stat(path).st_mode
+    except ValueError as error:  # a null character, or half a character that stands for no byte
+        raise OSError(errno.EINVAL, "no file can have that name", path) from error
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if stat.S_ISREG(kind):

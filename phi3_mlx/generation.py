@@ -16,14 +16,15 @@ from .engine import FinishReason, Generation, Statistics, Token, check_length
 from .errors import OptionError, Phi3Error, PromptError
 from .lookup import MAX_DRAFT
 from .models.cache import KVCache
+from .models.decoder import Model
 from .sampling import Sampling
 from .stops import Stops
-from .values import check_function, flag, number, path, refusal, shown, texts, whole
+from .values import check_function, flag, listed, number, path, refusal, shown, texts, token_ids, whole
 
 if TYPE_CHECKING:
     from .memory import Run
     from .models.cache import KVBits
-    from .models.decoder import LongRopeRule, Model
+    from .models.decoder import LongRopeRule
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
 
@@ -74,9 +75,9 @@ def load(
     """
     from . import hub, tokenizer
 
-    given = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
     folder = "an adapter's folder, or several with their weights"
-    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given.items()}
+    given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
+    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given}
     directory = hub.resolve(name, revision)
     words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
     plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
@@ -310,11 +311,12 @@ def batch_generate(
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
     if isinstance(prompts, str):
         raise PromptError("batch_generate takes a list of prompts, and this is one text; give [text], or call generate")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+    several = listed(prompts)
+    if several is None:
         raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
-    prompts = list(prompts)
-    if not prompts:
+    if not several:
         return []
+    prompts = several
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     bits = make_kv_bits(kv_bits, kv_group_size)
     run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
@@ -336,13 +338,13 @@ def encode_prompt(
         bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
         ids = tokenizer.encode(prompt, special=True)
         return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
-    if not isinstance(prompt, Sequence):
-        raise PromptError(_PROMPT_KINDS)
-    if len(prompt) and isinstance(prompt[0], Mapping):
-        return render_chat(tokenizer, list(prompt), notify=notify)  # type: ignore[arg-type]
-    if not all(isinstance(item, int) for item in prompt):
-        raise PromptError(_PROMPT_KINDS)
-    return list(prompt)  # type: ignore[arg-type]
+    items = listed(prompt)
+    if items and isinstance(items[0], Mapping):
+        return render_chat(tokenizer, items, notify=notify)
+    sent = None if items is None else token_ids(items)
+    if sent is None or isinstance(prompt, set | frozenset):
+        raise PromptError(f"the prompt is {shown(prompt)}; {_PROMPT_KINDS}")
+    return sent
 
 
 def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> tuple[int, list[str], int]:
@@ -368,7 +370,8 @@ def check_loaded(model: Model) -> None:
 
 def _check_model(model: Model) -> None:
     if isinstance(model, str | Path):
-        raise Phi3Error(f"{str(model)!r} is a model's name; give the model of: model, tokenizer = load({str(model)!r})")
+        name = shown(str(model))
+        raise Phi3Error(f"{name} is a model's name; give the model of: model, tokenizer = load({name})")
     if isinstance(model, tuple):
         raise Phi3Error("this is all that load() gives; take it apart first: model, tokenizer = load(...)")
     if not hasattr(model, "parameters"):
@@ -393,9 +396,7 @@ def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None 
         return None
     each = kv_bits if isinstance(kv_bits, tuple | list) else (kv_bits, kv_bits)
     if len(each) != 2:
-        raise OptionError(
-            f"kv_bits {tuple(each)} is not possible; give a number such as 4, or (8, 4) of keys and values"
-        )
+        raise OptionError(f"kv_bits has {len(each)} numbers; give one such as 4, or (8, 4) of keys and values")
     keys, values = (whole(bits, "kv_bits") for bits in each)
     return (
         KVBits(keys, values) if kv_group_size is None else KVBits(keys, values, whole(kv_group_size, "kv_group_size"))

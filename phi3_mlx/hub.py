@@ -243,7 +243,8 @@ def _check_repo_id(name: str) -> None:
     near = difflib.get_close_matches(name.lower(), ["tiny", *_REPO_IDS], cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ModelNotFoundError(
-        f"no model {name!r}: {hint}`phi3-mlx models` lists the names; a directory or owner/repository works too"
+        f"no model {values.shown(name)}: {hint}`phi3-mlx models` lists the names; a directory or owner/repository "
+        "works too"
     )
 
 

@@ -19,6 +19,7 @@ from .models.blocksparse import tile_size
 from .models.cache import REREAD_CHUNK, KVBits, KVCache
 from .models.decoder import QUEUED
 from .models.linear import SLICE, unpacking_bytes, unpacking_pays
+from .values import plain, shown
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
@@ -414,11 +415,14 @@ def parse_size(size: int | str, *, sold: bool = False) -> int:
 
     `sold`: of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    size = plain(size)
+    text = size if isinstance(size, str) else shown(size)
+    # Numbers of more digits are infinite.
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found and float(found[1]):
         if isinstance(size, str) and size.strip() == found[1]:
-            raise OptionError(f"{size!r} has no unit; write {found[1]}GB or {found[1]}MB")
+            raise OptionError(f"{shown(size)} has no unit; write {found[1]}GB or {found[1]}MB")
         unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
         if count := int(float(found[1]) * unit):
             return count
-    raise OptionError(f"{size!r} is not a size; give one such as 16GB or 800MB")
+    raise OptionError(f"{shown(size)} is not a size; give one such as 16GB or 800MB")

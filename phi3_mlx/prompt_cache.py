@@ -13,12 +13,14 @@ from .atomic import check_file, new_file
 from .cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
 from .chat import render_chat
 from .engine import Generation, common_length
-from .errors import CacheError
+from .errors import CacheError, PromptError
 from .generation import check_loaded, make_kv_bits
 from .memory import size_text
 from .models.cache import KVBits, KVCache
 from .sampling import Sampling
 from .threads import turn
+from .values import path as as_path
+from .values import shown, token_ids
 
 if TYPE_CHECKING:
     from .models.decoder import Model
@@ -96,9 +98,12 @@ class PromptCache:
 
         `force` and `on_prefill` are `stream_generate`'s. Raises PromptError or MemoryLimitError.
         """
+        given = token_ids(ids)
+        if given is None:
+            raise PromptError(f"ids is {shown(ids)}; expected a list of token ids")
         generation = Generation(
             self._model,
-            [ids],
+            [given],
             max_tokens=1,
             sampling=Sampling(),
             cache=self.layers_for(self._model),
@@ -113,7 +118,8 @@ class PromptCache:
 
     @turn()
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file `path`, whole or not at all. Raises CacheError."""
+        """Write the file `path`, whole or not at all. Raises CacheError, and OptionError for what names no file."""
+        path = as_path(path, "path", "the name of a file")
         if not self.ids:
             raise CacheError("this prompt cache has read nothing yet, so there is nothing to write")
         assert self._layers is not None
@@ -136,6 +142,7 @@ class PromptCache:
     def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         check_loaded(model)
+        path = as_path(path, "path", "the name of a file")
         facts = read_facts(path)
         check_model(path, facts, model)
         cache = cls(model, document=facts.document)

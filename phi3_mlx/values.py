@@ -14,23 +14,27 @@ from typing import Any, TypeVar
 from .errors import OptionError
 
 T = TypeVar("T")
+_BITS = 64
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # what file systems allow
 _SHOWN = 60  # characters of a value that a message repeats
 
 
 def whole(value: Any, name: str) -> int:
-    """A whole number; True and False are none."""
-    plain = _plain(value)
-    if isinstance(plain, int) and not isinstance(plain, bool):
-        return int(plain)
+    """A whole number that 64 bits hold; True and False are none."""
+    found = plain(value)
+    if isinstance(found, int) and not isinstance(found, bool):
+        if found.bit_length() <= _BITS:
+            return int(found)
+        raise refusal(value, name, f"a whole number of at most {_BITS} bits")
     raise refusal(value, name, "a whole number")
 
 
 def number(value: Any, name: str) -> float:
     """A number, which may be infinite or NaN."""
-    plain = _plain(value)
-    if isinstance(plain, int | float) and not isinstance(plain, bool):
+    found = plain(value)
+    if isinstance(found, int | float) and not isinstance(found, bool):
         try:
-            return float(plain)
+            return float(found)
         except OverflowError:
             pass
     raise refusal(value, name, "a number")
@@ -38,9 +42,9 @@ def number(value: Any, name: str) -> float:
 
 def flag(value: Any, name: str) -> bool:
     """True or False; 0, 1 and "false" are neither."""
-    plain = _plain(value)
-    if isinstance(plain, bool):
-        return plain
+    found = plain(value)
+    if isinstance(found, bool):
+        return found
     raise refusal(value, name, "true or false")
 
 
@@ -60,13 +64,30 @@ def texts(value: Any, name: str) -> tuple[str, ...]:
     """Several texts, of a list, a set or anything else that gives them one by one; a text alone is one."""
     if isinstance(value, str):
         return (text(value, name),)
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+    items = listed(value)
+    if items is None:
         raise refusal(value, name, "a list of texts")
-    items = list(value)
     for item in items:
         if not isinstance(item, str):
             raise OptionError(f"{name} holds {shown(item)}; expected a list of texts")
     return tuple(text(item, name) for item in (sorted(items) if isinstance(value, set | frozenset) else items))
+
+
+def token_ids(value: Any) -> list[int] | None:
+    """Token ids, of a list, a range, or an array of numpy, MLX or torch; None for anything else."""
+    items = None if isinstance(value, set | frozenset) else listed(value)
+    if items is None:
+        return None
+    ids = [plain(item) for item in items]
+    return ids if all(isinstance(item, int) and not isinstance(item, bool) for item in ids) else None
+
+
+def listed(value: Any) -> list[Any] | None:
+    """What gives several values one by one, or is an array of them; None for texts, bytes, mappings and the rest."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        return None
+    items = value.tolist() if hasattr(value, "tolist") else value
+    return list(items) if isinstance(items, Iterable) else None
 
 
 def path(value: Any, name: str, expected: str = "a path") -> str:
@@ -76,6 +97,12 @@ def path(value: Any, name: str, expected: str = "a path") -> str:
         raise refusal(value, name, expected)
     if "\0" in found:
         raise refusal(value, name, f"{expected}, without a null character")
+    try:
+        parts = os.fsencode(found).split(os.fsencode(os.sep))
+    except UnicodeEncodeError as error:  # a half that stands for no byte
+        raise refusal(value, name, f"{expected}, without half a character") from error
+    if max(map(len, parts)) > _NAME_BYTES or sum(map(len, parts)) + len(parts) > _PATH_BYTES:
+        raise refusal(value, name, f"{expected}; no file has so long a name")
     return str(found)
 
 
@@ -114,6 +141,6 @@ def shown(value: Any) -> str:
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A scalar of an array library as Python's own."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -20,6 +20,7 @@ from .errors import PromptError, TokenizerError
 from .files import read_bytes, read_text
 from .pieces import CONTROL, UNKNOWN, USER_DEFINED, piece_types, without_user_defined
 from .streaming import ByteStream, PieceStream, StreamDecoder, symbols_to_bytes
+from .values import shown, token_ids
 
 # How cl100k_base cuts text into words before merging: English clitics, letters with one sign before them, digits by
 # threes, runs of signs with the line ends after them, line ends, spaces (the last one goes with the word).
@@ -96,8 +97,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. With `special`, strings like `<|end|>` in it become control tokens; without, never.
 
-        Added words are tokens either way. Raises PromptError for a lone surrogate, which no vocabulary can spell.
+        Added words are tokens either way. Raises PromptError for what is no text, or has a lone surrogate, which no
+        vocabulary can spell.
         """
+        _require_unicode(text)
         return self.encode_pieces(self._all_added.cut(text) if special else [text])
 
     def split_special(self, text: str) -> list[str | int]:
@@ -116,9 +119,12 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; ids that stand for nothing are passed over, broken UTF-8 becomes U+FFFD."""
+        """The text of `ids`; ids that stand for nothing are passed over, broken UTF-8 becomes U+FFFD.
+
+        Raises PromptError for what are no ids.
+        """
         stream = self._stream(skip_special)
-        return "".join([*map(stream.add, ids), stream.finish()])
+        return "".join([*map(stream.add, _require_ids(ids)), stream.finish()])
 
     def stream(self) -> StreamDecoder:
         """A decoder for ids that arrive one by one; what it returns joins to `decode` of them all."""
@@ -255,13 +261,14 @@ class JsonTokenizer(Tokenizer):
         return self._full.encode("").ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+        known = [token_id for token_id in _require_ids(ids) if 0 <= token_id < 2**32]
+        return self._full.decode(known, skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
         return self._full.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        return self._full.id_to_token(token_id)
+        return self._full.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     def _stream(self, skip_special: bool) -> StreamDecoder:
         if not self._is_byte_level:
@@ -402,7 +409,16 @@ def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
     return description.get("decoders") or description.get("pretokenizers") or [description]
 
 
+def _require_ids(ids: Iterable[int]) -> list[int]:
+    known = token_ids(ids)
+    if known is None:
+        raise PromptError(f"{shown(ids)} cannot be decoded; give a list of token ids")
+    return known
+
+
 def _require_unicode(text: str) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"{shown(text)} cannot be encoded; give a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
