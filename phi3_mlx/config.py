@@ -280,6 +280,9 @@ class Reader:
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is not None and not isinstance(dtype, str):
             self.fail(f"torch_dtype is {shorten(dtype)}, expected a name such as 'bfloat16'")
+        named = raw.get("transformers_weights")
+        if named not in (None, "model.safetensors", "model.safetensors.index.json"):
+            self.fail(f"transformers_weights is {shorten(named)}; only files called model.safetensors are read")
         window = None if raw.get("sliding_window") is None else self.number("sliding_window")
         self._check_layer_types(window)
         heads = self.number("num_attention_heads")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import values
 from .errors import ModelNotFoundError, OptionError, Phi3Error
+from .files import read_text
 from .places import has_tokenizer, instead_of_model
 from .safetensors import INDEX, weight_files
 
@@ -144,8 +145,8 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     folder = cache_folder() / f"{_CACHED}{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
-        commit = (folder / "refs" / revision).read_text().strip()
-    except OSError:
+        commit = read_text(folder / "refs" / revision, most=1000).strip()
+    except (OSError, ValueError):
         commit = revision  # a commit hash names itself
     snapshot = folder / "snapshots" / commit
     return snapshot if _is_complete(snapshot) else None

@@ -474,6 +474,21 @@ def test_transformers_reads_the_same_files(sharded, lay_out):
         assert np.array_equal(np.array(array), theirs[name].numpy()), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_the_bytes_of_weights_are_those_that_are_loaded(tmp_path, dtype, mode):
+    model, raw = packed(mode=mode) if mode else (oracle.make_ours(TIED), TIED)
+
+    def change(weights):
+        for name, array in weights.items():
+            weights[name] = array.astype(mx.bfloat16) if array.dtype == mx.float32 else array
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones((48,))  # is not kept
+
+    directory = write(tmp_path / "model", raw, change, model)
+    loaded = load_model(directory, dtype=dtype)
+    assert weight_bytes(directory, dtype) == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
+
+
 def test_a_plan_of_weights_that_do_not_fit_is_refused_as_the_model_is(tmp_path):
     for change in (
         lambda weights: weights.clear() or weights.update(other=mx.ones((3,))),
