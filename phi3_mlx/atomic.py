@@ -196,7 +196,9 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         name = os.fsdecode(path if error.filename is None or isinstance(error.filename, int) else error.filename)
-        error.filename, error.filename2 = _HIDDEN.sub("", name), None
+        error.filename = _HIDDEN.sub("", name)
+        if error.filename2 is not None:
+            del error.filename2  # of a rename
         raise
 
 

@@ -220,6 +220,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left") as caught:
         atomic.replace_file(tmp_path / "file", b"x")
     assert caught.value.filename == str(tmp_path / "file")
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{tmp_path / 'file'}'"
 
     def directory():
         with atomic.new_directory(tmp_path / "folder", fault=AdapterError) as folder:
@@ -291,3 +292,13 @@ def test_a_folder_that_is_removed_while_it_is_taken_is_made_anew(tmp_path, monke
         assert mine
         with atomic.hold(place) as second:
             assert not second
+
+
+def test_a_rename_that_fails_is_told_without_the_hidden_name(tmp_path, monkeypatch):
+    def busy(self, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self), None, str(target))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(OSError, match="busy") as caught:
+        atomic.replace_file(tmp_path / "file", b"x")
+    assert str(caught.value) == f"[Errno {errno.EBUSY}] {os.strerror(errno.EBUSY)}: '{tmp_path / 'file'}'"
