@@ -52,11 +52,11 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def new_files(directory: Path) -> Iterator[Path]:
+def new_files(directory: Path, last: str) -> Iterator[Path]:
     """An empty directory to fill with files, which take their places in `directory` when the disk has all of them.
 
     A directory that is not there appears with its files in one step. In one that is there each file replaces that of
-    its name; others stay. Raises OSError.
+    its name, `last` after the others, as the sign that all are there; files of other names stay. Raises OSError.
     """
     directory = Path(os.path.realpath(directory))
     if not os.path.lexists(directory):
@@ -65,7 +65,7 @@ def new_files(directory: Path) -> Iterator[Path]:
         return
     with named(directory), _partial(directory) as hidden:
         yield hidden / _NEW
-        _put_files(sorted((hidden / _NEW).iterdir()), directory)
+        _put_files(sorted((hidden / _NEW).iterdir(), key=lambda file: file.name == last), directory)
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -153,6 +153,7 @@ def hold(directory: Path) -> Iterator[bool]:
 
     The lock ends with the process, however that ends. Where nothing can be locked, everybody holds it.
     """
+    directory = Path(os.path.realpath(directory))  # a link may lead to one that is still to be made
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -222,7 +223,8 @@ def _put_files(files: list[Path], directory: Path) -> None:
     places = [_place(directory / file.name) for file in files]  # again: time has passed
     for file, place in zip(files, places, strict=True):
         if place.exists():
-            file.chmod(stat.S_IMODE(place.stat().st_mode))
+            with contextlib.suppress(OSError):  # not every file system has permissions
+                file.chmod(stat.S_IMODE(place.stat().st_mode))
     for file, place in zip(files, places, strict=True):
         file.replace(place)
     _sync_names(directory)

@@ -27,7 +27,8 @@ if kind == "new_file":
         file.write(b"half")
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-with getattr(atomic, kind)(place) as folder:
+options = {"last": "a"} if kind == "new_files" else {}
+with getattr(atomic, kind)(place, **options) as folder:
     (folder / "a").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -194,7 +195,7 @@ def test_who_may_read_a_file_stays(tmp_path):
 
 def test_files_of_one_directory_are_replaced_when_all_are_complete(tmp_path, monkeypatch):
     def write(*names, content="new"):
-        with atomic.new_files(tmp_path / "out") as folder:
+        with atomic.new_files(tmp_path / "out", last="a") as folder:
             for name in names:
                 assert sorted(os.listdir(tmp_path)) == (["out"] if (tmp_path / "out").exists() else hidden_names())
                 (folder / name).write_text(content)
@@ -207,7 +208,12 @@ def test_files_of_one_directory_are_replaced_when_all_are_complete(tmp_path, mon
     with pytest.raises(TypeError):
         write("a", 5)
     assert (tmp_path / "out" / "a").read_text() == "old"
-    write("a", "b")
+    replaced, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, place: (replaced.append(place.name), replace(self, place)))
+    write("a", "c", "b")
+    assert sorted(replaced) == ["a", "b", "c"]
+    assert replaced[-1] == "a"
+    (tmp_path / "out" / "c").unlink()
     assert {name: (tmp_path / "out" / name).read_text() for name in "ab"} == {"a": "new", "b": "new"}
     assert sorted(os.listdir(tmp_path / "out")) == ["a", "b", "mine"]
 

@@ -370,6 +370,13 @@ def test_a_folder_of_something_else_is_let_be(base, data, tmp_path):
         tune(str(base), data, tmp_path / "file", **SMALL, steps=1)
     with pytest.raises(TrainingError, match=r"new cannot be written: Not a directory; name another"):
         tune(str(base), data, tmp_path / "file" / "new", **SMALL, steps=1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TrainingError, match="exists already"):
+        tune(str(base), data, tmp_path / "pipe", **SMALL, steps=1)
+    (tmp_path / "link").symlink_to("disk/run")
+    assert tune(str(base), data, tmp_path / "link", **SMALL, steps=1).finished
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "run" / "adapters.safetensors").is_file()
 
 
 def test_two_runs_in_one_folder_are_one_too_many(base, data, tmp_path):

@@ -119,7 +119,7 @@ def write_report(
 
 def save(report: Report, directory: Path) -> Report:
     """Write REPORT.md, report.json and report.png; without matplotlib no plot, and a note that says what to install."""
-    with new_files(directory) as folder:
+    with new_files(directory, last=REPORT) as folder:
         plotted = plot(report.tensors, folder / PLOT)
         if not plotted:
             report = replace(report, notes=(*report.notes, f"{INSTALL_PLOT[0].upper()}{INSTALL_PLOT[1:]}."))

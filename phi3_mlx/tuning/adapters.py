@@ -120,7 +120,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapp
 
     Raises OSError.
     """
-    with new_files(directory) as folder:
+    with new_files(directory, last=CONFIG) as folder:
         write_pair(folder, CONFIG, config, WEIGHTS, tensors, "mlx")
 
 

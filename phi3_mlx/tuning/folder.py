@@ -49,8 +49,8 @@ def check_folder(output: Path, resume: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir() or not all(map(_is_of_a_start, output.iterdir())):
-        on = "resume=True goes on with it" if begun else "it holds no run to go on with"
-        raise TrainingError(f"{output} exists already; {on}, or name another folder with output=DIR")
+        on = "resume=True goes on with it, or" if begun else "it holds no run to go on with, so"
+        raise TrainingError(f"{output} exists already; {on} name another folder with output=DIR")
 
 
 def _is_of_a_start(path: Path) -> bool:
