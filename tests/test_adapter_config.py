@@ -16,11 +16,11 @@ from phi3_mlx import load
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.cli import cli
 from phi3_mlx.errors import AdapterError, OptionError
-from phi3_mlx.tuning import tune
+from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning.adapter_config import check_config
 from phi3_mlx.tuning.adapters import Adapters, base_of, trained_on
 from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.peft import export_peft
+from phi3_mlx.tuning.peft import export_peft, import_peft
 
 DOWN = "model.layers.1.mlp.down_proj"  # (64, 96)
 
@@ -185,6 +185,31 @@ def test_weights_are_checked_at_the_terminal_too(base, tmp_path):
         words = ["generate", "-m", str(base), "-p", "hi", "--adapter", *given.split(" ")]
         result = CliRunner().invoke(cli, words)
         assert match in str(result.exception) or match in result.output, given
+
+
+def test_a_run_is_refused_whose_adapter_would_be(base, tmp_path):
+    """At the start, not when what was learnt is to be used; PEFT's alpha may be larger than the scale."""
+    for options, scale in (
+        ({"alpha": 1e6, "rank": 8}, "125000"),
+        ({"alpha": 1e5, "rank": 1, "rslora": True}, "100000"),
+        ({"alpha": 1e-8, "rank": 1}, "1e-08"),
+    ):
+        with pytest.raises(
+            OptionError, match=rf"alpha .* with rank .* by {scale}, and an adapter's scale is from 1e-06"
+        ):
+            Settings(data="x", output="y", **options).check()
+    assert Settings(data="x", output="y", alpha=65504.0 * 8, rank=8).check()
+    folder = write(tmp_path / "a", parameters={"scale": 65504.0})
+    export_peft(folder, tmp_path / "peft", model=str(base))
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 2 * 65504
+    import_peft(tmp_path / "peft", tmp_path / "b", str(base))
+    assert np.allclose(product(base, tmp_path / "b"), product(base, folder))
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3 * 65504}))
+    with pytest.raises(
+        AdapterError, match=r"lora_alpha 196512 of 2 components makes a scale of 98256 in model.layers.1"
+    ):
+        import_peft(tmp_path / "peft", tmp_path / "c", str(base))
 
 
 def test_tensors_of_no_shape_or_no_components_are_refused(base, tmp_path):

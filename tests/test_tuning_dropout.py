@@ -10,12 +10,12 @@ from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import examples, facts, make_directory, randomize, write_jsonl
 
 from phi3_mlx.models.dropout import Draws, dropped, token_keys
-from phi3_mlx.tuning import Settings, tune
+from phi3_mlx.tuning import Settings, loss, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.batches import make_part
 from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.loss import part_loss
-from phi3_mlx.tuning.targets import find_targets
+from phi3_mlx.tuning.targets import Target, find_targets
 from phi3_mlx.tuning.trainer import Listener, Trainer
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23)
@@ -75,6 +75,36 @@ def test_checkpointing_hides_the_same_numbers_twice(options):
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=0.05)
 
 
+def test_the_output_layers_adapter_hides_the_same_for_loss_and_gradient(monkeypatch):
+    """Its logits are computed twice, piece by piece: once for the loss, once for the gradient, taken at once."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 8 * 96)
+    monkeypatch.setattr(loss, "_ROWS", 1)
+    model = oracle.make_ours(slim(CONFIGS["mini-4k"]))
+    model.freeze()
+    target = Target("lm_head", "lm_head", 96, model.config.hidden_size, (("lm_head", 0, 96),))
+    randomize(attach(model, [target], 3, 6.0, dropout=0.5))
+    model.train()
+    part = make_part(examples((30, 41), trained=1.0))
+    keys = token_keys(3, 1, range(2), part.lengths)
+    _, found = gradients_of(model, part, keys=keys)
+
+    def plain():
+        """The same masks, the loss of all places at once, and MLX's own gradient of it."""
+        hidden = model.model.packed(part.ids, part.lengths, keys=keys)[0][part.places]
+        logits = []
+        for i in range(0, len(part.places), 8):
+            with Draws(keys[part.places[i : i + 8]]).within(model.config.num_hidden_layers):
+                logits.append(model.logits(hidden[i : i + 8]))
+        return nn.losses.cross_entropy(mx.concatenate(logits), part.targets, reduction="sum")
+
+    expected = dict(tree_flatten(nn.value_and_grad(model, plain)()[1]))
+    assert off(found, expected) < 1e-5
+    mx.random.seed(1)
+    one = gradients_of(model, part)[1]
+    mx.random.seed(2)
+    assert off(gradients_of(model, part)[1], one) > 0.05
+
+
 def test_the_mask_is_the_one_that_the_keys_say():
     """Against the same pass with masks made one token at a time, of one layer alone."""
     keys, x = token_keys(5, 2, [4, 9], [3, 2]), mx.array(np.random.default_rng(0).standard_normal((1, 5, 64)))
@@ -106,11 +136,11 @@ def test_a_batch_in_parts_hides_what_the_whole_hides():
     order, lengths = [3, 0, 4, 1, 2], [len(example) - 1 for example in data]
     keys = lambda chosen: token_keys(0, 8, chosen, [lengths[i] for i in chosen])  # noqa: E731
     whole, expected = gradients_of(model, make_part([data[i] for i in order]), keys=keys(order))
-    loss, summed = 0.0, {name: mx.zeros_like(array) for name, array in expected.items()}
+    total, summed = 0.0, {name: mx.zeros_like(array) for name, array in expected.items()}
     for chosen in ([4], [0, 2], [1, 3]):
         one, found = gradients_of(model, make_part([data[i] for i in chosen]), keys=keys(chosen))
-        loss, summed = loss + one, {name: summed[name] + found[name] for name in summed}
-    assert loss == pytest.approx(whole, rel=1e-5)
+        total, summed = total + one, {name: summed[name] + found[name] for name in summed}
+    assert total == pytest.approx(whole, rel=1e-5)
     assert off(summed, expected) < 1e-4
 
 
@@ -186,12 +216,12 @@ def test_ranks_hide_what_one_process_hides(base, data, tmp_path, monkeypatch):
         trainer = Trainer(
             model, prepared.train.examples, [], prepared.settings, tmp_path, {}, Listener(), Rank(rank, size)
         )
-        loss, found = trainer.gradients(1)
-        return loss, dict(tree_flatten(found))
+        value, found = trainer.gradients(1)
+        return value, dict(tree_flatten(found))
 
     whole, expected = summed(0, 1)
     shares = [summed(rank, 2) for rank in range(2)]
-    assert sum(loss for loss, _ in shares) == pytest.approx(whole, rel=1e-5)
+    assert sum(value for value, _ in shares) == pytest.approx(whole, rel=1e-5)
     assert off({name: shares[0][1][name] + shares[1][1][name] for name in expected}, expected) < 1e-4
 
 

@@ -104,6 +104,30 @@ def test_an_imported_adapter_is_what_peft_loads(name, base, tmp_path):
     assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 2e-3
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_8"])
+def test_what_peft_has_converted_is_a_plain_adapter(init, base, tmp_path):
+    """`path_initial_model_for_weight_conversion` doubles the rank, which takes out what the base lost."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(NAMES), use_rslora=True, init_lora_weights=init)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(oracle.make_torch({**RAW, "num_hidden_layers": 2}, load_model(base)), config).eval()
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(str(tmp_path / "initial"))
+        model.peft_config["default"].init_lora_weights = init
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            ids = torch.tensor(np.array(IDS).astype(np.int64))
+            expected = model(ids, use_cache=False).logits[0].numpy()
+        converted = tmp_path / "converted"
+        model.save_pretrained(str(converted), path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    import_peft(converted, tmp_path / "a", str(base))
+    assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 2e-3
+
+
 def test_untrained_pissa_and_olora_change_nothing(base, tmp_path):
     """The file holds W's own part, which the base then lost: together they are the base."""
     weight = np.array(load_model(base).layers[1].mlp.down_proj.weight)

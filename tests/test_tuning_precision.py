@@ -24,7 +24,9 @@ def base(tmp_path_factory):
 def make(base, dtype, strength=1.0, **options):
     """A model with adapters that change something, and its settings."""
     settings = Settings(**{"model": str(base), "data": "-", "output": "-", "rank": 2, "dtype": dtype, **options})
-    model, adapters = runs.load_for_training(type("Prepared", (), {"settings": settings, "directory": base}))
+    model, adapters = runs.load_for_training(
+        type("Prepared", (), {"settings": settings, "directory": base, "start": None})
+    )
     randomize(adapters)
     for adapter in adapters.values():
         adapter.lora_a, adapter.lora_b = adapter.lora_a / strength, adapter.lora_b * strength

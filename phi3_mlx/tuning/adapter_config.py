@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 from ..errors import AdapterError
 from ..fields import Fields, shorten
 
-STRONGEST = 65504.0  # of scales: the largest number of float16
+WEAKEST, STRONGEST = 1e-6, 65504.0  # of scales: below the one nothing is learnt; the other is float16's largest number
 Kind = Literal["lora", "dora", "full"]
 _READ = {"fine_tune_type", "use_dora", "lora_parameters", "model", "base_model", "phi3_mlx"}
 # How it was trained; mlx-lm keeps all options of its trainer here, of older versions too. Tensors tell the layers.

@@ -180,10 +180,11 @@ def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
     trained = config.get("base_model")
     if not isinstance(trained, Mapping) or trained.get("fingerprint") in (None, base.fingerprint):
         return
-    revision = f" at {trained['revision']}" if trained.get("revision") else ""
-    weights = str(trained["fingerprint"])[:8]
+    named = shorten(str(trained.get("name")), quote=False)
+    revision = f" at {shorten(str(trained['revision']), quote=False)}" if trained.get("revision") else ""
+    weights = shorten(str(trained["fingerprint"])[:8], quote=False)
     raise AdapterError(
-        f"{directory} was trained on {trained.get('name')}{revision} (weights {weights}), and this is "
+        f"{directory} was trained on {named}{revision} (weights {weights}), and this is "
         f"{base.name} (weights {base.fingerprint[:8]}); give the model it was trained on with -m"
     )
 

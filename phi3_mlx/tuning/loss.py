@@ -8,6 +8,7 @@ target), so in training it is taken while they are there, and the backward pass 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.decoder import Model
+from ..models.dropout import Draws
 from .batches import Part
 
 LOGITS_AT_ONCE = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
@@ -28,19 +30,23 @@ def part_loss(model: Model, part: Part, *, checkpoint: bool = False, keys: mx.ar
     below what float16 can hold.
     """
     hidden = model.model.packed(part.ids, part.lengths, checkpoint=checkpoint, keys=keys)[0]
-    return summed_loss(model, hidden[part.places], part.targets)
+    return summed_loss(model, hidden[part.places], part.targets, None if keys is None else keys[part.places])
 
 
-def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
-    """The sum of -log p of `targets` (N,) after hidden states (N, hidden_size), float32."""
+def summed_loss(model: Model, hidden: mx.array, targets: mx.array, keys: mx.array | None = None) -> mx.array:
+    """The sum of -log p of `targets` (N,) after hidden states (N, hidden_size), float32.
+
+    `keys` (N, 2) say what dropout of an adapter on the output layer draws, as `Decoder.packed` has them.
+    """
     step = places_at_once(model.config.vocab_size)
     pieces = [slice(i, i + step) for i in range(0, targets.size, step)]
     head: nn.Module = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     learnt: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))  # none but in full fine-tuning
 
-    def logits_of(rows: mx.array, *parameters: mx.array) -> mx.array:
+    def logits_of(draws: Draws, rows: mx.array, *parameters: mx.array) -> mx.array:
         head.update(tree_unflatten(list(zip(learnt, parameters, strict=True))))
-        return model.logits(rows)
+        with draws.within(model.config.num_hidden_layers):
+            return model.logits(rows)
 
     # Every piece waits for the one before it: MLX would else be free to hold the logits of all.
     @mx.custom_function
@@ -50,7 +56,8 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
         for span in pieces:
             before = by_rows[-1] if by_rows and model.training else total
             (rows,) = mx.depends([hidden[span]], [before])
-            one, gradients = _piece(logits_of, [rows, *parameters], targets[span])
+            draws = Draws(None if keys is None else keys[span])  # the same in both passes
+            one, gradients = _piece(partial(logits_of, draws), [rows, *parameters], targets[span])
             total = total + one
             by_rows.append(gradients[0])
             sums = [sum_ + more for sum_, more in zip(sums, gradients[1:], strict=True)]

@@ -36,6 +36,7 @@ class PeftConfig:
     """What a LoRA or DoRA adapter of PEFT says of its layers. `principal` is "pissa" or "olora" if its A and B began as
     a part of the base, which was taken out of it."""
 
+    source: Path
     rank: int
     alpha: float
     rslora: bool
@@ -53,6 +54,7 @@ class PeftConfig:
         fields = Fields(raw, source / CONFIG, AdapterError)
         ranks, alphas = fields.fields("rank_pattern"), fields.fields("alpha_pattern")
         return cls(
+            source=source,
             rank=fields.whole("r", 8, least=1),
             alpha=_alpha(fields, "lora_alpha", 8.0),
             rslora=fields.flag("use_rslora", False),
@@ -67,8 +69,12 @@ class PeftConfig:
         return int(_matched(self.ranks, path, self.rank))
 
     def scale_of(self, path: str) -> float:
-        """What PEFT multiplies B A by in the layer `path`."""
-        return scale_of(_matched(self.alphas, path, self.alpha), self.rank_of(path), self.rslora)
+        """What PEFT multiplies B A by in the layer `path`. Raises AdapterError if that is more than adapters have."""
+        alpha, rank = _matched(self.alphas, path, self.alpha), self.rank_of(path)
+        scale = scale_of(alpha, rank, self.rslora)
+        if scale > STRONGEST:
+            refuse(self.source, f"lora_alpha {alpha:g} of {rank} components makes a scale of {scale:g} in {path}")
+        return scale
 
 
 def _is_neutral(key: str, value: Any) -> bool:
@@ -90,7 +96,7 @@ def _principal(init: Any, source: Path) -> str | None:
 
 
 def _alpha(fields: Fields, key: str, default: float | None = None) -> float:
-    return fields.number(key, default, least=1e-6, most=STRONGEST)
+    return fields.number(key, default, least=1e-6)
 
 
 def _patterns(table: Fields) -> list[str]:

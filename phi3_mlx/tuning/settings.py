@@ -21,9 +21,11 @@ from ..errors import OptionError
 from ..files import read_text
 from ..memory import parse_size
 from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
+from .adapter_config import STRONGEST, WEAKEST
 from .adapters import read_config_of, trained_on
 from .batches import Order
 from .examples import Overflow, TrainOn
+from .lora import scale_of
 from .onward import decided_by
 
 if TYPE_CHECKING:
@@ -181,6 +183,12 @@ class Settings:
                 raise OptionError(f"{name} is missing; name it")
         if self.accumulate > self.batch_size:
             raise OptionError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")
+        scale = scale_of(self.alpha, self.rank, self.rslora)
+        if self.method != "full" and not WEAKEST <= scale <= STRONGEST:
+            raise OptionError(
+                f"alpha {self.alpha:g} with rank {self.rank} multiplies what is learnt by {scale:g}, and an adapter's "
+                f"scale is from {WEAKEST:g} to {STRONGEST:g}; give another"
+            )
         if any(not sample.strip() for sample in self.samples):
             raise OptionError("a sample prompt is empty; give some text")
         return self

@@ -249,10 +249,11 @@ class Trainer:
         if self.is_finite():
             self.save()
         sources = [self.train[i].source for i in batch]
+        larger = ", give dtype='bfloat16'" if self.model.dtype == mx.float16 else ""
         named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise TrainingError(
             f"loss {loss} and gradient {norm} at step {self.progress.step + 1} are no numbers; the batch was {named}; "
-            f"{self._kept()}; lower learning_rate or look at these examples"
+            f"{self._kept()}; lower learning_rate{larger} or look at these examples"
         )
 
     def _kept(self) -> str:
