@@ -69,11 +69,20 @@ def as_utf8(data: bytes) -> bytes:
 
     UnicodeDecodeError for broken UTF-16 or UTF-32.
     """
-    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
+    encoding = encoding_of(data)
+    data = data[len(_mark(data)) :]
+    return data if encoding == "utf-8" else data.decode(encoding).encode()
+
+
+def encoding_of(data: bytes) -> str:
+    """Which of Unicode's encodings a text is in, by how its bytes begin: "utf-8" where they say nothing else."""
     # Without a mark: a text's first character is hardly ever beyond Latin-1, so its other bytes are zeros.
-    encoding = _MARKS[mark] if mark else json.detect_encoding(data)
-    data = data[len(mark) :]
-    return data if encoding.startswith("utf-8") else data.decode(encoding).encode()
+    return _MARKS.get(_mark(data)) or json.detect_encoding(data)
+
+
+def _mark(data: bytes) -> bytes:
+    """The byte order mark that a text begins with."""
+    return next((mark for mark in _MARKS if data.startswith(mark)), b"")
 
 
 def decode(data: bytes) -> str:

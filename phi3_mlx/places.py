@@ -75,7 +75,7 @@ def _no_adapter(path: Path) -> str:
 def _file(path: Path) -> str:
     if is_gguf(path):
         return f"it is a GGUF file: `{convert_command(path)}` makes a model directory of it"
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return "it does not begin as a GGUF file does; download it again"
     if _is_adapter(path.parent):
         return _adapter(path.parent)

@@ -242,3 +242,13 @@ def test_files_joined_with_their_marks_and_old_encodings_in_several_lines(tmp_pa
     assert said.count("iconv") == 1
     assert f"{path}:2: is not UTF-8 text (byte " in said
     assert f"{path}:4: is not UTF-8 text" in said
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv here")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_a_chat_reads_lines_so_the_message_has_what_makes_them(run, encoding):  # noqa: F811
+    talk = "Tell me a story.\r\nAnd now?\r\n"
+    said = one_line(run("chat", "--max-tokens", 2, stdin=talk.encode(encoding))[2])
+    command = said.partition("pipe it through ")[2]
+    lines = subprocess.run(command, shell=True, input=talk.encode(encoding), capture_output=True, check=True).stdout
+    assert run("chat", "--max-tokens", 2, stdin=lines) == run("chat", "--max-tokens", 2, stdin=talk.encode())

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .. import files
 from ..atomic import replace_file
 from ..errors import MemoryLimitError, Phi3Error, PromptError
-from ..files import json_text
 from .options import (
     MemoryOptions,
     ModelOptions,
@@ -89,7 +89,13 @@ def chat(
 def _read_line() -> str | None:
     """The next line; None at the end of input."""
     if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline()
+        line = sys.stdin.buffer.readline(files.LARGEST + 1)
+        if len(line) > files.LARGEST:
+            raise PromptError(f"a line of stdin is longer than {files.LARGEST // 10**6} MB; end lines where turns end")
+        encoding = files.encoding_of(line)
+        if encoding != "utf-8":  # its lines do not end where bytes say so
+            name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells it
+            raise PromptError(f"stdin is {name} text; pipe it through iconv -f {name} -t UTF-8")
         return decode_text(line, "stdin").rstrip("\r\n") if line else None
     try:
         if sys.stdout.isatty():
@@ -142,7 +148,7 @@ def _command(conversation: Conversation, line: str) -> None:
 
 def _save(conversation: Conversation, path: str) -> None:
     """Write the messages; a file that is there already is replaced only by a whole one."""
-    text = json_text(conversation.messages, indent=2)
+    text = files.json_text(conversation.messages, indent=2)
     try:
         replace_file(Path(path), f"{text}\n".encode())
     except OSError as error:
