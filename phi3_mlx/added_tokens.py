@@ -69,9 +69,6 @@ class AddedTokens:
     def __iter__(self) -> Iterator[AddedToken]:
         return iter(self._by_content.values())
 
-    def __contains__(self, content: object) -> bool:
-        return content in self._by_content
-
     def occur_in(self, text: str) -> bool:
         return self._any.search(text) is not None
 

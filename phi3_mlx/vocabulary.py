@@ -70,7 +70,6 @@ class Tokenizer(ABC):
         self.special_ids = frozenset(token.id for token in self.added_tokens.values() if token.special)
         self.vocab_size = max([size, *(token.id + 1 for token in self.added_tokens.values())])
         self._added_by_id = {token.id: token.content for token in self.added_tokens.values()}
-        self._all_added = AddedTokens(self.added_tokens.values())
 
     def kept_from(self, writer: Writer) -> AddedTokens:
         """The added tokens that what `writer` says never turns into."""
@@ -81,6 +80,10 @@ class Tokenizer(ABC):
         return AddedTokens(token for token in self.added_tokens.values() if token.writer(parts) in writers)
 
     # Made when they are first asked for: by then `load_tokenizer` has said which tokens play a part.
+
+    @cached_property
+    def _all_added(self) -> AddedTokens:
+        return AddedTokens(self.added_tokens.values())
 
     @cached_property
     def _words(self) -> AddedTokens:

@@ -256,18 +256,43 @@ def test_flags_of_tokenizer_config_overrule_tokenizer_json(tmp_path: Path):
         entry["rstrip"] = False
     declared["4011"] = {"content": "<tool>", "special": False, "normalized": False}
     declared["4012"] = {"content": "hello", "special": True}
+    declared["4013"] = {"content": "kitten"}  # a word, looked for in normalized text
+    declared["4002"]["special"] = False  # tokenizer.json says otherwise, and is believed
     write_json(folder / "tokenizer_config.json", config)
     ours = load_tokenizer(folder)
-    text = "<|user|>\nHi <tool>x<|end|>\n<|assistant|>\n hello"
-    golden = [4010, 3943, 13, 1171, 3943, 4011, 3943, 3978, 4007, 3943, 13, 4001, 3943, 13, 3943, 4012]
+    text = "<|user|>\nHi <tool>x<|end|>\n<|assistant|>\n hello kitten xkitten"
+    golden = [
+        4010,
+        3943,
+        13,
+        1171,
+        3943,
+        4011,
+        3943,
+        3978,
+        4007,
+        3943,
+        13,
+        4001,
+        3943,
+        13,
+        3943,
+        4012,
+        3943,
+        4013,
+        3943,
+        3978,
+        3966,
+        1852,
+    ]
     assert ours.encode(text, special=True) == golden
-    assert ours.vocab_size == 4013
-    assert ours.decode([4011, 4012]) == "<tool>"
+    assert ours.vocab_size == 4014
+    assert ours.decode([4011, 4012, 4002]) == "<tool>"
     transformers = pytest.importorskip("transformers", minversion="5")
     write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs(text, add_special_tokens=False).input_ids == golden
-    for ids in ([4011, 4012, 2, 4001], golden):
+    for ids in ([4011, 4012, 2, 4001, 4002], golden):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
@@ -279,6 +304,9 @@ def test_added_tokens_json_adds_and_changes_nothing(tmp_path: Path):
         ours = load_tokenizer(folder, backend=backend)
         assert {content: ours.token_to_id(content) for content in listed} == listed
         assert ours.decode([4011, 4012, 4013]).strip() == "covfefe"
+    ours = load_tokenizer(folder)
+    assert 4012 in ours.encode("a covfefe")
+    assert 4012 not in ours.encode("a xcovfefe")  # in normalized text a word has a space before it
     assert load_tokenizer(folder).encode("<|end|>\nHi", special=True) == library(folder).encode("<|end|>\nHi").ids
 
 
