@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -175,6 +175,8 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
         raise CheckpointError(
             "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
         )
+    if packed is None:  # the config has kept what a tool has unpacked
+        config = replace(config, quantization=None)
     return _Checked(config, weights, seen, tuple(needed))
 
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from phi3_mlx import checkpoint
 from phi3_mlx.checkpoint import load_model, weight_bytes
+from phi3_mlx.conversion import convert
 from phi3_mlx.conversion.sources import DirectorySource
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.models.phi3 import Phi3Model
@@ -242,6 +243,20 @@ def test_many_layers_are_refused_by_every_reader_before_any_is_made(tmp_path, mo
     for reader in READERS:
         with pytest.raises((CheckpointError, ConfigError), match="num_hidden_layers"):
             reader(directory)
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_quantization_that_a_tool_left_when_it_unpacked_says_nothing(tmp_path, key):
+    """mlx-lm packs the layers that have scales."""
+    directory = write(tmp_path / "model")
+    (directory / "config.json").write_text(json.dumps({**RAW, key: {"group_size": 64, "bits": 4}}))
+    loaded = load_model(directory, dtype="float32")
+    assert same_weights(loaded, oracle.make_ours(RAW))
+    assert loaded.config.quantization is None
+    convert(directory, tmp_path / "packed", bits=4, report=False)
+    convert(directory, tmp_path / "floats", dequantize=True, report=False)
+    assert not {"quantization", "quantization_config"} & set(json.loads((tmp_path / "floats/config.json").read_text()))
+    assert load_model(tmp_path / "packed").config.quantization["bits"] == 4
 
 
 def test_missing_head(tmp_path):

@@ -92,6 +92,8 @@ class DirectorySource:
         if self.quantization is not None and not isinstance(self.quantization, Mapping):
             raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
         self._packings = self._find_packings(raw, where)
+        if not self._packings:  # the config has kept what a tool has unpacked
+            self.quantization = None
         unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
         try:
             self.config, self._parts = plan(raw, unpacked, self.name)
