@@ -134,7 +134,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise OptionError(f"a revision is for Hugging Face repositories, and {name} is a directory; leave it out")
         return _bundled() if low == "tiny" else Path(os.path.abspath(path))
-    repo_id = _REPO_IDS.get(low, name)
+    repo_id = repository_of(name)
     if repo_id == name:
         _check_repo_id(name)
     return on_disk(repo_id, revision) or _download(repo_id, revision)
@@ -164,6 +164,11 @@ def is_repository(name: str) -> bool:
     """Whether `resolve` takes a name for an alias or a repository, which have revisions, and not for a directory."""
     low = name.lower()
     return low in _REPO_IDS or (low != "tiny" and "/" in name and not os.path.isdir(os.path.expanduser(name)))
+
+
+def repository_of(name: str) -> str:
+    """The repository that an alias is short for; any other name as it is."""
+    return _REPO_IDS.get(name.lower(), name)
 
 
 def find_alias(name: str) -> Alias | None:

@@ -15,7 +15,7 @@ from tuning_models import facts, make_directory, write_jsonl
 from phi3_mlx import load
 from phi3_mlx.checkpoint import load_model
 from phi3_mlx.cli import cli
-from phi3_mlx.errors import AdapterError, OptionError
+from phi3_mlx.errors import AdapterError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning.adapter_config import check_config
 from phi3_mlx.tuning.adapters import Adapters, base_of, trained_on
@@ -281,6 +281,35 @@ def test_an_adapter_stays_with_its_commit_when_the_hub_moves_on(name, cached, tm
     with pytest.raises(AdapterError, match=f"trained on microsoft/Phi-3.5-mini-instruct at {ONE}"):
         load(name, adapter=tmp_path / "a")
     assert load(name, ONE, adapter=tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct"])
+def test_a_run_goes_on_with_its_commit_when_the_hub_moves_on(name, cached, tmp_path, monkeypatch):
+    """Neither refused for another base, nor trained on with it; a revision that is named is taken."""
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    data = write_jsonl(tmp_path / "facts.jsonl", facts(12))
+    options = {"steps": 3, "batch_size": 2, "rank": 2, "save_every": 1}
+
+    def stop(report):
+        if report.step == 2:
+            raise RuntimeError("the machine goes away")
+
+    with pytest.raises(RuntimeError):
+        tune(name, data, tmp_path / "a", **options, on_step=stop)
+    (cached / "refs" / "main").write_text(TWO)
+    with pytest.raises(TrainingError, match="another base model"):
+        tune(name, data, tmp_path / "a", **options, revision=TWO, resume=True)
+    assert tune(name, data, tmp_path / "a", **options, resume=True).finished
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model"]["revision"] == ONE
+
+
+def test_a_folder_with_an_aliass_name_is_not_the_alias(cached, tmp_path, monkeypatch):
+    """An alias comes first, in a run too."""
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phi-3.5-mini").mkdir()
+    data = write_jsonl(tmp_path / "facts.jsonl", facts(12))
+    assert tune("phi-3.5-mini", data, tmp_path / "a", steps=1, batch_size=2, rank=2).finished
 
 
 def test_an_older_adapter_that_names_an_alias_is_found_too(cached, tmp_path):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .. import hub
 from ..config import read_json
 from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
 from ..fields import Fields
@@ -111,7 +112,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
 
     With `fits` a run that does not fit is refused (MemoryLimitError).
     """
-    from .. import hub, tokenizer
+    from .. import tokenizer
 
     settings = _absolute(settings.check())
     if settings.tensorboard:
@@ -200,6 +201,17 @@ def _check_paths(settings: Settings) -> None:
             raise TrainingError(f"{path}, the {name} of this run, is not there; say where it is now with {name}=PATH")
 
 
+def _at_its_commit(settings: Settings, output: Path) -> Settings:
+    """The settings of a run that goes on, its repository at the commit with which it began: a branch may move on."""
+    if settings.revision is not None or not hub.is_repository(settings.model):
+        return settings
+    began = Fields(read_json(output / RUN), output / RUN, TrainingError).fields("base_model").raw
+    name, commit = began.get("name"), began.get("revision")
+    if not isinstance(name, str) or hub.repository_of(name) != hub.repository_of(settings.model):
+        return settings
+    return dataclasses.replace(settings, revision=commit) if isinstance(commit, str) else settings
+
+
 def _absolute(settings: Settings) -> Settings:
     """Paths made independent of the working folder, so that a run can be resumed from another."""
     paths = {
@@ -207,7 +219,8 @@ def _absolute(settings: Settings) -> Settings:
         for name in ("data", "valid", "output", "from_adapter")
         if (v := getattr(settings, name))
     }
-    if os.path.isdir(os.path.expanduser(settings.model)) and settings.model != "tiny":
+    model = settings.model
+    if os.path.isdir(os.path.expanduser(model)) and model.lower() != "tiny" and not hub.is_repository(model):
         paths["model"] = os.path.abspath(os.path.expanduser(settings.model))
     return dataclasses.replace(settings, **paths)
 
@@ -290,6 +303,7 @@ def start(
         check_folder(output, resume)
     if resume:
         _check_paths(settings)
+        settings = _at_its_commit(settings, output)
     prepared = prepare(settings, notify if first else None, group.size(), fits=not force)
     if notify is None and first:
         for note in prepared.warnings:
