@@ -124,6 +124,11 @@ def test_checkpointed_gradients_are_the_same():
     assert_close(found, expected, 1e-6)
 
 
+def test_there_are_no_more_parts_than_examples():
+    parts = split_parts([4, 7, 2], list(range(10)), 10**9)
+    assert parts == [[7], [4], [2]]
+
+
 def test_parts_add_up_to_the_batch():
     """Weighted by tokens: parts with few trained tokens must not count as much as parts with many."""
     model, _ = make()

@@ -75,6 +75,12 @@ WRONG = [
     ("rank", np.array([4, 4])),
     ("rank", 0),
     ("rank", -1),
+    ("rank", 10**400),
+    ("batch_size", 2**31),
+    ("warmup", -1),
+    ("clip", float("-inf")),
+    ("max_length", 10**30),
+    ("epochs", 10**400),
     ("alpha", "16"),
     ("alpha", float("nan")),
     ("alpha", 1e39),  # infinite in float32

@@ -86,7 +86,8 @@ class Plan:
 
 
 def split_parts(batch: Sequence[int], lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
-    """A batch in `parts` parts of about the same number of tokens; some are empty if there are fewer examples."""
+    """A batch in `parts` parts of about the same number of tokens, of one example each if there are fewer examples."""
+    parts = min(parts, len(batch))
     split: list[list[int]] = [[] for _ in range(parts)]
     sizes = [0] * parts
     for i in sorted(batch, key=lambda i: -lengths[i]):

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 class Start:
     """The adapter that a run begins with: how many numbers it trains, and a hash of them."""
 
-    directory: Path
     numbers: int
     fingerprint: str
 
@@ -77,21 +76,21 @@ def read_start(settings: Settings, config: Config, base: Base) -> Start:
     with (directory / WEIGHTS).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return Start(directory, sum(math.prod(tensor.shape) for tensor in tensors.values()), digest.hexdigest()[:32])
+    return Start(sum(math.prod(tensor.shape) for tensor in tensors.values()), digest.hexdigest()[:32])
 
 
-def attach_start(model: Model, start: Start, dropout: float) -> dict[str, Adapter]:
-    """Put the adapter on the model, to be trained, and freeze all else; returns its layers by their paths.
+def attach_start(model: Model, directory: Path, dropout: float) -> dict[str, Adapter]:
+    """Put the adapter of a folder on the model, to be trained, and freeze all else; returns its layers by their paths.
 
     Whole weights (of full fine-tuning) take the place of the model's, and none is frozen.
     """
-    tensors, config = read_adapter(start.directory)
-    if kind_of(start.directory, config) == "full":
-        load_full(model, start.directory, tensors)
+    tensors, config = read_adapter(directory)
+    if kind_of(directory, config) == "full":
+        load_full(model, directory, tensors)
         model.unfreeze()
         return {}
     adapters = {}
-    found = make_adapters(start.directory, tensors, config, model)
+    found = make_adapters(directory, tensors, config, model)
     model.freeze()
     for path, read in found.items():
         linear = get_layer(model, path)

@@ -265,8 +265,8 @@ def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     settings = prepared.settings
     model = load_model(prepared.directory, dtype=training_dtype(settings))
     mx.random.seed(settings.seed)
-    if prepared.start is not None:
-        return model, attach_start(model, prepared.start, settings.dropout)
+    if settings.from_adapter is not None:
+        return model, attach_start(model, Path(settings.from_adapter), settings.dropout)
     if settings.method == "full":
         model.unfreeze()
         return model, {}

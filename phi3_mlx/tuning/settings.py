@@ -40,11 +40,12 @@ _DECAYING = ("adamw", "lion", "muon", "sgd")
 _FLOAT32_MAX = 3.4028235e38
 
 _Range = tuple[Callable[[Any], bool], str]
+_COUNT: _Range = (lambda n: 0 < n < 2**31, "1 to 2,147,483,647")
 _SOME: _Range = (lambda n: n > 0, "more than 0")
-_NOT_NEGATIVE: _Range = (lambda n: n >= 0, "0 or more")
+_NOT_NEGATIVE: _Range = (lambda n: 0 <= n < 2**31, "0 to 2,147,483,647")
 _SHARE: _Range = (lambda n: 0 <= n < 1, "0 or more, below 1")
 _SEED: _Range = (lambda n: 0 <= n < 2**32, "0 to 4,294,967,295")  # batches and dropout mix it with a step's number
-_LENGTH: _Range = (lambda n: n >= 2, "2 or more, since of one token nothing is predicted")
+_LENGTH: _Range = (lambda n: 2 <= n < 2**31, "2 to 2,147,483,647 (of one token nothing is predicted)")
 
 
 def _model(value: Any, name: str) -> str:
@@ -98,7 +99,7 @@ class Settings:
     from_adapter: str | None = _option(
         None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path
     )
-    rank: int = _option(8, "Components of every low-rank change.", _SOME)
+    rank: int = _option(8, "Components of every low-rank change.", _COUNT)
     alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
     rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
     dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.", _SHARE)
@@ -116,11 +117,11 @@ class Settings:
         None, "Tokens of the longest example; by default 2,048 or the model's context.", _LENGTH
     )
     overflow: str = _option("drop", "What becomes of longer ones.", choices=get_args(Overflow))
-    batch_size: int = _option(8, "Examples an optimizer step learns from.", _SOME)
-    accumulate: int = _option(1, "Compute a batch in so many parts: less memory, the same result.", _SOME)
+    batch_size: int = _option(8, "Examples an optimizer step learns from.", _COUNT)
+    accumulate: int = _option(1, "Compute a batch in so many parts: less memory, the same result.", _COUNT)
     order: str = _option("shuffle", "bucket: examples of one length together.", choices=get_args(Order))
     epochs: float = _option(3.0, "How often every example is read.", _SOME)
-    steps: int | None = _option(None, "Optimizer steps, instead of epochs.", _SOME)
+    steps: int | None = _option(None, "Optimizer steps, instead of epochs.", _COUNT)
 
     optimizer: str = _option("adamw", "Which optimizer.", choices=OPTIMIZERS)
     learning_rate: float = _option(2e-4, "The highest one, reached after the warm-up.", _SOME)
@@ -131,12 +132,12 @@ class Settings:
     seed: int = _option(0, "Repeats the run bit for bit on the same machine.", _SEED)
 
     validate_every: int | None = _option(
-        None, "Steps between validations; by default an epoch, at most 100 steps.", _SOME
+        None, "Steps between validations; by default an epoch, at most 100 steps.", _COUNT
     )
-    save_every: int | None = _option(None, "Steps between checkpoints; by default as often as validations.", _SOME)
-    patience: int | None = _option(None, "Stop after so many validations without a better one.", _SOME)
+    save_every: int | None = _option(None, "Steps between checkpoints; by default as often as validations.", _COUNT)
+    patience: int | None = _option(None, "Stop after so many validations without a better one.", _COUNT)
     samples: tuple[str, ...] = _option((), "A prompt to answer at every validation; may be repeated.")
-    sample_tokens: int = _option(64, "Longest such answer.", _SOME)
+    sample_tokens: int = _option(64, "Longest such answer.", _COUNT)
 
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
