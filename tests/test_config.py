@@ -429,6 +429,10 @@ REFUSED = {
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
     "lm_head bias": ({"lm_head_bias": True}, "lm_head_bias"),
+    "original inside alone": (
+        {"original_max_position_embeddings": None, "rope_scaling": scaling(original_max_position_embeddings=2048)},
+        "original_max_position_embeddings 2048 is given in rope_scaling alone",
+    ),
     "weights of another name": ({"transformers_weights": "consolidated.safetensors"}, "transformers_weights"),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),

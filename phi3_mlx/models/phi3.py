@@ -40,6 +40,10 @@ class Config(config.Config):
         reader.refuse_unless(_MUST_BE)
         shared, rotary_dim = reader.shared(), reader.rotary_dim()
         longest, original = shared["max_position_embeddings"], shared["original_max_position_embeddings"]
+        key = "original_max_position_embeddings"
+        if reader.rope_kind() and reader.raw.get(key) is None and original != min(longest, 4096):
+            # transformers and mlx-lm read it beside the rope alone, and take 4096 where it is not.
+            reader.fail(f"{key} {original} is given in {reader.rope_key} alone, where nobody reads it; put it beside")
         theta = reader.number("rope_theta", reader.number("rope_theta", 10000.0, float), float, reader.rope)
         return cls(
             **shared,
