@@ -82,7 +82,7 @@ def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
     assert "none holds no run to go on with; begin one without --resume" in err
     code, _, err = call(capsys, "tune", "-m", packed, "-d", data, "-o", packed)
     assert code == 1
-    assert "holds no run to go on with, or name another folder with --output DIR" in err
+    assert "holds no run to go on with, so name another folder with --output DIR" in err
 
 
 def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):

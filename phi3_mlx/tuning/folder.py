@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import hold, is_partial, replace_file
-from ..errors import TrainingError
+from ..config import read_json
+from ..errors import CheckpointError, TrainingError
 from ..files import json_text
 from .adapters import adapter_files, write_adapter
 from .checkpoints import newest_checkpoint
@@ -41,7 +42,7 @@ def check_folder(output: Path, resume: bool) -> None:
 
     One that ended before its first checkpoint, whatever ended it, may do both.
     """
-    begun = (output / RUN).is_file()
+    begun = _describes_a_run(output / RUN)
     if resume:
         if not begun and newest_checkpoint(output / CHECKPOINTS) is None:
             raise TrainingError(f"{output} has no checkpoint to go on from; begin it without resume=True")
@@ -57,7 +58,16 @@ def _is_of_a_start(path: Path) -> bool:
     """Whether it is what a run writes before its first checkpoint."""
     if path.name == CHECKPOINTS:
         return path.is_dir() and all(map(is_partial, path.iterdir()))
-    return path.name == RUN or (path.name == METRICS and not path.stat().st_size) or is_partial(path)
+    if path.name == RUN:
+        return _describes_a_run(path)
+    return (path.name == METRICS and not path.stat().st_size) or is_partial(path)
+
+
+def _describes_a_run(path: Path) -> bool:
+    try:
+        return "settings" in read_json(path)
+    except CheckpointError:
+        return False
 
 
 @contextmanager
