@@ -60,6 +60,7 @@ class Conversation:
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with this system message or none."""
+        system = values.optional(values.text, system, "system")
         with self._changing:
             self._end_answer()
             self.messages = [{"role": "system", "content": system}] if system else []

@@ -340,6 +340,8 @@ def encode_prompt(
         return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
     items = listed(prompt)
     if items and isinstance(items[0], Mapping):
+        if raw:
+            raise PromptError("raw=True has no effect on messages, which need the chat template; leave it out")
         return render_chat(tokenizer, items, notify=notify)
     sent = None if items is None else token_ids(items)
     if sent is None or isinstance(prompt, set | frozenset):

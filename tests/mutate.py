@@ -36,6 +36,9 @@ TESTS = {
     "chat": ["test_chat", "test_tuning_data"],
     "tuning/loss": ["test_tuning_gradients"],
     "tuning/trainer": ["test_tuning_run", "test_tuning_gradients"],
+    "values": ["test_values", "test_arguments"],
+    "tuning/settings": ["test_tuning_settings"],
+    "tuning/onward": ["test_tuning_onward"],
     "tuning/checkpoints": ["test_tuning_run"],
     "atomic": ["test_convert", "test_tuning_run", "test_prompt_cache"],
 }

@@ -175,6 +175,30 @@ def test_compare_refuses_values_of_another_type(loaded, options):
     one_line(caught)
 
 
+def test_raw_is_for_texts(loaded):
+    model, tokenizer = loaded
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(Phi3Error, match="raw=True has no effect on messages"):
+        phi3_mlx.generate(model, tokenizer, messages, raw=True)
+    ids = tokenizer.encode("Once upon a time")
+    options = {"max_tokens": 2, "raw": True}
+    assert phi3_mlx.generate(model, tokenizer, ids, **options) == phi3_mlx.generate(
+        model, tokenizer, "Once upon a time", **options
+    )
+
+
+def test_a_conversation_is_of_texts(loaded):
+    for call in (
+        lambda: phi3_mlx.Conversation(*loaded, system=3),
+        lambda: phi3_mlx.Conversation(*loaded).reset(b"system"),
+        lambda: phi3_mlx.Conversation(*loaded).send(None),
+        lambda: phi3_mlx.Conversation(*loaded, notify="print"),
+    ):
+        with pytest.raises(OptionError, match="expected a") as caught:
+            call()
+        one_line(caught)
+
+
 def test_prompts_are_any_that_come_one_by_one(loaded):
     model, tokenizer = loaded
     right = phi3_mlx.batch_generate(model, tokenizer, ["Hi", "Who are you?"], max_tokens=2)
