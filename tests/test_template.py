@@ -60,6 +60,65 @@ def test_a_template_that_does_too_much_is_stopped(name: str, monkeypatch: pytest
         template.render(ENDLESS[name], [], {"x": "y"})
 
 
+def spent(source: str, **names: object) -> int:
+    with metering.Meter(0, 0) as meter:
+        template._compile(source).render(names)
+    return meter.allowed - meter.left
+
+
+BIG = {
+    "text": "a" * 1000,
+    "words": "a " * 500,
+    "items": [*range(1000)],
+    "others": [*range(1000)],
+    "lists": [[1] * 10 for _ in range(100)],
+    "mapping": {str(n): n for n in range(1000)},
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "least", "most"),
+    [
+        # What is read: a thousand items or characters, some of them many at once
+        ("{% if items == others %}{% endif %}", 1_000, 4_000),
+        ("{% if items is eq(others) %}{% endif %}", 1_000, 20_000),
+        ("{% if 5000 in items %}{% endif %}", 500, 4_000),
+        ("{% if 'x' in text %}{% endif %}", 100, 1_000),
+        ("{% if 'x' not in text %}{% endif %}", 100, 1_000),
+        ("{% if 'x' in mapping %}{% endif %}", 1, 50),
+        ("{% if text == 'x' %}{% endif %}", 1, 50),
+        ("{% if text ~ 'x' == text ~ 'y' %}{% endif %}", 2_000, 4_000),
+        ("{% set x = items | length %}", 1, 100),
+        ("{% for x in items %}{% endfor %}", 4_000, 6_000),
+        ("{% for x in items %}ten letters{% endfor %}", 11_000, 20_000),
+        # What is made
+        ("{{ text }}", 1_000, 2_000),
+        ("{{ items }}", 4_000, 20_000),
+        ("{% set x = text ~ 'b' %}", 1_000, 3_000),
+        ("{% set x = [text ~ 'b'] %}", 1_000, 3_000),
+        ("{% set x = {'a': text ~ 'b'} %}", 1_000, 3_000),
+        ("{% set x = (text + 'a')[1:] %}", 2_000, 4_000),
+        ("{% set x = text.upper() %}", 1_000, 3_000),
+        ("{% set x = text | upper %}", 1_000, 3_000),
+        ("{% set x = text.split('a') %}", 8_000, 20_000),
+        ("{% set x = words.split() %}", 4_000, 20_000),
+        ("{% set x = items | list %}", 8_000, 20_000),
+        ("{% set x = items | map('abs') %}", 8_000, 20_000),
+        ("{% set x = items | batch(2) %}", 8_000, 20_000),
+        ("{% set x = '{0}{0}'.format(text) %}", 2_000, 8_000),
+        ("{% set x = '{:{}}'.format('a', 3000) %}", 3_000, 8_000),
+        ("{% set x = '%3000d' % 1 %}", 3_000, 8_000),
+        ("{% set x = text | wordwrap(1) %}", 2_000, 30_000),
+        ("{% set x = items | join(text) %}", 1_000_000, 3_000_000),
+        ("{% set x = items | tojson(separators=(text, '')) %}", 1_000_000, 3_000_000),
+        ("{% set x = lists | sum(start=[]) %}", 50_000, 2_000_000),
+    ],
+)
+def test_work_costs_about_what_it_takes(source: str, least: int, most: int):
+    """Never less than the items and characters that are read or made, and not many times as much."""
+    assert least <= spent(source, **BIG) <= most
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
