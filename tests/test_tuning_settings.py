@@ -275,6 +275,13 @@ def test_yaml_reads_numbers_as_people_write_them(tmp_path):
         ("data: [a.jsonl]", r"data is a list; expected the path of a \.jsonl file"),
         ("rank: null", "rank is None; expected a whole number"),
         ("[" * 5000, "not valid YAML"),
+        ("data: 2024-99-99", "a value is none of the type"),
+        ("data: !!bool x", "a value is none of the type"),
+        ("data: !!timestamp x", "a value is none of the type"),
+        ("rank: !!int ''", "a value is none of the type"),
+        ("rank: " + "1" * 5000, "a value is none of the type"),
+        ("[1]: 2", "not valid YAML|unknown setting"),
+        ("a: &a [*a]", "unknown setting 'a'"),
     ):
         file.write_text(line)
         with pytest.raises(OptionError, match=match) as caught:

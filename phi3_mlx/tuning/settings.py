@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..checkpoint import DTYPES
 from ..errors import OptionError
+from ..fields import shorten
 from ..files import read_text
 from ..memory import parse_size
 from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
@@ -243,11 +245,19 @@ def read_settings(path: Path) -> dict[str, Any]:
         value = yaml.load(read_text(path), _yaml_loader())
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}; name a YAML file") from error
-    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise OptionError(f"{path} is not valid YAML: it is nested too deeply") from error
+    except _YAML_ERRORS as error:
+        raise OptionError(f"{path} is not valid YAML: a value is none of the type that it looks like") from error
     if not isinstance(value, dict):
         raise OptionError(f"{path} holds no settings; write lines such as `data: my.jsonl`")
     return from_mapping(value, str(path))
+
+
+# Of PyYAML's constructors, for a value that does not fit its tag or form: `!!bool x`, `2024-99-99`.
+_YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @functools.cache
@@ -257,10 +267,10 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = next((key for key, count in keys.items() if count > 1), None)
             if twice is not None:
-                raise yaml.YAMLError(f"{twice} is given twice")
+                raise yaml.YAMLError(f"{shorten(twice, quote=False)} is given twice")
             return super().construct_mapping(node, deep)
 
     # Of another class the list would be shared.
@@ -286,9 +296,9 @@ def from_mapping(given: Mapping[Any, Any], source: str) -> dict[str, Any]:
     known = {one.name: one for one in fields(Settings)}
     unknown = [str(key) for key in given if key not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, 1)
+        near = difflib.get_close_matches(unknown[0][:60], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise OptionError(f"{source}: unknown setting {unknown[0]!r}; {hint}")
+        raise OptionError(f"{source}: unknown setting {shown(unknown[0])}; {hint}")
     return {key: _typed(known[key], value, f"{source}: {key}") for key, value in given.items()}
 
 
