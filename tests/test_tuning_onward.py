@@ -13,6 +13,7 @@ from phi3_mlx.errors import AdapterError, MemoryLimitError, OptionError, Trainin
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.onward import decided_by, kept_apart
+from phi3_mlx.tuning.peft import export_peft
 from phi3_mlx.tuning.trainer import Trainer
 
 SMALL = {"batch_size": 4, "learning_rate": 1e-2, "holdout": 0}
@@ -196,6 +197,9 @@ def test_an_adapter_of_mlx_lm_says_rank_and_scale_alone(base, data, adapter, tmp
     facts = {"phi3_mlx": {"rank": 4, "alpha": 40.0, "rslora": "True"}}
     (theirs / "adapter_config.json").write_text(json.dumps(config | facts))
     assert decided_by(theirs) == decided | {"alpha": 40.0, "rslora": True}
+    export_peft(theirs, tmp_path / "peft", model=str(base))
+    exported = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (exported["use_rslora"], exported["lora_alpha"] / exported["r"] ** 0.5) == (True, 20.0)
 
 
 def test_the_command_finds_the_model_by_the_adapter(base, data, adapter, tmp_path, capsys):

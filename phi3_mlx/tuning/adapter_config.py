@@ -65,5 +65,11 @@ def scale_in(directory: Path, config: Mapping[str, Any]) -> float:
     return scale
 
 
+def is_rslora(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether `tune` made the scale of alpha by rsLoRA's rule; 0.1.0 wrote a flag of its command line as a text."""
+    own = _fields(directory, config).fields("phi3_mlx")
+    return own.raw.get("rslora") == "True" or own.flag("rslora", False)
+
+
 def _fields(directory: Path, config: Mapping[str, Any]) -> Fields:
     return Fields(config, directory / "adapter_config.json", AdapterError)

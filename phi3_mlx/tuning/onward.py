@@ -22,7 +22,7 @@ from ..errors import AdapterError, OptionError
 from ..fields import Fields
 from ..models.decoder import Model
 from ..safetensors import read_header
-from .adapter_config import kind_of, scale_in
+from .adapter_config import is_rslora, kind_of, scale_in
 from .adapters import CONFIG, WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
 from .lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
 from .targets import find_targets
@@ -49,7 +49,7 @@ def decided_by(directory: Path) -> dict[str, Any]:
     parameters, own = fields.fields("lora_parameters"), fields.fields("phi3_mlx")
     # mlx-lm writes rank and scale. How they came about is ours: parts of fused layers add their ranks up.
     rank, alpha = own.whole("rank", 0), own.number("alpha", 0.0)
-    rslora = own.raw.get("rslora") in (True, "True")  # as 0.1.0 wrote the flag of its command line
+    rslora = is_rslora(directory, config)
     if not rank or not math.isclose(scale_of(alpha, rank, rslora), scale, rel_tol=1e-6):
         rank = parameters.whole("rank", least=1)
         alpha, rslora = scale * rank, False

@@ -22,7 +22,7 @@ from ..config import Config
 from ..errors import AdapterError
 from ..fields import Fields, shorten
 from ..models.decoder import Model
-from .adapter_config import kind_of
+from .adapter_config import is_rslora, kind_of
 from .adapters import (
     adapter_files,
     base_of,
@@ -238,7 +238,7 @@ def export_peft(
     arrays, ranks = peft_tensors(adapters, shapes.config, split)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     given = Fields(config, source / CONFIG, AdapterError)
-    rslora = given.fields("phi3_mlx").flag("rslora", False)
+    rslora = is_rslora(source, config)
     dropout = given.fields("lora_parameters").number("dropout", 0.0, least=0.0, most=1.0)
     scale = next(iter(adapters.values())).scale
     settings = {
