@@ -91,12 +91,18 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
     return [with_texts(part, change) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def escaped(character: str) -> str:
+    """How Python spells a private-use character in the text of a list or mapping."""
+    return repr(character)[1:-1]
+
+
 def unused(*values: Any) -> str:
-    """A private-use character that occurs in no text of the values."""
-    used: set[str] = set().union(*(text for value in values for text in each_text(value)))
-    for code in itertools.chain(*_PRIVATE_USE):
-        if chr(code) not in used:
-            return chr(code)
+    """A private-use character that occurs in no text of the values, nor does the way in which Python escapes it."""
+    texts = [text for value in values for text in each_text(value)]
+    used: set[str] = set().union(*texts)
+    for character in map(chr, itertools.chain(*_PRIVATE_USE)):
+        if character not in used and not any(escaped(character) in text for text in texts):
+            return character
     raise ChatError("the messages hold every private-use character of Unicode, and one is needed; leave one out")
 
 

@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
 from .errors import ChatError
+from .messages import escaped
 from .metering import Meter, MeteredEnvironment, extent, metered, pay_for
 
 _LONGEST = 256 * 1024  # characters of a template; the longest in use have 30,000
@@ -34,8 +35,9 @@ def render(
     """The text that a template makes of messages and of what else it knows by name.
 
     What it may do and write is bounded by a multiple of what it is given. `mark` is written before and after what the
-    template says the model generates (`{% generation %}`). `guard`, private-use characters in the messages, stays what
-    it is where `tojson` writes ASCII alone. Raises ChatError for a template that is none, fails or does too much.
+    template says the model generates (`{% generation %}`). `guard`, a private-use character in the messages, stays
+    what it is where the template writes lists as Python does, or JSON in ASCII.
+    Raises ChatError for a template that is none, fails or does too much.
     """
     template = _compile(source)
     messages = list(map(_with_reasoning, messages))
@@ -50,6 +52,7 @@ def render(
         raise ChatError(f"the chat template cannot render these messages: {_one_line(error)}") from None
     finally:
         _marks.reset(marks)
+    text = text.replace(escaped(guard), guard)
     if len(text) > _MOST_WRITTEN + 4 * size:
         raise ChatError(
             f"the chat template makes {len(text):,} characters of messages that have {size:,}, which no ordinary "

@@ -89,6 +89,9 @@ def test_control_strings_in_tools_and_keys_stay_text(backend: str):
     assert written in tokenizer.decode(render_chat(tokenizer, TALK, tools=tools))
     tokenizer.chat_template = BY_NAME.replace("tojson", "tojson(true)")
     assert json.dumps(tools) in tokenizer.decode(render_chat(tokenizer, TALK, tools=tools))
+    tokenizer.chat_template = BY_NAME.replace("tojson", "string")
+    for talk in (TALK, [TALK[0], {**USER, "content": r"\ue000 \ue001 \ue002"}]):
+        assert str(tools) in tokenizer.decode(render_chat(tokenizer, talk, tools=tools))
 
 
 def test_tools_that_no_template_reads_are_refused():

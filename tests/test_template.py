@@ -41,6 +41,7 @@ def test_what_the_model_generates_is_marked_where_the_template_says_so():
 def test_the_guard_in_a_text_survives_ascii_json():
     text = template.render("{{ messages | tojson(true) }}", [{"a": "<\ue000\u00e9"}], {}, guard="\ue000")
     assert text == '[{"a": "<\ue000\\u00e9"}]'
+    assert template.render("{{ messages }}", [{"a": "<\ue000"}], {}, guard="\ue000") == "[{'a': '<\ue000'}]"
 
 
 def test_reasoning_is_known_by_every_name_that_templates_use():
