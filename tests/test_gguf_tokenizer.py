@@ -53,6 +53,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
         "tokenizer.ggml.eot_token_id": 4007,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT,
+        "tokenizer.chat_template.tool_use": "{{ tools | tojson }}",
+        "tokenizer.chat_templates": ["tool_use"],
     }
     directory = tmp_path_factory.mktemp("tiny")
     return directory, written(directory, metadata)
@@ -91,7 +93,7 @@ def test_what_else_the_loader_reads(tiny):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 4000, 4000)
     assert (tokenizer.add_bos_token, tokenizer.vocab_size) == (False, original.vocab_size)
     assert tokenizer.stop_ids == original.stop_ids
-    assert tokenizer.chat_template == CHAT
+    assert (tokenizer.chat_template, tokenizer.named_templates) == (CHAT, {"tool_use": "{{ tools | tojson }}"})
     assert json.loads((tiny[0] / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": [4000, 4007],

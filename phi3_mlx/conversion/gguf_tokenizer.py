@@ -153,9 +153,15 @@ class _Reader:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": name(unknown),
         }
-        template = self.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            config["chat_template"] = template
+        prefix = "tokenizer.chat_template"
+        templates = {"default": self.metadata.get(prefix)}
+        templates |= {
+            key.removeprefix(f"{prefix}."): self.metadata[key] for key in self.metadata if f"{prefix}." in key
+        }
+        listed = [{"name": name, "template": text} for name, text in templates.items() if isinstance(text, str)]
+        if listed:
+            alone = [entry["name"] for entry in listed] == ["default"]
+            config["chat_template"] = listed[0]["template"] if alone else listed
         stops = [number for role in ("eos", "eot", "eom") if (number := self.named(role)) is not None]
         generation = {"bos_token_id": bos, "eos_token_id": list(dict.fromkeys(stops)), "pad_token_id": pad}
         generation = {key: value for key, value in generation.items() if value not in (None, [])}
