@@ -170,7 +170,7 @@ def test_what_is_taken_out_follows_the_papers(shape):
         ({"init_lora_weights": 1}, "init_lora_weights is 1"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"lora_bias": True}, "lora_bias is True"),
+        ({"lora_bias": True}, "lora_bias is True, which adapters here do not have"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is"),
@@ -183,7 +183,10 @@ def test_what_is_taken_out_follows_the_papers(shape):
         ({"kasa_config": {"beta": 1}}, "kasa_config is"),
         ({"monteclora_config": {"n": 1}}, "monteclora_config is"),
         ({"megatron_config": {"tp": 2}}, "megatron_config is"),
-        ({"a_setting_of_tomorrow": 0.5}, "a_setting_of_tomorrow is 0.5"),
+        (
+            {"a_setting_of_tomorrow": 0.5},
+            "a_setting_of_tomorrow is 0.5, which is not known here; if it matters in training",
+        ),
         ({"a_setting_of_tomorrow": 0}, "a_setting_of_tomorrow is 0"),
         ({"r": 3}, "down_proj has 2 components, and adapter_config.json says 3"),
         ({"rank_pattern": {"down_proj": 4}}, "has 2 components, and .* says 4"),
@@ -207,7 +210,8 @@ def test_settings_that_ask_for_nothing_are_let_be(base, tmp_path):
         "task_type": "CAUSAL_LM", "auto_mapping": null, "peft_version": "0.21.2", "inference_mode": true,
         "target_modules": ["down_proj"], "exclude_modules": null, "layers_to_transform": 1, "layers_pattern": null,
         "qalora_group_size": 16, "ensure_weight_tying": true, "rank_pattern": {}, "alpha_pattern": null,
-        "init_lora_weights": "eva", "a_setting_of_tomorrow": null, "another": [], "a_third": false, "r": 2
+        "lorap_lr_ratio": 16.0, "init_lora_weights": "eva", "r": 2,
+        "a_setting_of_tomorrow": null, "another": [], "a_third": false
     }""")
     other = write(tmp_path / "other", TENSORS, **neutral)
     for name, folder in (("a", plain), ("b", other)):

@@ -22,6 +22,14 @@ _FREE = {
     *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "velora_config"),
     # Settings of initializations, which `init_lora_weights` chooses.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    # ms-swift's own.
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+}
+# Changes that adapters here do not have. Settings that nobody knows yet are treated alike, but not so called.
+_LACKING = {
+    *("peft_type", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("fan_in_fan_out", "layer_replication", "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config"),
 }
 _REPEATED = 3  # parts of a pattern that may be repeated
 _HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
@@ -50,7 +58,10 @@ class PeftConfig:
         """Raises AdapterError for a setting that cannot be honoured, by name."""
         for key, value in raw.items():
             if key not in _FREE | _HONOURED and not _is_neutral(key, value):
-                refuse(source, f"{shorten(key, quote=False)} is {shorten(value)}, which adapters here do not have")
+                why = "which is not known here; if it matters in training alone, take it out of adapter_config.json"
+                lacking = "which adapters here do not have"
+                named = f"{shorten(key, quote=False)} is {shorten(value)}"
+                refuse(source, f"{named}, {lacking if key in _LACKING else why}")
         fields = Fields(raw, source / CONFIG, AdapterError)
         ranks, alphas = fields.fields("rank_pattern"), fields.fields("alpha_pattern")
         return cls(
