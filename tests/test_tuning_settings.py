@@ -68,6 +68,14 @@ def test_values_become_plain_ones_of_their_fields_types(tmp_path):
         assert type(value) in (str, int, float, bool, list, type(None)), name
 
 
+def test_what_is_not_given_has_its_usual_value():
+    settings = Settings.of({"model": "tiny", "data": "a", "output": "b", "rank": None, "sample_tokens": None})
+    usual = {"method": "lora", "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "targets": (), "layers": None}
+    usual |= {"epochs": 3.0, "steps": None, "weight_decay": 0.01, "holdout": 0.05, "samples": (), "sample_tokens": 64}
+    usual |= {"learning_rate": 2e-4, "batch_size": 8, "clip": 1.0, "seed": 0, "from_adapter": None}
+    assert {name: getattr(settings, name) for name in usual} == usual
+
+
 WRONG = [
     ("rank", True),
     ("rank", 4.0),
