@@ -131,18 +131,18 @@ def check_destination(
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():
-        why = ", and --force replaces only one" if force else ""
+        why = ", and force=True replaces only one" if force else ""
         raise fault(f"{destination} is not a directory{why}; name another place")
     if os.path.ismount(destination):
         raise fault(f"{destination} is where a disk is mounted; name a directory in it")
     if not any(destination.iterdir()):
         return
     if not force:
-        option = "" if force is None else ", or replace it with --force"
+        option = "" if force is None else ", or replace it with force=True"
         raise fault(f"{destination} exists already; name another directory{option}")
     if not (destination / mark).is_file():
         raise fault(
-            f"{destination} holds something else than a model (no {mark}), which --force does not replace; name "
+            f"{destination} holds something else than a model (no {mark}), which force=True does not replace; name "
             "another directory"
         )
 

@@ -247,7 +247,7 @@ def test_an_empty_directory_may_become_the_new_one(tmp_path):
     assert os.listdir(tmp_path / "empty") == ["a"]
     with pytest.raises(CheckpointError, match=r"exists already; name another directory$"):
         atomic.check_destination(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="replace it with --force"):
+    with pytest.raises(CheckpointError, match="replace it with force=True"):
         atomic.check_destination(tmp_path / "empty", force=False)
     with pytest.raises(CheckpointError, match="where a disk is mounted"):
         atomic.check_destination(Path("/"))

@@ -543,7 +543,7 @@ def test_force_replaces_a_model(tmp_path, source, monkeypatch, swap):
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     convert(source, tmp_path / "new", bits=2, report=False)
     (tmp_path / "new" / "leftover").touch()
-    assert "exists already; name another directory, or replace it with --force" in refusal(
+    assert "exists already; name another directory, or replace it with force=True" in refusal(
         CheckpointError, source, tmp_path / "new"
     )
     convert(source, tmp_path / "new", bits=8, report=False, force=True)

@@ -115,7 +115,7 @@ def test_mlx_lm_adapters_are_read(base, tmp_path):
 
 def test_another_base_is_refused(base, packed, tmp_path):
     make_adapter(base, tmp_path / "a")
-    with pytest.raises(AdapterError, match=rf"was trained on {base} .*this is {packed}.*with -m"):
+    with pytest.raises(AdapterError, match=rf"was trained on {base} .*this is {packed}.*with model=NAME"):
         load(str(packed), adapter=tmp_path / "a")
     other = make_directory(tmp_path / "other", seed=1)
     with pytest.raises(AdapterError, match="was trained on"):

@@ -185,7 +185,7 @@ def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
     weights = shorten(str(trained["fingerprint"])[:8], quote=False)
     raise AdapterError(
         f"{directory} was trained on {named}{revision} (weights {weights}), and this is "
-        f"{base.name} (weights {base.fingerprint[:8]}); give the model it was trained on with -m"
+        f"{base.name} (weights {base.fingerprint[:8]}); give the model it was trained on with model=NAME"
     )
 
 
@@ -194,7 +194,7 @@ def trained_on(directory: Path, config: Mapping[str, Any], revision: str | None 
     base = config.get("base_model")
     name = base.get("name") if isinstance(base, Mapping) else config.get("model")
     if not isinstance(name, str):
-        raise AdapterError(f"{directory} does not say what it was trained on; give the model with -m")
+        raise AdapterError(f"{directory} does not say what it was trained on; give the model with model=NAME")
     if os.path.isabs(name) and not os.path.exists(name):
         raise AdapterError(f"{directory} was trained on {name}, which is not there; say where it is now with model=DIR")
     # A local directory has no revision, and a repository's is a commit.
