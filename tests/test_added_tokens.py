@@ -287,7 +287,9 @@ def test_flags_of_tokenizer_config_overrule_tokenizer_json(tmp_path: Path):
     ]
     assert ours.encode(text, special=True) == golden
     assert ours.vocab_size == 4014
+    stream = ours.stream()
     assert ours.decode([4011, 4012, 4002]) == "<tool>"
+    assert "".join(map(stream.add, [4011, 4012, 4002])) == "<tool>"
     transformers = pytest.importorskip("transformers", minversion="5")
     write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
