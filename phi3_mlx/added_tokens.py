@@ -15,6 +15,7 @@ not; all of Phi-3-small's tiktoken names are. *Marked* is a string of the form `
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Literal
 
 Writer = Literal["anyone", "assistant", "template"]
@@ -56,29 +57,29 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken]):
         self._by_content = {token.content: token for token in tokens}
-        longest_first = sorted(self._by_content, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        rests: dict[str, list[str]] = {}
-        for content in longest_first:
-            rests.setdefault(re.escape(content[0]), []).append(re.escape(content[1:]))
-        unfinished = {content[:n] for content in longest_first for n in range(1, len(content))}
-        self._unfinished = re.compile(f"(?:{'|'.join(map(re.escape, unfinished))})\\Z" if unfinished else "(?!)")
-        self._longest = max(map(len, longest_first), default=0)
-        self._starts = re.compile("|".join(f"{first}(?={'|'.join(rest)})" for first, rest in rests.items()) or "(?!)")
+        self._longest = max(map(len, self._by_content), default=0)
+        by_first: dict[str, list[str]] = {}
+        for content in self._by_content:
+            by_first.setdefault(content[0], []).append(content)
+        self._lengths = {first: sorted({*map(len, contents)}, reverse=True) for first, contents in by_first.items()}
+        self._first = re.compile("|".join(starmap(_first_of, by_first.items())) or "(?!)")
 
     def __iter__(self) -> Iterator[AddedToken]:
         return iter(self._by_content.values())
 
     def occur_in(self, text: str) -> bool:
-        return self._any.search(text) is not None
+        return any(self._at(text, found.start()) for found in self._first.finditer(text))
 
     def cut(self, text: str) -> list[str | int]:
         """The ids of the tokens in `text`, and between them the other text, never empty."""
         pieces: list[str | int] = []
-        position = 0
-        for match in self._any.finditer(text):
-            token = self._by_content[match.group()]
-            begin, end = match.span()
+        position = end = 0
+        for found in self._first.finditer(text):
+            begin = found.start()
+            token = self._at(text, begin) if begin >= end else None
+            if token is None:
+                continue
+            end = begin + len(token.content)
             if token.single_word and (_WORD_BEFORE.match(text, begin) or _WORD.match(text, end)):
                 continue
             before = text[position:begin]
@@ -99,7 +100,26 @@ class AddedTokens:
 
         And at its end, before white space that may be stripped, where what it is joined with could complete one.
         """
-        words = self._starts.sub(lambda match: match[0] + guard, text.rstrip())
-        if self._unfinished.search(words[-self._longest :]):
-            words += guard
-        return words + text[len(text.rstrip()) :]
+        words = text.rstrip()
+        broken = self._first.sub(lambda found: found[0] + guard * (self._at(words, found.start()) is not None), words)
+        if self._unfinished(words):
+            broken += guard
+        return broken + text[len(words) :]
+
+    def _unfinished(self, text: str) -> bool:
+        """Whether it ends in the beginning of a token."""
+        starts = (n for n in range(max(0, len(text) - self._longest), len(text)) if text[n] in self._lengths)
+        ends = (text[start:] for start in starts)
+        return any(len(end) < len(content) and content.startswith(end) for end in ends for content in self._by_content)
+
+    def _at(self, text: str, begin: int) -> AddedToken | None:
+        """The longest token that stands at this place, where one may begin."""
+        contents = (text[begin : begin + length] for length in self._lengths[text[begin]])
+        return next((self._by_content[content] for content in contents if content in self._by_content), None)
+
+
+def _first_of(first: str, contents: Collection[str]) -> str:
+    """A pattern for the first character of these strings, where the next one may be theirs too."""
+    following = "".join({content[1] for content in contents if len(content) > 1})
+    alone = first in contents
+    return re.escape(first) + ("" if alone else f"(?=[{re.escape(following)}])")

@@ -385,3 +385,15 @@ def test_every_added_token_is_broken_up_overlapping_ones_too():
 def test_a_single_word_stands_alone():
     tokens = AddedTokens([AddedToken(1, "key", single_word=True), AddedToken(2, "k")])
     assert tokens.cut("key keys _key key. éKey ékey") == [1, " keys _key ", 1, ". éKey ékey"]
+
+
+def test_places_where_no_token_can_begin_are_passed_over(monkeypatch: pytest.MonkeyPatch):
+    tokens = AddedTokens(
+        [AddedToken(1, "<|a|>"), AddedToken(2, "</s>"), *(AddedToken(n, f"w{n}") for n in range(3, 3000))]
+    )
+    asked: list[int] = []
+    look = AddedTokens._at
+    monkeypatch.setattr(AddedTokens, "_at", lambda self, text, begin: asked.append(begin) or look(self, text, begin))
+    text = "<" * 1000 + "<|" * 3 + "a word w w" + "w2999<|a|>"
+    assert tokens.cut(text) == [text[: -len("w2999<|a|>")], 2999, 1]
+    assert len(asked) == 5
