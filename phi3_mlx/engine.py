@@ -160,6 +160,7 @@ class Generation:
             fused_attention(),
             chunk,
             rereads,
+            len(set(lengths)) > 1,
         )
         held = sum(layer.nbytes for layer in cache or ())
         held = run.weights + (min(held, run.cache_bytes()) if shared else held)

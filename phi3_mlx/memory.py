@@ -89,7 +89,7 @@ class Run:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `rereads`: how many tokens of a row are read again, where its LongRoPE
+    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `rereads`: how many tokens of a row are read again, where its LongRoPE
     regime changes, into keys and values of their own, if the sequence becomes as long.
     """
 
@@ -102,6 +102,7 @@ class Run:
     fused: bool = True
     chunk: int | None = None
     rereads: int = 0
+    ragged: bool = False
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
@@ -122,7 +123,7 @@ class Run:
         """Bytes beside the weights while a row is read again, so many tokens at once or `REREAD_CHUNK`."""
         if not 0 < self.rereads <= self.length:
             return 0
-        row = replace(self, length=self.rereads, rows=1, rereads=0)
+        row = replace(self, length=self.rereads, rows=1, rereads=0, ragged=False)
         held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
         return held + row.cache_bytes() + row.workspace(min(chunk, REREAD_CHUNK))
 
@@ -164,7 +165,7 @@ class Run:
         config, tokens = self.config, self.rows * min(chunk, self.length)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         mixing, inner = 3 * (heads + 2 * kv_heads) * dim, (config.mlp_kept + 1) * config.mlp_width
-        numbers = config.numbers_in_work
+        numbers = config.numbers_in_work + self._norms()
         seen = self.length if config.sliding_window is None else min(self.length, chunk + config.sliding_window)
         attention = self._attention(chunk, seen)
         logits = self._scoring()
@@ -176,23 +177,63 @@ class Run:
             expert = min(config.largest_linear * (packing - self.itemsize), _SLICES * packing)
             unpacked = expert if self._unpacks(tokens) else 0
             routed = tokens * inner * self.itemsize + unpacked
-            return max(rows + max(routed, tokens * mixing * self.itemsize + attention), grown, logits)
+            mixed = tokens * max(mixing, self._turning()) * self.itemsize + attention
+            return max(rows + max(routed, mixed), grown, logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked, the last of
             # them while the parts of the product are joined.
             wide = tokens * (3 * config.hidden_size + 7 * config.mlp_width // 2) * self.itemsize
             wide += self._unpacked_slices(config.largest_linear)
             numbers -= 2 * (config.hidden_size + config.mlp_width) + (heads + 2 * kv_heads) * dim
+            numbers = max(numbers, self._turning())
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
-            meanwhile = tokens * (numbers - inner) * self.itemsize + attention
-            # The first chunks, with few keys before them, may have had all their scores at once.
-            at_once = 4 * BLOCK if self.bits is None and not self._in_blocks(chunk, min(chunk, seen)) else 0
-            return max(tokens * numbers * self.itemsize + at_once, meanwhile, grown, logits)
-        layer = tokens * numbers * self.itemsize
+            meanwhile = tokens * max(numbers - inner, self._attending()) * self.itemsize + attention
+            whole = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
+            return max(whole + self._scores_at_once(chunk, seen), meanwhile, grown, logits)
+        layer = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
         if self.fused:
             layer = min(config.num_hidden_layers, QUEUED // layer + 1) * layer
         return max(layer + attention, grown, logits)
+
+    def _norms(self) -> int:
+        """Numbers of a token that the norms hold beside the others: on the CPU they copy 16-bit ones into float32."""
+        return 0 if self.fused or self.itemsize == 4 else 10 * self.config.hidden_size
+
+    def _turning(self) -> int:
+        """Numbers of a token while queries are turned on the CPU, which MLX does in ten operations on their halves."""
+        if self.fused:
+            return 0
+        queries, keys = self._widths()
+        return 2 * self.config.hidden_size + self._norms() + (queries + 2 * keys) + 11 * queries // 2
+
+    def _turning_amid_layers(self) -> int:
+        """The same where feed-forward parts before and after are computed without a wait."""
+        config = self.config
+        return 0 if self.fused else self._turning() + 5 * config.hidden_size + 12 * config.mlp_width // 5
+
+    def _attending(self) -> int:
+        """The same while attention goes block by block: before and after they are turned, and what the heads made."""
+        queries, keys = self._widths()
+        return 2 * self.config.hidden_size + 4 * queries + 3 * keys
+
+    def _widths(self) -> tuple[int, int]:
+        """Numbers of a token's queries, and of its keys."""
+        config = self.config
+        return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+    def _scores_at_once(self, chunk: int, seen: int) -> int:
+        """Bytes of the scores of a chunk that are not computed in blocks on the CPU, the most of them."""
+        queries = min(chunk, self.length)
+        a_key = self.rows * self.config.num_attention_heads * queries
+        keys = min(seen, BLOCK // a_key // queries * queries)
+        # Those that a mask has hidden are there once more.
+        return 0 if self.bits else self.itemsize * a_key * keys * (2 if self._is_masked(keys) else 1)
+
+    def _is_masked(self, seen: int) -> bool:
+        """Whether the mask of so many keys is an array: where a window or padding hides some."""
+        window = self.config.sliding_window
+        return self.ragged or (window is not None and seen > window)
 
     def _scoring(self) -> int:
         """Logits of a step, in float32, and what of the output layer is unpacked for as many tokens."""
@@ -226,9 +267,8 @@ class Run:
             # As measured on CUDA, a chunk behind others took its scores too; one that is the first did not.
             behind = on_cuda() and 1 < queries < seen
             return self.rows * heads * queries * seen * self.itemsize if behind else 0
-        masked = 0 if config.sliding_window is None and self.rows == 1 else self.rows * queries * seen
-        every = self.rows * heads * queries * seen
-        at_once = 0 if self.bits else 4 * min(every, BLOCK)
+        masked = self.rows * queries * seen if self._is_masked(seen) else 0
+        at_once = self._scores_at_once(chunk, seen)
         if not self._in_blocks(chunk, seen):
             return at_once + masked
         rows, slots = block_of(heads // kv_heads)
@@ -236,7 +276,8 @@ class Run:
         numbers = slots * dim if self.bits else 0  # of the keys of a block that are unpacked, and of the values
         scores = 4 * heads // kv_heads * rows * slots
         keys, values = self._unpacking()
-        block = max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + 2 * scores)
+        scored = 2 * scores if self.itemsize == 4 else 7 * scores // 2  # in float32, and in 16 bits before and after
+        block = max(numbers * keys, numbers * (self.itemsize + values), 2 * numbers * self.itemsize + scored)
         return max(block, at_once) + masked
 
     def _some_heads(self, seen: int) -> int:
