@@ -188,7 +188,7 @@ class Run:
             numbers = max(numbers, self._turning())
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
-            meanwhile = tokens * max(numbers - inner, self._attending()) * self.itemsize + attention
+            meanwhile = tokens * (numbers - inner) * self.itemsize + attention
             whole = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
             return max(whole + self._scores_at_once(chunk, seen), meanwhile, grown, logits)
         layer = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
@@ -204,23 +204,14 @@ class Run:
         """Numbers of a token while queries are turned on the CPU, which MLX does in ten operations on their halves."""
         if self.fused:
             return 0
-        queries, keys = self._widths()
-        return 2 * self.config.hidden_size + self._norms() + (queries + 2 * keys) + 11 * queries // 2
+        config = self.config
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        return 2 * config.hidden_size + self._norms() + (queries + 2 * keys) + 11 * queries // 2
 
     def _turning_amid_layers(self) -> int:
         """The same where feed-forward parts before and after are computed without a wait."""
         config = self.config
         return 0 if self.fused else self._turning() + 5 * config.hidden_size + 12 * config.mlp_width // 5
-
-    def _attending(self) -> int:
-        """The same while attention goes block by block: before and after they are turned, and what the heads made."""
-        queries, keys = self._widths()
-        return 2 * self.config.hidden_size + 4 * queries + 3 * keys
-
-    def _widths(self) -> tuple[int, int]:
-        """Numbers of a token's queries, and of its keys."""
-        config = self.config
-        return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
     def _scores_at_once(self, chunk: int, seen: int) -> int:
         """Bytes of the scores of a chunk that are not computed in blocks on the CPU, the most of them."""
