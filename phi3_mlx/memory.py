@@ -89,8 +89,9 @@ class Run:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `rereads`: how many tokens of a row are read again, where its LongRoPE
-    regime changes, into keys and values of their own, if the sequence becomes as long.
+    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `rereads`: how many tokens
+    of a row are read again, where its LongRoPE regime changes, into keys and values of their own, if the sequence
+    becomes as long.
     """
 
     config: Config

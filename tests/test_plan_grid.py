@@ -18,6 +18,7 @@ from phi3_mlx.models.cache import KVBits
 from phi3_mlx.sampling import Sampling
 
 CASES, NEVER = 24, 1 << 30
+SLACK = 250_000  # bytes: of models of two megabytes chance is a larger share
 
 
 def drawn(seed):
@@ -91,9 +92,9 @@ def test_no_plan_is_five_percent_short_or_much_too_large(seed, monkeypatch):
         list(generation)
         peaks.append(generation.statistics.peak_memory - others)
         del generation
-        if peaks[-1] <= 1.05 * plans[0].total:
+        if peaks[-1] <= 1.05 * plans[0].total + SLACK:
             break
-    assert min(peaks) <= 1.05 * plans[0].total, case
+    assert min(peaks) <= 1.05 * plans[0].total + SLACK, case
     assert plans[0].total <= max(2 * max(peaks), 50e6), case
 
 
