@@ -35,12 +35,15 @@ TESTS = {
     "models/rope": ["test_phi_moe", "test_model"],
     "chat": ["test_chat", "test_tuning_data"],
     "tuning/loss": ["test_tuning_gradients"],
-    "tuning/trainer": ["test_tuning_run", "test_tuning_gradients"],
+    "tuning/trainer": ["test_tuning_run", "test_tuning_folder", "test_tuning_gradients"],
     "values": ["test_values", "test_arguments"],
     "tuning/settings": ["test_tuning_settings"],
     "tuning/onward": ["test_tuning_onward"],
     "tuning/checkpoints": ["test_tuning_run"],
-    "atomic": ["test_convert", "test_tuning_run", "test_prompt_cache"],
+    "tuning/folder": ["test_tuning_folder", "test_tuning_run"],
+    "tuning/log": ["test_tuning_folder", "test_tuning_run"],
+    "tuning/signals": ["test_tuning_folder"],
+    "atomic": ["test_atomic", "test_convert"],
 }
 _SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,

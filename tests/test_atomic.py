@@ -308,3 +308,52 @@ def test_a_rename_that_fails_is_told_without_the_hidden_name(tmp_path, monkeypat
     with pytest.raises(OSError, match="busy") as caught:
         atomic.replace_file(tmp_path / "file", b"x")
     assert str(caught.value) == f"[Errno {errno.EBUSY}] {os.strerror(errno.EBUSY)}: '{tmp_path / 'file'}'"
+
+
+def test_a_directory_is_swapped_with_the_one_it_replaces_in_one_step(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not atomic._exchange(tmp_path / "one", tmp_path / "two"):
+        pytest.skip("this file system cannot swap two names")
+    assert (os.listdir(tmp_path / "one"), os.listdir(tmp_path / "two")) == (["two"], ["one"])
+    assert not atomic._exchange(tmp_path / "one", tmp_path / "none")
+
+
+def test_a_replaced_directory_is_put_back_where_the_new_one_cannot_be(tmp_path, monkeypatch):
+    """On file systems that cannot swap two names."""
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    place, rename = tmp_path / "model", Path.rename
+    place.mkdir()
+    (place / "config.json").touch()
+
+    def fails(self, target):
+        if target == place and self.parent.name == "new":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    def write():
+        with atomic.new_directory(place, force=True) as folder:
+            (folder / "new").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(CheckpointError, match="busy"):
+            write()
+    assert os.listdir(place) == ["config.json"]
+    write()
+    assert (os.listdir(tmp_path), os.listdir(place)) == (["model"], ["new"])
+
+
+def test_where_nothing_can_be_locked_all_is_written_and_nothing_swept(tmp_path, monkeypatch):
+    killed("new_file", tmp_path / "file")
+    left = os.listdir(tmp_path)
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    atomic.replace_file(tmp_path / "file", b"x")
+    assert sorted(os.listdir(tmp_path)) == sorted([*left, "file"])
+    with atomic.hold(tmp_path / "run") as one, atomic.hold(tmp_path / "run") as two:
+        assert (one, two) == (True, True)
