@@ -67,6 +67,8 @@ class Tokenizer(ABC):
 
     def __init__(self, size: int, added: Iterable[AddedToken]):
         self.added_tokens: Mapping[str, AddedToken] = {token.content: token for token in added}
+        if "" in self.added_tokens:
+            raise TokenizerError("the tokenizer has an added token of no characters; download its files again")
         self.special_ids = frozenset(token.id for token in self.added_tokens.values() if token.special)
         self.vocab_size = max([size, *(token.id + 1 for token in self.added_tokens.values())])
         self._added_by_id = {token.id: token.content for token in self.added_tokens.values()}
@@ -295,10 +297,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor()
             self._model.LoadFromSerializedProto(read_bytes(path))
             size = self._model.get_piece_size()
-        except (RuntimeError, OSError, ValueError) as error:
+            self._model.id_to_piece(list(range(size)))  # ValueError for one that is no UTF-8
+            proto = self._model.serialized_model_proto()
+            kinds = piece_types(proto)
+        except (RuntimeError, OSError, ValueError, LookupError) as error:
             raise TokenizerError(f"{path} is not a readable SentencePiece model: {_one_line(error)}") from None
-        proto = self._model.serialized_model_proto()
-        kinds = piece_types(proto)
         if USER_DEFINED in kinds:  # found by us, like every added token; SentencePiece would find them in any text
             self._model.load_from_serialized_proto(without_user_defined(proto))
         by_id = {

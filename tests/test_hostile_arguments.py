@@ -12,6 +12,7 @@ from phi3_mlx import (
     PromptCache,
     batch_generate,
     compare,
+    convert,
     generate,
     load,
     load_model,
@@ -20,6 +21,7 @@ from phi3_mlx import (
     stream_generate,
     unload,
 )
+from phi3_mlx.tuning.adapters import trained_on
 
 MODEL, TOKENIZER = load("tiny")
 USER = {"role": "user", "content": "x"}
@@ -103,6 +105,10 @@ CALLS = {
     "load_tokenizer": load_tokenizer,
     "memory_limit": lambda value: memory_limit([value]).__enter__(),
     "unload": unload,
+    "convert.mode": lambda value: convert("tiny", "/nowhere/out", mode=value),
+    "convert.target_size": lambda value: convert("tiny", "/nowhere/out", target_size=[value]),
+    "convert.recipe": lambda value: convert("tiny", "/nowhere/out", recipe=[value]),
+    "trained_on.revision": lambda value: trained_on(Path("a"), {"model": "tiny"}, [value]),
     "compare": lambda value: compare(MODEL, TOKENIZER, value, TOKENIZER, "some text"),
     "Conversation": lambda value: Conversation(value, TOKENIZER),
     "PromptCache": PromptCache,

@@ -466,6 +466,13 @@ def test_added_tokens_of_another_model(tmp_path: Path):
         load_tokenizer(tmp_path)
 
 
+def test_a_sentencepiece_model_whose_pieces_are_no_text_is_refused(tmp_path: Path):
+    whole = (TINY / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(whole.replace("\u2581the".encode(), b"\xe2\x96\xfethe", 1))
+    with pytest.raises(TokenizerError, match="not a readable SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
 def test_truncated_sentencepiece_model(tmp_path: Path):
     whole = (TINY / "tokenizer.model").read_bytes()
     for size in (1, 100, len(whole) // 2, len(whole) - 1):

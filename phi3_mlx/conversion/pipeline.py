@@ -261,12 +261,14 @@ def _check_options(
     given = {
         "bits": bits,
         "group_size": group_size,
-        "mode": None if mode == "affine" else values.text(mode, "mode"),
+        "mode": None if values.text(mode, "mode") == "affine" else mode,
         "target_bpw": target_bpw,
         "target_size": target_size,
         "recipe": "FILE" if isinstance(recipe, Mapping) else recipe,
         "method": None if method == "round" else method,
     }
+    if target_size is not None:
+        parse_size(target_size)
     named = {name: f"{name}={value}" for name, value in given.items() if value is not None}
     if dequantize and named:
         raise OptionError(
@@ -279,8 +281,6 @@ def _check_options(
     clash = next((name for name in decided if plans and name in named), None)
     if clash:
         raise OptionError(f"{named[plans[0]]} decides what {named[clash]} would; leave one out")
-    if target_size is not None:
-        parse_size(target_size)
 
 
 def _resolve(source: str | Path, revision: str | None) -> Path:

@@ -191,6 +191,7 @@ def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
 
 def trained_on(directory: Path, config: Mapping[str, Any], revision: str | None = None) -> tuple[str, str | None]:
     """(name, revision) of the model that an adapter names as its base. Raises AdapterError if it names none."""
+    revision = values.optional(values.text, revision, "revision")
     base = config.get("base_model")
     name = base.get("name") if isinstance(base, Mapping) else config.get("model")
     if not isinstance(name, str):
