@@ -225,5 +225,8 @@ def test_zeros_tell_which_part_of_a_fused_layer_a_component_changes():
     right = np.zeros((5, 8), np.float32)
     right[:2, :4] = right[2:, 6:] = 1
     assert np.array_equal(np.array(kept_apart(apart, parts)), right)
+    two = {"gate_proj": (0, 4), "up_proj": (4, 8)}
+    assert np.array_equal(np.array(kept_apart(right[2:], two)), np.repeat([[0, 0, 0, 0, 1, 1, 1, 1]], 3, axis=0))
+    assert kept_apart(right[2:], {"o_proj": (0, 8)}) is None
     apart[2, 5] = 1
     assert kept_apart(apart, parts) is None
