@@ -7,7 +7,6 @@ itself, so in a SentencePiece vocabulary each one gets its own leading `▁`. Wh
 rule of `added_tokens`.
 """
 
-import base64
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -19,27 +18,9 @@ from .added_tokens import AddedToken, AddedTokens, Writer
 from .errors import PromptError, TokenizerError
 from .files import read_bytes, read_text
 from .pieces import CONTROL, UNKNOWN, USER_DEFINED, piece_types, without_user_defined
+from .ranks import CL100K_SIZE, CL100K_WORDS, phi3_small_tokens, read_ranks
 from .streaming import ByteStream, PieceStream, StreamDecoder, symbols_to_bytes
 from .values import shown, token_ids
-
-# How cl100k_base cuts text into words before merging: English clitics, letters with one sign before them, digits by
-# threes, runs of signs with the line ends after them, line ends, spaces (the last one goes with the word).
-_CL100K_WORDS = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-_CL100K_SIZE = 100_256
-
-
-def _phi3_small_tokens() -> dict[str, int]:
-    """Phi-3-small's names for the ids behind the ranks, up to the end of its embedding; most stand for nothing.
-
-    From tokenization_phi3_small.py of microsoft/Phi-3-small-8k-instruct.
-    """
-    names = ["endoftext", "fim_prefix", "fim_middle", "fim_suffix", "system", "user", "assistant"]
-    names += ["dummy_id_0", "dummy_id_1", "end", *(f"dummy_id_{n}" for n in range(3, 12)), "endofprompt"]
-    names = ["dummy_id_2", *names, *(f"dummy_id_{n}" for n in range(12, 87))]
-    return {f"<|{name}|>": _CL100K_SIZE + n for n, name in enumerate(names)}
 
 
 class Tokenizer(ABC):
@@ -348,13 +329,13 @@ class TiktokenTokenizer(Tokenizer):
             raise TokenizerError(
                 f'{path} needs tiktoken, which is not installed: pip install "phi3-mlx[tiktoken]"'
             ) from None
-        ranks = _read_ranks(path)
-        known = _phi3_small_tokens() if len(ranks) == _CL100K_SIZE else {}
+        ranks = read_ranks(path)
+        known = phi3_small_tokens() if len(ranks) == CL100K_SIZE else {}
         by_id = {number: AddedToken(number, content) for content, number in known.items()}
         declared = {token.id: token for token in added}
         if not known and not declared:
             raise TokenizerError(
-                f"{path} has {len(ranks):,} ranks, cl100k_base has {_CL100K_SIZE:,}: download it again, "
+                f"{path} has {len(ranks):,} ranks, cl100k_base has {CL100K_SIZE:,}: download it again, "
                 "or declare its added tokens in tokenizer_config.json"
             )
         clash = next((token for token in declared.values() if token.id < len(ranks)), None)
@@ -363,7 +344,7 @@ class TiktokenTokenizer(Tokenizer):
         elsewhere = {token.content for token in declared.values()}
         by_id = {number: token for number, token in by_id.items() if token.content not in elsewhere} | declared
         self._ranks = ranks
-        self._encoding = tiktoken.Encoding(path.stem, pat_str=_CL100K_WORDS, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(path.stem, pat_str=CL100K_WORDS, mergeable_ranks=ranks, special_tokens={})
         self._bytes = list(ranks)  # in order of rank, which `_read_ranks` has checked
         super().__init__(len(ranks), by_id.values())
 
@@ -387,20 +368,6 @@ class TiktokenTokenizer(Tokenizer):
     def _stream(self, skip_special: bool) -> StreamDecoder:
         hidden = self.special_ids if skip_special else frozenset()
         return ByteStream(lambda token_id: None if token_id in hidden else self._to_bytes(token_id))
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Lines `base64 rank`, ranks counting up from 0, each single byte among the tokens."""
-    try:
-        fields = [line.split() for line in read_bytes(path).splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} is not a readable file of tiktoken ranks: {_one_line(error)}") from None
-    if list(ranks.values()) != list(range(len(fields))):
-        raise TokenizerError(f"{path} is damaged: its ranks do not count up from 0, each once; download it again")
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError(f"{path} is damaged: not every single byte has a rank; download it again")
-    return ranks
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
