@@ -11,6 +11,7 @@ import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from .errors import ChatError
@@ -133,11 +134,12 @@ class _Chat:
     plain: bool  # no text needed the guard
     moved: bool  # the text of a system message
     unread: Mapping[tuple[str, str], int]  # roles and keys that the template does not read, and of which message
+    now: datetime  # one time for all renderings, which are compared
 
     def text(self, messages: Sequence[Message], mark: str = "") -> str:
         from . import template  # brings jinja2
 
-        return template.render(self.source, messages, self.names, mark=mark, guard=self.guard)
+        return template.render(self.source, messages, self.names, mark=mark, guard=self.guard, now=self.now)
 
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -155,7 +157,7 @@ def _prepare(
     source = _template(tokenizer, described is not None)
     names = {**tokenizer.special_tokens, "tools": described, "add_generation_prompt": add_generation_prompt}
     guard = unused(given, described, source)
-    chat = _Chat(source, names, given, guard, True, False, {})
+    chat = _Chat(source, names, given, guard, True, False, {}, datetime.now())
     if described is not None or any("tools" in message for message in given):
         chat = _with_tools_in_place(chat)
     unread = _find_unread(chat, given)
@@ -171,7 +173,7 @@ def _prepare(
     safe = [guarded(message, message["role"]) for message in folded]
     names = {**chat.names, "tools": guarded(chat.names["tools"], "system")}
     plain = safe == folded and names["tools"] == chat.names["tools"]
-    return _Chat(source, names, safe, guard, plain, moved, unread)
+    return _Chat(source, names, safe, guard, plain, moved, unread, chat.now)
 
 
 def _with_tools_in_place(chat: _Chat) -> _Chat:

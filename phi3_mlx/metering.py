@@ -9,8 +9,6 @@ This module imports jinja2; import it inside the function that needs it.
 """
 
 import functools
-import re
-import string
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextvars import ContextVar
 from typing import Any
@@ -23,21 +21,20 @@ from jinja2.tests import TESTS
 from jinja2.utils import generate_lorem_ipsum, pass_context, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
+from . import growth
 from .errors import ChatError
+from .growth import DEEPEST, ITEM, TEXT, count
 
 _ALLOWED = 20_000_000  # a rendering of short messages; a loop that does nothing takes about two seconds to spend it
 _ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spend 3 to 12
 _ALLOWED_A_PAIR = 20  # of messages: some templates go through all of them for each
-_DEEPEST = 64  # lists within lists
 _MOST_BITS = 16_384  # of an integer
-_ITEM = 8  # what an item of a list costs, the list itself, and what is not text
 _STEP, _CALL, _FILTER = 4, 100, 25  # what a step of a loop, a call and a filter cost beside what they do
 _SMALL = 64  # containers that cost less are weighed again each time; the weight of others is kept
 
-_TEXT = (str, bytes)  # tuples of types: a union of them takes isinstance five times as long
 _KEPT = (list, tuple, dict)
 _CONTAINERS = (*_KEPT, KeysView, ValuesView, ItemsView)
-_SEQUENCES = (*_TEXT, list, tuple)
+_SEQUENCES = (*TEXT, list, tuple)
 
 _meter: ContextVar["Meter"] = ContextVar("meter")
 
@@ -72,36 +69,36 @@ class Meter:
 
     def _weigh(self, value: Any, depth: int) -> tuple[int, int]:
         """The weight, and how deep lists are nested in it."""
-        if isinstance(value, _TEXT):
+        if isinstance(value, TEXT):
             return len(value) + 1, 0
         if not isinstance(value, _CONTAINERS):
-            return len(value) * _ITEM if isinstance(value, range) else _ITEM, 0
+            return len(value) * ITEM if isinstance(value, range) else ITEM, 0
         if (known := self._weights.get(id(value))) is not None:
             weight, height = known[1:]
         else:
-            weight, height = _ITEM * (1 + len(value)), 0
+            weight, height = ITEM * (1 + len(value)), 0
             parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
             for part in parts:
                 if type(part) is str:
                     weight += len(part)
                 elif isinstance(part, _CONTAINERS):
-                    below, high = self._weigh(part, depth + 1) if depth < _DEEPEST else (0, _DEEPEST)
+                    below, high = self._weigh(part, depth + 1) if depth < DEEPEST else (0, DEEPEST)
                     weight, height = weight + below, max(height, high + 1)
                 if weight > self.allowed:
                     self.spend(weight)
             if weight > _SMALL and isinstance(value, _KEPT):
                 self._weights[id(value)] = value, weight, height
-        if depth + height > _DEEPEST:
-            raise ChatError(f"the chat template was stopped: its lists are nested more than {_DEEPEST} deep")
+        if depth + height > DEEPEST:
+            raise ChatError(f"the chat template was stopped: its lists are nested more than {DEEPEST} deep")
         return weight, height
 
     def pay_for(self, value: Any) -> Any:
         """`value`, which was just made, its copy paid for."""
-        if isinstance(value, _TEXT):
+        if isinstance(value, TEXT):
             self.spend(len(value))
         elif isinstance(value, _KEPT):
             self.weigh(value)  # raises for one that is too large or too deep
-            self.spend(_ITEM * (2 + len(value)))
+            self.spend(ITEM * (2 + len(value)))
         elif isinstance(value, int):
             self.check_bits(value.bit_length())
         return value
@@ -119,7 +116,7 @@ def pay_for(value: Any) -> Any:
 
 def extent(value: Any) -> int:
     """About how many characters lists and mappings have."""
-    if isinstance(value, _TEXT):
+    if isinstance(value, TEXT):
         return len(value)
     if isinstance(value, dict):
         return sum(len(str(key)) + extent(part) for key, part in value.items())
@@ -153,9 +150,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             many, times = (left, right) if isinstance(right, int) else (right, left)
             if isinstance(many, _SEQUENCES) and isinstance(times, int):
-                meter.spend((len(many) + 1) * max(times, 0) * (1 if isinstance(many, _TEXT) else _ITEM))
-        elif operator == "%" and isinstance(left, _TEXT):
-            meter.spend(_printf_size(meter, left, right))
+                meter.spend((len(many) + 1) * max(times, 0) * (1 if isinstance(many, TEXT) else ITEM))
+        elif operator == "%" and isinstance(left, TEXT):
+            meter.spend(growth.printf_size(meter.weigh, left, right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(left) > 1:
             meter.check_bits(left.bit_length() * right)
         return meter.pay_for(super().call_binop(context, operator, left, right))
@@ -163,7 +160,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A function's or a method's result."""
         meter = _meter.get()
-        meter.spend(_CALL + _ITEM * (len(args) + len(kwargs)))
+        meter.spend(_CALL + ITEM * (len(args) + len(kwargs)))
         named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # not Jinja's own
         for value in (*args, *named.values()):
             meter.weigh(value)  # what a macro makes of its arguments is a list as well
@@ -175,8 +172,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             if name == "join" and args and isinstance(args[0], Iterator):
                 args = ([*args[0]], *args[1:])
             meter.spend(meter.weigh(owner))
-            if (size := _METHODS.get(name)) is not None:
-                meter.spend(int(size(meter, owner, *args, **named)))
+            if (size := growth.METHODS.get(name)) is not None:
+                meter.spend(int(size(meter.weigh, owner, *args, **named)))
         return meter.pay_for(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -265,7 +262,7 @@ def _text(eval_context: Any, parts: tuple[Any, ...]) -> str:
 
 def _operand(value: Any) -> Any:
     meter = _meter.get()
-    meter.spend(meter.weigh(value) // _ITEM)
+    meter.spend(meter.weigh(value) // ITEM)
     return value
 
 
@@ -312,145 +309,18 @@ def metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             value = list(value)
         for other in (*args, *kwargs.values()):
             meter.weigh(other)
-        meter.spend(_FILTER + _ITEM * (len(args) + len(kwargs)))
+        meter.spend(_FILTER + ITEM * (len(args) + len(kwargs)))
         if name in _SHALLOW:
-            meter.spend(_ITEM * _size(value))
+            meter.spend(ITEM * count(value))
         elif name not in _AT_ONCE:
             meter.spend(sum(map(meter.weigh, (value, *args, *kwargs.values()))))
-        if (size := _FILTERS.get(name)) is not None:
-            meter.spend(int(size(meter, value, *args, **kwargs)))
+        if (size := growth.FILTERS.get(name)) is not None:
+            meter.spend(int(size(meter.weigh, value, *args, **kwargs)))
         return meter.pay_for(function(*before, value, *args, **kwargs))
 
     return counted
 
 
-def _size(value: Any) -> int:
-    return len(value) if hasattr(type(value), "__len__") else 0
-
-
 def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
     _meter.get().spend(1_000 * n * max)
     return generate_lorem_ipsum(n, html, min, max)
-
-
-# What methods and filters could make of their arguments, in characters or items: too much rather than too little.
-
-
-def _width(_meter: Meter, _value: Any, *args: Any, **kwargs: Any) -> int:
-    return max((abs(n) for n in _integers([args, kwargs])), default=0)
-
-
-def _replaced(_meter: Meter, value: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> int:
-    if isinstance(value, bytes):
-        return value.count(old) * len(new)
-    return str(value).count(str(old)) * len(str(new))
-
-
-def _cut(_meter: Meter, value: Any, sep: Any = None, *_: Any, **__: Any) -> int:
-    return _ITEM * (len(value) // 2 if sep is None else value.count(sep))
-
-
-def _joined(meter: Meter, value: Any, d: Any = "", *_: Any, **__: Any) -> int:
-    """Of the filter: `value` are the parts. Of the method, `value` is what stands between."""
-    parts, between = (d, value) if isinstance(value, _TEXT) and not isinstance(d, _TEXT) else (value, d)
-    return meter.weigh(parts) + _size(parts) * meter.weigh(between)
-
-
-def _printf_size(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Of `value % args`: every field could show all of them, at the widths that are written or given for a `*`."""
-    form = value if isinstance(value, str) else repr(value)
-    weight = meter.weigh(args) + meter.weigh(kwargs)
-    widths = sum(_number(run) for runs in re.findall(r"[%)][#0\- +]*(\d*)(?:\.(\d+))?", form) for run in runs)
-    starred = _width(meter, value, *args, **kwargs)
-    return len(form) + form.count("%") * weight + widths + form.count("*") * starred
-
-
-def _format_size(meter: Meter, value: str, *args: Any, **kwargs: Any) -> int:
-    """Of `value.format(...)`, alike."""
-    weight = meter.weigh(args) + meter.weigh(kwargs)
-    fields = [spec or "" for _, field, spec, _ in string.Formatter().parse(value) if field is not None]
-    widths = sum(_number(run) for spec in fields for run in re.findall(r"\d+", spec))
-    nested = _width(meter, value, *args, **kwargs) if any("{" in spec for spec in fields) else 0
-    return len(value) + len(fields) * (weight + nested) + widths
-
-
-def _number(digits: str) -> int:
-    return int(digits or 0) if len(digits) <= 12 else 10**12
-
-
-def _integers(value: Any) -> Iterator[int]:
-    """All integers in lists, mappings and texts."""
-    if isinstance(value, int):
-        yield value
-    elif isinstance(value, str):
-        yield from map(_number, re.findall(r"\d+", value))
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _integers(part)
-
-
-def _indented(_meter: Meter, value: Any, width: Any = 4, *_: Any, **__: Any) -> int:
-    return (str(value).count("\n") + 1) * (abs(width) if isinstance(width, int) else len(width))
-
-
-def _json_size(meter: Meter, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None,
-               *_: Any, **__: Any) -> int:  # fmt: skip
-    weight = meter.weigh(value)
-    wide = 0 if indent is None else abs(indent) if isinstance(indent, int) else len(indent)
-    return 6 * weight + weight // _ITEM * (wide * _DEEPEST + (meter.weigh(separators) if separators else 0))
-
-
-def _quadratic(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> int:
-    weight = meter.weigh(str(value) if isinstance(value, str) else value)
-    return weight * (weight // 1_000 + sum(meter.weigh(part) for part in (*args, *kwargs.values())))
-
-
-def _rounded(_meter: Meter, _value: Any, precision: int = 0, *_: Any, **__: Any) -> int:
-    return precision * precision
-
-
-def _summed(meter: Meter, value: Any, attribute: Any = None, start: Any = 0) -> int:
-    return 0 if isinstance(start, int | float) else meter.weigh(value) * _size(value)
-
-
-def _translated(_meter: Meter, value: str, table: Any = (), *_: Any) -> int:
-    longest = max((len(to) for to in table.values() if isinstance(to, str)), default=1)
-    return len(value) * longest
-
-
-_METHODS: dict[str, Callable[..., int]] = {
-    "center": _width,
-    "ljust": _width,
-    "rjust": _width,
-    "zfill": _width,
-    "to_bytes": _width,
-    "expandtabs": lambda meter, value, tabsize=8: len(value) * abs(tabsize),
-    "replace": _replaced,
-    "join": _joined,
-    "split": _cut,
-    "rsplit": _cut,
-    "splitlines": _cut,
-    "translate": _translated,
-    "format": _format_size,
-    "format_map": _format_size,
-}
-_FILTERS: dict[str, Callable[..., int]] = {
-    "center": _width,
-    "batch": lambda meter, value, linecount, fill_with=None: _ITEM * abs(linecount),
-    "slice": lambda meter, value, slices, fill_with=None: _ITEM * abs(slices),
-    "replace": _replaced,
-    "join": _joined,
-    "format": _printf_size,
-    "indent": _indented,
-    "tojson": _json_size,
-    "round": _rounded,
-    "sum": _summed,
-    "wordwrap": _quadratic,
-    "urlize": _quadratic,
-    "striptags": _quadratic,
-    "xmlattr": lambda meter, value, *_, **__: 5 * meter.weigh(value),
-    "groupby": lambda meter, value, *_, **__: 4 * meter.weigh(value),
-    "dictsort": lambda meter, value, *_, **__: 8 * meter.weigh(value),
-    "pprint": lambda meter, value, *_: 50 * meter.weigh(value),
-    "sort": lambda meter, value, *_, **__: 8 * meter.weigh(value),
-}

@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -25,24 +26,40 @@ _LONGEST = 256 * 1024  # characters of a template; the longest in use have 30,00
 _LONGEST_ERROR = 500  # characters of what a template says is wrong
 _MOST_WRITTEN = 1_000_000  # characters beside four times those of the messages
 
-# What to write around a `{% generation %}` block, and the guard in the messages' text.
-_marks: ContextVar[tuple[str, str]] = ContextVar("marks", default=("", ""))
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a rendering is given beside its variables."""
+
+    mark: str
+    guard: str
+    now: datetime
+
+
+_setting: ContextVar[_Setting] = ContextVar("setting")
 
 
 def render(
-    source: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], *, mark: str = "", guard: str = ""
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    names: Mapping[str, Any],
+    *,
+    mark: str = "",
+    guard: str = "",
+    now: datetime | None = None,
 ) -> str:
     """The text that a template makes of messages and of what else it knows by name.
 
     What it may do and write is bounded by a multiple of what it is given. `mark` is written before and after what the
     template says the model generates (`{% generation %}`). `guard`, a private-use character in the messages, stays
-    what it is where the template writes lists as Python does, or JSON in ASCII.
+    what it is where the template writes lists as Python does, or JSON in ASCII. `now` is what a template that asks for
+    the time is told.
     Raises ChatError for a template that is none, fails or does too much.
     """
     template = _compile(source)
     messages = list(map(_with_reasoning, messages))
     size = extent(messages) + extent(names)
-    marks = _marks.set((mark, guard))
+    setting = _setting.set(_Setting(mark, guard, now or datetime.now()))
     try:
         with Meter(size, len(messages)):
             text = template.render({"tools": None, "documents": None, **names, "messages": messages})
@@ -51,7 +68,7 @@ def render(
     except Exception as error:  # a template is a program and may fail in any way
         raise ChatError(f"the chat template cannot render these messages: {_one_line(error)}") from None
     finally:
-        _marks.reset(marks)
+        _setting.reset(setting)
     text = text.replace(escaped(guard), guard)
     if len(text) > _MOST_WRITTEN + 4 * size:
         raise ChatError(
@@ -100,7 +117,7 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller: Any) -> str:
-        mark, _ = _marks.get()
+        mark = _setting.get().mark
         return f"{mark}{caller()}{mark}"
 
 
@@ -142,14 +159,14 @@ def _tojson(
 ) -> str:
     # Jinja's own would write < and > as \u003c and \u003e, for web pages.
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    _, guard = _marks.get()
+    guard = _setting.get().guard
     if ensure_ascii and guard:
         text = text.replace(json.dumps(guard)[1:-1], guard)
     return text
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return _setting.get().now.strftime(form)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -141,6 +141,15 @@ def test_a_training_example_is_the_prompt_and_its_answer():
         assert tokenizer.decode(learnt, skip_special=False).strip() == "look()<|end|>"
 
 
+def test_a_template_that_asks_for_the_time_is_told_one_time():
+    """It is rendered several times, and what it writes is compared."""
+    tokenizer = with_template("{{ strftime_now('%f') }}" + JUNE)
+    ids, turns = render_training_chat(tokenizer, [*TALK, ANSWER])
+    assert tokenizer.decode([i for i, turn in zip(ids, turns, strict=True) if turn]).strip() == "look()"
+    with pytest.raises(ChatError, match="message 1 has 'name'"):
+        render_chat(tokenizer, [{**USER, "name": "Ann"}])
+
+
 def test_what_an_answer_has_beside_its_content_is_learnt_only_where_the_template_says_so():
     call = {**ANSWER, "tool_calls": [{"name": "look"}]}
     assert "look" in text(with_template(CALLS), [USER, call, USER])
