@@ -2,10 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ChatError
+from .fields import shorten
 
 Message = Mapping[str, Any]
 
@@ -26,6 +27,8 @@ _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 
 
 def checked(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages as plain dicts, without keys whose value is None. Raises ChatError for those of another shape."""
+    if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
+        raise ChatError(f"messages are a list, and this is {shorten(messages)}: give [{_FORM}]")
     found = [_checked(message, number) for number, message in enumerate(messages, 1)]
     if not found:
         raise ChatError("the list of messages is empty: give at least one user message")
@@ -43,14 +46,17 @@ def checked_tools(tools: Any) -> list[Any] | None:
 
 def _checked(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ChatError(f"message {number} is {message!r}: a message is {_FORM}")
+        raise ChatError(f"message {number} is {shorten(message)}: a message is {_FORM}")
     for key in ("role", "content"):
         if key not in message:
             raise ChatError(f"message {number} has no {key!r}: a message is {_FORM}")
         if not isinstance(message[key], str):
             raise ChatError(f"message {number} has {key!r} of type {type(message[key]).__name__}: it must be text")
+    for key in message:
+        if not isinstance(key, str):
+            raise ChatError(f"message {number} has the key {shorten(key)}: keys must be text")
     if message["role"] not in ROLES:
-        raise ChatError(f"message {number} has the role {message['role']!r}: roles are {', '.join(ROLES)}")
+        raise ChatError(f"message {number} has the role {shorten(message['role'])}: roles are {', '.join(ROLES)}")
     return {key: _plain(value, f"message {number}, {key!r}") for key, value in message.items() if value is not None}
 
 
