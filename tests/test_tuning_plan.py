@@ -74,6 +74,26 @@ def test_plans_are_what_runs_take(tmp_path_factory):
     assert np.mean(np.abs(np.log(list(ratios.values())))) < 0.08, ratios
 
 
+ATTENTION = {"num_attention_heads": 16, "head_dim": 64, "num_key_value_heads": 2, "intermediate_size": 256}
+ODD = {  # proportions that no released model has, and 16 bits
+    "wide attention": (ATTENTION, [120] * 4, 0.1, {}),
+    "wide attention, checkpointed": (ATTENTION, [120] * 4, 0.1, CHECKPOINTED),
+    "wide attention, lengths differ": (ATTENTION, [30, 200, 60, 90, 300, 20], 0.3, {}),
+    "wide attention, 16 bits": (ATTENTION, [60] * 2, 0.1, {"dtype": "bfloat16"}),
+    "wide inside": ({"intermediate_size": 1536}, [120] * 4, 0.1, {}),
+    "wide inside, checkpointed": ({"intermediate_size": 1536}, [120] * 4, 0.1, CHECKPOINTED),
+    "16 bits, checkpointed": ({}, [100] * 3, 0.1, {"dtype": "bfloat16", **CHECKPOINTED}),
+    "a window, lengths differ": ({"sliding_window": 50}, [30, 200, 60, 90, 300, 20], 0.3, {}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_plan_is_short_where_one_part_is_much_wider_than_others(name, tmp_path):
+    changes, *case = ODD[name]
+    planned = ratio(tmp_path, {"num_hidden_layers": 2, **changes}, *case)
+    assert 0.95 < planned < 2
+
+
 def test_the_suggested_flags_do_fit(tmp_path):
     """And take less memory than the run that was refused: measured."""
     base = make_directory(tmp_path / "base")

@@ -29,6 +29,9 @@ _LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at o
 # once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
 _AGAIN = 1, 2  # layers that checkpointing computes again
 _UNPACKED, _SLICES = (3, 4), 4  # unpacked weights; of a dense model no more than slices of them
+# Of the layer in work on the CPU, without and with checkpointing, where one part of it is much wider than the others:
+# numbers for each of a token's queries and keys, and of the feed-forward part. Norms of 16-bit numbers are in float32.
+_QUERIES, _KEYS, _INNER, _NORMS = (19, 25), (10, 18), (14, 21), 10
 _UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
 
 
@@ -94,9 +97,12 @@ def plan_memory(
         fewer = layer + item * _sparse_scores(config, part) * config.num_attention_heads
         kept_by_layers += dense * one + (config.num_hidden_layers - dense) * fewer
     routed = config.experts_per_token > 1
-    again = _AGAIN[routed] * layer + scores
     in_blocks = not fused_attention() and scores > BLOCK * item
-    in_work = _WORK * layer + _WORK_SCORES[in_blocks] * scores + (again if settings.gradient_checkpointing else 0)
+    in_work = _WORK * layer + (_AGAIN[routed] * layer if settings.gradient_checkpointing else 0)
+    if not fused_attention() and not routed:
+        in_work = max(in_work, item * part.tokens * _widest_part(config, settings))
+        in_work += (4 - item) // 2 * _NORMS * item * part.tokens * config.hidden_size
+    in_work += (_WORK_SCORES[in_blocks] + settings.gradient_checkpointing) * scores
     stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack
     if config.quantization is not None and rows >= unpacking_pays():
@@ -106,6 +112,15 @@ def plan_memory(
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
     return MemoryPlan(weight_bytes(directory, dtype), training, activations, part.tokens)
+
+
+def _widest_part(config: Config, settings: Settings) -> int:
+    """Numbers of a token while attention, or the feed-forward part, of a layer is in work on the CPU."""
+    again = settings.gradient_checkpointing
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return 2 * config.hidden_size + max(
+        _QUERIES[again] * queries + _KEYS[again] * keys, _INNER[again] * config.mlp_width
+    )
 
 
 def _sparse_scores(config: Config, part: PartSize) -> int:
