@@ -198,7 +198,7 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         if special:
             _require_unicode(text)
-            return self._full.encode(text, add_special_tokens=False).ids
+            return _encoded(self._full, text)
         return super().encode(text)
 
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
@@ -209,7 +209,7 @@ class JsonTokenizer(Tokenizer):
             tokenizer = self._full if ordinary else self._plain
         else:
             tokenizer = self._full if ordinary and not self._prefixes_first_only else self._plain_inner
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return _encoded(tokenizer, text)
 
     @cached_property
     def _prefixes_first_only(self) -> bool:
@@ -238,13 +238,16 @@ class JsonTokenizer(Tokenizer):
         control = {token.content for token in self._control}
         for token in description["added_tokens"]:
             token["special"] = token["content"] in control
-        made = tokenizers.Tokenizer.from_str(json.dumps(description))
+        try:
+            made = tokenizers.Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # the library takes some files that it would not write
+            raise TokenizerError(f"tokenizer.json contradicts itself: {_one_line(error)}") from None
         made.encode_special_tokens = True  # as text, that is
         return made
 
     def frame(self) -> list[int]:
         """The ids that the file's own post-processor puts around a text; `encode` leaves them out."""
-        return self._full.encode("").ids
+        return _encoded(self._full, "", framed=True)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         known = [token_id for token_id in _require_ids(ids) if 0 <= token_id < 2**32]
@@ -308,7 +311,7 @@ class SentencePieceTokenizer(Tokenizer):
         if token in self.added_tokens:
             return self.added_tokens[token].id
         token_id = self._model.piece_to_id(token)  # the unknown token's id for what it does not know
-        return token_id if self._model.id_to_piece(token_id) == token else None
+        return token_id if self.id_to_token(token_id) == token else None
 
     def id_to_token(self, token_id: int) -> str | None:
         if token_id in self._added_by_id:
@@ -380,6 +383,15 @@ def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
     if description is None:
         return []
     return description.get("decoders") or description.get("pretokenizers") or [description]
+
+
+def _encoded(tokenizer: Any, text: str, *, framed: bool = False) -> list[int]:
+    """Ids that the library gives; TokenizerError for what its file lacks, a token for the unknown say."""
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=framed).ids
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"tokenizer.json cannot encode this text: {_one_line(error)}") from None
+    return ids
 
 
 def _require_ids(ids: Iterable[int]) -> list[int]:
