@@ -71,7 +71,8 @@ def render_chat(
     """
     chat = _prepare(tokenizer, messages, tools, add_generation_prompt)
     for (_, key), number in chat.unread.items():
-        raise ChatError(_unread(number, key))
+        if number:
+            raise ChatError(_unread(number, key))
     if notify and chat.moved:
         notify(SYSTEM_FOLDED)
     text = chat.text(chat.messages)
@@ -104,9 +105,9 @@ def render_training_chat(
     """
     chat = _prepare(tokenizer, messages, tools, False)
     for (_, key), number in chat.unread.items():
-        if key in MEANINGFUL:
+        if number and key in MEANINGFUL:
             raise ChatError(_unread(number, key))
-        if notify:
+        if number and notify:
             notify(f"the chat template does not read {key!r} of a message, so it was left out")
     if notify and chat.moved:
         notify(SYSTEM_FOLDED)
@@ -133,7 +134,7 @@ class _Chat:
     guard: str
     plain: bool  # no text needed the guard
     moved: bool  # the text of a system message
-    unread: Mapping[tuple[str, str], int]  # roles and keys that the template does not read, and of which message
+    unread: Mapping[tuple[str, str], int]  # roles and keys that the template does not read; see `_find_unread`
     now: datetime  # one time for all renderings, which are compared
 
     def text(self, messages: Sequence[Message], mark: str = "") -> str:
@@ -200,17 +201,21 @@ def _text_or_none(chat: _Chat) -> str | None:
 
 
 def _find_unread(chat: _Chat, given: Sequence[Message]) -> dict[tuple[str, str], int]:
-    """Roles and keys beside role and content whose absence changes nothing, and the first message that has them."""
-    found = {}
-    whole = ""
-    for number, message in enumerate(given, 1):
+    """Roles and keys beside role and content whose absence changes nothing.
+
+    With each the number of the first message that says something by it, 0 where all are empty (`"tool_calls": []`).
+    """
+    beside = [(m["role"], key) for m in given for key in m if key not in ("role", "content")]
+    places = dict.fromkeys(beside, 0)
+    whole = chat.text(chat.messages) if places else ""
+    for role, key in [*places]:
+        if _text_or_none(replace(chat, messages=without(chat.messages, role, key))) != whole:
+            del places[role, key]
+    for number, message in reversed([*enumerate(given, 1)]):
         for key in message:
-            place = message["role"], key
-            if key not in ("role", "content") and place not in found:
-                whole = whole or chat.text(chat.messages)
-                less = replace(chat, messages=without(chat.messages, *place))
-                found[place] = number if _text_or_none(less) == whole else 0
-    return {place: number for place, number in found.items() if number}
+            if (message["role"], key) in places and message[key] not in ("", [], {}):
+                places[message["role"], key] = number
+    return places
 
 
 def _unread(number: int, key: str) -> str:

@@ -120,6 +120,22 @@ def test_a_key_that_the_template_does_not_read_is_refused_by_name(key: str):
         render_chat(with_template(reads), [{**TALK[0], key: "x"}, {**USER, key: "x"}])
 
 
+@pytest.mark.parametrize("empty", ["", [], {}])
+def test_an_empty_value_says_nothing_so_nothing_is_lost_where_the_template_does_not_read_it(empty):
+    """As OpenAI's clients write `"annotations": []` and `"tool_calls": []`."""
+    tokenizer, said = with_template(JUNE), []
+    for key in ("tool_calls", "annotations", "reasoning_content"):
+        talk = [{**USER, key: empty}, {**ANSWER, key: empty}]
+        assert render_chat(tokenizer, [*talk, USER]) == render_chat(tokenizer, [USER, ANSWER, USER])
+        learnt = render_training_chat(tokenizer, talk, notify=said.append)
+        assert learnt == render_training_chat(tokenizer, [USER, ANSWER])
+        with pytest.raises(ChatError, match=f"message 3 has '{key}'"):
+            render_chat(tokenizer, [*talk, {**USER, key: "x"}])
+    with pytest.raises(ChatError, match="message 2 has 'weight'"):
+        render_training_chat(tokenizer, [USER, {**ANSWER, "weight": 0}])
+    assert not said
+
+
 def test_generate_does_as_render_chat():
     model, tokenizer = load("tiny")
     with pytest.raises(ChatError, match="message 1 has 'name'"):

@@ -172,8 +172,6 @@ def _message(given: Any, where: str) -> Message:
         said = f"is {shorten(message['role'])}" if "role" in message else "is null" if "role" in given else "is missing"
         raise DataError(f"{where} 'role' {said}; expected {', '.join(ROLES)}")
     calls = bool(message.get("tool_calls"))
-    if not message.get("tool_calls", True):
-        del message["tool_calls"]  # an empty list says that there are none
     if "content" not in message and (calls or (message["role"] == "system" and "content" in given)):
         message["content"] = ""
     if "content" not in message:
