@@ -189,6 +189,26 @@ def test_settings_that_would_do_nothing_are_refused_everywhere(tmp_path, capsys,
     assert "='" not in err
 
 
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ({"epochs": 3.0}, ["--steps", 2]),
+        ({"weight_decay": 0.1}, ["--optimizer", "adam"]),
+        ({"rank": 4, "targets": ["o_proj"]}, ["--method", "full"]),
+        ({"holdout": 0.2}, ["--valid", "DATA"]),
+    ],
+)
+def test_options_overrule_what_a_file_says_of_other_settings(base, data, tmp_path, capsys, file, options):
+    words = ["tune", "-c", tmp_path / "run.yaml", "--dry-run", *(data if word == "DATA" else word for word in options)]
+    usual = {"model": str(base), "data": str(data), "max_length": 64}
+    (tmp_path / "run.yaml").write_text(json.dumps(usual | file))
+    code, err = call(capsys, *words)
+    assert code == 0, err
+    (tmp_path / "run.yaml").write_text(json.dumps(usual | file | {"steps": 2, "epochs": 1.0}))
+    code, err = call(capsys, *words)
+    assert (code, "has no effect with --steps 2" in err) == (2, True)  # for want of sense in the file alone
+
+
 def test_settings_that_say_what_happens_anyway_are_let_be(tmp_path):
     quiet = {"data": "a", "output": "b"}
     Settings.of({**quiet, "method": "full", "rslora": False, "dropout": 0.0, "targets": []})
@@ -248,6 +268,29 @@ def test_a_run_of_the_first_version_can_be_resumed(base, data, tmp_path, capsys)
     assert tune(base, data, out, **SMALL, gradient_checkpointing=True, resume=True).finished
     with pytest.raises(TrainingError, match=r"another setting \(gradient_checkpointing was True\)"):
         tune(base, data, out, **SMALL, resume=True)
+
+
+@pytest.mark.parametrize("idle", [{"patience": 2}, {"samples": ["Hello"]}, {"holdout": 0.2}], ids=str)
+def test_a_run_of_the_first_version_that_was_told_what_does_nothing_can_be_resumed(
+    base, data, tmp_path, capsys, monkeypatch, idle
+):
+    """Its settings cannot be left out any more."""
+    given = {"data": str(data), "holdout": 0}
+    if "holdout" in idle:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for name in ("train", "valid"):
+            write_jsonl(folder / f"{name}.jsonl", facts(4))
+        given["data"] = str(folder)
+    settings = Settings(model=str(base), output=str(tmp_path / "out"), **SMALL, **given | idle)
+    with monkeypatch.context() as first_version:
+        prepare = runs.prepare
+        first_version.setattr(runs, "prepare", lambda *a, **more: prepare(*a, **more | {"resume": True}))
+        assert runs.start(settings, notify=lambda _: None).finished
+    code, err = call(capsys, "tune", "--resume", "-o", tmp_path / "out")
+    assert code == 0, err
+    code, err = call(capsys, "tune", "--resume", "-o", tmp_path / "out", "--dry-run")
+    assert code == 0, err
 
 
 def test_settings_that_did_nothing_do_not_keep_a_run_from_going_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -103,8 +104,9 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     from ..tuning.signals import pass_on
     from ..values import shown
 
-    chosen: dict[str, Any] = read_settings(Path(config)) if config else {}
-    chosen |= {name: value for name, value in given.items() if value not in (None, ())}
+    file: dict[str, Any] = read_settings(Path(config)) if config else {}
+    options = {name: value for name, value in given.items() if value not in (None, ())}
+    chosen = {**file, **options}
     if resume:
         if not chosen.get("output"):
             raise click.UsageError("--resume needs -o, the folder of the run to go on with")
@@ -124,7 +126,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         for name in ("data", "output"):
             if not chosen.get(name) and not (dry_run and name == "output"):
                 raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
-        settings = Settings.of({"output": "(dry run)", **chosen} if dry_run else chosen)
+        settings = Settings.of({"output": "(dry run)", **options} if dry_run else options, file)
     command = click.get_current_context().command
     notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
@@ -132,7 +134,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     if dry_run:
         from ..tuning.dryrun import STYLES, describe
 
-        prepared = run.prepare(settings, fits=False)
+        prepared = run.prepare(settings, fits=False, resume=resume)
         notes, way_out = [in_options(note, command) for note in prepared.notes], in_options(prepared.way_out, command)
         prepared = dataclasses.replace(prepared, notes=tuple(notes), way_out=way_out)
         show(describe(prepared, color=sys.stdout.isatty(), force=force), styles=STYLES)
@@ -159,7 +161,7 @@ def _summary(result: Result) -> None:
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
     say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
     if result.interrupted:
-        say(f"saved; go on with: phi3-mlx tune --resume -o {result.output}")
+        say(f"saved; go on with: phi3-mlx tune --resume -o {shlex.quote(str(result.output))}")
 
 
 class _Progress:

@@ -99,5 +99,6 @@ def hold_out(records: Sequence[Record], share: float, seed: int) -> Splits:
     if count:
         note = f"no valid.jsonl: {count:,} of {total:,} examples were held out to validate on"
     else:
-        note = f"no valid.jsonl, and {total:,} examples are too few to hold out {share:.0%}: nothing is validated"
+        few = "1 example is" if total == 1 else f"{total:,} examples are"
+        note = f"no valid.jsonl, and {few} too few to hold out {share:.0%}: nothing is validated"
     return Splits(train, [records[n] for n in sorted(chosen)], (note,) if share else ())

@@ -233,10 +233,6 @@ class _Source:
             config.pop("dtype", None)
         return config
 
-    def _is_unpacked(self, path: str) -> bool:
-        """Whether a packed layer is written in floats."""
-        return not self.is_packed and self._base.packing(path) is not None
-
     def _new_packing(self, path: str) -> dict[str, Any]:
         packed = self._base.packing(path)
         assert packed is not None

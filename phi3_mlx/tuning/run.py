@@ -107,10 +107,18 @@ class Prepared:
 FREE = ("output", "model", "data", "valid", "holdout", "from_adapter", "revision", "memory", "tensorboard")
 
 
-def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *, fits: bool = True) -> Prepared:
+def prepare(
+    settings: Settings,
+    notify: Notify | None = None,
+    ranks: int = 1,
+    *,
+    fits: bool = True,
+    resume: bool = False,
+) -> Prepared:
     """Check settings and data, encode the examples, plan the memory. Loads no weights.
 
-    With `fits` a run that does not fit is refused (MemoryLimitError).
+    With `fits` a run that does not fit is refused (MemoryLimitError). With `resume` settings that do nothing are let
+    be: version 0.1.0 began such runs.
     """
     from .. import tokenizer
 
@@ -138,7 +146,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
     base = base_of(directory, settings.model, settings.revision)
     start = None if settings.from_adapter is None else read_start(settings, config, base)
-    if splits.valid and settings.holdout not in (0, HOLDOUT):
+    if splits.valid and settings.valid is None and settings.holdout not in (0, HOLDOUT) and not resume:
         raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
     if not splits.valid and settings.holdout:
         held = hold_out(splits.train, settings.holdout, settings.seed)
@@ -151,7 +159,7 @@ def prepare(settings: Settings, notify: Notify | None = None, ranks: int = 1, *,
             f"{settings.max_length} or have nothing to learn; give max_length={max(train.lengths)} or "
             "overflow='truncate'"
         )
-    if not valid.examples:
+    if not valid.examples and not resume:
         for name in ("patience", "samples"):
             if getattr(settings, name):
                 why = "without validation: no examples are left for it, so give more, or some in valid=FILE"
@@ -304,7 +312,7 @@ def start(
     if resume:
         _check_paths(settings)
         settings = _at_its_commit(settings, output)
-    prepared = prepare(settings, notify if first else None, group.size(), fits=not force)
+    prepared = prepare(settings, notify if first else None, group.size(), fits=not force, resume=resume)
     if notify is None and first:
         for note in prepared.warnings:
             warnings.warn(note, stacklevel=3)

@@ -153,11 +153,16 @@ class Settings:
             object.__setattr__(self, one.name, _typed(one, getattr(self, one.name), one.name))
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Settings:
-        """The settings that a user gave, by name; None is not given.
+    def of(cls, given: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Settings:
+        """The settings that a user gave, by name; None is not given. `given` overrules those of a `file`.
 
-        Raises OptionError for a value of another type or outside its range, and for one that would do nothing.
+        Raises OptionError for a value of another type or outside its range, and for one that would do nothing; those of
+        the file may do nothing because of `given`.
         """
+        file = file or {}
+        idle_anyway = {name for name, _ in cls(**file)._without_effect()}
+        overruled = file.keys() - given.keys() - idle_anyway
+        given = {**file, **given}
         for name in ("model", "data", "output"):
             if name in given and given[name] is None:
                 raise OptionError(f"{name} is None; name it")
@@ -165,7 +170,7 @@ class Settings:
         said = cls(**given)
         settings = dataclasses.replace(said, **_decided(said, given)).check()
         for name, why in settings._without_effect():
-            if name in given and getattr(settings, name):
+            if name in given and name not in overruled and getattr(settings, name):
                 raise no_effect(name, given[name], why)
         return settings
 

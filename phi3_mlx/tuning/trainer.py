@@ -153,7 +153,9 @@ class Trainer:
         weights, optimizer, state = read_checkpoint(path)
         before = state.fields("identity")
         for key, value in self.identity.items():
-            other = changed(before.fields(key).raw, value, str(path)) if key == "setting" else key
+            other: str | None = f"set of {key}" if key.endswith("data") else key
+            if key == "setting":
+                other = changed(before.fields(key).raw, value, str(path))
             if before.raw.get(key) != value and other is not None:
                 raise TrainingError(
                     f"{path} is of a run with another {other}, so going on would not continue it; "
