@@ -33,7 +33,7 @@ _BENCHES = {
     "finetune": "Questions of a small task answered right before fine-tuning, after, and fused.",
     "quantization": "KL divergence against bits per weight.",
     "parity": "Logits and greedy tokens against transformers, beside mlx-lm.",
-    "readme": "Write the README's figures from the results.",
+    "readme": "Write the figures of the README and of docs/ from the results.",
 }
 
 # The least that still goes through all of a bench.

@@ -28,7 +28,7 @@ _FUSED: dict[str, dict[str, Any]] = {
 
 def markdown(result: dict[str, Any]) -> str:
     """A row for every model."""
-    lines = [f"| | right, of {result['questions']} | of the adapter's effect |", "|---|--:|--:|"]
+    lines = [f"| model | right, of {result['questions']} | of the adapter's effect |", "|---|--:|--:|"]
     for row in result["rows"]:
         survived = "" if row["survived"] is None else f"{row['survived']:.0%}"
         lines.append(f"| {row['model']} | {row['right']:.1%} | {survived} |")

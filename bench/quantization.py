@@ -69,7 +69,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         for result in results
     }
     columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for method in methods:
         cells = []
         for result in results:
@@ -79,7 +79,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
                 cells.append(f"{kl:.4f}" if off < 0.01 else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(
-        [*lines, "", *(f"![KL against bits](bench/results/quantization-{r['model']}.png)" for r in results)]
+        [*lines, "", *(f"![KL against bits](../bench/results/quantization-{r['model']}.png)" for r in results)]
     )
 
 

@@ -1,165 +1,140 @@
-"""Write the README's figures from bench/results/ and a real run of the demo: nothing in them is typed by hand.
+"""Write the figures of the README and of docs/ from bench/results/ and real runs: nothing in them is typed by hand.
 
 python -m bench readme [--check]
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import record
+from . import tables
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-DEMO = ["generate", "-p", "Write a story about a rabbit who finds a key."]
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STORY = 'phi3-mlx generate -p "Tell me a story about a duck and a frog."'
+FACT = 'echo "What is the secret word of the owl?" | phi3-mlx generate -f notebooks/secrets.txt -f -'
+MACS = ("phi-3-mini-4k-4bit", "phi-3.5-mini-4bit", "phi-4-mini-4bit", "phi-3-medium-128k-4bit", "phi-4-4bit")
+
+
+@cache
+def run(line: str) -> tuple[str, str]:
+    """What a line of shell with one `phi3-mlx` in it writes to stdout and to stderr."""
+    before, _, after = line.rpartition("phi3-mlx ")
+    command = [sys.executable, "-c", "from phi3_mlx.cli import main; main()", *shlex.split(after)]
+    given = shlex.split(before.removesuffix("| "))[1] + "\n" if before else ""
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, input=given)
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def _wrapped(text: str) -> list[str]:
+    return [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 120) or [""]]
 
 
 def demo() -> str:
-    """What the demo prints, broken into lines for the page."""
-    import textwrap
-
-    command = [sys.executable, "-c", "from phi3_mlx.cli import main; main()", *DEMO]
-    story = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    lines = [line for paragraph in story.splitlines() for line in textwrap.wrap(paragraph, 100) or [""]]
-    return "\n".join(["```text", *lines, "```"])
+    """What the README's first two commands print; of the second how many tokens were read, without the times."""
+    answer, stats = run(f"{FACT} --stats")
+    read = stats.split(" tokens")[0]
+    return "\n".join(["```text", *_wrapped(run(STORY)[0]), "", answer, f"{read} tokens …", "```"])
 
 
-def parity() -> str:
-    from .parity import markdown
-
-    return markdown(read("parity"))
-
-
-_COMPARED = ["| | phi3-mlx | mlx-lm | ratio |", "|---|---|---|---|"]
+def fact() -> str:
+    """The answers to one question with the reference's rule and with the short factors pinned."""
+    right, short = run(f"{FACT} --stats")[0], run(f"{FACT} --longrope short")[0]
+    return "\n".join(["```text", right, short, "```"])
 
 
-def _streams(results: dict[str, dict[str, Any]], *, peaks: bool = False) -> tuple[list[str], list[dict[str, Any]]]:
-    """Rows for prefill and decode beside mlx-lm, each left out until it was run, and the results that they are from."""
-    table, used = [], []
-    for bench in ("prefill", "decode"):
-        for result in named(bench, results):
-            used.append(result)
-            for case in dict.fromkeys(row["case"] for row in result["rows"]):
-                rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
-                ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
-                what = f"{bench}, {ours['model']}"
-                table.append(
-                    f"| {what} | {shown(ours['tokens_per_second'], 'tok/s')} | "
-                    f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.2f}× |"
-                )
-                if peaks:
-                    least, most = (scaled(row["peak_memory"], 1e6) for row in (ours, theirs))
-                    ratio = least["median"] / most["median"]
-                    table.append(
-                        f"| {what}, peak without weights | {shown(least, 'MB')} | {shown(most, 'MB')} | {ratio:.2f}× |"
-                    )
-    return table, used
+def reasons() -> str:
+    """Three reasons for this package, each with the figure behind it."""
+    short = _parity("Phi-3.5-mini", "short")
+    long, tuned = tables.read("longcontext"), tables.read("tune")
+    peaks = {(row["package"], row["tokens"]): row["peak"] for row in long["rows"]}
+    tokens = max(tokens for package, tokens in peaks if package == "mlx-lm")
+    ratio = peaks["phi3-mlx", tokens] / peaks["mlx-lm", tokens]
+    speed = _median_ratio(tuned, "tokens_per_second")
+    return f"""\
+- **Right at every length.** In a prompt of {short["tokens"]} tokens for Phi-3.5-mini's shape, the likeliest next token
+  is transformers' at {short["phi3-mlx"]["greedy_agreement"]:.0%} of the positions (mlx-lm: \
+{short["mlx-lm"]["greedy_agreement"]:.0%}). Measured with random weights.
+- **Long prompts in bounded memory.** {tokens:,} tokens with 4-bit keys and values take {ratio:.0%} of mlx-lm's memory
+  beside the weights. Each run is planned before it starts, and refused if it would not fit.
+- **Fine-tuning that survives.** A killed run resumes to exactly the same weights. On a CPU LoRA runs at {speed:.1f}×
+  mlx-lm's speed."""
 
 
-def gpu() -> str:
-    """What was measured on GPUs, a table a system."""
-    parts: list[str] = []
-    for results in [results for system, results in published().items() if system != _first()]:
-        rows, used = _streams(results, peaks=True)
-        for result in named("longcontext", results):
-            used.append(result)
-            sides = {row["package"]: row for row in result["rows"] if row["tokens"] == result["rows"][-1]["tokens"]}
-            ours, theirs = sides["phi3-mlx"], sides.get("mlx-lm")
-            full = "Phi-3-mini" if result["full"] else "Phi-3-mini's heads"
-            what = (
-                f"{ours['tokens']:,} tokens, {result['layers']} layers of {full}, {result['bits']}-bit keys and values"
-            )
-            mine = f"{ours['peak'] / 1e6:,.0f} MB ({ours['planned'] / 1e6:,.0f} planned)"
-            other = " | "
-            if theirs:
-                part = "" if theirs["read"] == ours["read"] else f" after {theirs['read']:,}"
-                other = f"{theirs['peak'] / 1e6:,.0f} MB{part} | {result['ratio']:.2f}×"
-            rows.append(f"| {what}, peak without weights | {mine} | {other} |")
-            rows.append(f"| reading them | {ours['read'] / ours['seconds']:,.0f} tok/s | | |")
-            if "decode" in result:
-                other = result.get("decode_mlx_lm", {})
-                speed = f"{other['tokens_per_second']:.2f} tok/s" if "tokens_per_second" in other else ""
-                failed = "fails" if "error" in other else speed
-                rows.append(
-                    f"| decoding behind them | {result['decode']['tokens_per_second']:.2f} tok/s | {failed} | |"
-                )
-        parts += [*_COMPARED, *rows, "", f"Medians (least to most); {sources(used)}", ""]
-    return "\n".join(parts).strip() or "Nothing was measured on a GPU yet."
+def macs() -> str:
+    """Models by name: the download, and the longest context on Macs of three sizes."""
+    from phi3_mlx.hub import find_alias
+    from phi3_mlx.memory import Run, mac_working_set, size_text
 
-
-def speed() -> str:
-    """Start, prefill and decode beside mlx-lm; batches and lookup beside the plain way."""
-    start = read("coldstart")
-    seconds = {row["command"]: row["seconds"] for row in start["rows"]}
-    streams, used = _streams(published()[_first()])
-    results = [start, *used]
-    table = [
-        *_COMPARED,
-        f"| cold start to the first token, bundled model | {shown(seconds['phi3-mlx'], 's')} | "
-        f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
-        *streams,
+    lines = [
+        "| name | download | context | longest on 8 GB | 16 GB | 32 GB |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    if (converted := found("convert")) is not None:
-        results.append(converted)
-        what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
-        table += [
-            _row(f"{what}, time", converted, "seconds", "s"),
-            _row(f"{what}, peak memory", converted, "peak_bytes", "MB", 1e6),
+    for name in MACS:
+        alias = find_alias(name)
+        assert alias is not None
+        fits = (Run(alias.shape, alias.bytes, 1).longest(mac_working_set(gb * 2**30)) for gb in (8, 16, 32))
+        cells = [
+            size_text(alias.bytes),
+            f"{alias.shape.max_position_embeddings:,}",
+            *(f"{length:,}" if length else "–" for length in fits),
         ]
-    if (tuned := found("tune")) is not None:
-        results.append(tuned)
-        what = f"LoRA, {tuned['layers']} of Phi-3-mini's layers"
-        table += [
-            _row(f"{what}, trained tokens", tuned, "tokens_per_second", "tok/s"),
-            _row(f"{what}, peak memory", tuned, "peak_memory", "MB", 1e6),
-        ]
-    table += ["", f"Medians (least to most); {sources(results)}"]
-    batch, lookups = found("batch"), read_all("lookup")
-    if batch is not None:
-        table += [
-            "",
-            "| decode of several prompts | together | one by one | ratio | mlx-lm together |",
-            "|---|---|---|---|---|",
-        ]
-        for case in dict.fromkeys(row["case"] for row in batch["rows"]):
-            rows = {row["package"]: row for row in batch["rows"] if row["case"] == case}
-            cells = [
-                shown(rows[name]["tokens_per_second"], "tok/s")
-                for name in ("phi3-mlx", "phi3-mlx, one by one", "mlx-lm")
-            ]
-            together = rows["phi3-mlx"]
-            what, ratio = f"{together['rows']} prompts, {together['model']}", f"{together['ratio']:.1f}×"
-            table.append(f"| {what} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} |")
-        table += ["", sources([batch])]
-    if lookups:
-        table += [
-            "",
-            "| prompt lookup | tokens a step | drafts that held | mlx-lm | plain | with lookup | of plain |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for result in lookups:
-            where = f", {len(result['texts'])} books" if result["texts"] else ""
-            for row in result["rows"]:
-                held = "none made" if row["accepted"] is None else f"{row['accepted']:.0%}"
-                ways = (shown(row[f"{way}_seconds"], "s") for way in ("mlx_lm", "plain", "lookup"))
-                table.append(
-                    f"| {result['model']}{where}: {row['prompts']} | {row['tokens_per_step']:.2f} | {held} | "
-                    f"{' | '.join(ways)} | {row['ratio']:.2f}× |"
-                )
-        table += ["", sources(lookups)]
-    return "\n".join(table)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _row(what: str, result: dict[str, Any], figure: str, unit: str, scale: float = 1.0) -> str:
-    rows = {row["package"]: scaled(row[figure], scale) for row in result["rows"]}
-    ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
-    ratio = ours["median"] / theirs["median"]
-    return f"| {what} | {shown(ours, unit)} | {shown(theirs, unit)} | {ratio:.2f}× |"
+def right() -> str:
+    """Four cases of the comparison with transformers."""
+    from .parity import cells
+
+    lines = ["| model | case | phi3-mlx | mlx-lm |", "|---|---|--:|--:|"]
+    for model, case, what in (
+        ("Phi-3.5-mini", "short", "a prompt of 64 tokens"),
+        ("Phi-3.5-mini", "boundary", "a prompt of 4,096 tokens, the boundary"),
+        ("Phi-3.5-mini", "generation crossing", "an answer that crosses the boundary"),
+        ("Phi-3-mini-4k", "window crossed", "a prompt of 3,000 tokens, the window being 2,047"),
+    ):
+        row = _parity(model, case)
+        ours, theirs = (cells(row, package)[1] for package in ("phi3-mlx", "mlx-lm"))
+        lines.append(f"| {model} | {what} | {ours} | {theirs} |")
+    return "\n".join(lines)
+
+
+def fast() -> str:
+    """Four figures beside mlx-lm: two of a CPU, two of a GPU."""
+    start, tuned = tables.read("coldstart"), tables.read("tune")
+    seconds = {row["command"]: row["seconds"]["median"] for row in start["rows"]}
+    learnt = {row["package"]: row["tokens_per_second"]["median"] for row in tuned["rows"]}
+    lines = ["| measured | on | phi3-mlx | mlx-lm |", "|---|---|--:|--:|"]
+    lines.append(
+        f"| start to first token, bundled model | CPU | {seconds['phi3-mlx']:.2f} s | {seconds['mlx-lm']:.2f} s |"
+    )
+    lines.append(
+        f"| LoRA on one of Phi-3-mini's layers | CPU | {learnt['phi3-mlx']:.0f} tok/s | {learnt['mlx-lm']:.0f} tok/s |"
+    )
+    (system,) = [results for results in tables.published().values() if "longcontext-128k-full" in results]
+    for bench, what in (("prefill", "reading a prompt"), ("decode", "answering")):
+        result = system[bench]
+        rows = {row["package"]: row for row in result["rows"] if row["case"] == result["rows"][0]["case"]}
+        assert "Phi-3-mini" in rows["phi3-mlx"]["model"]
+        ours, theirs = (f"{rows[name]['tokens_per_second']['median']:,.0f} tok/s" for name in ("phi3-mlx", "mlx-lm"))
+        lines.append(
+            f"| {what}, Phi-3-mini's shape in 4 bits | {result['machine'].split(',')[0]} | {ours} | {theirs} |"
+        )
+    return "\n".join(lines)
+
+
+def plan() -> str:
+    """What `phi3-mlx plan` prints of the model that most people take."""
+    return "\n".join(["```text", run("phi3-mlx plan -m phi-3.5-mini-4bit")[0], "```"])
 
 
 def family() -> str:
@@ -168,7 +143,7 @@ def family() -> str:
 
     rows = family_rows()
     lines = [
-        "| | parameters | layers | heads | context | MMLU | MT-bench | 4-bit | "
+        "| model | parameters | layers | heads | context | MMLU | MT-bench | 4-bit | "
         + " | ".join(f"longest on {gb} GB" for gb in rows[0].longest)
         + " |",
         "|---" + "|--:" * (7 + len(rows[0].longest)) + "|",
@@ -177,187 +152,58 @@ def family() -> str:
     return "\n".join(lines)
 
 
-def kvquality() -> str:
-    """Quality of packed caches, a table a model."""
-    lines: list[str] = []
-    results = needed("kvquality")
-    for result in results:
-        one = result["rows"][0]
-        lines += [
-            f"{result['model']} (perplexity {one['unpacked_perplexity']:.2f} unpacked; *size*: of 16-bit numbers):",
-            "",
-            "| `--kv-bits` | `--kv-group-size` | size | KL, nats | same choice | perplexity | tokens alike |",
-            "|---|--:|--:|--:|--:|--:|--:|",
-        ]
-        for row in result["rows"]:
-            keys, values = row["keys"], row["values"]
-            lines.append(
-                f"| {keys if keys == values else f'{keys},{values}'} | {row['group_size']} | {row['size']:.0%} | "
-                f"{row['kl']:.5f} | {row['same_choice']:.1%} | {row['perplexity']:.2f} | "
-                f"{row['alike']:.0f} of {result['generated']} |"
-            )
-        lines.append("")
-    return "\n".join([*lines, sources(results)])
+def june() -> str:
+    from phi3_mlx.family import june_text
 
-
-def longcontext() -> str:
-    """Peak memory of long prompts."""
-    lines = ["| | tokens | read | reading | then decoding | planned | mlx-lm, reading | ratio |"]
-    lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
-    results = needed("longcontext")
-    seen: set[tuple[str, int, int]] = set()
-    for result in sorted(results, key=lambda result: result["layers"]):
-        name = f"{result['layers']} layers, {result['bits']}-bit keys and values"
-        rows = {(row["package"], row["tokens"]): row for row in result["rows"]}
-        for (package, tokens), row in rows.items():
-            if package != "phi3-mlx" or (name, tokens, row["read"]) in seen:
-                continue
-            seen.add((name, tokens, row["read"]))
-            theirs = rows.get(("mlx-lm", tokens))
-            read = "all" if row["read"] == tokens else "first and last chunk"
-            decoded = result.get("decode") if tokens == result["rows"][-1]["tokens"] else None
-            cells = [
-                read,
-                f"{row['peak'] / 1e6:,.0f} MB",
-                f"{decoded['peak'] / 1e6:,.0f} MB" if decoded else "",
-                f"{row['planned'] / 1e6:,.0f} MB",
-                *((f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")),
-            ]
-            lines.append(f"| {name} | {tokens:,} | {' | '.join(cells)} |")
-    lines += ["", "![Peak memory against the prompt's length](bench/results/longcontext.png)"]
-    return "\n".join([*lines, "", sources(results)])
-
-
-def document() -> str:
-    """A long file under a memory limit."""
-    result = read("document")
-    ours, theirs = result["rows"]
-    limit, bits, minutes = f"{result['limit'] / 1e6:.0f} MB", result["bits"], f"{ours['seconds'] / 60:.0f}"
-    peak, planned, exceeded = (f"{size / 1e6:,.0f} MB" for size in (ours["peak"], ours["planned"], theirs["peak"]))
-    text = f"""\
-A file of {ours["read"]:,} tokens (two layers with 4 of Phi-3-mini's heads, random weights) within {limit}. Without
-packing `phi3-mlx generate -f` refuses it:
-
-```text
-{result["refusal"]}
-```
-
-With `--kv-bits {bits}` it is read and answered in {minutes} minutes on this CPU, with a peak of {peak} ({planned}
-planned). mlx-lm has taken {exceeded} after {theirs["read"]:,} tokens, where it was stopped."""
-    return f"{text}\n\n{sources([result])}"
-
-
-def blocksparse() -> str:
-    """Attention of Phi-3-small's sparse layers against dense attention."""
-    result = read("blocksparse")
-    rows = {(row["queries"], row["tokens"], row["attention"]): row for row in result["rows"]}
-    lines = ["| | keys | time | faster than masked | than causal | peak, of masked |", "|---|--:|--:|--:|--:|--:|"]
-    for (queries, tokens, attention), row in rows.items():
-        if attention != "sparse":
-            continue
-        what = "one token" if queries == 1 else f"{queries} tokens"
-        cells = []
-        for other in ("dense masked", "causal"):
-            against = rows.get((queries, tokens, other))
-            cells.append(f"{against['times_slower']:.1f}×" if against else "")
-        masked = rows.get((queries, tokens, "dense masked"))
-        cells.append(f"{masked['sparse_peak_ratio']:.2f}×" if masked else "")
-        lines.append(f"| {what} | {tokens:,} | {shown(scaled(row['seconds'], 1e-3), 'ms')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
+    return june_text()
 
 
 def report() -> str:
     """The summary of the bundled model's own report."""
-    text = (README.parent / "weights" / "tiny" / "REPORT.md").read_text(encoding="utf-8")
-    return text.split("\n\n", 1)[1].split("\n\n![")[0].strip()
+    text = (ROOT / "weights" / "tiny" / "REPORT.md").read_text(encoding="utf-8")
+    return text.split("\n\n", 1)[1].split("\n\n![")[0].strip().replace("| | source", "| measured | source")
 
 
-def quantization() -> str:
-    from .quantization import markdown
-
-    measured = needed("quantization")
-    return f"{markdown(measured)}\n\n{sources(measured)}"
+def _parity(model: str, case: str) -> dict[str, Any]:
+    (row,) = [row for row in tables.read("parity")["rows"] if (row["model"], row["case"]) == (model, case)]
+    return row
 
 
-def finetune() -> str:
-    from .finetune import markdown
-
-    result = read("finetune")
-    return f"{markdown(result)}\n\n{sources([result])}"
+def _median_ratio(result: dict[str, Any], figure: str) -> float:
+    ours, theirs = (
+        {row["package"]: row[figure]["median"] for row in result["rows"]}[p] for p in ("phi3-mlx", "mlx-lm")
+    )
+    return ours / theirs
 
 
 BLOCKS = {
-    "report": report,
-    "quantization": quantization,
-    "finetune": finetune,
+    "reasons": reasons,
     "demo": demo,
-    "parity": parity,
-    "speed": speed,
-    "gpu": gpu,
-    "kvquality": kvquality,
-    "longcontext": longcontext,
-    "document": document,
+    "macs": macs,
+    "right": right,
+    "fast": fast,
+    "fact": fact,
+    "plan": plan,
     "family": family,
-    "blocksparse": blocksparse,
+    "june": june,
+    "report": report,
+    **{
+        table.__name__: table
+        for table in (
+            tables.quantization,
+            tables.finetune,
+            tables.parity,
+            tables.speed,
+            tables.batch,
+            tables.lookup,
+            tables.gpu,
+            tables.kvquality,
+            tables.longcontext,
+            tables.document,
+            tables.blocksparse,
+        )
+    },
 }
-
-
-def sources(results: list[dict[str, Any]]) -> str:
-    """Machine, versions and commands of results."""
-    lines = []
-    for machine in dict.fromkeys(result["machine"] for result in results):
-        here = [result for result in results if result["machine"] == machine]
-        newest: dict[str, str] = {}
-        for result in here:
-            newest |= result["versions"]
-        commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in here)
-        lines.append(f"{machine}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}.")
-    return " ".join(lines)
-
-
-@cache
-def published() -> dict[str, dict[str, dict[str, Any]]]:
-    """The results of each system, first of that which most was measured on."""
-    return record.read_systems(record.PUBLISHED)
-
-
-def _first() -> str:
-    return next(iter(published()))
-
-
-def found(name: str) -> dict[str, Any] | None:
-    return published()[_first()].get(name)
-
-
-def named(name: str, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of some results the bench's own and those of other models or lengths."""
-    return [result for other, result in results.items() if other == name or other.startswith(f"{name}-")]
-
-
-def read_all(name: str) -> list[dict[str, Any]]:
-    """The bench's results from the system that most was measured on."""
-    return named(name, published()[_first()])
-
-
-def needed(name: str) -> list[dict[str, Any]]:
-    if not (every := read_all(name)):
-        raise click.ClickException(f"nothing was measured yet; run python -m bench {name}")
-    return every
-
-
-def read(name: str) -> dict[str, Any]:
-    return needed(name)[0]
-
-
-def scaled(figure: dict[str, float], unit: float) -> dict[str, float]:
-    return {key: value / unit for key, value in figure.items()}
-
-
-def shown(figure: dict[str, float], unit: str) -> str:
-    digits = 0 if figure["median"] >= 100 else 2
-    median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
-    once = figure["min"] == figure["max"]
-    return f"{median} {unit}" if once else f"{median} {unit} ({least} to {most})"
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:
@@ -365,7 +211,7 @@ def filled(text: str, blocks: dict[str, str]) -> str:
     for name, body in blocks.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(opening) != 1 or text.count(closing) != 1:
-            raise click.ClickException(f"README.md must have {opening.strip()} and {closing} once each")
+            raise click.ClickException(f"a page must have {opening.strip()} and {closing} once each")
         before, rest = text.split(opening)
         text = f"{before}{opening}{body}\n{closing}{rest.split(closing)[1]}"
     return text
@@ -377,14 +223,18 @@ def shown_in(text: str) -> list[str]:
 
 
 @click.command(help=__doc__)
-@click.option("--check", is_flag=True, help="Only say whether it is up to date.")
+@click.option("--check", is_flag=True, help="Only say whether they are up to date.")
 def main(check: bool) -> None:
-    text = README.read_text(encoding="utf-8")
-    new = filled(text, {name: BLOCKS[name]() for name in shown_in(text)})
-    if check and new != text:
-        raise click.ClickException("README.md is out of date; run python -m bench readme")
-    if not check:
-        README.write_text(new, encoding="utf-8")
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, {name: BLOCKS[name]() for name in shown_in(text)})
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and stale:
+        raise click.ClickException(f"{', '.join(stale)}: out of date; run python -m bench readme")
 
 
 if __name__ == "__main__":

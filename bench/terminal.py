@@ -18,7 +18,7 @@ import click
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "terminal.svg"
 COMMANDS = (
-    ("generate", "-p", "Write a story about a girl named Mia who loses a hat."),
+    ("generate", "-p", "Tell me a story about a duck and a frog."),
     ("plan", "-m", "phi-3.5-mini-4bit"),
 )
 _WIDTH = 104

@@ -12,7 +12,7 @@ import click
 
 PAGE = Path(__file__).with_name("commands.md")
 _MARKER = "<!-- What follows is written by docs/_commands.py. -->\n"
-_WIDTH = 100
+_WIDTH = 80
 
 
 def help_pages(command: click.Command | None = None, path: str = "phi3-mlx") -> dict[str, str]:

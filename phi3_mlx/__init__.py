@@ -3,7 +3,7 @@
 from phi3_mlx import load, generate
 
 model, tokenizer = load("tiny")
-print(generate(model, tokenizer, "Write a story about a rabbit who finds a key."))
+print(generate(model, tokenizer, "Tell me a story about a duck and a frog."))
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every command and every example of the README does what it says; every figure comes from a result file."""
+"""Commands and examples of the README and the guides do what they say; every figure comes from a result file."""
 
 import os
 import re
@@ -13,26 +13,40 @@ import pytest
 from conftest import ROOT
 from tuning_models import make_directory
 
-from bench.readme import BLOCKS, filled, shown_in
+from bench.readme import BLOCKS, PAGES, filled, shown_in
 from bench.terminal import PICTURE, draw
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS["README.md"]
+FINE_TUNING = TEXTS["docs/fine-tuning.md"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
+def blocks_of(language):
+    """Those of all pages, each once."""
+    found = [block for text in TEXTS.values() for block in re.findall(rf"^```{language}\n(.*?)```", text, re.S | re.M)]
+    return list(dict.fromkeys(found))
+
+
 def lines_of(language):
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.S)
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    """Those of all pages; one that stands on several pages comes once."""
+    return list(dict.fromkeys(line.strip() for block in blocks_of(language) for line in block.splitlines() if line))
 
 
 SHELL = lines_of("shell")  # each stands for itself
 WALK = lines_of("sh")  # one after the other: fine-tuning, from its data to the end
-COMMANDS = [line for line in SHELL if line.startswith("phi3-mlx ")]
+COMMANDS = [line for line in SHELL if re.match("(echo .+ \\| )?phi3-mlx ", line)]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 160
+    assert len(README.encode()) <= 10_000
 
 
 def test_every_shell_line_is_known_here():
     assert COMMANDS
-    assert [line.split()[0] for line in SHELL if line not in COMMANDS] == ["make", "make", "python3", "pip"]
+    others = [line.split()[0] for line in SHELL if line not in COMMANDS]
+    assert sorted(others) == ["make", "make", "pip", "python3", "python3", "python3"]
     targets = (ROOT / "Makefile").read_text()
     for line in SHELL:
         if line.startswith("make "):
@@ -51,12 +65,13 @@ def test_commands_run(command, checkpoint, tmp_path):
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text("The dog ran.")
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
-    words = shlex.split(command)[1:]
+    given, _, command = command.rpartition("phi3-mlx ")
+    words, given = shlex.split(command), f"{shlex.split(given)[1]}\n" if given else ""
     home = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "hub")}
     program = [sys.executable, "-c", "from phi3_mlx.cli import main; main()"]
 
     def run(words):
-        return subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input="")
+        return subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input=given)
 
     if "--cache" in words:  # another line makes it
         (build,) = [line for line in COMMANDS if line.startswith("phi3-mlx cache build")]
@@ -95,7 +110,7 @@ def test_the_walk_through_fine_tuning(tmp_path):
                 file = tmp_path / "task" / f"{split}.jsonl"
                 file.write_text("".join(file.read_text().splitlines(keepends=True)[:size]))
     dry = next(text for line, text in said.items() if line.endswith("--dry-run"))
-    for label in re.search(r"From what it prints:\n\n```\n(.*?)```", README, re.S)[1].splitlines():
+    for label in re.search(r"From what it prints:\n\n```\n(.*?)```", FINE_TUNING, re.S)[1].splitlines():
         if label[0] != " ":
             assert label.split()[0] in dry
     assert all("right" in text for line, text in said.items() if " -m tiny" in line and "bench.feelings" in line)
@@ -116,7 +131,7 @@ def test_no_command_is_followed_by_a_comment():
     assert [found for found in blocks if re.search(r"(^|\s)#", found[1])] == []
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+@pytest.mark.parametrize("code", blocks_of("python"))
 def test_python_examples_run(code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
@@ -125,14 +140,18 @@ def test_python_examples_run(code, tmp_path):
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("block", re.findall(r"<!-- (\w+) -->", README))
-def test_figures_and_story_come_from_their_sources(block):
-    assert filled(README, {block: BLOCKS[block]()}) == README
+@pytest.mark.parametrize(
+    ("page", "block"), [(page, block) for page, text in TEXTS.items() for block in re.findall(r"<!-- (\w+) -->", text)]
+)
+def test_figures_and_story_come_from_their_sources(page, block):
+    assert filled(TEXTS[page], {block: BLOCKS[block]()}) == TEXTS[page], "run python -m bench readme"
 
 
 def test_no_marker_is_left_alone():
-    assert shown_in(README) == [name for name in BLOCKS if f"<!-- /{name} -->" in README]
-    assert {"demo", "parity", "speed"} <= set(shown_in(README))
+    for text in TEXTS.values():
+        assert shown_in(text) == [name for name in BLOCKS if f"<!-- /{name} -->" in text]
+    assert {"demo", "right", "fast"} <= set(shown_in(README))
+    assert {name for text in TEXTS.values() for name in shown_in(text)} == set(BLOCKS)
     assert filled("a <!-- x -->\nold\n<!-- /x --> b", {"x": "new"}) == "a <!-- x -->\nnew\n<!-- /x --> b"
     with pytest.raises(click.ClickException, match="once each"):
         filled("<!-- x -->\n", {"x": "new"})

@@ -70,7 +70,7 @@ def cli() -> None:
     """Run Microsoft's Phi-3 models with MLX: exact at every length, in bounded memory.
 
     \b
-    phi3-mlx generate -p "Write a story about a rabbit who finds a key."
+    phi3-mlx generate -p "Tell me a story about a duck and a frog."
     phi3-mlx generate -m phi-3.5-mini-4bit -f letter.txt -p "Answer this letter."
     phi3-mlx chat -m phi-3.5-mini-4bit
 

@@ -11,7 +11,7 @@ from .terminal import show, show_json
 
 _SOURCES = (
     "MMLU: percent, 5-shot, from each model's card (phi-4: as OpenAI's simple-evals asks). MT-BENCH: technical report, "
-    "arXiv 2404.14219. 4-BIT: size of the weights. 16 GB, 32 GB: longest context on such a Mac (phi3-mlx plan)."
+    "arXiv 2404.14219. {june} 4-BIT: size of the weights. 16 GB, 32 GB: longest context on such a Mac (phi3-mlx plan)."
 )
 
 
@@ -23,7 +23,7 @@ def models(as_json: bool) -> None:
     A name in the first column works wherever a command takes -m; so does any directory or Hugging Face repository of
     a Phi-3 model. What is not on this disk is downloaded on first use.
     """
-    from ..family import family_rows
+    from ..family import family_rows, june_text
     from ..hub import list_models
     from ..memory import size_text
     from .tables import print_table
@@ -35,7 +35,7 @@ def models(as_json: bool) -> None:
         return
     header = ["FAMILY", "PARAMETERS", "LAYERS", "HEADS", "CONTEXT", "MMLU", "MT-BENCH", "4-BIT", "16 GB", "32 GB"]
     print_table([header, *(row.cells() for row in family)], right=range(1, len(header)), spare=(2, 3, 6))
-    show(f"\n{click.wrap_text(_SOURCES, min(100, shutil.get_terminal_size().columns))}\n")
+    show(f"\n{click.wrap_text(_SOURCES.format(june=june_text()), min(100, shutil.get_terminal_size().columns))}\n")
     table = [["NAME", "REPOSITORY", "BITS", "SIZE", "CONTEXT", "ON DISK"]]
     for row in rows:
         place = "bundled" if row.name == "tiny" else "yes" if row.path else ""

@@ -1,0 +1,307 @@
+"""The tables of results, in Markdown: what was measured, and the machine, versions and commands under it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import click
+
+from . import record
+
+
+def parity() -> str:
+    from .parity import markdown
+
+    return markdown(read("parity"))
+
+
+COMPARED = ["| measured | phi3-mlx | mlx-lm | ratio |", "|---|---|---|---|"]
+
+
+def _streams(results: dict[str, dict[str, Any]], *, peaks: bool = False) -> tuple[list[str], list[dict[str, Any]]]:
+    """Rows for prefill and decode beside mlx-lm, each left out until it was run, and the results that they are from."""
+    table, used = [], []
+    for bench in ("prefill", "decode"):
+        for result in named(bench, results):
+            used.append(result)
+            for case in dict.fromkeys(row["case"] for row in result["rows"]):
+                rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
+                ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+                what = f"{bench}, {ours['model']}"
+                table.append(
+                    f"| {what} | {shown(ours['tokens_per_second'], 'tok/s')} | "
+                    f"{shown(theirs['tokens_per_second'], 'tok/s')} | {ours['ratio']:.2f}× |"
+                )
+                if peaks:
+                    least, most = (scaled(row["peak_memory"], 1e6) for row in (ours, theirs))
+                    ratio = least["median"] / most["median"]
+                    table.append(
+                        f"| {what}, peak without weights | {shown(least, 'MB')} | {shown(most, 'MB')} | {ratio:.2f}× |"
+                    )
+    return table, used
+
+
+def gpu() -> str:
+    """What was measured on GPUs, a table a system."""
+    parts: list[str] = []
+    for results in [results for system, results in published().items() if system != _first()]:
+        rows, used = _streams(results, peaks=True)
+        for result in named("longcontext", results):
+            used.append(result)
+            sides = {row["package"]: row for row in result["rows"] if row["tokens"] == result["rows"][-1]["tokens"]}
+            ours, theirs = sides["phi3-mlx"], sides.get("mlx-lm")
+            full = "Phi-3-mini" if result["full"] else "Phi-3-mini's heads"
+            what = (
+                f"{ours['tokens']:,} tokens, {result['layers']} layers of {full}, {result['bits']}-bit keys and values"
+            )
+            mine = f"{ours['peak'] / 1e6:,.0f} MB ({ours['planned'] / 1e6:,.0f} planned)"
+            other = " | "
+            if theirs:
+                part = "" if theirs["read"] == ours["read"] else f" after {theirs['read']:,}"
+                other = f"{theirs['peak'] / 1e6:,.0f} MB{part} | {result['ratio']:.2f}×"
+            rows.append(f"| {what}, peak without weights | {mine} | {other} |")
+            rows.append(f"| reading them | {ours['read'] / ours['seconds']:,.0f} tok/s | | |")
+            if "decode" in result:
+                other = result.get("decode_mlx_lm", {})
+                speed = f"{other['tokens_per_second']:.2f} tok/s" if "tokens_per_second" in other else ""
+                failed = "fails" if "error" in other else speed
+                rows.append(
+                    f"| decoding behind them | {result['decode']['tokens_per_second']:.2f} tok/s | {failed} | |"
+                )
+        parts += [*COMPARED, *rows, "", f"Medians (least to most); {sources(used)}", ""]
+    return "\n".join(parts).strip() or "Nothing was measured on a GPU yet."
+
+
+def speed() -> str:
+    """Start, prefill, decode, conversion and training beside mlx-lm."""
+    start = read("coldstart")
+    seconds = {row["command"]: row["seconds"] for row in start["rows"]}
+    streams, used = _streams(published()[_first()])
+    results = [start, *used]
+    table = [
+        *COMPARED,
+        f"| cold start to the first token, bundled model | {shown(seconds['phi3-mlx'], 's')} | "
+        f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
+        *streams,
+    ]
+    if (converted := found("convert")) is not None:
+        results.append(converted)
+        what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
+        table += [
+            _row(f"{what}, time", converted, "seconds", "s"),
+            _row(f"{what}, peak memory", converted, "peak_bytes", "MB", 1e6),
+        ]
+    if (tuned := found("tune")) is not None:
+        results.append(tuned)
+        what = f"LoRA, {tuned['layers']} of Phi-3-mini's layers"
+        table += [
+            _row(f"{what}, trained tokens", tuned, "tokens_per_second", "tok/s"),
+            _row(f"{what}, peak memory", tuned, "peak_memory", "MB", 1e6),
+        ]
+    return "\n".join([*table, "", f"Medians (least to most); {sources(results)}"])
+
+
+def batch() -> str:
+    """Several prompts together, one by one, and together in mlx-lm."""
+    result = read("batch")
+    table = ["| decode | together | one by one | ratio | mlx-lm together |", "|---|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        rows = {row["package"]: row for row in result["rows"] if row["case"] == case}
+        cells = [
+            shown(rows[name]["tokens_per_second"], "tok/s") for name in ("phi3-mlx", "phi3-mlx, one by one", "mlx-lm")
+        ]
+        together = rows["phi3-mlx"]
+        what, ratio = f"{together['rows']} prompts, {together['model']}", f"{together['ratio']:.1f}×"
+        table.append(f"| {what} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} |")
+    return "\n".join([*table, "", sources([result])])
+
+
+def lookup() -> str:
+    """Answers with prompt lookup and without."""
+    results = needed("lookup")
+    table = [
+        "| model: prompts | tokens a step | drafts that held | mlx-lm | plain | with lookup | of plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        where = f", {len(result['texts'])} books" if result["texts"] else ""
+        for row in result["rows"]:
+            held = "none made" if row["accepted"] is None else f"{row['accepted']:.0%}"
+            ways = (shown(row[f"{way}_seconds"], "s") for way in ("mlx_lm", "plain", "lookup"))
+            table.append(
+                f"| {result['model']}{where}: {row['prompts']} | {row['tokens_per_step']:.2f} | {held} | "
+                f"{' | '.join(ways)} | {row['ratio']:.2f}× |"
+            )
+    return "\n".join([*table, "", sources(results)])
+
+
+def _row(what: str, result: dict[str, Any], figure: str, unit: str, scale: float = 1.0) -> str:
+    rows = {row["package"]: scaled(row[figure], scale) for row in result["rows"]}
+    ours, theirs = rows["phi3-mlx"], rows["mlx-lm"]
+    ratio = ours["median"] / theirs["median"]
+    return f"| {what} | {shown(ours, unit)} | {shown(theirs, unit)} | {ratio:.2f}× |"
+
+
+def kvquality() -> str:
+    """Quality of packed caches, a table a model."""
+    lines: list[str] = []
+    results = needed("kvquality")
+    for result in results:
+        one = result["rows"][0]
+        lines += [
+            f"{result['model']} (perplexity {one['unpacked_perplexity']:.2f} unpacked; *size*: of 16-bit numbers):",
+            "",
+            "| `--kv-bits` | `--kv-group-size` | size | KL, nats | same choice | perplexity | tokens alike |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in result["rows"]:
+            keys, values = row["keys"], row["values"]
+            lines.append(
+                f"| {keys if keys == values else f'{keys},{values}'} | {row['group_size']} | {row['size']:.0%} | "
+                f"{row['kl']:.5f} | {row['same_choice']:.1%} | {row['perplexity']:.2f} | "
+                f"{row['alike']:.0f} of {result['generated']} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, sources(results)])
+
+
+def longcontext() -> str:
+    """Peak memory of long prompts."""
+    lines = ["| model | tokens | read | reading | then decoding | planned | mlx-lm, reading | ratio |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
+    results = needed("longcontext")
+    seen: set[tuple[str, int, int]] = set()
+    for result in sorted(results, key=lambda result: result["layers"]):
+        name = f"{result['layers']} layers, {result['bits']}-bit keys and values"
+        rows = {(row["package"], row["tokens"]): row for row in result["rows"]}
+        for (package, tokens), row in rows.items():
+            if package != "phi3-mlx" or (name, tokens, row["read"]) in seen:
+                continue
+            seen.add((name, tokens, row["read"]))
+            theirs = rows.get(("mlx-lm", tokens))
+            read = "all" if row["read"] == tokens else "first and last chunk"
+            decoded = result.get("decode") if tokens == result["rows"][-1]["tokens"] else None
+            cells = [
+                read,
+                f"{row['peak'] / 1e6:,.0f} MB",
+                f"{decoded['peak'] / 1e6:,.0f} MB" if decoded else "",
+                f"{row['planned'] / 1e6:,.0f} MB",
+                *((f"{theirs['peak'] / 1e6:,.0f} MB", f"{row['peak'] / theirs['peak']:.2f}×") if theirs else ("", "")),
+            ]
+            lines.append(f"| {name} | {tokens:,} | {' | '.join(cells)} |")
+    lines += ["", "![Peak memory against the prompt's length](../bench/results/longcontext.png)"]
+    return "\n".join([*lines, "", sources(results)])
+
+
+def document() -> str:
+    """A long file under a memory limit."""
+    result = read("document")
+    ours, theirs = result["rows"]
+    limit, bits, minutes = f"{result['limit'] / 1e6:.0f} MB", result["bits"], f"{ours['seconds'] / 60:.0f}"
+    peak, planned, exceeded = (f"{size / 1e6:,.0f} MB" for size in (ours["peak"], ours["planned"], theirs["peak"]))
+    text = f"""\
+A file of {ours["read"]:,} tokens (two layers with 4 of Phi-3-mini's heads, random weights) within {limit}. Without
+`--kv-bits` the file is refused:
+
+```text
+{result["refusal"]}
+```
+
+With `--kv-bits {bits}` it is read and answered in {minutes} minutes on this CPU, with a peak of {peak} ({planned}
+planned). mlx-lm has taken {exceeded} after {theirs["read"]:,} tokens, where it was stopped."""
+    return f"{text}\n\n{sources([result])}"
+
+
+def blocksparse() -> str:
+    """Attention of Phi-3-small's sparse layers against dense attention."""
+    result = read("blocksparse")
+    rows = {(row["queries"], row["tokens"], row["attention"]): row for row in result["rows"]}
+    lines = [
+        "| queries | keys | time | faster than masked | than causal | peak, of masked |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for (queries, tokens, attention), row in rows.items():
+        if attention != "sparse":
+            continue
+        what = "one token" if queries == 1 else f"{queries} tokens"
+        cells = []
+        for other in ("dense masked", "causal"):
+            against = rows.get((queries, tokens, other))
+            cells.append(f"{against['times_slower']:.1f}×" if against else "")
+        masked = rows.get((queries, tokens, "dense masked"))
+        cells.append(f"{masked['sparse_peak_ratio']:.2f}×" if masked else "")
+        lines.append(f"| {what} | {tokens:,} | {shown(scaled(row['seconds'], 1e-3), 'ms')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
+
+
+def quantization() -> str:
+    from .quantization import markdown
+
+    measured = needed("quantization")
+    return f"{markdown(measured)}\n\n{sources(measured)}"
+
+
+def finetune() -> str:
+    from .finetune import markdown
+
+    result = read("finetune")
+    return f"{markdown(result)}\n\n{sources([result])}"
+
+
+def sources(results: list[dict[str, Any]]) -> str:
+    """Machine, versions and commands of results."""
+    lines = []
+    for machine in dict.fromkeys(result["machine"] for result in results):
+        here = [result for result in results if result["machine"] == machine]
+        newest: dict[str, str] = {}
+        for result in here:
+            newest |= result["versions"]
+        commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in here)
+        lines.append(f"{machine}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}.")
+    return " ".join(lines)
+
+
+@cache
+def published() -> dict[str, dict[str, dict[str, Any]]]:
+    """The results of each system, first of that which most was measured on."""
+    return record.read_systems(record.PUBLISHED)
+
+
+def _first() -> str:
+    return next(iter(published()))
+
+
+def found(name: str) -> dict[str, Any] | None:
+    return published()[_first()].get(name)
+
+
+def named(name: str, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of some results the bench's own and those of other models or lengths."""
+    return [result for other, result in results.items() if other == name or other.startswith(f"{name}-")]
+
+
+def read_all(name: str) -> list[dict[str, Any]]:
+    """The bench's results from the system that most was measured on."""
+    return named(name, published()[_first()])
+
+
+def needed(name: str) -> list[dict[str, Any]]:
+    if not (every := read_all(name)):
+        raise click.ClickException(f"nothing was measured yet; run python -m bench {name}")
+    return every
+
+
+def read(name: str) -> dict[str, Any]:
+    return needed(name)[0]
+
+
+def scaled(figure: dict[str, float], unit: float) -> dict[str, float]:
+    return {key: value / unit for key, value in figure.items()}
+
+
+def shown(figure: dict[str, float], unit: str) -> str:
+    digits = 0 if figure["median"] >= 100 else 2
+    median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    once = figure["min"] == figure["max"]
+    return f"{median} {unit}" if once else f"{median} {unit} ({least} to {most})"
