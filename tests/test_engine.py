@@ -292,6 +292,7 @@ def test_repetition_penalty_counts_prompt_and_answer():
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"seed": -1},
+        {"seed": 2**64},
     ],
 )
 def test_options_outside_their_range_are_refused(options):
