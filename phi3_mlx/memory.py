@@ -178,8 +178,9 @@ class Run:
             expert = min(config.largest_linear * (packing - self.itemsize), _SLICES * packing)
             unpacked = expert if self._unpacks(tokens) else 0
             routed = tokens * inner * self.itemsize + unpacked
-            mixed = tokens * max(mixing, self._turning()) * self.itemsize + attention
-            return max(rows + max(routed, mixed), grown, logits)
+            mixed = tokens * mixing * self.itemsize + attention
+            turned = tokens * self._turning() * self.itemsize + attention  # before there are rows of experts
+            return max(rows + max(routed, mixed), turned, grown, logits)
         if self._unpacks(tokens):
             # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked, the last of
             # them while the parts of the product are joined.
