@@ -89,6 +89,8 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
                 continue
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue
+            if isinstance(child, ast.keyword) and child.arg == "axis":  # the last one is mostly the second as well
+                continue
             yield child
             yield from _walk(child)
 
@@ -105,7 +107,9 @@ def _variants(node: ast.AST) -> Iterator[ast.AST]:
         yield changed.operand
     elif isinstance(changed, ast.Constant) and isinstance(changed.value, (bool, int, float)):
         value = changed.value
-        changed.value = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2
+        changed.value = (
+            not value if isinstance(value, bool) else value + 1 if value == 0 or value % 1 == 0 else value * 2
+        )
         yield changed
     elif isinstance(changed, ast.Call) and isinstance(changed.func, ast.Name) and changed.func.id in _NAMES:
         changed.func.id = _NAMES[changed.func.id]

@@ -279,6 +279,8 @@ def test_repetition_penalty_counts_prompt_and_answer():
     logits = mx.array([[3.0, -1.0, 2.0, -1.5]])
     # 3 -> 1.5, -1 -> -2: token 2 wins; then it is halved too and token 0 wins.
     assert [int(sampler(logits)[0].item()) for _ in range(2)] == [2, 0]
+    # Below zero it multiplies: -1 -> -2, and token 1 wins.
+    assert int(Sampler(Sampling(repetition_penalty=2.0), [[0]], 2)(mx.array([[-1.0, -1.5]]))[0].item()) == 1
 
 
 @pytest.mark.parametrize(
