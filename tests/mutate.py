@@ -107,9 +107,7 @@ def _variants(node: ast.AST) -> Iterator[ast.AST]:
         yield changed.operand
     elif isinstance(changed, ast.Constant) and isinstance(changed.value, (bool, int, float)):
         value = changed.value
-        changed.value = (
-            not value if isinstance(value, bool) else value + 1 if value == 0 or value % 1 == 0 else value * 2
-        )
+        changed.value = not value if isinstance(value, bool) else value * 2 if value % 1 else value + 1
         yield changed
     elif isinstance(changed, ast.Call) and isinstance(changed.func, ast.Name) and changed.func.id in _NAMES:
         changed.func.id = _NAMES[changed.func.id]
