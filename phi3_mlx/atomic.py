@@ -27,6 +27,7 @@ from .errors import CheckpointError, Phi3Error
 _PREFIX, _SUFFIX = ".phi3-mlx-", ".partial"
 _PARTIAL = re.compile(rf"{re.escape(_PREFIX)}[^/]+{re.escape(_SUFFIX)}")
 _NEW, _OLD = "new", "old"  # in a hidden directory: what is written, and what it replaces where names cannot be swapped
+FINDER = ".DS_Store"  # macOS writes it into every folder that is looked at
 _HIDDEN = re.compile(rf"/{_PARTIAL.pattern}(/{_NEW})?")
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -135,7 +136,7 @@ def check_destination(
         raise fault(f"{destination} is not a directory{why}; name another place")
     if os.path.ismount(destination):
         raise fault(f"{destination} is where a disk is mounted; name a directory in it")
-    if not any(destination.iterdir()):
+    if all(path.name == FINDER for path in destination.iterdir()):
         return
     if not force:
         option = "" if force is None else ", or replace it with force=True"

@@ -243,6 +243,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(tmp_path, monkeypatc
 
 def test_an_empty_directory_may_become_the_new_one(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()  # as the Finder leaves it
     with atomic.new_directory(tmp_path / "empty") as folder:
         (folder / "a").touch()
     assert os.listdir(tmp_path / "empty") == ["a"]

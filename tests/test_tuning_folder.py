@@ -347,12 +347,14 @@ def test_a_start_that_fails_leaves_no_folder_that_is_in_the_way(base, data, tmp_
         with pytest.raises(ZeroDivisionError):
             tune(str(base), data, out, **options)
     assert not out.exists()
-    out.mkdir()  # a folder of the user's stays
+    (out / "checkpoints").mkdir(parents=True)  # a folder of the user's stays, though the Finder has been there
+    for looked_at in (out, out / "checkpoints"):
+        (looked_at / ".DS_Store").touch()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(TrainingError):
             tune(str(base), data, out, **options)
-    assert not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == [".DS_Store"]
     assert tune(str(base), data, out, **options).finished
 
 

@@ -128,6 +128,15 @@ def test_what_peft_has_converted_is_a_plain_adapter(init, base, tmp_path):
     assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 2e-3
 
 
+def test_an_adapter_that_is_none_of_pefts_needs_no_import(base, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (folder / name).write_text("{}")
+    with pytest.raises(AdapterError, match=r"has no adapter_model.* adapter that can be used as it is\); name a folder"):
+        import_peft(folder, tmp_path / "imported", str(base))
+
+
 def test_untrained_pissa_and_olora_change_nothing(base, tmp_path):
     """The file holds W's own part, which the base then lost: together they are the base."""
     weight = np.array(load_model(base).layers[1].mlp.down_proj.weight)

@@ -110,7 +110,7 @@ WRONG = [
     ("samples", ["half a character \ud800"]),
     ("memory", True),
     ("memory", "12"),
-    ("memory", -5),
+    ("memory", 16),
     ("memory", float("inf")),
     ("method", "qlora"),
     ("method", 3),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import hold, is_partial, replace_file
+from ..atomic import FINDER, hold, is_partial, replace_file
 from ..config import read_json
 from ..errors import CheckpointError, TrainingError
 from ..files import json_text
@@ -57,10 +57,14 @@ def check_folder(output: Path, resume: bool) -> None:
 def _is_of_a_start(path: Path) -> bool:
     """Whether it is what a run writes before its first checkpoint."""
     if path.name == CHECKPOINTS:
-        return path.is_dir() and all(map(is_partial, path.iterdir()))
+        return path.is_dir() and all(map(_is_nothing, path.iterdir()))
     if path.name == RUN:
         return _describes_a_run(path)
-    return (path.name == METRICS and not path.stat().st_size) or is_partial(path)
+    return (path.name == METRICS and not path.stat().st_size) or _is_nothing(path)
+
+
+def _is_nothing(path: Path) -> bool:
+    return path.name == FINDER or is_partial(path)
 
 
 def _describes_a_run(path: Path) -> bool:

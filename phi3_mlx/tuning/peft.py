@@ -24,6 +24,7 @@ from ..fields import Fields, shorten
 from ..models.decoder import Model
 from .adapter_config import is_rslora, kind_of
 from .adapters import (
+    WEIGHTS,
     adapter_files,
     base_of,
     check_base,
@@ -289,8 +290,11 @@ def peft_tensors(
 
 
 def _read(source: Path) -> tuple[PeftConfig, dict[str, mx.array]]:
-    pickle = (source / "adapter_model.bin").is_file()
-    hint = " (adapter_model.bin is pickle, which is never read)" if pickle else ""
+    hint = ""
+    if (source / "adapter_model.bin").is_file():
+        hint = " (adapter_model.bin is pickle, which is never read)"
+    elif (source / WEIGHTS).is_file():
+        hint = f" ({WEIGHTS} is of an adapter that can be used as it is)"
     raw = checked_config(source, CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
     config = PeftConfig.of(raw, source)
     return config, read_floats(source / _WEIGHTS)

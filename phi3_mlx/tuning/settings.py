@@ -72,8 +72,8 @@ def _size(value: Any, name: str) -> int | str:
         parse_size(text(value, name))
         return value
     size = number(value, name)
-    if not 1 <= size < math.inf:
-        raise refusal(value, name, "a number of bytes, or a size such as 16GB")
+    if not 1000 <= size < math.inf:  # 16 is meant as gigabytes
+        raise refusal(value, name, "a size such as 16GB, or a number of bytes from 1,000")
     return int(size)
 
 
