@@ -98,6 +98,13 @@ def test_a_run_begins_where_the_adapter_ended(base, data, tmp_path, options):
     assert Trainer(model, examples, examples, again.settings, tmp_path, {}).validation_loss() < before
 
 
+def test_an_adapter_in_the_place_of_the_model_is_told_where_it_belongs(data, adapter, tmp_path, capsys):
+    with pytest.raises(OptionError, match=r"first is an adapter; to train on from it give from_adapter='.*first', and"):
+        tune(adapter, data, tmp_path / "out", **SMALL)
+    code, err = call(capsys, "tune", "-m", adapter, "-d", data, "-o", tmp_path / "out")
+    assert (code, f"give --from-adapter {adapter}, and the model" in err) == (2, True), err
+
+
 def test_the_run_says_what_it_began_with_and_can_be_resumed(base, data, adapter, tmp_path, capsys):
     options = {**SMALL, "from_adapter": adapter, "steps": 6, "save_every": 2}
     tune(base, data, tmp_path / "whole", **options)

@@ -22,7 +22,7 @@ from ..fields import Fields
 from ..memory import bounded_run, room
 from ..models import read_config
 from ..threads import refuse_fork
-from .adapters import Base, base_of
+from .adapters import WEIGHTS, Base, base_of
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
@@ -127,6 +127,11 @@ def prepare(
         check_tensorboard()
     splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
     directory = hub.resolve(settings.model, settings.revision)
+    if (directory / WEIGHTS).is_file() and not (directory / "config.json").exists():
+        raise OptionError(
+            f"{settings.model} is an adapter; to train on from it give from_adapter={str(directory)!r}, and the model "
+            "that it was trained on"
+        )
     config = read_config(directory)
     if settings.method == "full" and config.quantization is not None:
         raise OptionError(
