@@ -345,7 +345,8 @@ def encode_prompt(
         return render_chat(tokenizer, items, notify=notify)
     sent = None if items is None else token_ids(items)
     if sent is None or isinstance(prompt, set | frozenset):
-        raise PromptError(f"the prompt is {shown(prompt)}; {_PROMPT_KINDS}")
+        odd = [item for item in items or () if token_ids([item]) is None]
+        raise PromptError(f"the prompt {f'holds {shown(odd[0])}' if odd else f'is {shown(prompt)}'}; {_PROMPT_KINDS}")
     return sent
 
 
@@ -394,7 +395,7 @@ def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None 
 
     if kv_bits is None:
         if kv_group_size is not None:
-            raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits; leave it out")
+            raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits=BITS; leave it out")
         return None
     each = kv_bits if isinstance(kv_bits, tuple | list) else (kv_bits, kv_bits)
     if len(each) != 2:

@@ -9,7 +9,7 @@ from conftest import ROOT
 import phi3_mlx
 from phi3_mlx.cli import cli, main
 from phi3_mlx.cli.options import as_typed, in_options
-from phi3_mlx.errors import OptionError, Phi3Error
+from phi3_mlx.errors import OptionError, Phi3Error, PromptError
 from phi3_mlx.generation import make_kv_bits
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.sampling import Sampling
@@ -240,13 +240,30 @@ def test_the_group_of_a_packed_cache_is_nothing_without_its_bits(loaded, capsys)
         lambda: phi3_mlx.Conversation(model, tokenizer, kv_group_size=64),
         lambda: phi3_mlx.PromptCache(model, kv_group_size=64),
     ):
-        with pytest.raises(OptionError, match=r"^kv_group_size \d\d has no effect without kv_bits; leave it out$"):
+        with pytest.raises(OptionError, match=r"^kv_group_size \d\d has no effect without kv_bits=BITS; leave it out$"):
             make()
     for words in (["generate", "-p", "Hi"], ["chat"], ["cache", "build", "-f", ROOT / "README.md", "-o", "no.cache"]):
         for size in (32, 64):
             code, err = call(capsys, *words, "--kv-group-size", size)
             assert code == 2
-            assert err.startswith(f"phi3-mlx: --kv-group-size {size} has no effect without kv_bits")
+            assert err.startswith(f"phi3-mlx: --kv-group-size {size} has no effect without --kv-bits BITS")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (["Hi", "there"], "holds 'Hi'"),
+        ([1, 2.0], "holds 2.0"),
+        ([[1, 2]], "holds a list"),  # what other tokenizers call a batch
+        ([1, True], "holds True"),
+        ({1, 2}, "is a set"),
+        (3, "is 3"),
+        (b"Hi", "is b'Hi'"),
+    ],
+)
+def test_a_prompt_of_another_kind_is_refused_with_what_is_odd_in_it(loaded, prompt, said):
+    with pytest.raises(PromptError, match=f"^the prompt {said}; a prompt is a text, a list of "):
+        phi3_mlx.generate(*loaded, prompt)
 
 
 def test_a_prompt_cache_has_bits_of_its_own(loaded):
