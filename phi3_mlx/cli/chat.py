@@ -25,7 +25,7 @@ from .options import (
     model_options,
     sampling_options,
 )
-from .terminal import note, say, show
+from .terminal import answer_writer, note, say, show
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -112,9 +112,12 @@ def _read_line() -> str | None:
 def _answer(conversation: Conversation, text: str, sampling: SamplingOptions, stats: bool) -> None:
     chunk = None
     try:
-        with contextlib.closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks:
+        with (
+            contextlib.closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks,
+            answer_writer() as write,
+        ):
             for chunk in chunks:
-                show(chunk.text, end="")
+                write(chunk.text)
     except KeyboardInterrupt:
         say(" [stopped]", end="")
     show()

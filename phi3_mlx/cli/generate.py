@@ -22,7 +22,7 @@ from .options import (
     read_text,
     sampling_options,
 )
-from .terminal import note, say, show, show_json
+from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:
     from ..generation import Chunk
@@ -140,10 +140,11 @@ def _joined(parts: Iterable[str]) -> str:
 def _print_text(chunks: Iterator[Chunk]) -> Chunk:
     ended = True
     try:
-        for chunk in chunks:
-            show(chunk.text, end="")
-            ended = chunk.text.endswith("\n") if chunk.text else ended
-            last = chunk
+        with answer_writer() as write:
+            for chunk in chunks:
+                write(chunk.text)
+                ended = chunk.text.endswith("\n") if chunk.text else ended
+                last = chunk
     finally:
         if not ended:
             show()

@@ -11,8 +11,9 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..files import json_text
@@ -32,6 +33,21 @@ def escape(text: str) -> str:
 def show(text: str = "", end: str = "\n", *, styles: Collection[str] = ()) -> None:
     """To stdout, at once. `styles` are sequences in `text` for the terminal, left out elsewhere."""
     _write(sys.stdout, text + end, styles)
+
+
+@contextlib.contextmanager
+def answer_writer() -> Iterator[Callable[[str], None]]:
+    """A function that writes a text to stdout as it comes, on a terminal with line breaks between words."""
+    if not sys.stdout.isatty():
+        yield lambda text: show(text, end="")
+        return
+    from .words import WordWrap
+
+    wrap = WordWrap(lambda: shutil.get_terminal_size().columns, escape)
+    try:
+        yield lambda text: show(wrap.add(text), end="")
+    finally:
+        show(wrap.end(), end="")
 
 
 def show_json(value: Any, *, indent: int | None = None) -> None:
