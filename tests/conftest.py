@@ -15,8 +15,9 @@ import pytest
 
 import phi3_mlx  # noqa: F401  (before any test imports MLX, which then multiplies with a fast BLAS)
 
-# In the background of some shells Ctrl-C is ignored, by the processes that tests start too.
+# In the background of some shells Ctrl-C is ignored, under nohup the end of the terminal, by what tests start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -124,7 +124,8 @@ def test_holding_out_leaves_something_to_train_on(examples, share, kept):
     records = [Record(f"memory:{n}", None, "a ball") for n in range(examples)]
     splits = hold_out(records, share, 0)
     assert (len(splits.valid), len(splits.train)) == (kept, examples - kept)
-    said = f"{kept} of {examples} examples were held out" if kept else f"{examples} examples are too few"
+    few = "1 example is too few" if examples == 1 else f"{examples} examples are too few"
+    said = f"{kept} of {examples} examples were held out" if kept else few
     assert said in splits.notes[0]
     assert not hold_out(records, 0, 0).notes
 
