@@ -17,6 +17,7 @@ from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import atomic, load
+from phi3_mlx.cli import main
 from phi3_mlx.errors import DataError, MemoryLimitError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
@@ -98,8 +99,8 @@ def test_a_run_learns_and_leaves_its_files(packed, data, tmp_path):
     assert trainer.validation_loss() == pytest.approx(result.best_loss, abs=1e-5)
 
 
-def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch):
-    """With losses that fall and rise the last is not the best; patience ends the run."""
+def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch, capsys):
+    """With losses that fall and rise the last is not the best; patience ends the run, for good."""
     losses = [3.0, 2.0, 2.5, 1.0, 1.7, 1.5, 0.5]
     coming = iter(losses)
     monkeypatch.setattr(Trainer, "validation_loss", lambda trainer: next(coming))
@@ -118,7 +119,14 @@ def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch):
     assert (result.step, result.best_step, result.best_loss) == (12, 8, 1.0)
     assert same(weights(tmp_path / "out"), kept[8])
     assert not same(kept[4], kept[8])
-    assert not same(weights(tmp_path / "out"), weights(tmp_path / "out" / "last"))
+    last = weights(tmp_path / "out" / "last")
+    assert not same(weights(tmp_path / "out"), last)
+    with pytest.raises(SystemExit, match="0"):
+        main(["tune", "--resume", "-o", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert "12 steps, best validation loss 1.0000 at step 8" in err
+    assert "since validation no longer got better (--patience)" in err
+    assert same(weights(tmp_path / "out" / "last"), last)
 
 
 def test_the_same_seed_gives_the_same_bits(base, data, tmp_path):

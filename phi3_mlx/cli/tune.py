@@ -160,6 +160,8 @@ def _summary(result: Result) -> None:
     speed = result.tokens / result.seconds if result.seconds else 0
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
     say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
+    if not result.finished and not result.interrupted:
+        say("it ended before its last step, since validation no longer got better (--patience)")
     if result.interrupted:
         say(f"saved; go on with: phi3-mlx tune --resume -o {shlex.quote(str(result.output))}")
 

@@ -181,7 +181,7 @@ class Trainer:
 
         Raises TrainingError where loss or gradient is no number, after saving the last good state.
         """
-        while self.progress.step < self.plan.steps:
+        while self.progress.step < self.plan.steps and not self._is_exhausted():
             with turn():
                 report = self._step()
             self._listener.step(report)
@@ -189,13 +189,16 @@ class Trainer:
             last = step == self.plan.steps
             if self.valid and (last or step % self.validate_every == 0):
                 self._validate()
-            exhausted = self.settings.patience is not None and self.progress.worse >= self.settings.patience
             stop = self._sum(float(self._listener.stop()))[0] > 0
-            if last or stop or exhausted or step % self.save_every == 0:
+            if last or stop or self._is_exhausted() or step % self.save_every == 0:
                 self.save()
-            if stop or exhausted:
-                return last
-        return True
+            if stop:
+                break
+        return self.progress.step == self.plan.steps
+
+    def _is_exhausted(self) -> bool:
+        """Whether as many validations as `patience` allows were not better."""
+        return self.settings.patience is not None and self.progress.worse >= self.settings.patience
 
     def _step(self) -> StepReport:
         started = time.perf_counter()
