@@ -221,7 +221,7 @@ def test_resume_refuses_another_run(base, packed, data, tmp_path):
     with pytest.raises(TrainingError, match="another base model"):
         tune(str(packed), data, out, **options, resume=True)
     other = write_jsonl(tmp_path / "other.jsonl", facts(40, seed=9))
-    with pytest.raises(TrainingError, match="another training data"):
+    with pytest.raises(TrainingError, match="another set of training data"):
         tune(str(base), other, out, **options, resume=True)
     damaged = newest_checkpoint(out / "checkpoints") / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:50])
