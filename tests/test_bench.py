@@ -16,12 +16,12 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_plan import random_model
 
-from bench import kvquality, longcontext, readme, record
+from bench import kvquality, longcontext, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
 from bench.batch import alike
 from phi3_mlx import hub
 
-NOT_BENCHES = {"__init__", "__main__", "record", "feelings", "notebooks", "terminal"}  # feelings makes data
+NOT_BENCHES = {"__init__", "__main__", "record", "tables", "feelings", "notebooks", "terminal"}  # feelings makes data
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def test_a_gpu_is_a_system_of_its_own_and_has_its_own_table(tmp_path, monkeypatc
     record.write("longcontext-x", sides, "mlx", **facts, **decoded)
     assert list(record.read_systems()) == ["Linux x86_64", "Linux x86_64 with CUDA"]
     assert list(record.read()) == ["batch", "decode", "prefill"]
-    readme.published.cache_clear()
-    table = readme.gpu()
-    readme.published.cache_clear()
+    tables.published.cache_clear()
+    table = tables.gpu()
+    tables.published.cache_clear()
     assert "| decode, tiny | 3.00 tok/s | 3.00 tok/s | 1.50× |" in table
     assert "| decode, tiny, peak without weights | 2.00 MB | 2.00 MB | 1.00× |" in table
     assert "peak without weights | 5 MB (6 planned) | 10 MB after 2 | 0.50× |" in table

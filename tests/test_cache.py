@@ -165,6 +165,18 @@ def test_trim_into_what_the_window_dropped(name, keep):
     assert_same(model, feed(model, cache, IDS[:, keep + 1 : keep + 8], 3), IDS[:, : keep + 8])
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_trim_reads_again_from_the_first_length_whose_window_is_gone(lost):
+    model = MODELS["mini-4k"]
+    cache = model.make_cache()
+    feed(model, cache, IDS[:, :340], 50)
+    keep = cache[0].start + WINDOW - 1 - lost  # the next token sees itself and WINDOW - 1 before it
+    assert cache[0].start > 0
+    assert [cache[0].lost_at(keep), cache[0].lost_at(keep - 1), cache[0].lost_at(0)] == [lost, True, True]
+    trim(cache, 340 - keep)
+    assert_same(model, feed(model, cache, IDS[:, keep : keep + 1]), IDS[:, : keep + 1])
+
+
 def test_trim_after_a_crossing_sees_no_key_of_the_old_regime(monkeypatch):
     """Slots older than the window, kept by the bulk drop, come back into sight by a trim."""
     monkeypatch.setattr(KVCache, "step", 12)

@@ -110,6 +110,7 @@ def test_the_context_ends_the_answer(model):
     [
         ([], "empty"),
         ([5, 160], "token id 160 is outside the model's vocabulary of 160"),
+        ([0, 160], "token id 160 is outside the model's vocabulary of 160"),
         ([-1, 5], "token id -1"),
         ([5] * 1536, "1,536 tokens and the model's context is 1,536"),
     ],
