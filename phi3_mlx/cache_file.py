@@ -154,6 +154,7 @@ def check_model(path: str | os.PathLike[str], facts: Facts, model: Model) -> Non
     """Raise CacheError unless `model` is the one that read what the file holds."""
     for name, value in _options(model).items():
         if (made := getattr(facts, name)) != value:
+            made = shorten(made, quote=False)
             raise CacheError(
                 f"{path} was made with {name}={made}, and this model has {name}={value}; load it with {name}={made}, "
                 "or build the cache anew"

@@ -323,7 +323,12 @@ def _encode_spans(
 
     for piece in tokenizer.split_special(text):
         written = piece if isinstance(piece, str) else tokenizer.id_to_token(piece) or ""
-        start = text.index(written, position)  # what stands between is white space that a token swallows
+        start = text.find(written, position)  # what stands between is white space that a token swallows
+        if start < 0:  # a normalized token may be found in text that is spelled otherwise
+            raise ChatError(
+                f"the tokenizer finds {written!r} in a chat where it does not stand, so no mask can be made; use the "
+                "model's own tokenizer files"
+            )
         for place in bounds[bisect.bisect_left(bounds, position) : bisect.bisect_right(bounds, start)]:
             if place in ends:
                 ended = len(turns), ends[place]

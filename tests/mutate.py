@@ -39,7 +39,7 @@ TESTS = {
     "values": ["test_values", "test_arguments"],
     "tuning/settings": ["test_tuning_settings"],
     "tuning/onward": ["test_tuning_onward"],
-    "tuning/checkpoints": ["test_tuning_run", "test_tuning_folder"],
+    "tuning/checkpoints": ["test_hostile_runs", "test_tuning_run", "test_tuning_folder"],
     "tuning/folder": ["test_tuning_folder", "test_tuning_run"],
     "tuning/log": ["test_tuning_folder", "test_tuning_run"],
     "tuning/signals": ["test_tuning_folder"],

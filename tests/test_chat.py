@@ -23,7 +23,7 @@ from tokenizer_samples import (
     tiktoken_ranks,
 )
 
-from phi3_mlx.chat import SYSTEM_FOLDED, render_chat
+from phi3_mlx.chat import SYSTEM_FOLDED, render_chat, render_training_chat
 from phi3_mlx.errors import ChatError
 from phi3_mlx.messages import unused
 from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
@@ -367,6 +367,13 @@ def test_bos_is_there_once_or_not_at_all(writes: bool, asks: bool):
         ids = render_chat(tokenizer, user(content))
         assert ids.count(1) == (1 if writes or asks else 0)
         assert ids[ids.count(1)] == USER
+
+
+def test_a_token_that_is_spelled_otherwise_in_the_files_is_refused(tmp_path):
+    """The library looks for a normalized token in normalized text, where this one is spelled `▁<|user|>`."""
+    tokenizer = load_tokenizer(copy_of(TINY, tmp_path / "odd", flags={"<|user|>": {"normalized": True}}))
+    with pytest.raises(ChatError, match=r"finds '▁<\|user\|>' in a chat where it does not stand"):
+        render_training_chat(tokenizer, [*HELLO, {"role": "assistant", "content": "Hi"}])
 
 
 # ------------------------------------------------------------------------------ templates as programs

@@ -1,13 +1,14 @@
 """What a run left in its folder, changed afterwards: it is gone on with as it was, or refused in one line."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from phi3_mlx.errors import OptionError, TrainingError
-from phi3_mlx.tuning.checkpoints import read_checkpoint, save_checkpoint
+from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
 from phi3_mlx.tuning.optimizers import make_optimizer, optimizer_arrays, restore_optimizer
 from phi3_mlx.tuning.run import stored_settings
@@ -34,6 +35,12 @@ def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
     assert {name: array.shape for name, array in weights.items()} == {"a": (2, 3), "b": (4,)}
     assert optimizer["step"].item() == 4
     assert Progress.of(state) == PROGRESS
+
+
+def test_of_two_checkpoints_the_later_one_is_gone_on_with(checkpoint, tmp_path):
+    """A run killed between writing a checkpoint and removing the one before it leaves both."""
+    shutil.copytree(checkpoint, tmp_path / "step-00000012")
+    assert newest_checkpoint(tmp_path).name == "step-00000012"
 
 
 @pytest.mark.parametrize(

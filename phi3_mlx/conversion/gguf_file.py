@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..fields import shorten
 from ..files import open_file
 
 _MAGIC = b"GGUF"
@@ -152,7 +153,7 @@ class _Header:
         self.tensors = {name: self.place(name, shape, kind, offset) for name, shape, kind, offset in entries}
 
     def damaged(self, why: str) -> NoReturn:
-        self.owner.fail(f"is damaged ({why}); download it again")
+        self.owner.fail(f"is damaged ({shorten(why, quote=False)}); download it again")
 
     def take(self, count: int) -> bytes:
         if self.position + count > len(self.data):

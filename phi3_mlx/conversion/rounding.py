@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import OptionError
+from ..fields import shorten
 from ..models import parse_config
 from ..quantize import complete
 from ..safetensors import Tensor
@@ -55,7 +56,9 @@ def packings(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], so
     layers = {name.removesuffix(".weight"): name for name, tensor in tensors.items() if len(tensor.shape) > 1}
     unknown = next((key for key in recipe if key not in _KEYS and key not in layers), None)
     if unknown is not None:
-        raise fail(f"{unknown} is no layer of this model; they are named like {next(iter(layers))}")
+        raise fail(
+            f"{shorten(unknown, quote=False)} is no layer of this model; they are named like {next(iter(layers))}"
+        )
     every = {key: value for key, value in recipe.items() if key in _KEYS}
     found = {}
     for path, name in layers.items():
@@ -64,11 +67,11 @@ def packings(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], so
             continue
         own = every if own is True else own
         if not isinstance(own, Mapping) or set(own) - _KEYS:
-            raise fail(f"the entry of {path} is {own!r}, expected false or {', '.join(sorted(_KEYS))}")
+            raise fail(f"the entry of {path} is {shorten(own)}, expected false or {', '.join(sorted(_KEYS))}")
         try:
             packing = complete(None, **own)
         except ValueError as error:
-            raise fail(f"no such quantization for {path}: {error}") from error
+            raise fail(f"no such quantization for {path}: {shorten(str(error), quote=False)}") from error
         width = tensors[name].shape[-1]
         if width % packing["group_size"] == 0:
             found[name] = packing
