@@ -367,6 +367,8 @@ def test_bos_is_there_once_or_not_at_all(writes: bool, asks: bool):
         ids = render_chat(tokenizer, user(content))
         assert ids.count(1) == (1 if writes or asks else 0)
         assert ids[ids.count(1)] == USER
+        learnt = render_training_chat(tokenizer, [*user(content), {"role": "assistant", "content": "Hi"}])[0]
+        assert learnt[: len(ids)] == ids
 
 
 def test_a_token_that_is_spelled_otherwise_in_the_files_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.log import read_metrics
-from phi3_mlx.tuning.trainer import Listener, Trainer
+from phi3_mlx.tuning.trainer import Listener, Trainer, _within
 
 SMALL = {"rank": 2, "batch_size": 4, "learning_rate": 1e-2, "holdout": 0.1}
 
@@ -396,3 +396,7 @@ def test_gradient_checkpointing_and_every_optimizer_run(base, data, tmp_path):
         assert result.finished
         changed = weights(tmp_path / optimizer)
         assert any(array.any() for name, array in changed.items() if name.endswith("lora_b")), optimizer
+
+
+def test_examples_without_gradients_are_read_in_groups_that_fit():
+    assert _within(range(5), dict(enumerate([4, 5, 2, 30, 9])), 10) == [[0, 1], [2], [3], [4]]
