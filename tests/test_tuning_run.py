@@ -400,3 +400,10 @@ def test_gradient_checkpointing_and_every_optimizer_run(base, data, tmp_path):
 
 def test_examples_without_gradients_are_read_in_groups_that_fit():
     assert _within(range(5), dict(enumerate([4, 5, 2, 30, 9])), 10) == [[0, 1], [2], [3], [4]]
+
+
+def test_a_steps_seconds_are_those_it_took(base, data, tmp_path):
+    reports, begun = [], time.perf_counter()
+    result = tune(str(base), data, tmp_path / "out", **SMALL, on_step=reports.append)
+    assert 0 < sum(report.seconds for report in reports) < time.perf_counter() - begun
+    assert 0 < result.seconds < time.perf_counter() - begun
