@@ -5,7 +5,7 @@
 MODULE is a name of `TESTS`: which tests guard it. A mutant is one changed operator, constant, condition, call or
 statement, drawn at random, in a copy of the tree; its tests run in a process of their own, because MLX does not survive
 a fork. Those that no test notices are printed, with their line, and written to the file. A mutant may survive because
-it computes the same: such lines are kept in `tests/mutants.md`, with the reason.
+it computes the same: such changes are listed in `tests/survivors.md`, with the reason.
 """
 
 from __future__ import annotations
