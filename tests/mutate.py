@@ -43,7 +43,7 @@ TESTS = {
     "tuning/folder": ["test_tuning_folder", "test_tuning_run"],
     "tuning/log": ["test_tuning_folder", "test_tuning_run"],
     "tuning/signals": ["test_tuning_folder"],
-    "atomic": ["test_atomic", "test_convert"],
+    "atomic": ["test_atomic", "test_convert", "test_tuning_folder"],
 }
 _SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,
