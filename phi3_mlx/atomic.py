@@ -134,6 +134,8 @@ def check_destination(
     if not destination.is_dir():
         why = ", and force=True replaces only one" if force else ""
         raise fault(f"{destination} is not a directory{why}; name another place")
+    if os.path.samefile(destination, os.curdir):
+        raise fault(f"{destination} is the directory you are in; name one in it, which will be made")
     if os.path.ismount(destination):
         raise fault(f"{destination} is where a disk is mounted; name a directory in it")
     if all(path.name == FINDER for path in destination.iterdir()):

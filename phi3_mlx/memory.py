@@ -455,7 +455,9 @@ def parse_size(size: int | str, *, sold: bool = False) -> int:
     found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found and float(found[1]):
         if isinstance(size, str) and size.strip() == found[1]:
-            raise OptionError(f"{shown(size)} has no unit; write {found[1]}GB or {found[1]}MB")
+            number = float(found[1])
+            units = f"{number / 1e9:g}GB" if number >= 1e6 else f"{found[1]}GB or {found[1]}MB"
+            raise OptionError(f"{shown(size)} has no unit; write {units}")
         unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
         if count := int(float(found[1]) * unit):
             return count

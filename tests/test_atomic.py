@@ -241,7 +241,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(tmp_path, monkeypatc
     assert not os.listdir(tmp_path)
 
 
-def test_an_empty_directory_may_become_the_new_one(tmp_path):
+def test_an_empty_directory_may_become_the_new_one(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").touch()  # as the Finder leaves it
     with atomic.new_directory(tmp_path / "empty") as folder:
@@ -253,6 +253,11 @@ def test_an_empty_directory_may_become_the_new_one(tmp_path):
         atomic.check_destination(tmp_path / "empty", force=False)
     with pytest.raises(CheckpointError, match="where a disk is mounted"):
         atomic.check_destination(Path("/"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # replaced, it would be gone under every program in it
+    for here in (Path(""), Path("."), tmp_path / "here"):
+        with pytest.raises(CheckpointError, match="is the directory you are in; name one in it"):
+            atomic.check_destination(here)
 
 
 def test_a_directory_called_as_the_old_one_is_hidden_survives_a_kill(tmp_path, monkeypatch):

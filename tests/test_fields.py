@@ -146,3 +146,11 @@ def test_a_value_is_shown_on_one_short_line(value):
 def test_types_have_the_names_of_json():
     named = {"null": None, "true or false": True, "a number": 1, "a text": "", "an empty list": [], "an object": {1: 2}}
     assert {name: kind_of(value) for name, value in named.items()} == {name: name for name in named}
+
+
+def test_numbers_at_the_ends_of_what_is_usual():
+    fields = Fields({"none": 0, "most": 2**31 - 1, "more": 2**31, "large": 4e38}, "x.json", CheckpointError)
+    assert [fields.whole("none"), fields.whole("most"), fields.number("most")] == [0, 2**31 - 1, 2.0**31 - 1]
+    for take in (lambda: fields.whole("more"), lambda: fields.number("large")):  # float32 ends at 3.4e38
+        with pytest.raises(CheckpointError, match="expected a"):
+            take()

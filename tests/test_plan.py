@@ -508,6 +508,8 @@ def test_what_is_no_size_is_refused(text):
 def test_a_size_without_a_unit_is_asked_for_one():
     with pytest.raises(OptionError, match="'16' has no unit; write 16GB or 16MB"):
         memory.parse_size("16")
+    with pytest.raises(OptionError, match="'8000000000' has no unit; write 8GB"):
+        memory.parse_size("8000000000")
 
 
 def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
