@@ -182,10 +182,13 @@ class Run:
             turned = tokens * self._turning() * self.itemsize + attention  # before there are rows of experts
             return max(rows + max(routed, mixed), turned, grown, logits)
         if self._unpacks(tokens):
-            # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked, the last of
-            # them while the parts of the product are joined.
-            wide = tokens * (3 * config.hidden_size + 7 * config.mlp_width // 2) * self.itemsize
-            wide += self._unpacked_slices(config.largest_linear)
+            # A layer at a time is computed: fewer arrays live at once, but slices of matrices are unpacked. While the
+            # last of several is, the parts of the product are joined. Both as measured, on the CPU.
+            slices = self._unpacked_slices(config.largest_linear)
+            wide = tokens * (3 * config.hidden_size + 7 * config.mlp_width // 2) * self.itemsize + slices
+            if config.largest_linear > SLICE:
+                joined = tokens * (3 * config.hidden_size + 5 * config.mlp_width) * self.itemsize
+                wide = max(wide, joined + slices - SLICE // 2 * self._unpacking_weights())
             numbers -= 2 * (config.hidden_size + config.mlp_width) + (heads + 2 * kv_heads) * dim
             numbers = max(numbers, self._turning())
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)

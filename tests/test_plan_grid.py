@@ -75,6 +75,9 @@ ODD = {
     "many heads behind a window": odd(mx.float32, 64, 64, 16, 1, 32, window=100, lengths=[240]),
     "wide attention and inside": odd(mx.float32, 128, 384, 16, 1, 64),
     "wide hidden states in 16 bits": odd(mx.bfloat16, 2048, 64, 1, 1, 64),
+    "a wide feed-forward part of many rows, in several slices": odd(
+        mx.float32, 256, 2048, 4, 2, 16, weight_bits=4, unpacks=1, lengths=[500, 480, 450], chunk=512
+    ),
     "wide attention in blocks, in 16 bits": odd(mx.bfloat16, 64, 64, 16, 2, 128, lengths=[600]),
 }
 
