@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from phi3_mlx.engine import Generation, common_length
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.engine.batch import Generation, common_length
+from phi3_mlx.engine.sampling import Sampling
 
 from . import record
 from .decode import DTYPE, LAYERS, in_turn, loaded, rows_of

@@ -26,13 +26,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phi3_mlx.checkpoint import load_model
-from phi3_mlx.engine import Generation
-from phi3_mlx.hub import resolve
-from phi3_mlx.memory import room
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import room
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, parse_config
-from phi3_mlx.quantize import DEFAULTS
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.hub import resolve
+from phi3_mlx.store.quantization import DEFAULTS
 
 from . import record
 

@@ -26,10 +26,10 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.generation import encode_prompt, run_of
-from phi3_mlx.hub import resolve
+from phi3_mlx.generation.answers import encode_prompt, run_of
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.store.hub import resolve
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 from . import record
 from .decode import make_checkpoint

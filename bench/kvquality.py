@@ -16,17 +16,17 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
-from phi3_mlx.hub import resolve
-from phi3_mlx.memory import Run
+from phi3_mlx.evaluation.quality import Difference, blocks
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Model
-from phi3_mlx.quality import Difference, blocks
-from phi3_mlx.sampling import Sampling
-from phi3_mlx.tokenizer import load_tokenizer
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.hub import resolve
+from phi3_mlx.text.tokenizer import load_tokenizer
 
 from . import record
 

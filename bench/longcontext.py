@@ -26,7 +26,7 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi3_mlx.memory import Run
+from phi3_mlx.engine.plan import Run
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.models.attention import fused_attention
 from phi3_mlx.models.cache import KVBits

@@ -29,11 +29,11 @@ import mlx.core as mx
 
 from phi3_mlx import generate, load
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine import Generation, Statistics
-from phi3_mlx.generation import Prompt, encode_prompt
-from phi3_mlx.hub import resolve
-from phi3_mlx.lookup import MAX_DRAFT
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.engine.batch import Generation, Statistics
+from phi3_mlx.engine.lookup import MAX_DRAFT
+from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.generation.answers import Prompt, encode_prompt
+from phi3_mlx.store.hub import resolve
 
 from . import record
 from .batch import alike

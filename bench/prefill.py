@@ -17,8 +17,8 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.engine import Generation
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampling
 
 from . import record
 from .decode import CASES as PACKED

@@ -21,16 +21,16 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.gptq import calibrated
 from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
 from phi3_mlx.conversion.sources import Source, open_source, weights_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_json, write_weights
-from phi3_mlx.hub import resolve
-from phi3_mlx.quality import compare
-from phi3_mlx.tokenizer import load_tokenizer
+from phi3_mlx.evaluation.quality import compare
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.hub import resolve
+from phi3_mlx.text.tokenizer import load_tokenizer
 
 from . import record
 

@@ -71,8 +71,8 @@ def reasons() -> str:
 
 def macs() -> str:
     """Models by name: the download, and the longest context on Macs of three sizes."""
-    from phi3_mlx.hub import find_alias
-    from phi3_mlx.memory import Run, mac_working_set, size_text
+    from phi3_mlx.engine.plan import Run, mac_working_set, size_text
+    from phi3_mlx.store.hub import find_alias
 
     lines = [
         "| name | download | context | longest on 8 GB | 16 GB | 32 GB |",
@@ -139,7 +139,7 @@ def plan() -> str:
 
 def family() -> str:
     """The table of `phi3-mlx models`."""
-    from phi3_mlx.family import family_rows
+    from phi3_mlx.store.family import family_rows
 
     rows = family_rows()
     lines = [
@@ -153,7 +153,7 @@ def family() -> str:
 
 
 def june() -> str:
-    from phi3_mlx.family import june_text
+    from phi3_mlx.store.family import june_text
 
     return june_text()
 

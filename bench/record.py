@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlx import blas
-from phi3_mlx.atomic import replace_file
+from phi3_mlx.store.atomic import replace_file
 
 ELSEWHERE = "PHI3_MLX_BENCH_RESULTS"
 PUBLISHED = Path(__file__).resolve().parent / "results"

@@ -22,11 +22,11 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.store.checkpoint import load_model
 from phi3_mlx.tuning.examples import Example
-from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.settings import Settings
-from phi3_mlx.tuning.targets import find_targets
 from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
 
 from . import record

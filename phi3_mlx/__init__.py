@@ -18,47 +18,47 @@ _blas.load()  # before anything imports MLX
 
 # Every public name and the module it lives in: imported when first used, so `import phi3_mlx` costs nothing.
 _PUBLIC = {
-    "Chunk": "generation",
-    "Conversation": "conversation",
+    "Chunk": "generation.answers",
+    "Conversation": "generation.conversation",
     "Phi3Error": "errors",
     "ProgressBar": "display",
-    "PromptCache": "prompt_cache",
-    "batch_generate": "generation",
-    "compare": "quality",
+    "PromptCache": "generation.prompt_cache",
+    "batch_generate": "generation.answers",
+    "compare": "evaluation.quality",
     "convert": "conversion",
-    "export_peft": "tuning.peft",
-    "fuse": "tuning.fuse",
-    "generate": "generation",
-    "import_peft": "tuning.peft",
-    "load": "generation",
-    "load_model": "generation",
-    "load_tokenizer": "generation",
-    "memory_limit": "memory",
-    "stream_generate": "generation",
+    "export_peft": "adapters.peft",
+    "fuse": "conversion.fuse",
+    "generate": "generation.answers",
+    "import_peft": "adapters.peft",
+    "load": "generation.answers",
+    "load_model": "generation.answers",
+    "load_tokenizer": "generation.answers",
+    "memory_limit": "engine.plan",
+    "stream_generate": "generation.answers",
     "tune": "tuning",
-    "unload": "generation",
+    "unload": "generation.answers",
 }
 
 if TYPE_CHECKING:
-    from .conversation import Conversation as Conversation
+    from .adapters.peft import export_peft as export_peft
+    from .adapters.peft import import_peft as import_peft
     from .conversion import convert as convert
+    from .conversion.fuse import fuse as fuse
     from .display import ProgressBar as ProgressBar
+    from .engine.plan import memory_limit as memory_limit
     from .errors import Phi3Error as Phi3Error
-    from .generation import Chunk as Chunk
-    from .generation import batch_generate as batch_generate
-    from .generation import generate as generate
-    from .generation import load as load
-    from .generation import load_model as load_model
-    from .generation import load_tokenizer as load_tokenizer
-    from .generation import stream_generate as stream_generate
-    from .generation import unload as unload
-    from .memory import memory_limit as memory_limit
-    from .prompt_cache import PromptCache as PromptCache
-    from .quality import compare as compare
+    from .evaluation.quality import compare as compare
+    from .generation.answers import Chunk as Chunk
+    from .generation.answers import batch_generate as batch_generate
+    from .generation.answers import generate as generate
+    from .generation.answers import load as load
+    from .generation.answers import load_model as load_model
+    from .generation.answers import load_tokenizer as load_tokenizer
+    from .generation.answers import stream_generate as stream_generate
+    from .generation.answers import unload as unload
+    from .generation.conversation import Conversation as Conversation
+    from .generation.prompt_cache import PromptCache as PromptCache
     from .tuning import tune as tune
-    from .tuning.fuse import fuse as fuse
-    from .tuning.peft import export_peft as export_peft
-    from .tuning.peft import import_peft as import_peft
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Conversion
-    from .quality import Comparison
+    from .evaluation.quality import Comparison
     from .tuning.run import Result
 
 _COLORS = {"system": "#8d99ae", "user": "#2a6f97", "assistant": "#c8553d"}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import blas
-from .hub import cache_folder
+from .store.hub import cache_folder
 
 Status = Literal["ok", "note", "wrong"]
 
@@ -233,12 +233,12 @@ def _blas(machine: Machine, speed: float) -> list[Finding]:
 def _memory(machine: Machine) -> list[Finding]:
     if machine.mlx is None:
         return []
-    from . import memory
+    from .engine import plan
 
     total, room = _room(machine)
-    text = memory.size_text(room)
+    text = plan.size_text(room)
     if machine.mlx["backend"] == "Metal":
-        text = f"{memory.size_text(total)}, of which Metal recommends to use {text}"
+        text = f"{plan.size_text(total)}, of which Metal recommends to use {text}"
     elif machine.mlx["backend"] == "CUDA":
         text = f"{text} on the GPU"
     else:
@@ -248,14 +248,15 @@ def _memory(machine: Machine) -> list[Finding]:
 
 def _models(machine: Machine, room: int) -> Finding:
     """What of the family fits, and the longest context of the largest that does."""
-    from . import hub, memory
+    from .engine import plan
+    from .store import hub
 
     assert machine.mlx is not None
     gpu = machine.mlx["backend"] != "CPU"
     fits = {}
     for alias in hub.ALIASES:
-        again = memory.reread_at_boundary(alias.shape)
-        run = memory.Run(alias.shape, alias.bytes, 1, itemsize=2 if gpu else 4, fused=gpu, rereads=again)
+        again = plan.reread_at_boundary(alias.shape)
+        run = plan.Run(alias.shape, alias.bytes, 1, itemsize=2 if gpu else 4, fused=gpu, rereads=again)
         if longest := run.longest(room):
             fits[alias] = longest
     if not fits:
@@ -271,11 +272,11 @@ def _models(machine: Machine, room: int) -> Finding:
 
 def _room(machine: Machine) -> tuple[int, int]:
     """(bytes there are, bytes that may be used)"""
-    from . import memory
+    from .engine import plan
 
     assert machine.mlx is not None
     if machine.mlx["backend"] == "CPU":
-        room = memory.available_ram()
+        room = plan.available_ram()
         return room, room
     total = int(machine.mlx.get("memory_size") or machine.mlx.get("total_memory") or 0)
     return total, int(machine.mlx.get("max_recommended_working_set_size") or total)

@@ -11,7 +11,7 @@ import released
 from mlx.utils import tree_flatten
 
 from phi3_mlx.models import build, parse_config
-from phi3_mlx.safetensors import INDEX
+from phi3_mlx.store.safetensors import INDEX
 
 ORIGINAL = 48  # original length of the scaled-down LongRoPE models
 WINDOW = 21

@@ -10,13 +10,13 @@ import oracle
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.rounding import packings, planned
 from phi3_mlx.conversion.sources import open_source, tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_weights
-from phi3_mlx.quality import compare
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.evaluation.quality import compare
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 TRAINED = ROOT / "weights" / "tiny-8bit"
 

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import load
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.adapters.config import check_config
+from phi3_mlx.adapters.folder import Adapters, base_of, trained_on
+from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError, OptionError, TrainingError
+from phi3_mlx.store.checkpoint import load_model
 from phi3_mlx.tuning import Settings, tune
-from phi3_mlx.tuning.adapter_config import check_config
-from phi3_mlx.tuning.adapters import Adapters, base_of, trained_on
-from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.peft import export_peft, import_peft
 
 DOWN = "model.layers.1.mlp.down_proj"  # (64, 96)
 
@@ -247,7 +247,7 @@ ONE, TWO = "0" * 40, "f" * 40
 def cached(base, tmp_path, monkeypatch):
     """Phi-3.5-mini in Hugging Face's cache, in two commits with different weights; main is the first."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("phi3_mlx.hub.cache_folder", lambda: tmp_path / "hub")
+    monkeypatch.setattr("phi3_mlx.store.hub.cache_folder", lambda: tmp_path / "hub")
     folder = tmp_path / "hub" / "models--microsoft--Phi-3.5-mini-instruct"
     for commit in (ONE, TWO):
         shutil.copytree(base, folder / "snapshots" / commit)

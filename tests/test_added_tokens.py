@@ -23,9 +23,9 @@ from tokenizer_samples import (
     write_json,
 )
 
-from phi3_mlx.added_tokens import AddedToken, AddedTokens
-from phi3_mlx.chat import render_chat, render_training_chat
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.added_tokens import AddedToken, AddedTokens
+from phi3_mlx.text.chat import render_chat, render_training_chat
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 TURNS = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"

@@ -9,10 +9,10 @@ from conftest import ROOT
 import phi3_mlx
 from phi3_mlx.cli import cli, main
 from phi3_mlx.cli.options import as_typed, in_options
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
-from phi3_mlx.generation import make_kv_bits
+from phi3_mlx.generation.answers import make_kv_bits
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.sampling import Sampling
 
 TINY = str(ROOT / "weights" / "tiny")
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from phi3_mlx import atomic
 from phi3_mlx.errors import AdapterError, CheckpointError
+from phi3_mlx.store import atomic
 
 # Writes with one of the module's functions, and is killed with half of it on the disk.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from phi3_mlx import atomic
+from phi3_mlx.store import atomic
 
 kind, place = sys.argv[1], Path(sys.argv[2])
 if kind == "new_file":
@@ -274,7 +274,7 @@ def test_a_folder_is_held_by_one_run_until_that_dies(tmp_path):
         with atomic.hold(tmp_path / "run") as second:
             assert not second
     program = (
-        "import sys, time; from pathlib import Path; from phi3_mlx import atomic\n"
+        "import sys, time; from pathlib import Path; from phi3_mlx.store import atomic\n"
         "with atomic.hold(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

@@ -19,7 +19,7 @@ from test_plan import random_model
 from bench import kvquality, longcontext, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
 from bench.batch import alike
-from phi3_mlx import hub
+from phi3_mlx.store import hub
 
 NOT_BENCHES = {"__init__", "__main__", "record", "tables", "feelings", "notebooks", "terminal"}  # feelings makes data
 

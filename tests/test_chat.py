@@ -23,10 +23,10 @@ from tokenizer_samples import (
     tiktoken_ranks,
 )
 
-from phi3_mlx.chat import SYSTEM_FOLDED, render_chat, render_training_chat
 from phi3_mlx.errors import ChatError
-from phi3_mlx.messages import unused
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.chat import SYSTEM_FOLDED, render_chat, render_training_chat
+from phi3_mlx.text.messages import unused
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 JUNE = (  # mini-4k, June 2024
     "{% for message in messages %}{% if message['role'] == 'system' %}"

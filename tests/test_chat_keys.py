@@ -7,9 +7,9 @@ import pytest
 from test_chat import JUNE, MEDIUM, with_template
 
 from phi3_mlx import generate, load
-from phi3_mlx.chat import render_chat, render_training_chat
 from phi3_mlx.errors import ChatError
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.chat import render_chat, render_training_chat
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 # Phi-4-mini's own, of its tokenizer_config.json
 PHI4_MINI = (
@@ -54,7 +54,7 @@ def test_tools_of_a_system_message_reach_phi_4_minis_template():
 def test_the_template_for_files_without_one_takes_tools_as_well():
     tokenizer = load_tokenizer(Path(__file__).parent.parent / "weights" / "tiny", backend="sentencepiece")
     assert tokenizer.chat_template
-    from phi3_mlx import chat
+    from phi3_mlx.text import chat
 
     tokenizer.chat_template = chat._PHI4_MINI
     own = with_template(PHI4_MINI)

@@ -12,13 +12,13 @@ import oracle
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx import checkpoint
-from phi3_mlx.checkpoint import load_model, weight_bytes
 from phi3_mlx.conversion import convert
 from phi3_mlx.conversion.sources import DirectorySource
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.models.phi3 import Phi3Model
-from phi3_mlx.safetensors import INDEX, find_weights, read_header
+from phi3_mlx.store import checkpoint
+from phi3_mlx.store.checkpoint import load_model, weight_bytes
+from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
 TIED = {**RAW, "tie_word_embeddings": True}

@@ -368,16 +368,17 @@ def test_a_closed_pipe_is_one_line_and_a_failure():
 
 INTERRUPTED = """
 import os, signal
-from phi3_mlx import cli, engine
+from phi3_mlx import cli
+from phi3_mlx.engine import batch
 
-token = engine.Generation._token
+token = batch.Generation._token
 
 def interrupted(self, *given):
     if self.statistics.generated_tokens == 20:
         os.kill(os.getpid(), signal.SIGINT)
     return token(self, *given)
 
-engine.Generation._token = interrupted
+batch.Generation._token = interrupted
 cli.main()
 """
 

@@ -17,14 +17,14 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import phi3_mlx
-from phi3_mlx import atomic
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.cli import main
 from phi3_mlx.conversion import convert, pipeline, sensitivity, writer
 from phi3_mlx.conversion.checked import is_finite
 from phi3_mlx.conversion.sources import open_source
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
-from phi3_mlx.safetensors import INDEX, find_weights, read_header
+from phi3_mlx.store import atomic
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
 TIED = {**RAW, "tie_word_embeddings": True}
@@ -469,7 +469,7 @@ def test_memory_follows_the_largest_tensor(tmp_path):
 # Runs a conversion that SIGKILLs itself at a moment.
 KILLED = """
 import os, signal, sys
-from phi3_mlx import atomic
+from phi3_mlx.store import atomic
 from phi3_mlx.conversion import convert
 
 source, destination, moment, force = sys.argv[1:]

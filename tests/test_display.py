@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from phi3_mlx import ProgressBar, display, load
-from phi3_mlx.conversation import Conversation
 from phi3_mlx.conversion import Conversion
 from phi3_mlx.conversion.writer import Progress
-from phi3_mlx.quality import Comparison, Quality
+from phi3_mlx.evaluation.quality import Comparison, Quality
+from phi3_mlx.generation.conversation import Conversation
 from phi3_mlx.tuning.run import Result
 
 

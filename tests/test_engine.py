@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampler, Sampling, filter_scores
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
 from phi3_mlx.models import decoder
-from phi3_mlx.sampling import Sampler, Sampling, filter_scores
 
 GREEDY = Sampling()
 EVAL = mx.eval

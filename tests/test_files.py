@@ -13,11 +13,11 @@ from test_cli import one_line, run  # noqa: F401
 from tokenizer_samples import TINY
 
 from phi3_mlx import files, load, load_tokenizer, tune
-from phi3_mlx.cache_file import read_facts
-from phi3_mlx.checkpoint import load_model
-from phi3_mlx.conversion.gguf_file import GgufFile
+from phi3_mlx.conversion.gguf.file import GgufFile
 from phi3_mlx.errors import CacheError, CheckpointError, DataError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.files import LARGEST, as_utf8, decode, json_text, not_unicode, open_file, read_bytes
+from phi3_mlx.generation.cache_file import read_facts
+from phi3_mlx.store.checkpoint import load_model
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.settings import read_settings
 

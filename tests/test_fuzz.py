@@ -20,22 +20,22 @@ from tokenizer_samples import tiktoken_ranks
 from tuning_models import make_directory, randomize, write_jsonl
 
 from phi3_mlx import PromptCache, convert, generate, load
-from phi3_mlx.cache_file import Document, read_facts
-from phi3_mlx.chat import render_chat, render_training_chat
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.peft import export_peft, import_peft
+from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.errors import CheckpointError, Phi3Error
-from phi3_mlx.prompt_cache import check_writable, document_ids, read_document
-from phi3_mlx.tokenizer import load_tokenizer
-from phi3_mlx.tuning.adapters import adapter_files, base_of, write_adapter
+from phi3_mlx.generation.cache_file import Document, read_facts
+from phi3_mlx.generation.prompt_cache import check_writable, document_ids, read_document
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.text.chat import render_chat, render_training_chat
+from phi3_mlx.text.tokenizer import load_tokenizer
 from phi3_mlx.tuning.checkpoints import read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.examples import encode_records
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
-from phi3_mlx.tuning.lora import attach
-from phi3_mlx.tuning.peft import export_peft, import_peft
 from phi3_mlx.tuning.run import stored_settings
 from phi3_mlx.tuning.settings import Settings, read_settings
-from phi3_mlx.tuning.targets import find_targets
 from phi3_mlx.tuning.trainer import Progress
 
 LONGEST = 30  # seconds for one file; each takes some milliseconds

@@ -25,8 +25,8 @@ from gguf_samples import (  # noqa: E402
 )
 
 from phi3_mlx import convert  # noqa: E402
-from phi3_mlx.conversion.gguf import GgufSource  # noqa: E402
-from phi3_mlx.conversion.gguf_file import GgufFile  # noqa: E402
+from phi3_mlx.conversion.gguf.file import GgufFile  # noqa: E402
+from phi3_mlx.conversion.gguf.source import GgufSource  # noqa: E402
 from phi3_mlx.errors import CheckpointError, ConfigError, Phi3Error  # noqa: E402
 from phi3_mlx.models import build, parse_config  # noqa: E402
 
@@ -465,7 +465,7 @@ def test_a_real_model_predicts_english_and_knows_a_capital(smollm2):
 def test_a_real_vocabulary_reads_as_the_library_reads_it(smollm2, shared: Path):
     import tokenizers
 
-    from phi3_mlx.tokenizer import load_tokenizer
+    from phi3_mlx.text.tokenizer import load_tokenizer
 
     metadata = GgufFile(smollm2[0]).metadata
     vocab = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}

@@ -13,10 +13,10 @@ pytest.importorskip("gguf")
 
 from gguf_samples import KINDS, TOY_TOKENS, sentencepiece_metadata
 
-from phi3_mlx.chat import render_chat
-from phi3_mlx.conversion.gguf_tokenizer import tokenizer_files
+from phi3_mlx.conversion.gguf.tokenizer import tokenizer_files
 from phi3_mlx.errors import TokenizerError
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.chat import render_chat
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
 WORDS = [

@@ -9,12 +9,12 @@ import oracle
 import pytest
 from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion import gptq
 from phi3_mlx.conversion.gptq import calibrated, hessian_of, pack_codes
 from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
+from phi3_mlx.store.checkpoint import load_model
 
 BITS = (2, 3, 4, 5, 6, 8)
 

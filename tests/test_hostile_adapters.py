@@ -9,8 +9,8 @@ from test_tuning_adapters import make_adapter
 from tuning_models import make_directory
 
 from phi3_mlx import load
+from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.errors import AdapterError
-from phi3_mlx.tuning.peft import export_peft, import_peft
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from phi3_mlx import (
     stream_generate,
     unload,
 )
-from phi3_mlx.tuning.adapters import trained_on
+from phi3_mlx.adapters.folder import trained_on
 
 MODEL, TOKENIZER = load("tiny")
 USER = {"role": "user", "content": "x"}

@@ -15,9 +15,9 @@ import oracle
 import pytest
 from huggingface_hub import constants, errors
 
-from phi3_mlx import hub
 from phi3_mlx.errors import ModelNotFoundError, OptionError
-from phi3_mlx.hub import ALIASES, list_models, on_disk, resolve
+from phi3_mlx.store import hub
+from phi3_mlx.store.hub import ALIASES, list_models, on_disk, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -70,7 +70,7 @@ def test_tiny(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     assert resolve("./tiny") == tmp_path / "tiny"
     package = tmp_path / "site-packages" / "phi3_mlx"
-    monkeypatch.setattr(hub, "__file__", str(package / "hub.py"))
+    monkeypatch.setattr(hub, "__file__", str(package / "store" / "hub.py"))
     assert "bundled model tiny is missing" in refusal("tiny")
     (package / "weights" / "tiny").mkdir(parents=True)
     assert resolve("tiny") == package / "weights" / "tiny"
@@ -110,7 +110,7 @@ def test_revision_of_a_directory(tmp_path):
 def test_directories_do_not_import_huggingface_hub(tmp_path):
     code = f"""
 import sys
-from phi3_mlx.hub import resolve
+from phi3_mlx.store.hub import resolve
 resolve("tiny"), resolve({str(tmp_path)!r})
 heavy = {{"huggingface_hub", "mlx", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
@@ -347,7 +347,7 @@ def outcomes(names, **environment) -> list[str]:
     code = """
 import json, sys
 from phi3_mlx.errors import ModelNotFoundError
-from phi3_mlx.hub import resolve
+from phi3_mlx.store.hub import resolve
 for name, revision in json.loads(sys.argv[1]):
     try:
         print(resolve(name, revision))

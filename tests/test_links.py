@@ -10,9 +10,9 @@ from tuning_models import make_directory
 
 from phi3_mlx import load, load_tokenizer
 from phi3_mlx.conversion import convert
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.sources import open_source
 from phi3_mlx.errors import CheckpointError
-from phi3_mlx.tuning.fuse import fuse
 
 SECRET = "PRIVATE KEY"
 # How a file of a model directory may be a link to another's.

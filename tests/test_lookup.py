@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, slim
 
-from phi3_mlx import engine
-from phi3_mlx.engine import Generation
-from phi3_mlx.lookup import Drafter, accepted_of
+from phi3_mlx.engine import batch
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.lookup import Drafter, accepted_of
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
-from phi3_mlx.sampling import Sampling
 
 NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
 MODELS = {name: oracle.make_ours(slim(CONFIGS[name])) for name in NAMES}
@@ -50,7 +50,7 @@ def prophecy(monkeypatch, answer, seed=0):
                 right[random.integers(len(right))] ^= 1
             return right
 
-    monkeypatch.setattr(engine, "Drafter", Prophet)
+    monkeypatch.setattr(batch, "Drafter", Prophet)
 
 
 @pytest.mark.parametrize("length", [20, ORIGINAL - 9, ORIGINAL - 1, ORIGINAL + 5])

@@ -8,9 +8,9 @@ import pytest
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import compare, convert, generate, load, load_model, memory_limit, tune
-from phi3_mlx.checkpoint import weight_bytes
 from phi3_mlx.cli import main
 from phi3_mlx.errors import MemoryLimitError
+from phi3_mlx.store.checkpoint import weight_bytes
 
 BIG = {
     "num_hidden_layers": 1,

@@ -17,13 +17,13 @@ from oracle import generate, ids_of, last_logits, logits_of
 from small_models import LONG, ORIGINAL, RAW
 from tuning_models import examples
 
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.errors import ConfigError
 from phi3_mlx.models import parse_config, phi3_small
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.tuning.batches import make_part
-from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.loss import part_loss
-from phi3_mlx.tuning.targets import find_targets
 
 SAME = 2e-4
 CONFIGS = {

@@ -10,16 +10,17 @@ import small_models
 from oracle import ids_of
 from tuning_models import facts, write_jsonl
 
-from phi3_mlx import batch_generate, convert, generate, hub, load
-from phi3_mlx.chat import render_chat
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx import batch_generate, convert, generate, load
+from phi3_mlx.adapters.folder import Adapters
 from phi3_mlx.cli import main
-from phi3_mlx.engine import Generation
-from phi3_mlx.family import MEMBERS, parameter_count
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import parse_config
-from phi3_mlx.sampling import Sampling
-from phi3_mlx.tokenizer import load_tokenizer
-from phi3_mlx.tuning.adapters import Adapters
+from phi3_mlx.store import hub
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.family import MEMBERS, parameter_count
+from phi3_mlx.text.chat import render_chat
+from phi3_mlx.text.tokenizer import load_tokenizer
 
 pytest.importorskip("tiktoken")
 LINEARS = ("query_key_value", "dense", "up_proj", "down_proj")

@@ -12,13 +12,13 @@ import test_tuning_plan
 from mlx.utils import tree_flatten
 from test_tuning_plan import CHECKPOINTED
 
-from phi3_mlx import memory
-from phi3_mlx.engine import Generation
-from phi3_mlx.family import MEMBERS
-from phi3_mlx.memory import Run
+from phi3_mlx.engine import plan
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store.family import MEMBERS
 
 PATTERN = {"blocksparse_block_size": 16, "blocksparse_num_local_blocks": 4, "blocksparse_vert_stride": 8}
 ALL_SPARSE = {"dense_attention_every_n_layers": None, "blocksparse_block_size": 32, "blocksparse_num_local_blocks": 8}
@@ -37,7 +37,7 @@ ALL_SPARSE = {"dense_attention_every_n_layers": None, "blocksparse_block_size": 
     ids=str,
 )
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, length, bits, rows, pays, monkeypatch):
-    for module in (linear, decoder, memory):
+    for module in (linear, decoder, plan):
         monkeypatch.setattr(module, "unpacking_pays", lambda: pays)
     names = ("hidden_size", "ff_intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     packed = {"group_size": 32, "bits": 8} if pays else None

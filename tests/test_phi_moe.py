@@ -22,14 +22,14 @@ from mlx.utils import tree_flatten, tree_map
 from moe_models import CONFIGS, EXPERTS, ORIGINAL, RAW
 from oracle import ids_of, last_logits, logits_of
 
-from phi3_mlx.checkpoint import load_model
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CheckpointError, ConfigError
 from phi3_mlx.models import build, experts, parse_config, shapes
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.phi_moe import route
-from phi3_mlx.quantize import DEFAULTS
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.quantization import DEFAULTS
 
 TOLERANCE = 1e-3  # the promise; measured: about 1e-5
 NAMES = list(CONFIGS)

@@ -17,25 +17,26 @@ from moe_models import EXPERTS, RAW
 from oracle import ids_of, logits_of
 from tuning_models import examples, randomize, write_jsonl
 
-from phi3_mlx import convert, load, memory, tune
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx import convert, load, tune
+from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.peft import export_peft, import_peft
+from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine import plan
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import AdapterError, OptionError
-from phi3_mlx.memory import Run
 from phi3_mlx.models import build, decoder, experts, linear, parse_config, read_config
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.safetensors import find_weights
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.safetensors import find_weights
 from phi3_mlx.tuning import Settings
 from phi3_mlx.tuning import run as runs
-from phi3_mlx.tuning.adapters import adapter_files, base_of, write_adapter
-from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.lora import attach
-from phi3_mlx.tuning.peft import export_peft, import_peft
 from phi3_mlx.tuning.plan import plan_memory
-from phi3_mlx.tuning.targets import find_targets
 from phi3_mlx.tuning.trainer import Trainer
 
 VOCAB = {**RAW, "vocab_size": 4032, "num_hidden_layers": 1}
@@ -248,7 +249,7 @@ def test_an_adapter_of_experts_is_refused(source, tmp_path):
     ],
 )
 def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight_bits, unpacking_pays, monkeypatch):
-    for module in (linear, decoder, memory, experts):
+    for module in (linear, decoder, plan, experts):
         monkeypatch.setattr(module, "unpacking_pays", lambda: unpacking_pays)
     quantization = {"group_size": 32, "bits": weight_bits} if weight_bits else None
     raw = {**RAW, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": hidden // 128}
@@ -324,11 +325,11 @@ def test_plans_of_training_are_what_runs_take(tmp_path_factory):
 
 
 def test_the_released_model_is_planned():
-    from phi3_mlx.hub import find_alias
+    from phi3_mlx.store.hub import find_alias
 
     alias = find_alias("phi-3.5-moe-4bit")
     run = Run(alias.shape, alias.bytes, 4096)
     assert 23e9 < alias.bytes < 24e9
     assert run.cache_bytes() == 4096 * 32 * 2 * 8 * 128 * 2
-    assert dataclasses.replace(run, length=131_072).longest(memory.mac_working_set(64 << 30)) == 131_072
-    assert run.longest(memory.mac_working_set(32 << 30)) == 0
+    assert dataclasses.replace(run, length=131_072).longest(plan.mac_working_set(64 << 30)) == 131_072
+    assert run.longest(plan.mac_working_set(32 << 30)) == 0

@@ -12,30 +12,22 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx import (
-    Conversation,
-    Phi3Error,
-    batch_generate,
-    generate,
-    hub,
-    load,
-    memory,
-    memory_limit,
-    stream_generate,
-)
-from phi3_mlx.checkpoint import weight_bytes
+from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, load, memory_limit, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.tables import print_table
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine import plan as memory
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.lookup import MAX_DRAFT
+from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import MemoryLimitError, OptionError
-from phi3_mlx.family import MEMBERS
-from phi3_mlx.lookup import MAX_DRAFT
-from phi3_mlx.memory import Run
+from phi3_mlx.generation.prompt_cache import PromptCache
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
-from phi3_mlx.prompt_cache import PromptCache
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store import hub
+from phi3_mlx.store.checkpoint import weight_bytes
+from phi3_mlx.store.family import MEMBERS
 
 GB = 10**9
 MINI_4K, MINI_128K = MEMBERS["phi-3-mini-4k"].shape, MEMBERS["phi-3-mini-128k"].shape
@@ -329,7 +321,7 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("phi3_mlx.checkpoint.load_model", loaded)
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", loaded)
     with pytest.raises(SystemExit) as done:
         main(["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000"])
     assert done.value.code == 1

@@ -10,12 +10,12 @@ import oracle
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from phi3_mlx import memory
-from phi3_mlx.engine import Generation
-from phi3_mlx.memory import Run
+from phi3_mlx.engine import plan as memory
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.sampling import Sampling
 
 CASES, NEVER = 16, 1 << 30
 SLACK = 250_000  # bytes: of models of two megabytes chance is a larger share

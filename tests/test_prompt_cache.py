@@ -11,15 +11,18 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import Phi3Error, PromptCache, cache_file, generate, hub, load, memory, stream_generate
+from phi3_mlx import Phi3Error, PromptCache, generate, load, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.options import Pulse
-from phi3_mlx.engine import Generation
+from phi3_mlx.engine import plan
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
-from phi3_mlx.generation import run_of
+from phi3_mlx.generation import cache_file
+from phi3_mlx.generation.answers import run_of
+from phi3_mlx.generation.prompt_cache import read_document
 from phi3_mlx.models.cache import KVBits, KVCache
-from phi3_mlx.prompt_cache import read_document
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.store import hub
 
 NAMES = ["mini-4k", "3.5-mini", "long-and-window"]
 MODELS = {name: oracle.make_ours(slim(CONFIGS[name])) for name in NAMES}
@@ -126,7 +129,7 @@ def test_a_run_that_is_refused_leaves_the_cache_as_it_was(monkeypatch):
     generate(model, tokenizer, "Once there was a dog. " * 30, max_tokens=1, prompt_cache=cache)
     held = cache.ids
     with monkeypatch.context() as scarce:
-        scarce.setattr(memory, "room", lambda: 0)
+        scarce.setattr(plan, "room", lambda: 0)
         with pytest.raises(MemoryLimitError) as refusal:
             generate(model, tokenizer, "Who are you? " * 90, max_tokens=1, prompt_cache=cache)
     assert "a cache made with kv_bits=" in str(refusal.value) or "kv_bits" not in str(refusal.value)
@@ -150,7 +153,7 @@ def test_bits_are_given_as_to_generate():
         cache = PromptCache(model, kv_bits=bits, kv_group_size=group_size)
         text = generate(model, tokenizer, "Who are you?", max_tokens=8, prompt_cache=cache)
         assert text == generate(model, tokenizer, "Who are you?", max_tokens=8, kv_bits=bits)
-        assert repr(cache) == f"<PromptCache: {len(cache.ids):,} tokens read, {memory.size_text(cache.nbytes)}>"
+        assert repr(cache) == f"<PromptCache: {len(cache.ids):,} tokens read, {plan.size_text(cache.nbytes)}>"
     for wrong in (5, (4,), "8,4"):
         with pytest.raises(OptionError, match="kv_bits"):
             PromptCache(model, kv_bits=wrong)
@@ -354,8 +357,8 @@ def test_only_a_cache_is_replaced(built, capsys):
 def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys, monkeypatch):
     """One tells how to build it anew; what is allowed is what 8 bits need."""
     needed = run_of(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8))
-    needed = dataclasses.replace(needed, rereads=memory.reread_at_boundary(needed.config))
-    monkeypatch.setattr(memory, "room", lambda: needed.plan(0).total)
+    needed = dataclasses.replace(needed, rereads=plan.reread_at_boundary(needed.config))
+    monkeypatch.setattr(plan, "room", lambda: needed.plan(0).total)
     code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?")
     assert code == 1
     assert "a cache made with --kv-bits 8 needs" in err
@@ -364,7 +367,7 @@ def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys,
 
 def test_a_log_says_how_far_a_long_prompt_is_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Pulse, "SECONDS", 0.0)
-    monkeypatch.setattr(memory, "CHUNKS", (64,))
+    monkeypatch.setattr(plan, "CHUNKS", (64,))
     book = tmp_path / "book.txt"
     book.write_text("Once there was a boy named Tim. " * 40)
     code, out, err = run(capsys, "cache", "build", "-f", str(book), "-o", str(tmp_path / "book.cache"))

@@ -12,10 +12,10 @@ from quality_models import TRAINED, Letters, RandomSource, stories, write_model
 from test_cli import one_line, run  # noqa: F401
 from tuning_models import make_directory
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.rounding import rounded, uniform
 from phi3_mlx.errors import OptionError, PromptError
-from phi3_mlx.quality import compare, log_softmax
+from phi3_mlx.evaluation.quality import compare, log_softmax
+from phi3_mlx.store.checkpoint import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not even wake up."
 
@@ -81,8 +81,8 @@ def test_logits_come_in_pieces(pair, monkeypatch):
         sizes.append(len(logits))
         return log_softmax(logits)
 
-    monkeypatch.setattr("phi3_mlx.quality.LOGITS_AT_ONCE", 5 * oracle.BASE["vocab_size"])
-    monkeypatch.setattr("phi3_mlx.quality.log_softmax", spy)
+    monkeypatch.setattr("phi3_mlx.evaluation.quality.LOGITS_AT_ONCE", 5 * oracle.BASE["vocab_size"])
+    monkeypatch.setattr("phi3_mlx.evaluation.quality.log_softmax", spy)
     parts = compare(pair[0], Letters(), pair[1], Letters(), TEXT)
     assert max(sizes) == 5
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)

@@ -10,11 +10,11 @@ import pytest
 from quality_models import stories, trained, write_model
 
 from phi3_mlx import load
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion.report import memory_needed, table, write_report
 from phi3_mlx.conversion.rounding import rounded, uniform
 from phi3_mlx.errors import PromptError
-from phi3_mlx.quality import compare
+from phi3_mlx.evaluation.quality import compare
+from phi3_mlx.store.checkpoint import load_model
 
 TEXT = stories("sample")[:600]
 MIXED = {**uniform(4, 64), "model.layers.2.mlp.down_proj": uniform(2, 32), "model.layers.4.self_attn.o_proj": False}

@@ -10,11 +10,11 @@ import oracle
 import pytest
 from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
 
-from phi3_mlx.checkpoint import load_model
 from phi3_mlx.conversion import sensitivity
 from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, choose_recipe, measure, sizes_of
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
+from phi3_mlx.store.checkpoint import load_model
 
 
 def size_of(source, recipe):

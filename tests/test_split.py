@@ -12,7 +12,7 @@ import released
 from phi3_mlx.conversion.split import phi3_config, plan
 from phi3_mlx.errors import CheckpointError, ConfigError
 from phi3_mlx.models import build, parse_config, shapes
-from phi3_mlx.safetensors import Tensor, find_weights
+from phi3_mlx.store.safetensors import Tensor, find_weights
 
 LLAMA = {
     "model_type": "llama",

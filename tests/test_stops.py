@@ -15,8 +15,8 @@ from tokenizer_samples import ASSISTANT, END, PHI4_TOKENS, SYSTEM, TINY, USER, b
 from phi3_mlx import Conversation, batch_generate, generate, load, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.errors import OptionError
-from phi3_mlx.stops import Stops, StopStrings
-from phi3_mlx.tokenizer import load_tokenizer
+from phi3_mlx.text.stops import Stops, StopStrings
+from phi3_mlx.text.tokenizer import load_tokenizer
 
 HELLO, YOU, NEW_LINE, SPACE, PLACE = 316, 354, 13, 3943, 4002
 

@@ -7,8 +7,8 @@ import time
 import pytest
 from templates import CONSTRUCTS, ENDLESS, GOLDEN, MESSAGES, VARIABLES, rendered_by_transformers
 
-from phi3_mlx import metering, template
 from phi3_mlx.errors import ChatError
+from phi3_mlx.text import metering, template
 
 NAMES = {name: value for name, value in VARIABLES.items() if name != "messages"}
 

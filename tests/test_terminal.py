@@ -14,7 +14,7 @@ import phi3_mlx.cli
 from phi3_mlx.cli import main, terminal
 from phi3_mlx.cli.options import check_text
 from phi3_mlx.errors import PromptError
-from phi3_mlx.generation import Chunk
+from phi3_mlx.generation.answers import Chunk
 
 TITLE = "\x1b]0;PWNED\x07\x1b[31mX"
 SPELLED = r"\x1b]0;PWNED\x07\x1b[31mX"
@@ -37,7 +37,7 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, Terminal]:
 def answers(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """`generate` answers with these chunks."""
     chunks = [Chunk(text, n, -0.5, *FIGURES) for n, text in enumerate(texts)]
-    monkeypatch.setattr("phi3_mlx.generation.stream_generate", lambda *args, **given: iter(chunks))
+    monkeypatch.setattr("phi3_mlx.generation.answers.stream_generate", lambda *args, **given: iter(chunks))
 
 
 def ran(*arguments: str) -> int:

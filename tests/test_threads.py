@@ -14,13 +14,14 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, memory, stream_generate, tune
-from phi3_mlx.engine import Generation
+from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, stream_generate, tune
+from phi3_mlx.engine import plan
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.lookup import Drafter
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError
-from phi3_mlx.lookup import Drafter
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
-from phi3_mlx.sampling import Sampling
 from phi3_mlx.threads import turn
 
 ASK = "Write a story about a rabbit who finds a key."
@@ -335,11 +336,11 @@ def test_a_stream_that_nobody_reads_on_ends_in_whatever_thread_finds_it(tiny):
         cache = PromptCache(model)
         streams = [stream_generate(model, tokenizer, ASK, max_tokens=20, prompt_cache=cache)]
         next(streams[0])
-        assert memory._runs
+        assert plan._runs
         streams.append(streams)  # a circle, which only the collector finds
         streams = None
         elsewhere(gc.collect)
-        assert not memory._runs
+        assert not plan._runs
         assert mx.set_cache_limit(123_456_789) == 123_456_789
         again = generate(model, tokenizer, ASK, max_tokens=8, prompt_cache=cache)
         assert again == generate(model, tokenizer, ASK, max_tokens=8)

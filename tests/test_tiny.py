@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from oracle import torch_logits
 
 from phi3_mlx import generate, load, stream_generate
-from phi3_mlx.generation import encode_prompt
+from phi3_mlx.generation.answers import encode_prompt
 from phi3_mlx.models import read_config
 
 TINY = ROOT / "weights" / "tiny"
@@ -53,7 +53,7 @@ def test_its_special_tokens_are_phi3s(tiny):
     _, tokenizer = tiny
     end, assistant, user, system = (tokenizer.token_to_id(f"<|{n}|>") for n in ("end", "assistant", "user", "system"))
     assert {end, assistant, tokenizer.token_to_id("<|endoftext|>")} == tokenizer.stop_ids
-    from phi3_mlx.chat import render_chat
+    from phi3_mlx.text.chat import render_chat
 
     messages = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hello"}]
     ids = render_chat(tokenizer, messages)

@@ -27,7 +27,7 @@ from tokenizer_samples import (
 )
 
 from phi3_mlx.errors import OptionError, PromptError, TokenizerError
-from phi3_mlx.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 # Our tokenizer under test: a folder of the fixture below, and the backend that reads it.
 KINDS = {

@@ -14,13 +14,13 @@ from mlx.utils import tree_flatten
 from tuning_models import RAW, copy_of, make_directory, randomize
 
 from phi3_mlx import load
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.adapters.folder import Adapters, adapter_files, base_of, fingerprint, write_adapter
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.peft import export_peft, import_peft
+from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError, OptionError
-from phi3_mlx.tuning.adapters import Adapters, adapter_files, base_of, fingerprint, write_adapter
-from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.lora import attach
-from phi3_mlx.tuning.peft import export_peft, import_peft
-from phi3_mlx.tuning.targets import find_targets
+from phi3_mlx.store.checkpoint import load_model
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 

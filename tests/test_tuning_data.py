@@ -8,9 +8,9 @@ from test_chat import APRIL, JUNE, MEDIUM, NO_STRIP, STRIP_BUT_ASSISTANT, VISION
 from tokenizer_samples import TINY, copy_of
 from tuning_models import facts, write_jsonl
 
-from phi3_mlx.chat import render_chat, render_training_chat
 from phi3_mlx.errors import ChatError, DataError, OptionError
-from phi3_mlx.tokenizer import load_tokenizer
+from phi3_mlx.text.chat import render_chat, render_training_chat
+from phi3_mlx.text.tokenizer import load_tokenizer
 from phi3_mlx.tuning.data import Record, hold_out, read_data
 from phi3_mlx.tuning.examples import encode_records, histogram
 

@@ -9,13 +9,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import examples, facts, make_directory, randomize, write_jsonl
 
+from phi3_mlx.adapters.lora import attach
+from phi3_mlx.adapters.targets import Target, find_targets
 from phi3_mlx.models.dropout import Draws, dropped, token_keys
 from phi3_mlx.tuning import Settings, loss, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.batches import make_part
-from phi3_mlx.tuning.lora import attach
 from phi3_mlx.tuning.loss import part_loss
-from phi3_mlx.tuning.targets import Target, find_targets
 from phi3_mlx.tuning.trainer import Listener, Trainer
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23)

@@ -6,8 +6,8 @@ import click
 import pytest
 from conftest import ROOT
 
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.tuning import tune
-from phi3_mlx.tuning.fuse import fuse
 
 pytest.importorskip("bench.feelings", reason="bench/ lies beside the package in a checkout")
 from bench.feelings import accuracy, write

@@ -19,12 +19,12 @@ import pytest
 from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx import atomic
+from phi3_mlx.adapters.folder import read_adapter
 from phi3_mlx.cli import main
 from phi3_mlx.errors import OptionError, TrainingError
+from phi3_mlx.store import atomic
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
-from phi3_mlx.tuning.adapters import read_adapter
 from phi3_mlx.tuning.checkpoints import newest_checkpoint
 from phi3_mlx.tuning.log import StepLines, plot_losses, read_lines, read_metrics
 from phi3_mlx.tuning.trainer import Trainer
@@ -195,9 +195,9 @@ def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(base, data, 
 
 
 def test_a_sample_that_fails_does_not_end_the_run(base, data, tmp_path, monkeypatch):
-    from phi3_mlx import generation
+    from phi3_mlx.generation import answers
 
-    answer, asked = generation.generate, []
+    answer, asked = answers.generate, []
 
     def sometimes(model, tokenizer, prompt, **options):
         asked.append(prompt)
@@ -205,7 +205,7 @@ def test_a_sample_that_fails_does_not_end_the_run(base, data, tmp_path, monkeypa
             raise RuntimeError("no memory, say")
         return answer(model, tokenizer, prompt, **options)
 
-    monkeypatch.setattr(generation, "generate", sometimes)
+    monkeypatch.setattr(answers, "generate", sometimes)
     notes = []
     options = {**SMALL, "steps": 4, "validate_every": 2, "sample_tokens": 2}
     result = tune(str(base), data, tmp_path / "out", **options, samples=("bad", "Hi"), notify=notes.append)
@@ -343,7 +343,7 @@ def test_a_start_that_fails_leaves_no_folder_that_is_in_the_way(base, data, tmp_
         with pytest.raises(OptionError, match="TensorBoard is not installed"):
             tune(str(base), data, out, **options, tensorboard=True)
     with monkeypatch.context() as patch:
-        patch.setattr("phi3_mlx.checkpoint.load_model", lambda *_, **__: 1 / 0)
+        patch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tune(str(base), data, out, **options)
     assert not out.exists()

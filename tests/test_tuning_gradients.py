@@ -12,15 +12,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import examples, randomize
 
+from phi3_mlx.adapters.lora import AdaptedLinear, attach, set_layer
+from phi3_mlx.adapters.targets import find_targets, names_of
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.decoder import Model
-from phi3_mlx.models.packing import Packing
+from phi3_mlx.models.end_to_end import Packing
 from phi3_mlx.tuning.batches import Plan, make_part, split_parts
-from phi3_mlx.tuning.lora import AdaptedLinear, attach, set_layer
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
 from phi3_mlx.tuning.settings import Settings
-from phi3_mlx.tuning.targets import find_targets, names_of
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23, ORIGINAL, ORIGINAL + 1, ORIGINAL + 2)  # read: one fewer, so short and long ones
 RUN = {"data": "x", "output": "y"}

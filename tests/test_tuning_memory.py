@@ -8,12 +8,13 @@ from click.testing import CliRunner
 from test_tuning_adapters import make_adapter
 from tuning_models import make_directory
 
-from phi3_mlx import memory, memory_limit
+from phi3_mlx import memory_limit
+from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
+from phi3_mlx.conversion import fuse as fusing
+from phi3_mlx.conversion.fuse import fuse
+from phi3_mlx.engine import plan
 from phi3_mlx.errors import MemoryLimitError
-from phi3_mlx.tuning import fuse as fusing
-from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.peft import export_peft, import_peft
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_key_value_heads": 2}
 
@@ -45,13 +46,13 @@ def peak_of(work):
 )
 def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp_path, monkeypatch):
     make_adapter(models[base], tmp_path / "a", **adapter)
-    planned, check_room = [], memory.check_room
+    planned, check_room = [], plan.check_room
 
     def watch(what, parts, way_out):
         planned.append(sum(parts.values()))
         check_room(what, parts, way_out)
 
-    monkeypatch.setattr(memory, "check_room", watch)
+    monkeypatch.setattr(plan, "check_room", watch)
     peak = peak_of(lambda: fuse(tmp_path / "a", tmp_path / "m", **options))
     assert planned
     assert 0.9 < planned[0] / peak < 1.35

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tuning_models import facts, make_directory, write_jsonl
 
+from phi3_mlx.adapters.peft import export_peft
 from phi3_mlx.cli import main
 from phi3_mlx.errors import AdapterError, MemoryLimitError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.onward import decided_by, kept_apart
-from phi3_mlx.tuning.peft import export_peft
 from phi3_mlx.tuning.trainer import Trainer
 
 SMALL = {"batch_size": 4, "learning_rate": 1e-2, "holdout": 0}
@@ -149,7 +149,7 @@ def test_the_run_says_what_it_began_with_and_can_be_resumed(base, data, adapter,
     ],
 )
 def test_what_the_adapter_decides_is_not_to_be_chosen_again(base, data, adapter, tmp_path, monkeypatch, options, said):
-    monkeypatch.setattr("phi3_mlx.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
     with pytest.raises(OptionError) as caught:
         tune(base, data, tmp_path / "out", **SMALL, from_adapter=adapter, **options)
     assert str(caught.value).startswith(said.format(adapter))

@@ -10,12 +10,12 @@ import pytest
 from tuning_models import RAW, copy_of, make_directory
 
 from phi3_mlx import load
-from phi3_mlx.checkpoint import load_model
+from phi3_mlx.adapters.peft import export_peft, import_peft
+from phi3_mlx.adapters.peft_config import alpha_of
+from phi3_mlx.adapters.principal import taken_out
+from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError
-from phi3_mlx.tuning.fuse import fuse
-from phi3_mlx.tuning.peft import export_peft, import_peft
-from phi3_mlx.tuning.peft_config import alpha_of
-from phi3_mlx.tuning.principal import taken_out
+from phi3_mlx.store.checkpoint import load_model
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

@@ -8,8 +8,8 @@ from test_chat import JUNE, MEDIUM, with_template
 from test_chat_keys import PHI4_MINI
 from tuning_models import facts, write_jsonl
 
-from phi3_mlx.chat import render_chat
 from phi3_mlx.errors import DataError
+from phi3_mlx.text.chat import render_chat
 from phi3_mlx.tuning.data import Splits, read_data
 from phi3_mlx.tuning.examples import Encoded, encode_records
 from phi3_mlx.tuning.settings import Settings

@@ -16,9 +16,10 @@ import pytest
 from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx import atomic, load
+from phi3_mlx import load
 from phi3_mlx.cli import main
 from phi3_mlx.errors import DataError, MemoryLimitError, OptionError, TrainingError
+from phi3_mlx.store import atomic
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
@@ -336,7 +337,7 @@ def test_padding_and_text_outside_answers_never_count(base, tmp_path):
 
 def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [{"text": "a hat and a ball " * 30}] * 64)
-    monkeypatch.setattr("phi3_mlx.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
     options = {"batch_size": 64, "steps": 1}
     with pytest.raises(
         MemoryLimitError, match=r"needs about .* MB .*weights.*it would fit with gradient_checkpointing=True"

@@ -25,7 +25,7 @@ def take(source: str, model: str, revision: str | None, output: str) -> None:
     \b
     phi3-mlx adapter import peft-adapter -m phi-3.5-mini -o adapter
     """
-    from ..tuning.peft import import_peft
+    from ..adapters.peft import import_peft
 
     count = import_peft(source, output, model, revision=revision)
     say(f"{count:,} layers changed; the adapter is in {output}")
@@ -43,7 +43,7 @@ def give(source: str, model: str | None, revision: str | None, output: str, spli
     \b
     phi3-mlx adapter export adapter -o peft-adapter
     """
-    from ..tuning.peft import export_peft
+    from ..adapters.peft import export_peft
 
     count = export_peft(source, output, model=model, revision=revision, split=split)
     say(f"{count:,} layers changed; PEFT's folder is {output}")

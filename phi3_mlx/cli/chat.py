@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from .. import files
-from ..atomic import replace_file
 from ..errors import MemoryLimitError, Phi3Error, PromptError
+from ..store.atomic import replace_file
 from .options import (
     MemoryOptions,
     ModelOptions,
@@ -28,7 +28,7 @@ from .options import (
 from .terminal import answer_writer, note, say, show
 
 if TYPE_CHECKING:
-    from ..conversation import Conversation
+    from ..generation.conversation import Conversation
 
 _HELP = """\
 /reset         forget the conversation
@@ -52,7 +52,7 @@ def chat(
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
     """
     sampling.check()
-    from ..conversation import Conversation
+    from ..generation.conversation import Conversation
 
     system = check_text(system, "--system") if system else None
     bits = memory.bits()

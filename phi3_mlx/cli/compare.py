@@ -16,7 +16,7 @@ from .options import Pulse, force_memory, read_text, within_memory
 from .terminal import progress_bar, show, show_json
 
 if TYPE_CHECKING:
-    from ..quality import Comparison, Quality
+    from ..evaluation.quality import Comparison, Quality
 
 
 @click.command()
@@ -65,15 +65,15 @@ def compare(
     if output is not None and os.path.lexists(output):
         raise CheckpointError(f"{output} exists already; name another directory")
     words = None if text is None else read_text(text)
-    from ..atomic import new_directory
     from ..conversion import report
     from ..conversion.sources import open_source, weights_of
     from ..conversion.texts import bundled
-    from ..generation import load
-    from ..hub import resolve
-    from ..quality import check_fits
-    from ..quality import compare as compare_models
-    from ..safetensors import find_weights
+    from ..evaluation.quality import check_fits
+    from ..evaluation.quality import compare as compare_models
+    from ..generation.answers import load
+    from ..store.atomic import new_directory
+    from ..store.hub import resolve
+    from ..store.safetensors import find_weights
 
     words = bundled("sample") if words is None else words
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text

@@ -41,7 +41,7 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     phi3-mlx fuse --adapter adapter -o fused
     phi3-mlx fuse --adapter adapter -o fused --dequantize
     """
-    from ..tuning import fuse as work
+    from ..conversion import fuse as work
 
     words = read_text(text) if text else None
     done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)

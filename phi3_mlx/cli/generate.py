@@ -25,7 +25,7 @@ from .options import (
 from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:
-    from ..generation import Chunk
+    from ..generation.answers import Chunk
 
 
 @click.command()
@@ -77,7 +77,7 @@ def generate(
     if cache is not None:
         if bits is not None:
             raise click.UsageError(f"{cache} has its own bits, so --kv-bits has no effect; leave it out")
-        from ..prompt_cache import PromptCache, about_document, read_document
+        from ..generation.prompt_cache import PromptCache, about_document, read_document
 
         document, bits = read_document(cache)
         if system is not None and system != document.system:
@@ -90,7 +90,7 @@ def generate(
         text = about_document(_joined(map(read_text, files)) if files else document.text, _prompt(prompt, (), raw))
     else:
         text = _prompt(prompt, files, raw)
-    from ..generation import encode_prompt, stream_generate
+    from ..generation.answers import encode_prompt, stream_generate
 
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
@@ -109,7 +109,7 @@ def generate(
         )
         last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
     if stats:
-        from ..memory import size_text
+        from ..engine.plan import size_text
 
         say(
             f"prompt {last.prompt_tokens:,} tokens ({last.prefilled_tokens:,} read now), {last.prompt_tps:,.1f} tok/s; "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..models.cache import KVBits
     from ..models.decoder import Model
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,19 +40,19 @@ class ModelOptions:
 
     def find(self) -> Path:
         """The model's directory, downloaded if need be."""
-        from ..hub import resolve
+        from ..store.hub import resolve
 
         return resolve(self.model, self.revision)
 
     def name(self) -> str:
         """The model's name wherever it is used from: a directory's is its whole path."""
-        from ..hub import find_alias
+        from ..store.hub import find_alias
 
         there = find_alias(self.model) is None and os.path.isdir(self.model)
         return os.path.abspath(self.model) if there else self.model
 
     def load_tokenizer(self, directory: Path) -> Tokenizer:
-        from ..tokenizer import load_tokenizer
+        from ..text.tokenizer import load_tokenizer
 
         return load_tokenizer(directory)
 
@@ -63,7 +63,7 @@ class ModelOptions:
 
         `kept`: the bits are those of a cache that is there already.
         """
-        from ..generation import load_adapted, plan_run
+        from ..generation.answers import load_adapted, plan_run
 
         plan_run(
             directory,
@@ -150,7 +150,7 @@ class MemoryOptions:
 
     def bits(self) -> KVBits | None:
         """Raises OptionError for bits that cannot be."""
-        from ..generation import make_kv_bits
+        from ..generation.answers import make_kv_bits
 
         return make_kv_bits(self.kv_bits, self.kv_group_size)
 
@@ -171,7 +171,7 @@ class _KVBitsType(click.ParamType):
 def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Bounds the plans of the whole command."""
     if value is not None:
-        from ..memory import memory_limit
+        from ..engine.plan import memory_limit
 
         ctx.with_resource(memory_limit(value))
 
@@ -226,8 +226,8 @@ class SamplingOptions:
 
     def check(self) -> None:
         """OptionError for a value outside its range; called before a model is fetched or read."""
-        from ..generation import check_limits
-        from ..sampling import Sampling
+        from ..engine.sampling import Sampling
+        from ..generation.answers import check_limits
 
         check_limits(self.max_tokens, self.stop, self.lookup)
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)

@@ -10,7 +10,7 @@ from ..errors import OptionError
 from .terminal import show, show_json
 
 if TYPE_CHECKING:
-    from ..memory import Run
+    from ..engine.plan import Run
 
 _MACS = (8, 16, 24, 32, 64, 128)  # GiB, which are sold as GB
 _BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
@@ -36,7 +36,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..memory import mac_working_set, parse_size, room, size_text
+    from ..engine.plan import mac_working_set, parse_size, room, size_text
     from .tables import print_table
 
     if here and memory is not None:
@@ -91,11 +91,11 @@ def _run(model: str, revision: str | None, here: bool) -> Run:
     On a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any length, so that an
     answer may begin on this side of LongRoPE's boundary and end beyond it.
     """
-    from .. import hub
-    from ..checkpoint import computed_size, weight_bytes
-    from ..memory import Run, reread_at_boundary
+    from ..engine.plan import Run, reread_at_boundary
     from ..models import read_config
     from ..models.attention import fused_attention
+    from ..store import hub
+    from ..store.checkpoint import computed_size, weight_bytes
 
     fused = not here or fused_attention()
     alias = hub.find_alias(model)

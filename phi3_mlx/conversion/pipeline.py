@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
-from ..atomic import check_destination, new_directory
-from ..checkpoint import DTYPES
 from ..config import read_json
+from ..engine.plan import parse_size, room, size_text
 from ..errors import MemoryLimitError, OptionError, Phi3Error
-from ..hub import find_alias, resolve
-from ..memory import parse_size, room, size_text
 from ..places import is_gguf
+from ..store.atomic import check_destination, new_directory
+from ..store.checkpoint import DTYPES
+from ..store.hub import find_alias, resolve
 from ..threads import refuse_fork
 from .checked import CheckedSource
 from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
@@ -346,7 +346,7 @@ def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
 
 def _calibration_ids(source: Source, text: str | None) -> list[int]:
     """What bits and weights are fitted to: a text, or a bundled one that reports do not read."""
-    from ..tokenizer import load_tokenizer
+    from ..text.tokenizer import load_tokenizer
     from .texts import bundled
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .. import memory
-from ..memory import Run
+from ..engine import plan
+from ..engine.plan import Run
+from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models import parse_config
 from ..models.attention import fused_attention
 from ..models.linear import unpacking_bytes
-from ..quality import LOGITS_AT_ONCE
-from ..safetensors import Tensor
+from ..store.safetensors import Tensor
 from . import gptq, sensitivity
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .sources import Source
@@ -27,7 +27,7 @@ def check_room(
     one = max(_one_tensor(source, read, written, name) for name in source.tensors)
     fitting = (_measuring(source, len(ids)) if measures else _gptq(source, len(ids))) if ids else 0
     parts = {"a tensor at a time": one, "a layer and a text": fitting}
-    memory.check_room(
+    plan.check_room(
         f"converting {source.name}",
         parts,
         "take method='round', and bits instead of a target" if ids else "close other programs",

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..atomic import new_files
-from ..checkpoint import load_model
 from ..errors import OptionError
+from ..evaluation.quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..files import json_text
 from ..models.linear import matrices, plain_weight
-from ..quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
-from ..safetensors import Tensor, find_weights
-from ..tokenizer import load_tokenizer
+from ..store.atomic import new_files
+from ..store.checkpoint import load_model
+from ..store.safetensors import Tensor, find_weights
+from ..text.tokenizer import load_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
 from .sources import open_source, weights_of
 from .texts import bundled

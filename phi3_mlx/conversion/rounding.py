@@ -12,8 +12,8 @@ import mlx.core as mx
 from ..errors import OptionError
 from ..fields import shorten
 from ..models import parse_config
-from ..quantize import complete
-from ..safetensors import Tensor
+from ..store.quantization import complete
+from ..store.safetensors import Tensor
 from .sources import Source, tensor_of
 
 # As in config.json: `group_size`, `bits`, `mode`, and the same under the path of a layer that differs (or false).

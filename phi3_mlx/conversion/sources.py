@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..assembly import assemble
-from ..checkpoint import DTYPES, read_arrays
 from ..config import read_json
 from ..errors import CheckpointError
-from ..hub import COMPANIONS
 from ..models import parse_config, shapes
 from ..places import no_model
-from ..quantize import packing_of
-from ..safetensors import Tensor, find_weights, lacks
+from ..store.assembly import assemble
+from ..store.checkpoint import DTYPES, read_arrays
+from ..store.hub import COMPANIONS
+from ..store.quantization import packing_of
+from ..store.safetensors import Tensor, find_weights, lacks
 from .split import plan
 
 _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
@@ -67,7 +67,7 @@ def open_source(path: Path) -> Source:
     """
     if path.is_dir():
         return DirectorySource(path)
-    from .gguf import GgufSource
+    from .gguf.source import GgufSource
 
     return GgufSource(path)
 

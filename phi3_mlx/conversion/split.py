@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ..assembly import origin, part_shapes
 from ..config import ROPE_KEYS, Config
 from ..errors import CheckpointError, ConfigError
 from ..fields import shorten
 from ..models import MEMBERS, check_layers, parse_config, shapes
-from ..safetensors import Tensor
+from ..store.assembly import origin, part_shapes
+from ..store.safetensors import Tensor
 
 # What transformers takes where a config.json lacks the key; Phi-3's own defaults are others.
 _DEFAULTS: dict[str, dict[str, Any]] = {

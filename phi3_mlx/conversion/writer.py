@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..engine.plan import size_text
 from ..errors import CheckpointError
 from ..files import json_text
-from ..memory import size_text
-from ..safetensors import INDEX, Tensor
+from ..store.safetensors import INDEX, Tensor
 from .sources import to_mlx
 
 _SHARD_BYTES = 5 * 10**9

@@ -22,8 +22,8 @@ from ..errors import OptionError
 from .attention import Mask, attend, fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
 from .dropout import Draws
+from .end_to_end import Packing
 from .linear import Embedding, Linear, unpacking_pays
-from .packing import Packing
 from .rope import Regime, Rope
 
 _TOGETHER = 32  # tokens at most whose queries and keys are turned in one call

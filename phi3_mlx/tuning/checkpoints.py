@@ -17,13 +17,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..atomic import new_directory
-from ..checkpoint import read_arrays
 from ..config import read_json
 from ..errors import CheckpointError, TrainingError
 from ..fields import Fields, shorten
 from ..files import json_text
-from ..safetensors import read_header
+from ..store.atomic import new_directory
+from ..store.checkpoint import read_arrays
+from ..store.safetensors import read_header
 
 _NAME = re.compile(r"step-(\d{8})")
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"

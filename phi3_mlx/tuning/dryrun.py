@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..memory import size_text
+from ..engine.plan import size_text
 from .batches import Plan, make_part, split_parts
 from .examples import Example, histogram
 from .gradients import Gradients
@@ -13,7 +13,7 @@ from .plan import memory_limit
 from .run import Prepared, load_for_training
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 _SHOWN, _SHOWN_TOKENS = 3, 120
 STYLES = _LEARNT, _PLAIN = "\033[1;32m", "\033[0m"

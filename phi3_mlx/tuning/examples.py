@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from ..chat import render_training_chat
 from ..errors import ChatError, DataError, OptionError, PromptError
+from ..text.chat import render_training_chat
 from .rows import Record
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 TrainOn = Literal["answers", "last", "all"]
 Overflow = Literal["drop", "truncate", "split"]

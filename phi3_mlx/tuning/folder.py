@@ -18,19 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import FINDER, hold, is_partial, replace_file
+from ..adapters.folder import adapter_files, write_adapter
 from ..config import read_json
 from ..errors import CheckpointError, TrainingError
 from ..files import json_text
-from .adapters import adapter_files, write_adapter
+from ..store.atomic import FINDER, hold, is_partial, replace_file
 from .checkpoints import newest_checkpoint
 from .log import METRICS, SAMPLES, Log, StepLines, plot_losses
 
 if TYPE_CHECKING:
+    from ..adapters.folder import Base
+    from ..adapters.lora import Adapter
     from ..models.decoder import Model
-    from ..tokenizer import Tokenizer
-    from .adapters import Base
-    from .lora import Adapter
+    from ..text.tokenizer import Tokenizer
     from .settings import Settings
     from .trainer import StepReport, Trainer
 
@@ -229,7 +229,7 @@ class RunFolder:
         write_adapter(directory, tensors, config)
 
     def _answer(self, lines: StepLines, step: int) -> None:
-        from ..generation import generate
+        from ..generation.answers import generate
 
         self.model.eval()
         for prompt in self.settings.samples:

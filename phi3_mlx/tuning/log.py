@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import new_file, replace_file
 from ..errors import OptionError
 from ..fields import parse
 from ..files import json_text
+from ..store.atomic import new_file, replace_file
 
 METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..adapters.config import is_rslora, kind_of, scale_in
+from ..adapters.folder import CONFIG, WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
+from ..adapters.lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
+from ..adapters.targets import find_targets
 from ..config import Config
 from ..errors import AdapterError, OptionError
 from ..fields import Fields
 from ..models.decoder import Model
-from ..safetensors import read_header
-from .adapter_config import is_rslora, kind_of, scale_in
-from .adapters import CONFIG, WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
-from .lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
-from .targets import find_targets
+from ..store.safetensors import read_header
 
 if TYPE_CHECKING:
     from .settings import Settings

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import computed_size, weight_bytes
+from ..adapters.targets import Target, find_targets
 from ..config import Config
+from ..engine.plan import parse_size, size_text
 from ..errors import MemoryLimitError
-from ..memory import parse_size, size_text
 from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
 from ..models.linear import SLICE, unpacking_pays
-from ..safetensors import Tensor, find_weights
+from ..store.checkpoint import computed_size, weight_bytes
+from ..store.safetensors import Tensor, find_weights
 from .batches import PartSize, Plan
 from .loss import places_at_once
 from .settings import Settings
-from .targets import Target, find_targets
 
 # How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
 _BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..fields import kind_of, shorten
-from ..messages import ROLES
+from ..text.messages import ROLES
 
 Message = dict[str, Any]
 

@@ -15,31 +15,31 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .. import hub
+from ..adapters.folder import WEIGHTS, Base, base_of
+from ..adapters.lora import Adapter, attach
+from ..adapters.targets import find_targets
 from ..config import read_json
+from ..engine.plan import bounded_run, room
 from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
 from ..fields import Fields
-from ..memory import bounded_run, room
 from ..models import read_config
+from ..store import hub
 from ..threads import refuse_fork
-from .adapters import WEIGHTS, Base, base_of
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
 from .examples import Encoded, encode_records
 from .folder import CHECKPOINTS, RUN, RunFolder, check_folder, taken
 from .log import check_tensorboard
-from .lora import Adapter, attach
 from .onward import Start, attach_start, read_start
 from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
 from .settings import HOLDOUT, Settings, from_stored, no_effect
 from .signals import stop_on_signal
-from .targets import find_targets
 from .trainer import Listener, StepReport, Trainer
 
 if TYPE_CHECKING:
     from ..config import Config
     from ..models.decoder import Model
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
 _LOST_UPDATES = (
@@ -120,7 +120,7 @@ def prepare(
     With `fits` a run that does not fit is refused (MemoryLimitError). With `resume` settings that do nothing are let
     be: version 0.1.0 began such runs.
     """
-    from .. import tokenizer
+    from ..text import tokenizer
 
     settings = _absolute(settings.check())
     if settings.tensorboard:
@@ -196,8 +196,8 @@ def prepare(
 
 def _check_samples(settings: Settings, tokenizer: Tokenizer, config: Config) -> None:
     """OptionError for a sample that could not be answered."""
-    from ..engine import check_length
-    from ..generation import encode_prompt
+    from ..engine.batch import check_length
+    from ..generation.answers import encode_prompt
 
     for prompt in settings.samples:
         try:
@@ -273,7 +273,7 @@ def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
 
 def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     """The model with new adapters on it (none for full fine-tuning), in training mode."""
-    from ..checkpoint import load_model
+    from ..store.checkpoint import load_model
 
     settings = prepared.settings
     model = load_model(prepared.directory, dtype=training_dtype(settings))

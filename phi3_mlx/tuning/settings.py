@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..checkpoint import DTYPES
+from ..adapters.config import STRONGEST, WEAKEST
+from ..adapters.folder import read_config_of, trained_on
+from ..adapters.lora import scale_of
+from ..engine.plan import parse_size
 from ..errors import OptionError
 from ..fields import shorten
 from ..files import read_text
-from ..memory import parse_size
+from ..store.checkpoint import DTYPES
 from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
-from .adapter_config import STRONGEST, WEAKEST
-from .adapters import read_config_of, trained_on
 from .batches import Order
 from .examples import Overflow, TrainOn
-from .lora import scale_of
 from .onward import decided_by
 
 if TYPE_CHECKING:

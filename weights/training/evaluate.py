@@ -14,9 +14,9 @@ import sentencepiece as spm
 import vocab
 
 from phi3_mlx import batch_generate, load
-from phi3_mlx.engine import Generation
-from phi3_mlx.generation import encode_prompt
-from phi3_mlx.sampling import Sampling
+from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.generation.answers import encode_prompt
 
 LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together

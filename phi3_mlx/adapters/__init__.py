@@ -1,0 +1,1 @@
+"""LoRA layers, the targets they may have, and an adapter's directory, ours or PEFT's."""

@@ -1,0 +1,301 @@
+"""Adapters to and from PEFT, Hugging Face's library (its LoRA: A (rank, inputs), B (outputs, rank), DoRA's magnitudes).
+
+PEFT adapters may change the fused layers of Phi-3 as transformers has them, or q, k, v, gate and up apart, as models
+with split projections have them. Split ones are joined exactly: their components stand side by side, each changing its
+own rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .. import values
+from ..config import Config
+from ..errors import AdapterError
+from ..fields import Fields, shorten
+from ..models.decoder import Model
+from ..store import hub
+from ..store.atomic import check_destination, new_directory
+from ..store.checkpoint import outline
+from .config import is_rslora, kind_of
+from .folder import (
+    WEIGHTS,
+    adapter_files,
+    base_of,
+    check_base,
+    checked_config,
+    layer_shape,
+    make_adapters,
+    read_adapter,
+    read_floats,
+    trained_on,
+    write_adapter,
+    write_pair,
+)
+from .lora import Adapter, float_weight, get_layer, row_lengths
+from .peft_config import CONFIG, PeftConfig, alpha_of, exactly, refuse
+from .principal import taken_out
+from .stored import StoredLayers
+from .targets import fused
+
+_WEIGHTS = "adapter_model.safetensors"
+_STEM = "base_model.model."
+_LEAVES = ("lora_A", "lora_B", "lora_magnitude_vector")
+_KEY = re.compile(
+    rf"{re.escape(_STEM)}(?P<path>(?P<layer>model\.layers\.\d+)\.(?P<home>\w+)\.(?P<name>\w+)|lm_head)\."
+    rf"(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
+)
+# PEFT saves the weights of embedding and output layer too where an adapter changes one of them.
+_SAVED = re.compile(rf"{re.escape(_STEM)}(?P<path>model\.embed_tokens|lm_head)\.(?:base_layer\.)?weight")
+
+
+def import_peft(source: str | Path, output: str | Path, model: str, *, revision: str | None = None) -> int:
+    """Make an adapter folder of a PEFT one, for `model`; returns how many layers it changes.
+
+    Raises AdapterError for settings that cannot be honoured and tensors that do not fit the model.
+    """
+    source, output = (
+        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
+    )
+    check_destination(output, fault=AdapterError)
+    config, tensors = _read(source)
+    directory = hub.resolve(model, revision)
+    shapes = outline(directory)
+    adapters = adapters_of_peft(source, config, tensors, shapes, StoredLayers(directory))
+    facts = {
+        "phi3_mlx": {"alpha": config.alpha, "rank": config.rank, "rslora": config.rslora, "imported": "peft"},
+    }
+    base = base_of(directory, model, revision)
+    files = adapter_files(adapters, shapes.config.num_hidden_layers, base, **facts, model=base.name)
+    with new_directory(output, fault=AdapterError) as folder:
+        write_adapter(folder, *files)
+    return len(adapters)
+
+
+def adapters_of_peft(
+    source: Path, config: PeftConfig, tensors: Mapping[str, mx.array], model: Model, base: StoredLayers
+) -> dict[str, Adapter]:
+    """The adapters, by layer path, of a PEFT folder's config and tensors. Raises AdapterError.
+
+    `model` may be an outline; weights that are needed are those of `base`.
+    """
+    found: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
+    for name, array in tensors.items():
+        saved = _SAVED.fullmatch(name)
+        if saved is not None:
+            _check_saved(source, name, array, model, base, saved["path"])
+            continue
+        match = _KEY.fullmatch(name)
+        if match is None:
+            of_embedding = "; adapters of the embedding are not supported" if "embed" in name else ""
+            refuse(
+                source,
+                f"it has {shorten(name, quote=False)}, which is no LoRA or DoRA tensor of a linear layer{of_embedding}",
+            )
+        if match["layer"] is None:
+            path, part = match["path"], match["path"]
+        else:
+            place, part = fused(model.config, match["name"]), match["name"]
+            if place is None or place.rpartition(".")[0] != match["home"]:
+                refuse(
+                    source,
+                    f"it has {shorten(name, quote=False)}, which is of no linear layer of {model.config.model_type} "
+                    "that adapts",
+                )
+            path = f"{match['layer']}.{place}"
+        found.setdefault(path, {}).setdefault(part, {})[match["leaf"]] = array
+    if not found:
+        refuse(source, f"{_WEIGHTS} is empty")
+    if config.principal and model.config.quantization is not None:
+        refuse(
+            source,
+            f"init_lora_weights is {config.principal!r}, which takes a part out of the base, and this one is rounded; "
+            "import it for the model in floats that it was trained on, and fuse and convert that",
+        )
+    scales = (config.scale_of(_sibling(path, part)) for path, parts in found.items() for part in parts)
+    common = next(iter(scales))  # one for all, as mlx-lm has it; B takes the difference
+    order = list(model.config.adaptable)
+
+    def place_in_model(path: str) -> tuple[float, int]:
+        if not path.startswith("model.layers."):
+            return math.inf, 0
+        _, _, number, name = path.split(".", 3)
+        return int(number), order.index(name)
+
+    adapters = {}
+    for path in sorted(found, key=place_in_model):
+        adapters[path] = adapter = _joined(source, path, found[path], config, common, model, base)
+        mx.eval(adapter.parameters())  # else they would keep the base's weights
+        if not adapter.largest <= mx.finfo(mx.float32).max:
+            refuse(source, f"{path} has numbers beyond what float32 holds once alpha is in them")
+    return adapters
+
+
+def _sibling(path: str, name: str) -> str:
+    """The path of the layer `name` that stands where `path` does."""
+    home, dot, _ = path.rpartition(".")
+    return f"{home}{dot}{name}"
+
+
+def _check_saved(source: Path, name: str, array: mx.array, model: Model, base: StoredLayers, path: str) -> None:
+    """AdapterError unless weights that were saved beside an adapter are the base's own."""
+    tied = path == "lm_head" and model.config.tie_word_embeddings
+    own = float_weight(base.layer("model.embed_tokens" if tied else path)).astype(array.dtype)
+    if own.shape != array.shape or not mx.array_equal(own, array):
+        refuse(
+            source,
+            f"it has {shorten(name, quote=False)}, which differs from the base's, and an adapter has no place for "
+            "whole weights",
+        )
+
+
+def _joined(
+    source: Path,
+    path: str,
+    parts: Mapping[str, Mapping[str, mx.array]],
+    config: PeftConfig,
+    common: float,
+    model: Model,
+    base: StoredLayers,
+) -> Adapter:
+    """One adapter of a layer of the parts that PEFT has; its rank is the sum of theirs."""
+    name = path.rpartition(".")[2]
+    try:
+        linear = get_layer(model, path)
+    except (IndexError, KeyError, AttributeError):
+        tied = ": its output layer is its embedding" if path == "lm_head" else ""
+        refuse(source, f"it changes {path}, which this model does not have{tied}")
+    rows, width = layer_shape(linear)
+    spans = model.config.parts.get(name) or {name: (0, rows)}
+    if name in parts:
+        if len(parts) > 1:
+            refuse(source, f"it changes {path} both whole and in parts")
+        spans = {name: (0, rows)}
+    a, b, m = [], [], None
+    for part, leaves in parts.items():
+        first, end = spans[part]
+        rank, scale = config.rank_of(_sibling(path, part)), config.scale_of(_sibling(path, part))
+        for leaf in _LEAVES if config.dora else _LEAVES[:2]:
+            if leaf not in leaves:
+                refuse(source, f"{path}: {part} has no {leaf}")
+        if "lora_magnitude_vector" in leaves and not config.dora:
+            refuse(source, f"{path}: {part} has a lora_magnitude_vector, and use_dora is false")
+        part_a, part_b = leaves["lora_A"].astype(mx.float32), leaves["lora_B"].astype(mx.float32)
+        if part_a.shape[1:] != (width,):
+            refuse(source, f"{path}: lora_A of {part} is {part_a.shape}, and the layer reads {width} inputs")
+        if part_b.shape != (end - first, part_a.shape[0]):
+            refuse(source, f"{path}: lora_B of {part} is {part_b.shape}, and the layer has {end - first} rows there")
+        if part_a.shape[0] != min(rank, *(part_b.shape[:1] if config.principal else (rank,))):
+            refuse(source, f"{path}: {part} has {part_a.shape[0]} components, and {CONFIG} says {rank}")
+        pieces = [(part_a, part_b * (scale / common))]
+        if config.principal:
+            taken_b, taken_a = taken_out(
+                config.principal, np.array(float_weight(base.layer(path))[first:end]), rank, scale
+            )
+            pieces.append((mx.array(taken_a.astype(np.float32)), mx.array((-taken_b / common).astype(np.float32))))
+        for one_a, one_b in pieces:
+            a.append(one_a.T)
+            b.append(mx.pad(one_b.T, [(0, 0), (first, rows - end)]))
+        if config.dora:
+            # Rows that no part changes keep their length.
+            m = row_lengths(base.layer(path)) if m is None else m
+            m[first:end] = leaves["lora_magnitude_vector"].astype(mx.float32).reshape(-1)
+    return Adapter(mx.concatenate(a, axis=1), mx.concatenate(b, axis=0), common, m=m)
+
+
+def export_peft(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    split: bool = False,
+) -> int:
+    """Make a PEFT folder of an adapter folder; returns how many layers it changes.
+
+    `split` makes q, k, v, gate and up of the fused layers, for models that have them apart. `model` is the base, by
+    default the one that the adapter names. Raises AdapterError.
+    """
+    source, output = (
+        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
+    )
+    split = values.flag(split, "split")
+    check_destination(output, fault=AdapterError)
+    tensors, config = read_adapter(source)
+    if kind_of(source, config) == "full":
+        raise AdapterError(f"{source} holds whole weights, which PEFT has no place for; fuse it and share the model")
+    if model is None:
+        model, revision = trained_on(source, config, revision)
+    directory = hub.resolve(model, revision)
+    base = base_of(directory, model, revision)
+    check_base(source, config, base)
+    shapes = outline(directory)
+    adapters = make_adapters(source, tensors, config, shapes)
+    arrays, ranks = peft_tensors(adapters, shapes.config, split)
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    given = Fields(config, source / CONFIG, AdapterError)
+    rslora = is_rslora(source, config)
+    dropout = given.fields("lora_parameters").number("dropout", 0.0, least=0.0, most=1.0)
+    scale = next(iter(adapters.values())).scale
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name if "/" in base.name else str(directory),
+        "revision": base.revision,
+        "inference_mode": True,
+        "bias": "none",
+        "r": common,
+        "lora_alpha": alpha_of(scale, common, rslora),
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "use_dora": any(adapter.is_dora for adapter in adapters.values()),
+        "target_modules": sorted(ranks),
+        "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != common},
+        "alpha_pattern": {
+            exactly(path): alpha_of(scale, rank, rslora) for path, rank in ranks.items() if rank != common
+        },
+    }
+    with new_directory(output, fault=AdapterError) as folder:
+        write_pair(folder, CONFIG, settings, _WEIGHTS, arrays, "pt")
+    return len(adapters)
+
+
+def peft_tensors(
+    adapters: Mapping[str, Adapter], config: Config, split: bool
+) -> tuple[dict[str, mx.array], dict[str, int]]:
+    """(tensors by PEFT's names, rank of every layer it changes). Components that change nothing are left out."""
+    arrays: dict[str, mx.array] = {}
+    ranks = {}
+    for path, adapter in adapters.items():
+        name, whole = path.rpartition(".")[2], (0, adapter.lora_b.shape[1])
+        spans = config.parts.get(name, {name: whole}) if split else {name: whole}
+        for part, (first, end) in spans.items():
+            b = adapter.lora_b[:, first:end]
+            used = mx.any(b != 0, axis=1) & mx.any(adapter.lora_a != 0, axis=0)
+            kept = [i for i, one in enumerate(used.tolist()) if one] or [0]  # type: ignore[arg-type]
+            if not any(used.tolist()) and not adapter.is_dora and len(spans) > 1:  # type: ignore[arg-type]
+                continue  # a part that was not adapted
+            stem = f"{_STEM}{_sibling(path, part)}"
+            arrays[f"{stem}.lora_A.weight"] = mx.contiguous(adapter.lora_a[:, mx.array(kept)].T)
+            arrays[f"{stem}.lora_B.weight"] = mx.contiguous(b[mx.array(kept)].T)
+            if adapter.is_dora:
+                arrays[f"{stem}.lora_magnitude_vector"] = mx.contiguous(adapter.m[first:end])
+            ranks[_sibling(path, part)] = len(kept)
+    return arrays, ranks
+
+
+def _read(source: Path) -> tuple[PeftConfig, dict[str, mx.array]]:
+    hint = ""
+    if (source / "adapter_model.bin").is_file():
+        hint = " (adapter_model.bin is pickle, which is never read)"
+    elif (source / WEIGHTS).is_file():
+        hint = f" ({WEIGHTS} is of an adapter that can be used as it is)"
+    raw = checked_config(source, CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
+    config = PeftConfig.of(raw, source)
+    return config, read_floats(source / _WEIGHTS)

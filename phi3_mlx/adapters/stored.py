@@ -1,0 +1,50 @@
+"""The matrices of a base as they are stored, read one at a time: what needs a few of them loads no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models import read_config, shapes
+from ..store.checkpoint import read_arrays
+from ..store.quantization import packing_of
+from ..store.safetensors import Tensor, find_weights
+
+
+class StoredLayers:
+    """The layers of a model directory that `checkpoint.outline` has found whole, packed or not."""
+
+    def __init__(self, directory: Path):
+        weights = find_weights(directory)
+        self.tensors: dict[str, Tensor] = dict(weights.tensors)
+        self._homes, self._where = weights.homes, str(directory / "config.json")
+        config = read_config(directory)
+        self.quantization, self._shapes = config.quantization, shapes(config)
+
+    def packing(self, path: str) -> dict[str, Any] | None:
+        """How a layer is packed, or None."""
+        shape = self._shapes.get(f"{path}.weight")
+        if self.quantization is None or shape is None or f"{path}.scales" not in self.tensors:
+            return None
+        return packing_of(path, shape[-1], self.quantization, self.tensors, self._where)
+
+    def layer(self, path: str) -> nn.Module:
+        """A linear layer's arrays, read when they are used; scales in float32."""
+        layer = nn.Module()
+        layer.weight = self.read(f"{path}.weight")
+        packed = self.packing(path)
+        if packed is not None:
+            scales = self.read(f"{path}.scales")
+            layer.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
+            if f"{path}.biases" in self.tensors:
+                layer.biases = self.read(f"{path}.biases").astype(mx.float32)
+            layer.group_size, layer.bits, layer.mode = packed["group_size"], packed["bits"], packed["mode"]
+        return layer
+
+    def read(self, name: str) -> mx.array:
+        """A tensor, read when it is used."""
+        # Opened anew for each: arrays kept from an earlier call would keep their memory.
+        return read_arrays(self._homes[name])[name]

@@ -1,0 +1,256 @@
+"""How far apart two models are on a text: perplexity of both, KL divergence, agreement of the likeliest token.
+
+Nothing grows with the text: windows are read one after another, logits exist for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .. import values
+from ..engine import plan
+from ..engine.plan import Run
+from ..errors import OptionError, PromptError
+from ..models.attention import fused_attention
+from ..threads import turn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..models.decoder import Model
+    from ..text.tokenizer import Tokenizer
+
+WINDOW = 512
+_TOKENS_AT_ONCE = 4096  # through the layers
+LOGITS_AT_ONCE = 1 << 24  # 64 MB of float32
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model on a text of `tokens` predicted tokens that spell `characters`; `nats` is its whole log loss."""
+
+    tokens: int
+    characters: int
+    nats: float
+
+    @property
+    def perplexity(self) -> float:
+        """A token; comparable between models of one tokenizer only."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def perplexity_per_character(self) -> float:
+        """Comparable between any two models."""
+        return math.exp(self.nats / self.characters)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model A, usually the original, beside model B.
+
+    `kl`: mean KL(A || B) of a position's next-token distributions, in nats. `top1`: share of positions where both
+    find the same token likeliest. Both are None where the models do not spell the text with the same ids or have
+    other vocabularies; `note` then says so.
+    """
+
+    a: Quality
+    b: Quality
+    kl: float | None
+    top1: float | None
+    note: str | None = None
+
+    def _repr_markdown_(self) -> str:
+        from ..display import comparison_markdown
+
+        return comparison_markdown(self)
+
+
+def compare(
+    model_a: Model,
+    tokenizer_a: Tokenizer,
+    model_b: Model,
+    tokenizer_b: Tokenizer,
+    text: str,
+    *,
+    window: int = WINDOW,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Read `text` with both models, in windows of `window` tokens that each begin anew.
+
+    Every token but the first is predicted once. `progress(done, total)` counts positions. What the memory at hand
+    cannot hold is refused unless `force`. Raises PromptError for a text of fewer than two tokens, OptionError for a
+    window longer than a model's context, MemoryLimitError.
+    """
+    from ..generation.answers import check_loaded, check_tokenizer
+
+    text, window = values.text(text, "text"), values.whole(window, "window")
+    values.check_function(progress, "progress")
+    for model, tokenizer in ((model_a, tokenizer_a), (model_b, tokenizer_b)):
+        check_loaded(model)
+        check_tokenizer(tokenizer)
+        check_window(window, model.config.max_position_embeddings)
+    if not values.flag(force, "force"):
+        for model in (model_a, model_b):
+            _check_room(
+                "comparing them", Run(model.config, 0, window, itemsize=model.dtype.size, fused=fused_attention())
+            )
+    ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)
+    sizes = model_a.config.vocab_size, model_b.config.vocab_size
+    note = None
+    if ids_a != ids_b or _bos(tokenizer_a) != _bos(tokenizer_b):
+        note = "the tokenizers spell this text with different ids, so only perplexity per character compares them"
+    elif sizes[0] != sizes[1]:
+        note = f"the vocabularies have {sizes[0]:,} and {sizes[1]:,} entries, so only perplexities compare the models"
+    if note is not None:
+        a = _alone(model_a, tokenizer_a, text, ids_a, window)
+        return Comparison(a, _alone(model_b, tokenizer_b, text, ids_b, window), None, None, note)
+    total = _predicted(tokenizer_a, ids_a)
+    difference = Difference()
+    for block in blocks(ids_a, window, _bos(tokenizer_a)):
+        inputs, targets = block[:, :-1], block[:, 1:].flatten()
+        with turn():
+            hidden_a, hidden_b = model_a.model(inputs), model_b.model(inputs)
+            difference.add(hidden_a, model_a.logits, hidden_b, model_b.logits, targets, sizes[0])
+            del hidden_a, hidden_b
+        if progress is not None:
+            progress(difference.tokens, total)
+    return difference.result(_characters(tokenizer_a, text, ids_a))
+
+
+def check_fits(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
+    """MemoryLimitError unless the model `name` of `directory` can be loaded and read windows. Only headers are read."""
+    from ..generation.answers import run_of
+
+    _check_room(f"comparing {name}", run_of(directory, window, dtype=dtype))
+
+
+def _check_room(what: str, run: Run) -> None:
+    """The same for the model of a `run` as long as a window."""
+    run = replace(run, rows=max(1, _TOKENS_AT_ONCE // run.length))
+    logits = 4 * 4 * min(LOGITS_AT_ONCE, run.rows * run.length * run.config.vocab_size)  # of two models, and copies
+    parts = {"weights": run.weights, "work": run.workspace(run.length) + logits}
+    plan.check_room(what, parts, "take models of fewer bits")
+
+
+class Difference:
+    """Sums over positions, from which `result` makes a Comparison."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._nats_a = self._nats_b = self._kl = 0.0
+        self._same = 0
+
+    def add(
+        self,
+        hidden_a: mx.array,
+        head_a: Callable[[mx.array], mx.array],
+        hidden_b: mx.array,
+        head_b: Callable[[mx.array], mx.array],
+        targets: mx.array,
+        vocab_size: int,
+    ) -> None:
+        """Count the positions of `hidden_*` (B, L, hidden_size), whose next tokens are `targets` (B * L)."""
+        hidden_a, hidden_b = hidden_a.flatten(0, -2), hidden_b.flatten(0, -2)
+        for here in chunks(len(targets), vocab_size):
+            log_a, log_b = log_softmax(head_a(hidden_a[here])), log_softmax(head_b(hidden_b[here]))
+            wanted = np.array(targets[here])[:, None]
+            self._nats_a -= _sum(np.take_along_axis(log_a, wanted, axis=-1))
+            self._nats_b -= _sum(np.take_along_axis(log_b, wanted, axis=-1))
+            self._same += int((log_a.argmax(axis=-1) == log_b.argmax(axis=-1)).sum())
+            self._kl += _sum(kl_divergence(log_a, log_b))
+        self.tokens += len(targets)
+
+    def result(self, characters: int) -> Comparison:
+        a, b = (Quality(self.tokens, characters, nats) for nats in (self._nats_a, self._nats_b))
+        return Comparison(a, b, self._kl / self.tokens, self._same / self.tokens)
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    """Float32, over the last axis. In numpy, whose exponential is many times faster than that of MLX's CPU backend."""
+    logs = np.array(logits.astype(mx.float32))
+    logs -= logs.max(axis=-1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
+    return logs
+
+
+def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each position, from log-probabilities (positions, vocab_size)."""
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def divergence_from(log_p: np.ndarray, p: np.ndarray, logits: mx.array) -> np.ndarray:
+    """The same for `logits` of q, where many follow one `p` = exp(log_p): a fifth of the time."""
+    ratio = np.array(logits.astype(mx.float32))
+    ratio -= log_p
+    ratio -= (p * ratio).sum(axis=-1, keepdims=True)  # now log(q / p) - KL's own shift: small where q is near p
+    np.expm1(ratio, out=ratio)
+    ratio *= p
+    return np.log1p(ratio.sum(axis=-1))
+
+
+def blocks(ids: Sequence[int], window: int, bos: int | None) -> Iterator[mx.array]:
+    """Windows of a text as int32 (B, L + 1): inputs, and one more id to predict; the last one may be shorter.
+
+    With `bos` every window begins with it; else with the last id of the window before. PromptError for a text in
+    which there is nothing to predict.
+    """
+    if bos is None:
+        cut = [list(ids[first : first + window + 1]) for first in range(0, len(ids) - 1, window)]
+    else:
+        cut = [[bos, *ids[first : first + window]] for first in range(0, len(ids), window)]
+    if not cut:
+        raise PromptError(f"the text has {len(ids)} tokens, and the first has nothing to predict it; give a longer one")
+    full = cut if len(cut[-1]) == len(cut[0]) else cut[:-1]
+    rows = max(1, _TOKENS_AT_ONCE // window)
+    for first in range(0, len(full), rows):
+        yield mx.array(full[first : first + rows], dtype=mx.int32)
+    if len(full) < len(cut):
+        yield mx.array(cut[-1:], dtype=mx.int32)
+
+
+def check_window(window: int, context: int) -> None:
+    """OptionError unless windows of that many tokens can be read."""
+    if not 1 <= window <= context:
+        raise OptionError(f"window {window:,} is outside its range; give 1 to {context:,}, the model's context")
+
+
+def chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    """`count` positions in runs whose logits fit in memory at once."""
+    step = max(1, LOGITS_AT_ONCE // vocab_size)
+    for first in range(0, count, step):
+        yield slice(first, first + step)
+
+
+def _sum(values: np.ndarray) -> float:
+    return float(values.sum(dtype=np.float64))
+
+
+def _alone(model: Model, tokenizer: Tokenizer, text: str, ids: Sequence[int], window: int) -> Quality:
+    nats = 0.0
+    for block in blocks(ids, window, _bos(tokenizer)):
+        with turn():
+            hidden, targets = model.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
+            for here in chunks(len(targets), model.config.vocab_size):
+                logs = log_softmax(model.logits(hidden[here]))
+                nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
+    return Quality(_predicted(tokenizer, ids), _characters(tokenizer, text, ids), nats)
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    return tokenizer.bos_token_id if tokenizer.add_bos_token else None
+
+
+def _predicted(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    return len(ids) - (_bos(tokenizer) is None)
+
+
+def _characters(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
+    """Characters of the predicted tokens."""
+    return len(text) if _bos(tokenizer) is not None else max(1, len(text) - len(tokenizer.decode(ids[:1])))

@@ -1,0 +1,179 @@
+"""A chat that keeps its cache: every turn reads only what is new."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any
+
+from .. import values
+from ..engine.lookup import MAX_DRAFT
+from ..engine.sampling import Sampling
+from ..errors import CacheError, PromptError
+from ..text.chat import render_chat
+from .answers import Chunk, _Run, check_loaded, check_tokenizer
+from .prompt_cache import PromptCache
+
+if TYPE_CHECKING:
+    from ..models.decoder import Model
+    from ..text.tokenizer import Tokenizer
+
+
+class Conversation:
+    """Messages with a model, and the cache of what it has read of them.
+
+        conversation = Conversation(model, tokenizer, system="Answer in one sentence.")
+        for chunk in conversation.send("Who are you?"):
+            print(chunk.text, end="", flush=True)
+
+    `kv_bits`, `kv_group_size` and `force` are `generate`'s.
+    An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept as far as it came. Any thread
+    may send a message, but one answer is read at a time: a further message, or a reset, ends the one before, and who
+    reads on in that gets a CacheError.
+    `notify` gets a sentence if the model's template has no place for the system message.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int | None = None,
+        force: bool = False,
+        notify: Callable[[str], None] | None = None,
+    ):
+        check_loaded(model)
+        check_tokenizer(tokenizer)
+        values.check_function(notify, "notify")
+        self._model, self._tokenizer, self._notify = model, tokenizer, notify
+        self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
+        self._force = force
+        self.messages: list[dict[str, str]] = []
+        # The last answer, which may not have been read to its end, and the number of it.
+        self._open: Generator[Chunk, None, None] | None = None
+        self._number = 0
+        self._changing = threading.RLock()
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin anew, with this system message or none."""
+        system = values.optional(values.text, system, "system")
+        with self._changing:
+            self._end_answer()
+            self.messages = [{"role": "system", "content": system}] if system else []
+            self._cache = PromptCache(self._model, **self._packing)
+            # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
+            # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
+            # has read is how it was made.
+            self._rendered: list[int] = []
+            self._actual: list[int] = []
+            self._answer: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"<Conversation: {len(self.messages)} messages, {self.cached_tokens:,} tokens read>"
+
+    def _repr_html_(self) -> str:
+        from ..display import conversation_html
+
+        return conversation_html(self.messages)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens the cache has read."""
+        return len(self._cache.ids)
+
+    def send(
+        self,
+        text: str,
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        lookup: int = MAX_DRAFT,
+    ) -> Generator[Chunk, None, None]:
+        """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        with self._changing:
+            self._end_answer()
+            if not values.text(text, "the message").strip():
+                raise PromptError("the message is empty; give some text")
+            messages = [*self.messages, {"role": "user", "content": text}]
+            rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
+            actual = self._with_own_answers(rendered)
+            run = _Run(
+                self._model,
+                self._tokenizer,
+                [actual],
+                max_tokens,
+                sampling,
+                stop,
+                raw=True,
+                lookup=lookup,
+                prompt_cache=self._cache,
+                force=self._force,
+            )
+            self._open = self._answered(run, messages, rendered, actual, self._number)
+            return self._read(self._open, self._number)
+
+    def _end_answer(self) -> None:
+        """End an answer that was not read to its end, and what it holds."""
+        self._number += 1
+        answer, self._open = self._open, None
+        if answer is not None:
+            with suppress(ValueError):  # another thread computes its next token, and will see the number
+                answer.close()
+
+    def _read(self, answer: Generator[Chunk, None, None], number: int) -> Generator[Chunk, None, None]:
+        """The chunks of an answer; CacheError if it was ended before its end."""
+        ended = False
+        with closing(answer):
+            for chunk in answer:
+                ended = chunk.finish_reason is not None
+                yield chunk
+        if not ended and number != self._number:
+            raise CacheError(
+                "a further message was sent in this conversation, or it was reset, before this answer was read to its "
+                "end; use one Conversation for each stream"
+            )
+
+    def _with_own_answers(self, rendered: list[int]) -> list[int]:
+        """`rendered` with the answers so far in the ids the model made, where the template only appends."""
+        before = len(self._rendered)
+        if not before or rendered[:before] != self._rendered:
+            return rendered
+        decode, stop_ids = self._tokenizer.decode, self._tokenizer.stop_ids
+        end = next((i for i in range(before, len(rendered)) if rendered[i] in stop_ids), None)
+        # Only where both are the same text: `messages` may have been edited, and a template may rewrite old answers.
+        if end is None or decode(rendered[before:end]).strip() != decode(self._answer).strip():
+            return rendered
+        return [*self._actual, *self._answer, *rendered[end:]]
+
+    def _answered(
+        self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int], number: int
+    ) -> Generator[Chunk, None, None]:
+        """The chunks of a run, noted as they come."""
+        ids: list[int] = []
+        answer = {"role": "assistant", "content": ""}
+        with self._changing:
+            if number != self._number:
+                return
+            self._rendered, self._actual, self._answer = rendered, actual, ids
+            self.messages = [*messages, answer]
+        for chunk in run.chunks():
+            with self._changing:
+                if number != self._number:
+                    return
+                answer["content"] += chunk.text
+                if chunk.token not in run.stop_ids:
+                    ids.append(chunk.token)
+                    if chunk.finish_reason == "stop":
+                        ids.clear()  # a stop string was cut off the answer, so these are not its ids
+            yield chunk

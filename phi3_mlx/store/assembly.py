@@ -1,0 +1,112 @@
+"""What a checkpoint holds in the place of a model's tensors: themselves, their parts, or what they are cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import Config, Cut
+from .safetensors import Tensor
+
+Shape = tuple[int, ...]
+
+
+def origin(config: Config, target: str, stored: Container[str]) -> tuple[str, ...]:
+    """The names of what `target` is read from, of a checkpoint that has the tensors `stored`."""
+    if target in stored:
+        return (target,)
+    cut = config.cut_from(target)
+    return (cut.name,) if cut is not None and cut.name in stored else config.made_of(target)
+
+
+def part_shapes(config: Config, target: str, shape: Shape, names: Sequence[str]) -> list[Shape]:
+    """Shapes of the tensors `names` that `target`, which has `shape`, is read from."""
+    cut = _cut(config, target, names)
+    if cut is not None:
+        return [(*shape[:-2], cut.rows, shape[-1])]
+    if len(names) == 1:
+        return [shape]
+    if len(shape) == 3:
+        return [shape[1:]] * shape[0]
+    spans = config.parts[target.split(".")[-2]].values()
+    return [(last - first, *shape[1:]) for first, last in spans]
+
+
+def assemble(
+    config: Config, target: str, names: Sequence[str], shape: Shape, read: Callable[[str], mx.array]
+) -> mx.array:
+    """The tensor `target` of `shape` made of what `read` gives for `names`, evaluated.
+
+    `read` is called once for each name. An array of matrices is filled one by one: beside it one is in memory.
+    """
+    cut = _cut(config, target, names)
+    if cut is not None:
+        array = mx.contiguous(read(names[0])[..., cut.first : cut.last, :])
+    elif len(names) == 1:
+        array = read(names[0])
+    elif len(shape) == 3:
+        array = mx.array(0.0)
+        for i, name in enumerate(names):
+            one = read(name)
+            array = array if i else mx.zeros(shape, one.dtype)
+            array[i] = one
+            del one
+            mx.eval(array)
+    else:
+        array = mx.concatenate([read(name) for name in names])
+    mx.eval(array)
+    return array
+
+
+def _cut(config: Config, target: str, names: Sequence[str]) -> Cut | None:
+    cut = config.cut_from(target)
+    return cut if cut is not None and tuple(names) == (cut.name,) else None
+
+
+@dataclass(frozen=True)
+class View:
+    """A checkpoint's tensors as the model names them.
+
+    `tensors`: all of them; `origins`: of those that are not stored as themselves, what they are read from; `faults`:
+    what is wrong with that.
+    """
+
+    tensors: dict[str, Tensor]
+    origins: dict[str, tuple[str, ...]]
+    faults: tuple[str, ...]
+
+
+def view(config: Config, shapes: Mapping[str, Shape], stored: Mapping[str, Tensor]) -> View:
+    """The view for a model of these unpacked `shapes`: arrays of matrices stored apart, and cut or renamed tensors.
+
+    Matrices packed each for itself are an array of packed ones.
+    """
+    origins: dict[str, tuple[str, ...]] = {}
+    tensors, faults = dict(stored), []
+    for weight, shape in shapes.items():
+        path, _, leaf = weight.rpartition(".")
+        if weight in stored or (len(shape) < 3 and config.cut_from(weight) is None):
+            continue
+        for kind in (leaf, "scales", "biases"):
+            target = f"{path}.{kind}"
+            names = origin(config, target, stored)
+            found = [stored[name] for name in names if name in stored]
+            if not found:
+                continue
+            faults += [f"missing {name}" for name in names if name not in stored]
+            faults += [f"{name} is not like {names[0]}" for name in names if stored.get(name, found[0]) != found[0]]
+            for name in names:
+                tensors.pop(name, None)
+            one = found[0]
+            if _cut(config, target, names) is not None:
+                count = 1
+                if part_shapes(config, target, shape, names) == [one.shape]:
+                    one = Tensor(one.dtype, shape, one.nbytes * shape[-2] // one.shape[-2])
+            else:
+                count = len(names)
+            own = one.shape if count == 1 else (count, *one.shape)
+            tensors[target] = Tensor(one.dtype, own, one.nbytes * count)
+            origins[target] = names
+    return View(tensors, origins, tuple(faults))

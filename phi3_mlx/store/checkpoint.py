@@ -1,0 +1,216 @@
+"""A model directory: checked against its config, and read into a model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import mlx.core as mx
+
+from ..config import Config
+from ..errors import CheckpointError
+from ..models import build, check_layers, read_config, shapes
+from ..models.decoder import LongRopeRule, Model
+from ..threads import refuse_fork
+from ..values import choice
+from .assembly import View, assemble, view
+from .quantization import FLOATS, pack_like, packed_layout
+from .safetensors import Weights, find_weights, lacks
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_LISTED = 20  # mismatches shown; a wrong config makes hundreds
+
+
+def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
+    """The model of a directory in Hugging Face's or MLX's format, its weights in memory, in eval mode.
+
+    Floating weights (scales and biases of packed layers too) take `dtype`: "float32", "bfloat16" or "float16".
+    By default that is the checkpoint's own on a GPU, and float32 on MLX's CPU backend, which is many times slower
+    in 16 bits. `longrope` pins the regime of LongRoPE models ("short", "long"); "auto" follows the length.
+
+    Names, shapes and types are checked before a weight is read. Raises CheckpointError (files, or weights that do
+    not fit the config: all of them listed), ConfigError (config.json), OptionError; Phi3Error in a forked process.
+    """
+    if dtype is not None:
+        choice(dtype, "dtype", DTYPES)
+    choice(longrope, "longrope", get_args(LongRopeRule))
+    refuse_fork()
+    checked = _check(directory)
+    model = _built(directory, checked)
+    _read(directory, model, checked, _target(dtype))
+    model.model.longrope = longrope
+    model.eval()
+    return model
+
+
+def outline(directory: Path) -> Model:
+    """The model of `load_model` with random weights, none of which is computed: for its modules and their shapes."""
+    model = _built(directory, _check(directory))
+    model.eval()
+    return model
+
+
+def _built(directory: Path, checked: _Checked) -> Model:
+    model = build(checked.config)
+    if checked.config.quantization is not None:
+        pack_like(model, checked.config.quantization, checked.view.tensors, str(directory / "config.json"))
+    return model
+
+
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file that `read_header` has found whole; values are read when they are evaluated.
+
+    Raises CheckpointError for what mlx cannot read, such as a type of numbers that it does not have.
+    """
+    try:
+        arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())}); download it again") from error
+    return arrays
+
+
+def weight_bytes(directory: Path, dtype: str | None = None) -> int:
+    """Bytes the weights of a model directory take in memory once `load_model` has read them.
+
+    Raises what `load_model` does for a directory that it would not read.
+    """
+    target, checked = _target(dtype), _check(directory)
+    return sum(
+        math.prod(tensor.shape) * target.size if target and tensor.dtype in FLOATS else tensor.nbytes
+        for tensor in (checked.view.tensors[name] for name in checked.needed)
+    )
+
+
+def cast_bytes(directory: Path, dtype: str | None = None) -> int:
+    """Bytes of the largest tensor that `load_model` casts, which it has in memory in both types."""
+    if (target := _target(dtype)) is None:
+        return 0
+    cast = {"BF16", "F16", "F32"} - {{mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}[target]}
+    return max((one.nbytes for one in find_weights(directory).tensors.values() if one.dtype in cast), default=0)
+
+
+def computed_size(config: Config, dtype: str | None = None) -> int:
+    """Bytes of a number in the computation of a model that `load_model` has read."""
+    target = _target(dtype)
+    return target.size if target else 4 if config.dtype == "float32" else 2
+
+
+def _target(dtype: str | None) -> mx.Dtype | None:
+    """The dtype of floating weights in memory; None is the checkpoint's own."""
+    if dtype is not None:
+        return DTYPES[choice(dtype, "dtype", DTYPES)]
+    return None if mx.default_device() == mx.gpu else mx.float32
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A model directory whose weights fit its config; `needed` names the tensors that the model has."""
+
+    config: Config
+    weights: Weights
+    view: View
+    needed: tuple[str, ...]
+
+
+def _check(directory: Path) -> _Checked:
+    """A model directory, read from config and headers alone; no module is made of what they may ask for.
+
+    Raises one CheckpointError with every difference between the files and the model that the config asks for.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; name a directory with config.json and model.safetensors"
+        )
+    config, weights = read_config(directory), find_weights(directory)
+    try:
+        return _fitted(directory, config, weights)
+    except CheckpointError as error:
+        if weights.absent:
+            raise CheckpointError(lacks(directory, weights.absent)) from error
+        raise
+
+
+def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
+    check_layers(config, weights.tensors, str(directory))
+    layout = shapes(config)
+    seen = view(config, layout, weights.tensors)
+    found = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
+    split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
+    if split is not None and config.parts:
+        raise CheckpointError(
+            f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
+            f"`phi3-mlx convert {directory} -o NEW_DIRECTORY`"
+        )
+    packed = next((name for name in found if name.endswith(".scales")), None)
+    if packed is not None and config.quantization is None:
+        raise CheckpointError(
+            f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
+        )
+    needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
+    missing = [f"missing {name}" for name in needed if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in needed]
+    wrong_shapes, types = [], []
+    for name, (shape, dtypes) in needed.items():
+        if name not in found:
+            continue
+        tensor = found[name]
+        if tensor.shape != shape:
+            wrong_shapes.append(f"{name}: shape {tensor.shape}, expected {shape}")
+        if tensor.dtype not in dtypes:
+            types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(dtypes)}")
+    kinds = {
+        "among parts": seen.faults,
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": wrong_shapes,
+        "of another dtype": types,
+    }
+    lines = [line for kind in kinds.values() for line in kind]
+    if lines:
+        counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
+        more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        raise CheckpointError(
+            "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
+        )
+    if packed is None:  # the config has kept what a tool has unpacked
+        config = replace(config, quantization=None)
+    return _Checked(config, weights, seen, tuple(needed))
+
+
+def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | None) -> None:
+    """Fill the model tensor by tensor: with a cast, at most one is in memory in both types."""
+    needed, seen = checked.needed, checked.view
+    arrays: dict[str, mx.array] = {}  # not read before they are evaluated
+    for file in checked.weights.files:
+        arrays |= read_arrays(file)
+    left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
+
+    def take(name: str) -> mx.array:
+        """An array, forgotten here when nothing else is made of it."""
+        left[name] -= 1
+        return arrays[name] if left[name] > 0 else arrays.pop(name)
+
+    for name in needed:
+        parts = seen.origins.get(name, (name,))
+        array = assemble(model.config, name, parts, seen.tensors[name].shape, take)
+        if target is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(target)
+            mx.eval(array)
+        model.load_weights([(name, array)], strict=False)
+        del array
+    head = arrays.get("lm_head.weight")
+    if head is not None and target is not None and mx.issubdtype(head.dtype, mx.floating):
+        head = head.astype(target)
+    embedding = model.model.embed_tokens.weight
+    # Where the two differ the reference overrules the config and unties them.
+    if head is not None and mx.issubdtype(embedding.dtype, mx.floating) and not mx.array_equal(head, embedding):
+        raise CheckpointError(
+            f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false in config.json"
+        )
+    del head, embedding
+    arrays.clear()
+    mx.clear_cache()  # what the casts left behind

@@ -1,0 +1,182 @@
+"""A model directory's tokenizer: which vocabulary it has, and what its other files say about it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..config import read_json
+from ..errors import OptionError, TokenizerError
+from ..fields import Fields, shorten
+from ..places import has_tokenizer, no_model
+from .added_tokens import AddedToken
+from .vocabulary import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+# In order of preference: `tokenizer.json` is the reference, the others are read where it is absent.
+_FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "*.tiktoken"}
+
+# What the bos, eos and pad tokens are where no file says; the first one in the vocabulary counts.
+_USUAL = {"bos_token": ("<s>",), "eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<|endoftext|>", "</s>")}
+
+
+def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory: `tokenizer.json`, else `tokenizer.model`, else `*.tiktoken`.
+
+    `backend` ("tokenizers", "sentencepiece" or "tiktoken") asks for one of them alone. `stop_ids` becomes the union
+    of `eos_token_id` in generation_config.json, in config.json and of the tokenizer, and of the family's end-of-turn
+    tokens found by name: config.json alone is not enough, the models end their turns with `<|end|>` or `<|im_end|>`.
+
+    Raises TokenizerError for files that are missing, damaged or contradict each other, OptionError for an unknown
+    `backend`.
+    """
+    directory = Path(directory)
+    kind, path = _find(directory, backend)
+    config = _read_json(directory / "tokenizer_config.json")
+    given = Fields(config, directory / "tokenizer_config.json", TokenizerError)
+    names = Fields(_read_json(directory / "special_tokens_map.json") | config, given.source, TokenizerError)
+    declared = _declared_tokens(directory, given, names)
+    tokenizer: Tokenizer
+    if kind == "tokenizers":
+        tokenizer = JsonTokenizer(path, declared, overrule=bool(config.get("added_tokens_decoder")))
+    elif kind == "sentencepiece":
+        tokenizer = SentencePieceTokenizer(path, declared)
+    else:
+        tokenizer = TiktokenTokenizer(path, declared)
+    tokenizer.bos_token_id = _named_id(tokenizer, names, "bos_token")
+    tokenizer.eos_token_id = _named_id(tokenizer, names, "eos_token")
+    tokenizer.pad_token_id = _named_id(tokenizer, names, "pad_token")
+    tokenizer.special_tokens = _special_tokens(tokenizer, names)
+    if "add_bos_token" in config:
+        tokenizer.add_bos_token = given.flag("add_bos_token", False)
+    elif isinstance(tokenizer, JsonTokenizer):  # transformers 5 leaves the key out when it saves
+        tokenizer.add_bos_token = tokenizer.frame()[:1] == [tokenizer.bos_token_id]
+    templates = _chat_templates(directory, config)
+    tokenizer.chat_template = templates.pop("default", None)
+    tokenizer.named_templates = templates
+    tokenizer.stop_ids = frozenset(_stop_ids(directory, tokenizer))
+    return tokenizer
+
+
+def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
+    if backend is not None and backend not in _FILES:
+        raise OptionError(f"backend {backend!r} is unknown: choose {', '.join(_FILES)}")
+    wanted = {backend: _FILES[backend]} if backend else _FILES
+    for kind, pattern in wanted.items():
+        for path in sorted(directory.glob(pattern)):
+            return kind, path
+    if not (directory / "config.json").exists() and not has_tokenizer(directory):
+        raise TokenizerError(no_model(directory))
+    raise TokenizerError(
+        f"{directory} has no tokenizer: looked for {', '.join(wanted.values())}; copy it there from the original model"
+    )
+
+
+def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[AddedToken]:
+    """The added tokens of tokenizer_config.json with their flags, by id; where it lists none, of added_tokens.json."""
+    tokens: dict[int, AddedToken] = {}
+    decoder = config.fields("added_tokens_decoder")
+    for number in decoder.raw:
+        entry = decoder.fields(number)
+        if not number.isdecimal() or len(number) > 9 or not entry.text("content"):
+            decoder.fail(number, "a token's id, and its content")
+        special = entry.flag("special", False)
+        flags = {flag: entry.flag(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
+        flags["normalized"] = entry.flag("normalized", not special)
+        tokens[int(number)] = AddedToken(int(number), entry.text("content"), special, **flags)
+    if not tokens:
+        parts = _special_names(names)
+        source = directory / "added_tokens.json"
+        listed = Fields(_read_json(source), source, TokenizerError)
+        for content in listed.raw:
+            if not content:
+                listed.fail(content, "a token that is not empty")
+            token = AddedToken(listed.whole(content), content)
+            control = token.marked or content in parts
+            tokens[token.id] = replace(token, special=control, normalized=not control)
+    return [tokens[number] for number in sorted(tokens)]
+
+
+def _special_names(names: Fields) -> set[str]:
+    """The strings that the files give a part: bos_token and the like, and the additional special tokens."""
+    given = [value for key, value in names.raw.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given += names.raw[key] if isinstance(names.raw.get(key), list) else []
+    contents = (value.get("content") if isinstance(value, dict) else value for value in given)
+    return {content for content in contents if isinstance(content, str)}
+
+
+def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
+    """The id of the token that plays `role`; None where the files say it has none or name an unknown token."""
+    if role in names.raw:
+        if names.raw[role] is None:
+            return None
+        content = names.fields(role).text("content") if isinstance(names.raw[role], dict) else names.text(role)
+        return tokenizer.token_to_id(content)
+    return next((found for name in _USUAL[role] if (found := tokenizer.token_to_id(name)) is not None), None)
+
+
+def _special_tokens(tokenizer: Tokenizer, names: Fields) -> dict[str, str]:
+    """What a chat template knows by name: `bos_token`, `eos_token`, `unk_token` and whatever else the files name so."""
+    usual = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    found = {role: tokenizer.id_to_token(i) for role, i in usual.items() if i is not None and role not in names.raw}
+    extra = names.raw.get("extra_special_tokens")
+    named = {key: value for key, value in names.raw.items() if key.endswith("_token")}
+    for key, value in (named | (extra if isinstance(extra, dict) else {})).items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[key] = content
+    return {role: content for role, content in found.items() if content is not None}
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat templates by name, "default" among them where there is one.
+
+    From chat_template.jinja, else chat_template.json, else tokenizer_config.json, which may list several; and from
+    additional_chat_templates/NAME.jinja.
+    """
+    found: dict[str, str] = {}
+    main = directory / "chat_template.jinja"
+    if not main.exists():
+        source = directory / "chat_template.json"
+        template = _read_json(source).get("chat_template")
+        if template is None:
+            source, template = directory / "tokenizer_config.json", config.get("chat_template")
+        for entry in template if isinstance(template, list) else [{"name": "default", "template": template}]:
+            name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+            if isinstance(name, str) and isinstance(text, str):
+                found[name] = text
+            elif template is not None:
+                raise TokenizerError(f"{source} has a chat_template that is no text: {shorten(entry)}")
+    for path in [main, *sorted(directory.glob("additional_chat_templates/*.jinja"))]:
+        try:
+            if path != main or path.exists():
+                found["default" if path == main else path.stem] = files.read_text(path)
+        except OSError as error:
+            raise TokenizerError(f"{path} is not readable: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not readable: {error}") from None
+    return found
+
+
+def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
+    names = ["<|end|>", "<|im_end|>", "<|endoftext|>"]
+    if tokenizer.token_to_id("<0x0A>") is not None:
+        # The SentencePiece models (mini, medium, 3.5) may open the next turn instead of ending their own.
+        names.append("<|assistant|>")
+    ids = {found for name in names if (found := tokenizer.token_to_id(name)) is not None}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    for source in (directory / "generation_config.json", directory / "config.json"):
+        listed = _read_json(source).get("eos_token_id")
+        for token_id in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+            if type(token_id) is not int:
+                raise TokenizerError(f"{source} has eos_token_id {shorten(listed)}: it must be an id or a list of ids")
+            ids.add(token_id)
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file."""
+    return read_json(path, TokenizerError) if path.exists() else {}
