@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import room
+from phi3_mlx.engine.machine import room
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.store.checkpoint import load_model

@@ -26,7 +26,8 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.generation.answers import encode_prompt, run_of
+from phi3_mlx.engine.plan import run_of
+from phi3_mlx.generation.answers import encode_prompt
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer

@@ -29,9 +29,10 @@ import mlx.core as mx
 
 from phi3_mlx import generate, load
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.batch import Generation, Statistics
+from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import MAX_DRAFT
 from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.engine.tokens import Statistics
 from phi3_mlx.generation.answers import Prompt, encode_prompt
 from phi3_mlx.store.hub import resolve
 

@@ -22,9 +22,10 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.gptq import calibrated
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
-from phi3_mlx.conversion.sources import Source, open_source, weights_of
+from phi3_mlx.conversion.sources import Source, weights_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_json, write_weights
 from phi3_mlx.evaluation.quality import compare

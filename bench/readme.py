@@ -71,7 +71,9 @@ def reasons() -> str:
 
 def macs() -> str:
     """Models by name: the download, and the longest context on Macs of three sizes."""
-    from phi3_mlx.engine.plan import Run, mac_working_set, size_text
+    from phi3_mlx.engine.machine import mac_working_set
+    from phi3_mlx.engine.plan import Run
+    from phi3_mlx.sizes import size_text
     from phi3_mlx.store.hub import find_alias
 
     lines = [
@@ -139,7 +141,7 @@ def plan() -> str:
 
 def family() -> str:
     """The table of `phi3-mlx models`."""
-    from phi3_mlx.store.family import family_rows
+    from phi3_mlx.engine.fits import family_rows
 
     rows = family_rows()
     lines = [

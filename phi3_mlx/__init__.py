@@ -30,13 +30,13 @@ _PUBLIC = {
     "fuse": "conversion.fuse",
     "generate": "generation.answers",
     "import_peft": "adapters.peft",
-    "load": "generation.answers",
-    "load_model": "generation.answers",
-    "load_tokenizer": "generation.answers",
-    "memory_limit": "engine.plan",
+    "load": "generation.loading",
+    "load_model": "generation.loading",
+    "load_tokenizer": "generation.loading",
+    "memory_limit": "engine.machine",
     "stream_generate": "generation.answers",
     "tune": "tuning",
-    "unload": "generation.answers",
+    "unload": "generation.loading",
 }
 
 if TYPE_CHECKING:
@@ -45,18 +45,18 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .conversion.fuse import fuse as fuse
     from .display import ProgressBar as ProgressBar
-    from .engine.plan import memory_limit as memory_limit
+    from .engine.machine import memory_limit as memory_limit
     from .errors import Phi3Error as Phi3Error
     from .evaluation.quality import compare as compare
     from .generation.answers import Chunk as Chunk
     from .generation.answers import batch_generate as batch_generate
     from .generation.answers import generate as generate
-    from .generation.answers import load as load
-    from .generation.answers import load_model as load_model
-    from .generation.answers import load_tokenizer as load_tokenizer
     from .generation.answers import stream_generate as stream_generate
-    from .generation.answers import unload as unload
     from .generation.conversation import Conversation as Conversation
+    from .generation.loading import load as load
+    from .generation.loading import load_model as load_model
+    from .generation.loading import load_tokenizer as load_tokenizer
+    from .generation.loading import unload as unload
     from .generation.prompt_cache import PromptCache as PromptCache
     from .tuning import tune as tune
 

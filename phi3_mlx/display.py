@@ -1,19 +1,13 @@
-"""How chats, results and progress look in a notebook."""
+"""Progress of long work, in a notebook or on a terminal."""
 
 from __future__ import annotations
 
 import html
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from .conversion import Conversion
-    from .evaluation.quality import Comparison
-    from .tuning.run import Result
-
-_COLORS = {"system": "#8d99ae", "user": "#2a6f97", "assistant": "#c8553d"}
 _EVERY = 0.1  # seconds between two pictures of a bar
 
 
@@ -67,53 +61,6 @@ class ProgressBar:
             self._handle = display(data, raw=True, display_id=True)
         else:
             self._handle.update(data, raw=True)
-
-
-def conversation_html(messages: Sequence[Mapping[str, str]]) -> str:
-    """A chat, a block a message."""
-    blocks = []
-    for message in messages:
-        role, content = message["role"], html.escape(message["content"].strip()).replace("\n", "<br>")
-        color = _COLORS.get(role, "#8d99ae")
-        blocks.append(
-            f'<div style="border-left: 4px solid {color}; padding: 0 0 0 0.8em; margin: 0.6em 0; max-width: 50em">'
-            f'<b style="color: {color}">{html.escape(role)}</b><br>{content}</div>'
-        )
-    return "\n".join(blocks)
-
-
-def comparison_markdown(found: Comparison) -> str:
-    """Both models' figures as a table."""
-    lines = ["| | A | B |", "|---|--:|--:|"]
-    if found.kl is not None:
-        lines.append(f"| perplexity | {found.a.perplexity:.3f} | {found.b.perplexity:.3f} |")
-    a, b = found.a.perplexity_per_character, found.b.perplexity_per_character
-    lines.append(f"| perplexity per character | {a:.4f} | {b:.4f} |")
-    lines.append(f"| tokens predicted | {found.a.tokens:,} | {found.b.tokens:,} |")
-    if found.kl is not None and found.top1 is not None:
-        lines.append(f"| mean KL(A ‖ B), nats a token | | {found.kl:.5f} |")
-        lines.append(f"| same likeliest token | | {found.top1:.2%} |")
-    return "\n".join(lines if found.note is None else [*lines, "", found.note])
-
-
-def conversion_markdown(made: Conversion) -> str:
-    """Size, notes and, if there is a report, what it cost."""
-    head = f"**{made.path.name}**: {made.bytes / 1e6:,.1f} MB, {made.bits_per_weight:.3f} bits per weight"
-    parts = [head, *(f"*{note}*" for note in made.notes)]
-    if made.report is not None:
-        parts.append(f"A: {made.report.source}, B: {made.path.name}, on {made.report.text}")
-        parts.append(comparison_markdown(made.report.comparison))
-    return "\n\n".join(parts)
-
-
-def result_markdown(result: Result) -> str:
-    """How a fine-tuning run ended."""
-    end = "stopped by Ctrl-C; `resume=True` goes on" if result.interrupted else "finished"
-    best = ""
-    if result.best_loss is not None:
-        best = f", best validation loss {result.best_loss:.4f} nats a token at step {result.best_step:,}"
-    head = f"**{result.step:,} steps**, {end}{best}; the adapter is in `{result.output.name}`"
-    return "\n\n".join([head, *(f"*{note}*" for note in result.notes)])
 
 
 def _in_notebook() -> bool:

@@ -233,12 +233,12 @@ def _blas(machine: Machine, speed: float) -> list[Finding]:
 def _memory(machine: Machine) -> list[Finding]:
     if machine.mlx is None:
         return []
-    from .engine import plan
+    from . import sizes
 
     total, room = _room(machine)
-    text = plan.size_text(room)
+    text = sizes.size_text(room)
     if machine.mlx["backend"] == "Metal":
-        text = f"{plan.size_text(total)}, of which Metal recommends to use {text}"
+        text = f"{sizes.size_text(total)}, of which Metal recommends to use {text}"
     elif machine.mlx["backend"] == "CUDA":
         text = f"{text} on the GPU"
     else:
@@ -272,11 +272,11 @@ def _models(machine: Machine, room: int) -> Finding:
 
 def _room(machine: Machine) -> tuple[int, int]:
     """(bytes there are, bytes that may be used)"""
-    from .engine import plan
+    from .engine.machine import available_ram
 
     assert machine.mlx is not None
     if machine.mlx["backend"] == "CPU":
-        room = plan.available_ram()
+        room = available_ram()
         return room, room
     total = int(machine.mlx.get("memory_size") or machine.mlx.get("total_memory") or 0)
     return total, int(machine.mlx.get("max_recommended_working_set_size") or total)

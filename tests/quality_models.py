@@ -10,8 +10,9 @@ import oracle
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.rounding import packings, planned
-from phi3_mlx.conversion.sources import open_source, tensor_of
+from phi3_mlx.conversion.sources import tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_weights
 from phi3_mlx.evaluation.quality import compare

@@ -11,8 +11,7 @@ from phi3_mlx.cli import cli, main
 from phi3_mlx.cli.options import as_typed, in_options
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
-from phi3_mlx.generation.answers import make_kv_bits
-from phi3_mlx.models.cache import KVBits
+from phi3_mlx.models.cache import KVBits, make_kv_bits
 
 TINY = str(ROOT / "weights" / "tiny")
 

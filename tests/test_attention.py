@@ -7,7 +7,7 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
 
 from phi3_mlx.models import attention
-from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 
 SCALE, HEADS, KV_HEADS, DIM = 0.125, 6, 2, 64
 
@@ -50,7 +50,7 @@ def test_attention_is_the_textbooks(bits, window, padding, limits, monkeypatch):
     monkeypatch.setattr(KVCache, "step", 4)
     for name, value in limits.items():
         monkeypatch.setattr(attention, name, value)
-    sequence = Sequence(left_padding=padding)
+    sequence = SequenceState(left_padding=padding)
     cache = KVCache(sequence, window) if bits is None else QuantizedKVCache(bits, sequence, window)
     random = np.random.default_rng(0)
     keys, values = [], []

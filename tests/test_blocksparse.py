@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phi3_mlx.config import BlockPattern
 from phi3_mlx.models import blocksparse
 from phi3_mlx.models.attention import make_mask
-from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 
 DIM = 32  # the least that a packed cache takes
 SCALE = 0.4
@@ -48,7 +48,7 @@ def random(heads: int, kv_heads: int, length: int, rows: int = 1, seed: int = 0)
 
 def read(arrays, pattern: BlockPattern, edges, padding=None, bits=None) -> np.ndarray:
     """What attention gives when the arrays come in pieces that end at `edges`: (B, L, H * D)."""
-    sequence = Sequence(left_padding=padding)
+    sequence = SequenceState(left_padding=padding)
     cache = KVCache(sequence) if bits is None else QuantizedKVCache(bits, sequence)
     parts = []
     for first, last in itertools.pairwise([0, *edges, arrays[0].shape[2]]):

@@ -20,7 +20,7 @@ import phi3_mlx
 from phi3_mlx.cli import main
 from phi3_mlx.conversion import convert, pipeline, sensitivity, writer
 from phi3_mlx.conversion.checked import is_finite
-from phi3_mlx.conversion.sources import open_source
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.store import atomic
 from phi3_mlx.store.checkpoint import load_model

@@ -11,7 +11,7 @@ from tuning_models import make_directory
 from phi3_mlx import load, load_tokenizer
 from phi3_mlx.conversion import convert
 from phi3_mlx.conversion.fuse import fuse
-from phi3_mlx.conversion.sources import open_source
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.errors import CheckpointError
 
 SECRET = "PRIVATE KEY"

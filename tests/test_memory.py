@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from phi3_mlx.engine import plan
+from phi3_mlx.engine import machine
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run_on(monkeypatch, device):
 
 def test_on_metal_weights_are_wired_and_both_limits_restored_after_a_failure(calls, metal, monkeypatch):
     run_on(monkeypatch, mx.Device(mx.gpu))
-    run = plan.bounded_run()
+    run = machine.bounded_run()
     run.__enter__()
     assert calls == [("cache", 1 << 30), ("wired", 333)]
     assert not run.__exit__(RuntimeError, RuntimeError(), None)
@@ -37,13 +37,13 @@ def test_on_metal_weights_are_wired_and_both_limits_restored_after_a_failure(cal
 
 def test_on_a_mac_that_computes_on_the_cpu_nothing_is_wired(calls, metal, monkeypatch):
     run_on(monkeypatch, mx.Device(mx.cpu))
-    with plan.bounded_run():
+    with machine.bounded_run():
         pass
     assert calls == [("cache", 1 << 30), ("cache", 111)]
 
 
 def test_of_two_runs_read_in_turn_the_last_to_end_restores(calls):
-    first, second = plan.bounded_run(), plan.bounded_run()
+    first, second = machine.bounded_run(), machine.bounded_run()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -53,6 +53,6 @@ def test_of_two_runs_read_in_turn_the_last_to_end_restores(calls):
 
 
 def test_elsewhere_only_the_buffer_cache_is_bounded(calls):
-    with plan.bounded_run():
+    with machine.bounded_run():
         pass
     assert calls == [("cache", 1 << 30), ("cache", 111)]

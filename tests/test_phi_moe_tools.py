@@ -25,7 +25,7 @@ from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
-from phi3_mlx.engine import plan
+from phi3_mlx.engine import machine, plan
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import Run
 from phi3_mlx.engine.sampling import Sampling
@@ -331,5 +331,5 @@ def test_the_released_model_is_planned():
     run = Run(alias.shape, alias.bytes, 4096)
     assert 23e9 < alias.bytes < 24e9
     assert run.cache_bytes() == 4096 * 32 * 2 * 8 * 128 * 2
-    assert dataclasses.replace(run, length=131_072).longest(plan.mac_working_set(64 << 30)) == 131_072
-    assert run.longest(plan.mac_working_set(32 << 30)) == 0
+    assert dataclasses.replace(run, length=131_072).longest(machine.mac_working_set(64 << 30)) == 131_072
+    assert run.longest(machine.mac_working_set(32 << 30)) == 0

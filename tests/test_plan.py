@@ -12,10 +12,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, load, memory_limit, stream_generate
+from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, load, memory_limit, sizes, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.tables import print_table
 from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.engine import machine
 from phi3_mlx.engine import plan as memory
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import MAX_DRAFT
@@ -223,8 +224,8 @@ def test_a_refusal_says_the_numbers_and_every_way_out():
     plan = run.plan(0)
     for part in (
         "60,000 tokens need",
-        memory.size_text(plan.total),
-        f"keys and values {memory.size_text(plan.cache)}",
+        sizes.size_text(plan.total),
+        f"keys and values {sizes.size_text(plan.cache)}",
         "11.00 GB may be used",
         "kv_bits=4 needs",
         f"up to {run.longest(11 * GB):,} tokens fit",
@@ -360,12 +361,12 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys):
         main([*command, "16 apples"])
     assert done.value.code == 2
     assert "16 apples" in capsys.readouterr().err
-    before = memory.room()
+    before = machine.room()
     with memory_limit(10**6), memory_limit("10MB"):
-        assert memory.room() <= 10**6
+        assert machine.room() <= 10**6
     with pytest.raises(OptionError, match="'much'"), memory_limit("much"):
         pass
-    assert memory.room() > before / 2  # what other processes take meanwhile
+    assert machine.room() > before / 2  # what other processes take meanwhile
 
 
 def main_debug(monkeypatch, args):
@@ -483,41 +484,41 @@ def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
     [("16GB", 16 * 10**9), ("800 MiB", 800 * 2**20), ("1.5g", 15 * 10**8), ("2gi", 2**31), (4096, 4096), (7, 7)],
 )
 def test_sizes_of_memory(text, size):
-    assert memory.parse_size(text) == size
+    assert sizes.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["2.20 GB", "310 MB", "99.9 MB", "3.4 MB", "12 kB"])
 def test_a_size_is_read_as_it_is_shown(text):
-    assert memory.size_text(memory.parse_size(text)) == text
+    assert sizes.size_text(sizes.parse_size(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "much", "-4GB", "0GB", "4XB", "4GB4", "nan", "1e9", -5, 0])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OptionError, match="16GB"):
-        memory.parse_size(text)
+        sizes.parse_size(text)
 
 
 def test_a_size_without_a_unit_is_asked_for_one():
     with pytest.raises(OptionError, match="'16' has no unit; write 16GB or 16MB"):
-        memory.parse_size("16")
+        sizes.parse_size("16")
     with pytest.raises(OptionError, match="'8000000000' has no unit; write 8GB"):
-        memory.parse_size("8000000000")
+        sizes.parse_size("8000000000")
 
 
 def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    assert memory.available_ram() == 8_192_000
+    assert machine.available_ram() == 8_192_000
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert memory.available_ram() == 8_192_000
+    assert machine.available_ram() == 8_192_000
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory.available_ram() == 4000
+    assert machine.available_ram() == 4000
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 700\nactive_file 50\n")
-    assert memory.available_ram() == 4700  # pages of files are given up
+    assert machine.available_ram() == 4700  # pages of files are given up
     (tmp_path / "meminfo").unlink()
-    assert memory.available_ram() > 0
+    assert machine.available_ram() > 0
 
 
 def plan(capsys, *args):

@@ -11,15 +11,15 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
-from phi3_mlx import Phi3Error, PromptCache, generate, load, stream_generate
+from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.options import Pulse
 from phi3_mlx.engine import plan
 from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.plan import run_of
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
 from phi3_mlx.generation import cache_file
-from phi3_mlx.generation.answers import run_of
 from phi3_mlx.generation.prompt_cache import read_document
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.store import hub
@@ -153,7 +153,7 @@ def test_bits_are_given_as_to_generate():
         cache = PromptCache(model, kv_bits=bits, kv_group_size=group_size)
         text = generate(model, tokenizer, "Who are you?", max_tokens=8, prompt_cache=cache)
         assert text == generate(model, tokenizer, "Who are you?", max_tokens=8, kv_bits=bits)
-        assert repr(cache) == f"<PromptCache: {len(cache.ids):,} tokens read, {plan.size_text(cache.nbytes)}>"
+        assert repr(cache) == f"<PromptCache: {len(cache.ids):,} tokens read, {sizes.size_text(cache.nbytes)}>"
     for wrong in (5, (4,), "8,4"):
         with pytest.raises(OptionError, match="kv_bits"):
             PromptCache(model, kv_bits=wrong)

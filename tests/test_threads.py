@@ -15,7 +15,7 @@ from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, stream_generate, tune
-from phi3_mlx.engine import plan
+from phi3_mlx.engine import machine
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import Drafter
 from phi3_mlx.engine.sampling import Sampling
@@ -336,11 +336,11 @@ def test_a_stream_that_nobody_reads_on_ends_in_whatever_thread_finds_it(tiny):
         cache = PromptCache(model)
         streams = [stream_generate(model, tokenizer, ASK, max_tokens=20, prompt_cache=cache)]
         next(streams[0])
-        assert plan._runs
+        assert machine._runs
         streams.append(streams)  # a circle, which only the collector finds
         streams = None
         elsewhere(gc.collect)
-        assert not plan._runs
+        assert not machine._runs
         assert mx.set_cache_limit(123_456_789) == 123_456_789
         again = generate(model, tokenizer, ASK, max_tokens=8, prompt_cache=cache)
         assert again == generate(model, tokenizer, ASK, max_tokens=8)

@@ -43,9 +43,9 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
         raise PromptError(f"{file} is empty; give a text")
     if system:
         check_text(system, "--system")
-    from ..engine.plan import size_text
     from ..generation.cache_file import Document
     from ..generation.prompt_cache import PromptCache, check_writable, document_ids
+    from ..sizes import size_text
 
     check_writable(output)
     bits = memory.bits()  # refuses what cannot be, before a model is fetched

@@ -66,11 +66,12 @@ def compare(
         raise CheckpointError(f"{output} exists already; name another directory")
     words = None if text is None else read_text(text)
     from ..conversion import report
-    from ..conversion.sources import open_source, weights_of
+    from ..conversion.opening import open_source
+    from ..conversion.sources import weights_of
     from ..conversion.texts import bundled
     from ..evaluation.quality import check_fits
     from ..evaluation.quality import compare as compare_models
-    from ..generation.answers import load
+    from ..generation.loading import load
     from ..store.atomic import new_directory
     from ..store.hub import resolve
     from ..store.safetensors import find_weights

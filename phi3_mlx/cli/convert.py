@@ -114,7 +114,7 @@ def convert(
 
 def _describe(done: Conversion) -> None:
     """What was made: a table of what it cost on stdout, the rest on stderr."""
-    from ..engine.plan import size_text
+    from ..sizes import size_text
 
     if done.report is not None:
         from ..conversion.report import table
@@ -150,7 +150,7 @@ class _Bar:
             self._bar.stop()
 
     def update(self, now: Progress) -> None:
-        from ..engine.plan import size_text
+        from ..sizes import size_text
 
         count = f"{now.done:,} of {now.total:,} {now.unit}"
         if now.all_bytes:

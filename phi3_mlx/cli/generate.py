@@ -109,7 +109,7 @@ def generate(
         )
         last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
     if stats:
-        from ..engine.plan import size_text
+        from ..sizes import size_text
 
         say(
             f"prompt {last.prompt_tokens:,} tokens ({last.prefilled_tokens:,} read now), {last.prompt_tps:,.1f} tok/s; "

@@ -23,8 +23,9 @@ def models(as_json: bool) -> None:
     A name in the first column works wherever a command takes -m; so does any directory or Hugging Face repository of
     a Phi-3 model. What is not on this disk is downloaded on first use.
     """
-    from ..engine.plan import size_text
-    from ..store.family import family_rows, june_text
+    from ..engine.fits import family_rows
+    from ..sizes import size_text
+    from ..store.family import june_text
     from ..store.hub import list_models
     from .tables import print_table
 

@@ -63,7 +63,8 @@ class ModelOptions:
 
         `kept`: the bits are those of a cache that is there already.
         """
-        from ..generation.answers import load_adapted, plan_run
+        from ..engine.plan import plan_run
+        from ..generation.loading import load_adapted
 
         plan_run(
             directory,
@@ -150,7 +151,7 @@ class MemoryOptions:
 
     def bits(self) -> KVBits | None:
         """Raises OptionError for bits that cannot be."""
-        from ..generation.answers import make_kv_bits
+        from ..models.cache import make_kv_bits
 
         return make_kv_bits(self.kv_bits, self.kv_group_size)
 
@@ -171,7 +172,7 @@ class _KVBitsType(click.ParamType):
 def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Bounds the plans of the whole command."""
     if value is not None:
-        from ..engine.plan import memory_limit
+        from ..engine.machine import memory_limit
 
         ctx.with_resource(memory_limit(value))
 
@@ -227,7 +228,7 @@ class SamplingOptions:
     def check(self) -> None:
         """OptionError for a value outside its range; called before a model is fetched or read."""
         from ..engine.sampling import Sampling
-        from ..generation.answers import check_limits
+        from ..generation.request import check_limits
 
         check_limits(self.max_tokens, self.stop, self.lookup)
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)

@@ -36,7 +36,8 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..engine.plan import mac_working_set, parse_size, room, size_text
+    from ..engine.machine import mac_working_set, room
+    from ..sizes import parse_size, size_text
     from .tables import print_table
 
     if here and memory is not None:

@@ -183,7 +183,7 @@ class _Progress:
             say()
 
     def step(self, report: StepReport) -> None:
-        from ..engine.plan import size_text
+        from ..sizes import size_text
         from ..tuning.dryrun import duration_text
 
         now = time.monotonic()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .. import values
+from .. import sizes, values
 from ..adapters.config import kind_of
 from ..adapters.folder import (
     Adapters,
@@ -42,8 +42,9 @@ from ..store.checkpoint import DTYPES, load_model, outline
 from ..store.quantization import FLOATS, complete
 from ..store.safetensors import Tensor
 from ..tuning.loss import number
+from .directory import DirectorySource
 from .rounding import pack
-from .sources import SPELLING, DirectorySource, tensor_of, to_mlx
+from .sources import SPELLING, tensor_of, to_mlx
 from .writer import check_space, write_json, write_weights
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _check_room(
     measures: bool,
 ) -> None:
     """MemoryLimitError if making the model, or measuring it, needs more memory than there is. Only headers are read."""
-    from ..generation.answers import run_of
+    from ..engine.plan import run_of
 
     held = {"the adapter": sum(array.nbytes for array in tensors.values())}
     written = {**held, "a matrix at a time": source.work(planned)}
@@ -148,7 +149,7 @@ def _check_room(
         "work": max(run.workspace(run.length), int(_LOGITS * 4 * run.length * run.config.vocab_size)),
         "the adapter": 2 * held["the adapter"],  # what is written, and what is measured
     }
-    least = plan.size_text(sum(written.values()))
+    least = sizes.size_text(sum(written.values()))
     plan.check_room(
         f"measuring what is left of {folder}",
         max(parts, written, key=lambda needs: sum(needs.values())),

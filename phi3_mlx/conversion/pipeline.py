@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
 from ..config import read_json
-from ..engine.plan import parse_size, room, size_text
+from ..engine.machine import room
 from ..errors import MemoryLimitError, OptionError, Phi3Error
+from ..evaluation.quality import comparison_markdown
 from ..places import is_gguf
+from ..sizes import parse_size, size_text
 from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import DTYPES
 from ..store.hub import find_alias, resolve
 from ..threads import refuse_fork
 from .checked import CheckedSource
+from .opening import open_source
 from .rounding import Recipe, left_alone, packings, planned, rounded, uniform
-from .sources import Source, open_source, weights_of
+from .sources import Source, weights_of
 from .writer import Progress, check_space, write_json, write_weights
 
 if TYPE_CHECKING:
@@ -48,8 +51,6 @@ class Conversion:
     report: Report | None = None
 
     def _repr_markdown_(self) -> str:
-        from ..display import conversion_markdown
-
         return conversion_markdown(self)
 
 
@@ -360,3 +361,13 @@ def _staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) 
     if progress is None:
         return None
     return lambda done, total: progress(Progress(stage, unit, done, total))
+
+
+def conversion_markdown(made: Conversion) -> str:
+    """Size, notes and, if there is a report, what it cost."""
+    head = f"**{made.path.name}**: {made.bytes / 1e6:,.1f} MB, {made.bits_per_weight:.3f} bits per weight"
+    parts = [head, *(f"*{note}*" for note in made.notes)]
+    if made.report is not None:
+        parts.append(f"A: {made.report.source}, B: {made.path.name}, on {made.report.text}")
+        parts.append(comparison_markdown(made.report.comparison))
+    return "\n\n".join(parts)

@@ -24,7 +24,8 @@ from ..store.checkpoint import load_model
 from ..store.safetensors import Tensor, find_weights
 from ..text.tokenizer import load_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
-from .sources import open_source, weights_of
+from .opening import open_source
+from .sources import weights_of
 from .texts import bundled
 
 if TYPE_CHECKING:

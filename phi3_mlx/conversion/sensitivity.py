@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..engine.plan import size_text
 from ..errors import CheckpointError, OptionError
 from ..evaluation.quality import chunks, divergence_from, log_softmax
+from ..sizes import size_text
 from .gptq import unpack
 from .layerwise import EMBEDDING, LayerStream, linear
 from .rounding import Recipe, left_alone, pack, packings, planned, uniform

@@ -15,9 +15,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..engine.plan import size_text
 from ..errors import CheckpointError
 from ..files import json_text
+from ..sizes import size_text
 from ..store.safetensors import INDEX, Tensor
 from .sources import to_mlx
 

@@ -1,25 +1,26 @@
-"""How much memory a run needs, how much there is, and what a run does to it."""
+"""How much memory a run needs."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import mlx.core as mx
+from typing import TYPE_CHECKING
 
 from ..config import BlockPattern, Config
-from ..errors import MemoryLimitError, OptionError
-from ..models.attention import BLOCK, block_of, fused_attention, heads_at_once, on_cuda, unpacked_at_once
+from ..errors import MemoryLimitError, PromptError
+from ..models.attention import BLOCK, block_of, heads_at_once, on_cuda, unpacked_at_once
 from ..models.blocksparse import tile_size
 from ..models.cache import REREAD_CHUNK, KVBits, KVCache
 from ..models.decoder import QUEUED
 from ..models.linear import SLICE, unpacking_bytes, unpacking_pays
-from ..values import plain, shown
+from ..sizes import size_text
+from .machine import room
+
+if TYPE_CHECKING:
+    from ..models.cache import KVBits
+    from ..models.decoder import LongRopeRule
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
@@ -27,46 +28,6 @@ _SLICES = SLICE * 17 // 5  # numbers of slices of packed weights that are alive 
 VERIFIED = 17  # tokens of a step at most: the longest draft of prompt lookup, and one
 _OFFERED_BITS = (8, 6, 4, 3, 2)  # what a refusal tries, best quality first
 _GOOD_BITS = 4  # fewer cost much quality
-MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-
-# Buffers MLX may keep for reuse. Left alone it keeps as much as the memory limit allows, and a Mac swaps.
-_BUFFER_CACHE = 1 << 30
-
-
-_runs: set[object] = set()
-_restore: list[Callable[[], object]] = []
-os.register_at_fork(after_in_child=_restore.clear)  # MLX hangs there, even where a stream is only forgotten
-
-
-@contextmanager
-def bounded_run(spare: float = math.inf) -> Iterator[None]:
-    """For the time of a run: weights wired on Metal (macOS would page them out), MLX's buffer cache bounded.
-
-    `spare`: bytes that the run's plan leaves of its room, which the buffers kept must not exceed. Runs may overlap (two
-    streams read in turn): the first sets the limits, the last to end restores them. Any thread may end one, at any
-    time: Python closes a stream nobody reads on wherever it finds it. So there is no lock here, and no counting.
-    """
-    run = object()
-    _runs.add(run)
-    try:
-        if not _restore:
-            _set_limits(int(min(_BUFFER_CACHE, max(spare, 0))))
-        yield
-    finally:
-        _runs.discard(run)
-        if not _runs:
-            while _restore:
-                _restore.pop()()
-
-
-def _set_limits(buffers: int) -> None:
-    cache_limit = mx.set_cache_limit(buffers)
-    _restore.append(lambda: mx.set_cache_limit(cache_limit))
-    # A Mac whose default device was set to the CPU has Metal, but runs nothing on it.
-    if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
-        wired_limit = mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
-        _restore.append(lambda: mx.set_wired_limit(wired_limit))
-        _restore.append(mx.synchronize)
 
 
 @dataclass(frozen=True)
@@ -377,91 +338,54 @@ def check_room(what: str, parts: Mapping[str, int], way_out: str) -> None:
         )
 
 
-_allowed: list[int] = []
+def check_length(config: Config, prompt: int) -> None:
+    """PromptError unless a prompt of so many tokens leaves room for an answer in the model's context."""
+    context = config.max_position_embeddings
+    if prompt >= context:
+        raise PromptError(
+            f"the prompt has {prompt:,} tokens and the model's context is {context:,}; "
+            "shorten it or use a model with a longer context"
+        )
 
 
-@contextmanager
-def memory_limit(size: int | str) -> Iterator[None]:
-    """Runs planned meanwhile keep what MLX holds, weights included, within `size` ("16GB"), and within the machine's.
+def plan_run(
+    directory: Path,
+    prompt: int,
+    max_tokens: int,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    kv_bits: KVBits | None = None,
+    kept: bool = False,
+    force: bool = False,
+) -> None:
+    """Raise MemoryLimitError if the model of `directory`, a prompt of so many tokens and its answer do not fit.
 
-        with memory_limit("12GB"):
-            model, tokenizer = load("phi-3.5-mini-4bit")
-            print(generate(model, tokenizer, prompt))  # MemoryLimitError if it does not fit
-
-    Raises OptionError for a size that is none.
+    Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
+    the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
     """
-    limit = parse_size(size)
-    _allowed.append(limit)
-    try:
-        yield
-    finally:
-        _allowed.remove(limit)
+    from ..engine import machine, plan
+
+    run = run_of(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+    check_length(run.config, prompt)
+    if longrope == "auto" and prompt <= run.config.original_max_position_embeddings:
+        run = replace(run, rereads=plan.reread_at_boundary(run.config))
+    plan.check_fits(run, math.inf if force else machine.room(), prompt=prompt, kept=kept)
 
 
-def room() -> int:
-    """Bytes that may still be allocated: of Metal's recommended working set, of a GPU's memory, else of free RAM."""
-    return min([_of_machine(), *(size - mx.get_active_memory() for size in _allowed)])
+def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
+    """What memory depends on, of the model of `directory` on this machine; only headers are read."""
+    from ..engine import plan
+    from ..models import read_config
+    from ..models.attention import fused_attention
+    from ..store import checkpoint
 
-
-def _of_machine() -> int:
-    if fused_attention():
-        info = mx.device_info(mx.gpu)
-        for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's name, CUDA's
-            if info.get(key):
-                return int(info[key]) - mx.get_active_memory()
-    return available_ram() + mx.get_cache_memory()
-
-
-def available_ram() -> int:
-    """What the system would give without swapping, within the limit of this process's control group."""
-    if not MEMINFO.is_file():  # macOS, computing on the CPU
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
-    available = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit, used = (CONTROL_GROUP / "memory.max").read_text().strip(), (CONTROL_GROUP / "memory.current").read_text()
-        if limit != "max":
-            # Pages of files count as used, and are given up when somebody needs them.
-            stat = CONTROL_GROUP / "memory.stat"
-            files = re.search(r"^inactive_file (\d+)$", stat.read_text(), re.MULTILINE) if stat.is_file() else None
-            available = min(available, int(limit) - int(used) + (int(files[1]) if files else 0))
-    except (OSError, ValueError):
-        pass  # no control group, or an older kind
-    return available
-
-
-def mac_working_set(memory: int) -> int:
-    """Metal's recommended working set of a Mac with `memory` bytes: two thirds, above 32 GB three quarters.
-
-    As `max_recommended_working_set_size` reports it on M1 to M4; a system setting can change it.
-    """
-    return memory * 3 // 4 if memory > 32 * 2**30 else memory * 2 // 3
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them, in powers of 1000: "2.20 GB", "310 MB", "3.4 MB", "12 kB"."""
-    if size >= 1e9:
-        return f"{size / 1e9:,.2f} GB"
-    if size >= 1e6:
-        return f"{size / 1e6:.1f} MB" if size < 99.95e6 else f"{size / 1e6:,.0f} MB"
-    return f"{max(size, 0) / 1e3:,.0f} kB"
-
-
-def parse_size(size: int | str, *, sold: bool = False) -> int:
-    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError.
-
-    `sold`: of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34.
-    """
-    size = plain(size)
-    text = size if isinstance(size, str) else shown(size)
-    # Numbers of more digits are infinite.
-    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if found and float(found[1]):
-        if isinstance(size, str) and size.strip() == found[1]:
-            number = float(found[1])
-            units = f"{number / 1e9:g}GB" if number >= 1e6 else f"{found[1]}GB or {found[1]}MB"
-            raise OptionError(f"{shown(size)} has no unit; write {units}")
-        unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
-        if count := int(float(found[1]) * unit):
-            return count
-    raise OptionError(f"{shown(size)} is not a size; give one such as 16GB or 800MB")
+    config = read_config(directory)
+    return plan.Run(
+        config,
+        checkpoint.weight_bytes(directory, dtype),
+        min(length, config.max_position_embeddings),
+        bits=kv_bits,
+        itemsize=checkpoint.computed_size(config, dtype),
+        fused=fused_attention(),
+    )

@@ -66,8 +66,6 @@ class Comparison:
     note: str | None = None
 
     def _repr_markdown_(self) -> str:
-        from ..display import comparison_markdown
-
         return comparison_markdown(self)
 
 
@@ -88,7 +86,7 @@ def compare(
     cannot hold is refused unless `force`. Raises PromptError for a text of fewer than two tokens, OptionError for a
     window longer than a model's context, MemoryLimitError.
     """
-    from ..generation.answers import check_loaded, check_tokenizer
+    from ..generation.loading import check_loaded, check_tokenizer
 
     text, window = values.text(text, "text"), values.whole(window, "window")
     values.check_function(progress, "progress")
@@ -126,7 +124,7 @@ def compare(
 
 def check_fits(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
     """MemoryLimitError unless the model `name` of `directory` can be loaded and read windows. Only headers are read."""
-    from ..generation.answers import run_of
+    from ..engine.plan import run_of
 
     _check_room(f"comparing {name}", run_of(directory, window, dtype=dtype))
 
@@ -254,3 +252,17 @@ def _predicted(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
 def _characters(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
     """Characters of the predicted tokens."""
     return len(text) if _bos(tokenizer) is not None else max(1, len(text) - len(tokenizer.decode(ids[:1])))
+
+
+def comparison_markdown(found: Comparison) -> str:
+    """Both models' figures as a table."""
+    lines = ["| | A | B |", "|---|--:|--:|"]
+    if found.kl is not None:
+        lines.append(f"| perplexity | {found.a.perplexity:.3f} | {found.b.perplexity:.3f} |")
+    a, b = found.a.perplexity_per_character, found.b.perplexity_per_character
+    lines.append(f"| perplexity per character | {a:.4f} | {b:.4f} |")
+    lines.append(f"| tokens predicted | {found.a.tokens:,} | {found.b.tokens:,} |")
+    if found.kl is not None and found.top1 is not None:
+        lines.append(f"| mean KL(A ‖ B), nats a token | | {found.kl:.5f} |")
+        lines.append(f"| same likeliest token | | {found.top1:.2%} |")
+    return "\n".join(lines if found.note is None else [*lines, "", found.note])

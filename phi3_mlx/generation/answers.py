@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from ..engine.batch import FinishReason, Generation, Statistics, Token, check_length
+from ..engine.batch import Generation
 from ..engine.lookup import MAX_DRAFT
 from ..engine.sampling import Sampling
-from ..errors import OptionError, Phi3Error, PromptError
-from ..models.cache import KVCache
+from ..engine.tokens import FinishReason, Statistics, Token
+from ..errors import OptionError, PromptError
+from ..models.cache import make_kv_bits
 from ..models.decoder import Model
 from ..text.chat import render_chat
 from ..text.stops import Stops
-from ..values import check_function, flag, listed, number, path, refusal, shown, texts, token_ids, whole
+from ..values import check_function, flag, listed, refusal, shown, token_ids
+from .loading import check_loaded, check_tokenizer
+from .request import check_limits
 
 if TYPE_CHECKING:
-    from ..engine.plan import Run
     from ..models.cache import KVBits
-    from ..models.decoder import LongRopeRule
     from ..text.tokenizer import Tokenizer
     from .prompt_cache import PromptCache
 
 Message = Mapping[str, str]
-_MOST_LOOKUP = KVCache.spare  # a longer draft could not be taken back from a windowed cache
 _PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -53,151 +48,6 @@ class Chunk:
     generation_tokens: int
     generation_tps: float
     peak_memory: int
-
-
-def load(
-    name: str | Path,
-    revision: str | None = None,
-    *,
-    dtype: str | None = None,
-    longrope: LongRopeRule = "auto",
-    adapter: str | Path | Mapping[str, float] | None = None,
-    force: bool = False,
-) -> tuple[Model, Tokenizer]:
-    """A model and its tokenizer.
-
-    `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
-    with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
-    `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
-    A model that the memory at hand cannot hold is refused before it is read, unless `force`.
-    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError, OptionError or
-    MemoryLimitError.
-    """
-    from ..store import hub
-    from ..text import tokenizer
-
-    folder = "an adapter's folder, or several with their weights"
-    given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
-    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given}
-    directory = hub.resolve(name, revision)
-    words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
-    plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
-    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
-
-
-def load_adapted(
-    directory: Path,
-    name: str,
-    revision: str | None = None,
-    *,
-    dtype: str | None,
-    longrope: LongRopeRule,
-    adapters: Mapping[str, float],
-) -> Model:
-    """The model of `directory`, which was asked for by `name`, with the adapters of these folders in use."""
-    from ..store import checkpoint
-
-    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
-    if adapters:
-        from ..adapters.folder import apply, base_of
-
-        apply(model, base_of(directory, name, revision), adapters)
-    return model
-
-
-def load_model(
-    name: str | Path,
-    revision: str | None = None,
-    *,
-    dtype: str | None = None,
-    longrope: LongRopeRule = "auto",
-    force: bool = False,
-) -> Model:
-    """The model of `load` alone."""
-    from ..store import checkpoint, hub
-
-    directory = hub.resolve(name, revision)
-    plan_loading(directory, str(name), dtype=dtype, force=force)
-    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
-
-
-def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of `load` alone."""
-    from ..store import hub
-    from ..text import tokenizer
-
-    return tokenizer.load_tokenizer(hub.resolve(name, revision))
-
-
-def plan_loading(
-    directory: Path, name: str, *, dtype: str | None = None, adapters: Iterable[str] = (), force: bool = False
-) -> None:
-    """Raise MemoryLimitError if the weights of `directory`, asked for by `name`, do not fit (and not `force`).
-
-    With those of the folders `adapters`. A run is planned when it begins, with its cache and work.
-    """
-    from ..engine import plan
-    from ..store import checkpoint
-
-    if flag(force, "force"):
-        return
-    weights, cast = checkpoint.weight_bytes(directory, dtype), checkpoint.cast_bytes(directory, dtype)
-    weights += sum(
-        file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
-    )
-    parts = {"weights": weights, "one of them as it is stored": cast}
-    plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
-
-
-def plan_run(
-    directory: Path,
-    prompt: int,
-    max_tokens: int,
-    *,
-    dtype: str | None = None,
-    longrope: LongRopeRule = "auto",
-    kv_bits: KVBits | None = None,
-    kept: bool = False,
-    force: bool = False,
-) -> None:
-    """Raise MemoryLimitError if the model of `directory`, a prompt of so many tokens and its answer do not fit.
-
-    Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
-    the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
-    """
-    from ..engine import plan
-
-    run = run_of(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
-    check_length(run.config, prompt)
-    if longrope == "auto" and prompt <= run.config.original_max_position_embeddings:
-        run = replace(run, rereads=plan.reread_at_boundary(run.config))
-    plan.check_fits(run, math.inf if force else plan.room(), prompt=prompt, kept=kept)
-
-
-def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
-    """What memory depends on, of the model of `directory` on this machine; only headers are read."""
-    from ..engine import plan
-    from ..models import read_config
-    from ..models.attention import fused_attention
-    from ..store import checkpoint
-
-    config = read_config(directory)
-    return plan.Run(
-        config,
-        checkpoint.weight_bytes(directory, dtype),
-        min(length, config.max_position_embeddings),
-        bits=kv_bits,
-        itemsize=checkpoint.computed_size(config, dtype),
-        fused=fused_attention(),
-    )
-
-
-def unload(model: Model) -> None:
-    """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
-    _check_model(model)
-    model.clear()
-    gc.collect()
-    mx.clear_cache()
 
 
 def generate(
@@ -352,62 +202,6 @@ def encode_prompt(
         odd = [item for item in items or () if token_ids([item]) is None]
         raise PromptError(f"the prompt {f'holds {shown(odd[0])}' if odd else f'is {shown(prompt)}'}; {_PROMPT_KINDS}")
     return sent
-
-
-def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> tuple[int, list[str], int]:
-    """The arguments, typed, the stop strings as a list; OptionError for another type, an empty string, or a number
-    outside its range."""
-    max_tokens, lookup = whole(max_tokens, "max_tokens"), whole(lookup, "lookup")
-    stops = [] if stop is None else list(texts(stop, "stop"))
-    if not 0 <= lookup <= _MOST_LOOKUP:
-        raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {_MOST_LOOKUP}")
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
-    if not all(stops):
-        raise OptionError("a stop string is empty; give at least one character")
-    return max_tokens, stops, lookup
-
-
-def check_loaded(model: Model) -> None:
-    """Phi3Error unless it is a model, and one that was not unloaded."""
-    _check_model(model)
-    if not model:
-        raise Phi3Error("this model was unloaded; load() it again")
-
-
-def _check_model(model: Model) -> None:
-    if isinstance(model, str | Path):
-        name = shown(str(model))
-        raise Phi3Error(f"{name} is a model's name; give the model of: model, tokenizer = load({name})")
-    if isinstance(model, tuple):
-        raise Phi3Error("this is all that load() gives; take it apart first: model, tokenizer = load(...)")
-    if not hasattr(model, "parameters"):
-        raise refusal(model, "model", "the one that load() gives")
-
-
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """OptionError unless it is a tokenizer of this package."""
-    from ..text.tokenizer import Tokenizer as Ours
-
-    if not isinstance(tokenizer, Ours):
-        raise refusal(tokenizer, "tokenizer", "the one that load() gives beside the model")
-
-
-def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None = None) -> KVBits | None:
-    """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
-    from ..models.cache import KVBits
-
-    if kv_bits is None:
-        if kv_group_size is not None:
-            raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits=BITS; leave it out")
-        return None
-    each = kv_bits if isinstance(kv_bits, tuple | list) else (kv_bits, kv_bits)
-    if len(each) != 2:
-        raise OptionError(f"kv_bits has {len(each)} numbers; give one such as 4, or (8, 4) of keys and values")
-    keys, values = (whole(bits, "kv_bits") for bits in each)
-    return (
-        KVBits(keys, values) if kv_group_size is None else KVBits(keys, values, whole(kv_group_size, "kv_group_size"))
-    )
 
 
 class _Run:

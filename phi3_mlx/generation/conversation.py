@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from ..engine.lookup import MAX_DRAFT
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
 from ..text.chat import render_chat
-from .answers import Chunk, _Run, check_loaded, check_tokenizer
+from .answers import Chunk, _Run
+from .loading import check_loaded, check_tokenizer
 from .prompt_cache import PromptCache
 
 if TYPE_CHECKING:
@@ -76,8 +78,6 @@ class Conversation:
         return f"<Conversation: {len(self.messages)} messages, {self.cached_tokens:,} tokens read>"
 
     def _repr_html_(self) -> str:
-        from ..display import conversation_html
-
         return conversation_html(self.messages)
 
     @property
@@ -177,3 +177,19 @@ class Conversation:
                     if chunk.finish_reason == "stop":
                         ids.clear()  # a stop string was cut off the answer, so these are not its ids
             yield chunk
+
+
+_COLORS = {"system": "#8d99ae", "user": "#2a6f97", "assistant": "#c8553d"}
+
+
+def conversation_html(messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat, a block a message."""
+    blocks = []
+    for message in messages:
+        role, content = message["role"], html.escape(message["content"].strip()).replace("\n", "<br>")
+        color = _COLORS.get(role, "#8d99ae")
+        blocks.append(
+            f'<div style="border-left: 4px solid {color}; padding: 0 0 0 0.8em; margin: 0.6em 0; max-width: 50em">'
+            f'<b style="color: {color}">{html.escape(role)}</b><br>{content}</div>'
+        )
+    return "\n".join(blocks)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..engine.batch import Generation, common_length
-from ..engine.plan import size_text
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
-from ..models.cache import KVBits, KVCache
+from ..models.cache import KVBits, KVCache, make_kv_bits
+from ..sizes import size_text
 from ..store.atomic import check_file, new_file
 from ..text.chat import render_chat
 from ..threads import turn
 from ..values import path as as_path
 from ..values import shown, token_ids
-from .answers import check_loaded, make_kv_bits
 from .cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
+from .loading import check_loaded
 
 if TYPE_CHECKING:
     from ..models.decoder import Model

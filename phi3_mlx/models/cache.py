@@ -1,16 +1,18 @@
 """Keys and values of what was read, and what all layers share about it.
 
-The layers of one cache share a `Sequence`: the token ids read so far, so that a model can read them again when
+The layers of one cache share a `SequenceState`: the token ids read so far, so that a model can read them again when
 what is stored no longer serves (a LongRoPE regime that changed, a window that was trimmed into).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..errors import OptionError
+from ..values import shown, whole
 
 KV_BITS = (2, 3, 4, 6, 8)
 KV_GROUP_SIZES = (32, 64)
@@ -18,7 +20,7 @@ REREAD_CHUNK = 512
 _PIECES = 64  # ids arrive one array a call; join them this often
 
 
-class Sequence:
+class SequenceState:
     """The token ids a cache has read, its rows' left padding and LongRoPE regimes."""
 
     def __init__(self, left_padding: tuple[int, ...] | None = None, prompt_length: tuple[int, ...] | None = None):
@@ -113,8 +115,8 @@ class KVCache:
     bits: KVBits | None = None
     is_last = False  # of the model's layers
 
-    def __init__(self, sequence: Sequence | None = None, window: int | None = None):
-        self.sequence = Sequence() if sequence is None else sequence
+    def __init__(self, sequence: SequenceState | None = None, window: int | None = None):
+        self.sequence = SequenceState() if sequence is None else sequence
         self.window = window
         self.state: list[mx.array] = []  # the arrays, slots along axis 2; none before the first token
         self.offset = 0  # tokens read
@@ -247,10 +249,26 @@ def _longer(array: mx.array, slots: int) -> mx.array:
 class QuantizedKVCache(KVCache):
     """The same, packed by `mx.quantize` as they come: codes, scales and biases of the keys, then of the values."""
 
-    def __init__(self, bits: KVBits, sequence: Sequence | None = None, window: int | None = None):
+    def __init__(self, bits: KVBits, sequence: SequenceState | None = None, window: int | None = None):
         super().__init__(sequence, window)
         self.bits: KVBits = bits
 
     def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         group_size = self.bits.group_size
         return [*mx.quantize(keys, group_size, self.bits.keys), *mx.quantize(values, group_size, self.bits.values)]
+
+
+def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None = None) -> KVBits | None:
+    """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
+
+    if kv_bits is None:
+        if kv_group_size is not None:
+            raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits=BITS; leave it out")
+        return None
+    each = kv_bits if isinstance(kv_bits, tuple | list) else (kv_bits, kv_bits)
+    if len(each) != 2:
+        raise OptionError(f"kv_bits has {len(each)} numbers; give one such as 4, or (8, 4) of keys and values")
+    keys, values = (whole(bits, "kv_bits") for bits in each)
+    return (
+        KVBits(keys, values) if kv_group_size is None else KVBits(keys, values, whole(kv_group_size, "kv_group_size"))
+    )

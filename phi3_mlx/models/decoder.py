@@ -20,7 +20,7 @@ import mlx.nn as nn
 from ..config import Config
 from ..errors import OptionError
 from .attention import Mask, attend, fused_attention, make_mask
-from .cache import KVBits, KVCache, QuantizedKVCache, Sequence
+from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 from .dropout import Draws
 from .end_to_end import Packing
 from .linear import Embedding, Linear, unpacking_pays
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
             return False
         return self.longrope == "long" or total > self._config.original_max_position_embeddings
 
-    def make_cache(self, sequence: Sequence, bits: KVBits | None = None) -> list[KVCache]:
+    def make_cache(self, sequence: SequenceState, bits: KVBits | None = None) -> list[KVCache]:
         window = self._config.sliding_window
         if bits is None:
             layers = [KVCache(sequence, window) for _ in self.layers]
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(Sequence(prompt_length=(offset - padding,)), cache[0].bits)
+            fresh = self.make_cache(SequenceState(prompt_length=(offset - padding,)), cache[0].bits)
             for first in range(padding, offset, sequence.reread_chunk):
                 last = min(first + sequence.reread_chunk, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
@@ -322,7 +322,7 @@ class Model(nn.Module):
             )
         if isinstance(prompt_length, int):
             prompt_length = [prompt_length - padding for padding in left_padding or (0,)]
-        sequence = Sequence(
+        sequence = SequenceState(
             left_padding=None if left_padding is None else tuple(left_padding),
             prompt_length=None if prompt_length is None else tuple(prompt_length),
         )

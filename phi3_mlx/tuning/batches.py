@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,6 @@ from .examples import Example
 if TYPE_CHECKING:
     from .settings import Settings
 
-Order = Literal["shuffle", "bucket"]
 _POOL = 32  # batches that "bucket" sorts by length together: enough to be even, few enough to stay random
 
 

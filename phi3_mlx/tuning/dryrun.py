@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..engine.plan import size_text
+from ..sizes import size_text
 from .batches import Plan, make_part, split_parts
 from .examples import Example, histogram
 from .gradients import Gradients

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +26,6 @@ from ..errors import AdapterError, OptionError
 from ..fields import Fields
 from ..models.decoder import Model
 from ..store.safetensors import read_header
-
-if TYPE_CHECKING:
-    from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,20 @@ def decided_by(directory: Path) -> dict[str, Any]:
     return {"method": method, "rank": rank, "alpha": alpha, "rslora": rslora, "dropout": dropout}
 
 
-def read_start(settings: Settings, config: Config, base: Base) -> Start:
-    """The adapter of `settings.from_adapter`; only headers are read, and the file's bytes.
+def read_start(
+    directory: Path, config: Config, base: Base, *, targets: Sequence[str] = (), layers: str | None = None
+) -> Start:
+    """The adapter of a folder; only headers are read, and the file's bytes. `targets` and `layers` are the run's settings.
 
     Raises AdapterError if it was trained on another model than `base`, OptionError if it changes other layers than
     `targets` and `layers` name.
     """
-    directory = Path(settings.from_adapter or "")
     check_base(directory, read_config_of(directory), base)
     tensors = read_header(directory / WEIGHTS)
     changed = {name.rpartition(".")[0] for name in tensors}
-    for name in ("targets", "layers"):
-        if given := getattr(settings, name):
-            wanted = {target.path for target in find_targets(config, settings.targets, settings.layers)}
+    for name, given in (("targets", targets), ("layers", layers)):
+        if given:
+            wanted = {target.path for target in find_targets(config, targets, layers)}
             if wanted != changed:
                 raise OptionError(f"{name} {given} are not the layers that {directory} changes; leave it out")
     digest = hashlib.sha256()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..adapters.targets import Target, find_targets
 from ..config import Config
-from ..engine.plan import parse_size, size_text
 from ..errors import MemoryLimitError
 from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
 from ..models.linear import SLICE, unpacking_pays
+from ..sizes import parse_size, size_text
 from ..store.checkpoint import computed_size, weight_bytes
 from ..store.safetensors import Tensor, find_weights
 from .batches import PartSize, Plan

@@ -19,7 +19,7 @@ from ..adapters.folder import WEIGHTS, Base, base_of
 from ..adapters.lora import Adapter, attach
 from ..adapters.targets import find_targets
 from ..config import read_json
-from ..engine.plan import bounded_run, room
+from ..engine.machine import bounded_run, room
 from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
 from ..fields import Fields
 from ..models import read_config
@@ -68,8 +68,6 @@ class Result:
     signal: int | None = field(default=None, repr=False)  # that it was told to stop by: Ctrl-C's or another
 
     def _repr_markdown_(self) -> str:
-        from ..display import result_markdown
-
         return result_markdown(self)
 
 
@@ -150,7 +148,10 @@ def prepare(
         raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
     base = base_of(directory, settings.model, settings.revision)
-    start = None if settings.from_adapter is None else read_start(settings, config, base)
+    start = None
+    if settings.from_adapter is not None:
+        begun = Path(settings.from_adapter)
+        start = read_start(begun, config, base, targets=settings.targets, layers=settings.layers)
     if splits.valid and settings.valid is None and settings.holdout not in (0, HOLDOUT) and not resume:
         raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
     if not splits.valid and settings.holdout:
@@ -196,7 +197,7 @@ def prepare(
 
 def _check_samples(settings: Settings, tokenizer: Tokenizer, config: Config) -> None:
     """OptionError for a sample that could not be answered."""
-    from ..engine.batch import check_length
+    from ..engine.plan import check_length
     from ..generation.answers import encode_prompt
 
     for prompt in settings.samples:
@@ -389,3 +390,13 @@ def stored_settings(output: Path) -> Settings:
 def comparable(settings: Settings, name: str) -> Any:
     """A setting in the form in which run.json keeps it."""
     return getattr(_absolute(settings), name)
+
+
+def result_markdown(result: Result) -> str:
+    """How a fine-tuning run ended."""
+    end = "stopped by Ctrl-C; `resume=True` goes on" if result.interrupted else "finished"
+    best = ""
+    if result.best_loss is not None:
+        best = f", best validation loss {result.best_loss:.4f} nats a token at step {result.best_step:,}"
+    head = f"**{result.step:,} steps**, {end}{best}; the adapter is in `{result.output.name}`"
+    return "\n\n".join([head, *(f"*{note}*" for note in result.notes)])

@@ -15,24 +15,24 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..adapters.config import STRONGEST, WEAKEST
 from ..adapters.folder import read_config_of, trained_on
 from ..adapters.lora import scale_of
-from ..engine.plan import parse_size
 from ..errors import OptionError
 from ..fields import shorten
 from ..files import read_text
+from ..sizes import parse_size
 from ..store.checkpoint import DTYPES
 from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
-from .batches import Order
 from .examples import Overflow, TrainOn
 from .onward import decided_by
 
 if TYPE_CHECKING:
     import yaml
 
+Order = Literal["shuffle", "bucket"]
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "constant")

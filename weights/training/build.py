@@ -17,8 +17,8 @@ import vocab
 
 from phi3_mlx import convert
 from phi3_mlx.config import read_json
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.report import write_report
-from phi3_mlx.conversion.sources import open_source
 
 CALIBRATION = 400  # stories
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")

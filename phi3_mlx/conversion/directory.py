@@ -1,0 +1,194 @@
+"""A model directory as the source of a conversion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import read_json
+from ..errors import CheckpointError
+from ..models import parse_config, shapes
+from ..places import no_model
+from ..store.assembly import assemble
+from ..store.checkpoint import read_arrays
+from ..store.hub import COMPANIONS
+from ..store.quantization import packing_of
+from ..store.safetensors import Tensor, find_weights, lacks
+from .sources import SPELLING, Blocks, tensor_of, to_mlx
+from .split import plan
+
+_EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
+_FLOATS = ("BF16", "F16", "F32")  # each fits the last
+
+
+class DirectorySource:
+    """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
+
+    blocks: Mapping[str, Blocks] = {}
+
+    def __init__(self, directory: Path):
+        self.name = str(directory)
+        self._directory = directory
+        if not (directory / "config.json").exists():
+            raise CheckpointError(no_model(directory))
+        where = str(directory / "config.json")
+        raw = read_json(directory / "config.json")
+        weights = find_weights(directory)
+        self._stored, self._homes = weights.tensors, weights.homes
+        self.quantization = raw.pop("quantization", None)
+        if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
+            del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
+        if self.quantization is not None and not isinstance(self.quantization, Mapping):
+            raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
+        self._packings = self._find_packings(raw, where)
+        if not self._packings:  # the config has kept what a tool has unpacked
+            self.quantization = None
+        unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
+        try:
+            self.config, self._parts = plan(raw, unpacked, self.name)
+        except CheckpointError as error:
+            if weights.absent:
+                raise CheckpointError(lacks(directory, weights.absent)) from error
+            raise
+        self.config.pop("auto_map", None)  # names code files, and code is not copied
+        self.tensors = {}
+        self._parsed = parse_config(self.config, self.name)
+        layout = shapes(self._parsed)
+        for name, parts in self._parts.items():
+            found = [unpacked[part] for part in parts]
+            odd = next((part for part in parts if unpacked[part].dtype not in _FLOATS), None)
+            if odd is not None:
+                wanted = " or ".join(_FLOATS)
+                raise CheckpointError(f"{self.name}: {odd} is stored as {unpacked[odd].dtype}, expected {wanted}")
+            kinds = {tensor.dtype for tensor in found}
+            dtype = found[0].dtype if len(kinds) == 1 else "F32"
+            self.tensors[name] = tensor_of(dtype, layout[name])
+        self._check_tied()
+
+    def read(self, name: str) -> mx.array:
+        dtype = to_mlx(self.tensors[name].dtype)  # for parts of different ones
+        read = lambda part: self._part(part).astype(dtype)  # noqa: E731
+        return assemble(self._parsed, name, self._parts[name], self.tensors[name].shape, read)
+
+    def write_extras(self, directory: Path) -> None:
+        for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern)}):
+            if not file.is_dir():
+                copy = directory / file.relative_to(self._directory)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(_own(file, self._directory), copy)
+
+    def _part(self, name: str) -> mx.array:
+        packing = self._packings.get(name)
+        if packing is None:
+            return self._load(name)
+        path = name.removesuffix(".weight")
+        biases = self._load(f"{path}.biases") if packing["mode"] == "affine" else None
+        dtype = to_mlx(self._unpacked(name, self.config).dtype)
+        return mx.dequantize(self._load(name), self._load(f"{path}.scales"), biases, **packing, dtype=dtype)
+
+    def _load(self, name: str) -> mx.array:
+        # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
+        return read_arrays(self._homes[name])[name]
+
+    def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+        """Group size, bits and mode of every packed weight, by its name."""
+        packings = {}
+        paths = [name.removesuffix(".scales") for name in self._stored if name.endswith(".scales")]
+        if paths and self.quantization is None:
+            raise CheckpointError(
+                f"{self.name} holds packed weights ({paths[0]}.scales), but its config.json has no quantization; "
+                "download it again"
+            )
+        for path in paths:
+            assert self.quantization is not None
+            packing = packing_of(path, _width(path, raw), self.quantization, self._stored, where)
+            parts = ("weight", "scales", "biases") if packing and packing["mode"] == "affine" else ("weight", "scales")
+            missing = next((part for part in parts if f"{path}.{part}" not in self._stored), None)
+            if packing is None or missing is not None:
+                why = f"{path}.{missing} is missing" if packing else f"config.json says {path} is not packed"
+                raise CheckpointError(f"{self.name} holds {path}.scales, but {why}; download it again")
+            self._check_packed(path, packing)
+            packings[f"{path}.weight"] = packing
+        return packings
+
+    def _check_packed(self, path: str, packing: Mapping[str, Any]) -> None:
+        """CheckpointError unless the shapes of a packed layer belong together."""
+        weight, scales = self._stored[f"{path}.weight"], self._stored[f"{path}.scales"]
+        biases = self._stored.get(f"{path}.biases")
+        width = scales.shape[-1] * packing["group_size"] if len(scales.shape) in (2, 3) else 0
+        expected = (*scales.shape[:-1], width * packing["bits"] // 32)
+        affine = packing["mode"] == "affine"
+        if (
+            weight.shape != expected
+            or weight.dtype != "U32"
+            or (scales.dtype not in _FLOATS if affine else scales.dtype != "U8")
+            or (affine and (biases is None or biases.shape != scales.shape))
+        ):
+            raise CheckpointError(
+                f"{self.name}: {path} is packed as weight {weight.dtype} {weight.shape} with scales {scales.dtype} "
+                f"{scales.shape}, which is not {dict(packing)} as config.json says; download it again"
+            )
+
+    def _belongs_to_packed(self, name: str) -> bool:
+        path, _, kind = name.rpartition(".")
+        return kind in ("scales", "biases") and f"{path}.weight" in self._packings
+
+    def _unpacked(self, name: str, raw: Mapping[str, Any]) -> Tensor:
+        """What a stored tensor is once it is unpacked."""
+        packing = self._packings.get(name)
+        if packing is None:
+            return self._stored[name]
+        scales = self._stored[f"{name.removesuffix('.weight')}.scales"]
+        own = SPELLING.get(raw.get("torch_dtype") or raw.get("dtype") or "", "BF16")
+        dtype = scales.dtype if packing["mode"] == "affine" else own
+        return tensor_of(dtype, (*scales.shape[:-1], scales.shape[-1] * packing["group_size"]))
+
+    def _check_tied(self) -> None:
+        """CheckpointError where the head is tied to the embedding, and a different one is stored nonetheless."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if head in self.tensors or head not in self._stored:
+            return
+        if not mx.array_equal(self._part(head), self._part(embedding)):
+            raise CheckpointError(
+                f"{self.name}: tie_word_embeddings is true, but {head} differs from {embedding}; set "
+                "tie_word_embeddings to false in config.json"
+            )
+
+
+def _own(file: Path, directory: Path) -> Path:
+    """The regular file that a file of a model's directory is. CheckpointError if it is not the model's own.
+
+    Whoever made the directory may have linked to anything that the user can read, and the result may be published.
+    A link may lead into the directory, and from a snapshot of the hub's cache to the blobs of that repository.
+    """
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(directory))
+    repository = home.parent.parent
+    places = [home]
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        places.append(repository / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise CheckpointError(
+            f"{file} is a link to {real}, outside the model's directory, and is not copied; put the file itself there"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{file} is not a regular file, or a link to none; remove it or put the file there")
+    return real
+
+
+def _width(path: str, raw: Mapping[str, Any]) -> int:
+    """The input width of the linear layer or embedding `path`, as config.json says; 0 if it does not."""
+
+    def number(key: str) -> int:
+        value = raw.get(key)
+        return value if type(value) is int else 0
+
+    if path.endswith((".down_proj", ".w2")):
+        return number("intermediate_size") or number("ff_intermediate_size")
+    if path.endswith(".o_proj") and number("head_dim"):
+        return number("num_attention_heads") * number("head_dim")
+    return number("hidden_size")

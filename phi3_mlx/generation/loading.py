@@ -1,0 +1,145 @@
+"""A model and its tokenizer, by name: planned, then loaded; and given back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import Phi3Error
+from ..models.decoder import Model
+from ..values import flag, number, path, refusal, shown
+
+if TYPE_CHECKING:
+    from ..models.decoder import LongRopeRule
+    from ..text.tokenizer import Tokenizer
+
+
+def load(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    adapter: str | Path | Mapping[str, float] | None = None,
+    force: bool = False,
+) -> tuple[Model, Tokenizer]:
+    """A model and its tokenizer.
+
+    `name`: "tiny" (bundled), an alias of `phi3-mlx models`, a local directory, or a Hugging Face repository id, then
+    with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
+    `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
+    A model that the memory at hand cannot hold is refused before it is read, unless `force`.
+    Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError, OptionError or
+    MemoryLimitError.
+    """
+    from ..store import hub
+    from ..text import tokenizer
+
+    folder = "an adapter's folder, or several with their weights"
+    given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
+    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given}
+    directory = hub.resolve(name, revision)
+    words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
+    plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
+    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
+
+
+def load_adapted(
+    directory: Path,
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str | None,
+    longrope: LongRopeRule,
+    adapters: Mapping[str, float],
+) -> Model:
+    """The model of `directory`, which was asked for by `name`, with the adapters of these folders in use."""
+    from ..store import checkpoint
+
+    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+    if adapters:
+        from ..adapters.folder import apply, base_of
+
+        apply(model, base_of(directory, name, revision), adapters)
+    return model
+
+
+def load_model(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    longrope: LongRopeRule = "auto",
+    force: bool = False,
+) -> Model:
+    """The model of `load` alone."""
+    from ..store import checkpoint, hub
+
+    directory = hub.resolve(name, revision)
+    plan_loading(directory, str(name), dtype=dtype, force=force)
+    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of `load` alone."""
+    from ..store import hub
+    from ..text import tokenizer
+
+    return tokenizer.load_tokenizer(hub.resolve(name, revision))
+
+
+def plan_loading(
+    directory: Path, name: str, *, dtype: str | None = None, adapters: Iterable[str] = (), force: bool = False
+) -> None:
+    """Raise MemoryLimitError if the weights of `directory`, asked for by `name`, do not fit (and not `force`).
+
+    With those of the folders `adapters`. A run is planned when it begins, with its cache and work.
+    """
+    from ..engine import plan
+    from ..store import checkpoint
+
+    if flag(force, "force"):
+        return
+    weights, cast = checkpoint.weight_bytes(directory, dtype), checkpoint.cast_bytes(directory, dtype)
+    weights += sum(
+        file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
+    )
+    parts = {"weights": weights, "one of them as it is stored": cast}
+    plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
+
+
+def unload(model: Model) -> None:
+    """Give the model's memory back, in a notebook say; the model cannot be used afterwards."""
+    _check_model(model)
+    model.clear()
+    gc.collect()
+    mx.clear_cache()
+
+
+def check_loaded(model: Model) -> None:
+    """Phi3Error unless it is a model, and one that was not unloaded."""
+    _check_model(model)
+    if not model:
+        raise Phi3Error("this model was unloaded; load() it again")
+
+
+def _check_model(model: Model) -> None:
+    if isinstance(model, str | Path):
+        name = shown(str(model))
+        raise Phi3Error(f"{name} is a model's name; give the model of: model, tokenizer = load({name})")
+    if isinstance(model, tuple):
+        raise Phi3Error("this is all that load() gives; take it apart first: model, tokenizer = load(...)")
+    if not hasattr(model, "parameters"):
+        raise refusal(model, "model", "the one that load() gives")
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """OptionError unless it is a tokenizer of this package."""
+    from ..text.tokenizer import Tokenizer as Ours
+
+    if not isinstance(tokenizer, Ours):
+        raise refusal(tokenizer, "tokenizer", "the one that load() gives beside the model")

@@ -1,0 +1,37 @@
+"""Bytes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import OptionError
+from .values import plain, shown
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them, in powers of 1000: "2.20 GB", "310 MB", "3.4 MB", "12 kB"."""
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    if size >= 1e6:
+        return f"{size / 1e6:.1f} MB" if size < 99.95e6 else f"{size / 1e6:,.0f} MB"
+    return f"{max(size, 0) / 1e3:,.0f} kB"
+
+
+def parse_size(size: int | str, *, sold: bool = False) -> int:
+    """Bytes from a number of them or a text: "2.0GB" and "800M" in powers of 1000, "16GiB" of 1024. OptionError.
+
+    `sold`: of a machine's memory, which is sold in powers of 1024: "16GB" is 2^34.
+    """
+    size = plain(size)
+    text = size if isinstance(size, str) else shown(size)
+    # Numbers of more digits are infinite.
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found and float(found[1]):
+        if isinstance(size, str) and size.strip() == found[1]:
+            number = float(found[1])
+            units = f"{number / 1e9:g}GB" if number >= 1e6 else f"{found[1]}GB or {found[1]}MB"
+            raise OptionError(f"{shown(size)} has no unit; write {units}")
+        unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
+        if count := int(float(found[1]) * unit):
+            return count
+    raise OptionError(f"{shown(size)} is not a size; give one such as 16GB or 800MB")
