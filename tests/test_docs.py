@@ -142,30 +142,6 @@ def test_the_reference_lists_the_public_names_and_where_they_live():
         assert f"{home}.{name}" in listed, name
 
 
-def test_imports_run_downwards_through_the_floors_of_the_house():
-    table = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
-    floors = {
-        re.sub(r"(\.py|/)$", "", name): int(floor) for floor, names in table for name in re.findall("`(.+?)`", names)
-    }
-    package = ROOT / "phi3_mlx"
-    arrows = 0
-    for path in package.rglob("*.py"):
-        folders = path.relative_to(package).parts[:-1]
-        room = (folders or (path.stem,))[0]
-        if room.startswith("__"):
-            continue  # the door
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                above = folders[: len(folders) - node.level + 1]
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                for name in names:
-                    target = ".".join([*above, name]).split(".")[0]
-                    if target in floors:  # not a name of the package itself
-                        arrows += 1
-                        assert floors[target] <= floors[room], f"{path.relative_to(ROOT)} imports {target}"
-    assert arrows > 200
-
-
 def test_the_command_page_is_what_help_prints():
     text = PAGES["commands.md"]
     assert text.split() == with_help(text).split(), "out of date; run python docs/_commands.py"

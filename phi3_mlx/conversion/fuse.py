@@ -41,7 +41,6 @@ from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import DTYPES, load_model, outline
 from ..store.quantization import FLOATS, complete
 from ..store.safetensors import Tensor
-from ..tuning.loss import number
 from .directory import DirectorySource
 from .rounding import pack
 from .sources import SPELLING, tensor_of, to_mlx
@@ -284,8 +283,8 @@ class _Effect:
 
     def survived(self, fused: Model) -> float:
         """1 - |fused - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
-        effect = number(mx.sum(mx.square(self._adapted - self._base)))
-        lost = number(mx.sum(mx.square(_log_probabilities(fused, self._ids) - self._adapted)))
+        effect = float(mx.sum(mx.square(self._adapted - self._base)))
+        lost = float(mx.sum(mx.square(_log_probabilities(fused, self._ids) - self._adapted)))
         return 1.0 if effect == 0 else 1 - lost / effect
 
 

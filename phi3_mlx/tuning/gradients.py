@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from ..models.decoder import Model
 from .batches import Part
-from .loss import number, part_loss
+from .loss import part_loss
 from .optimizers import gradient_length
 
 # What the loss is multiplied by in the backward pass. A sum over thousands of tokens may be more than float16 holds,
@@ -38,8 +38,8 @@ class Gradients:
             value, found = self._function(part, keys, scale)
             found = _divided(found, scale)
             mx.eval(value, found)
-            loss = number(value) / scale
-            if not math.isfinite(loss) or math.isfinite(number(gradient_length(found))):
+            loss = float(value) / scale
+            if not math.isfinite(loss) or math.isfinite(float(gradient_length(found))):
                 break  # a loss that is no number does not become one
         return loss, found
 

@@ -87,9 +87,3 @@ def _piece(logits_of: Callable[..., mx.array], inputs: list[mx.array], targets: 
     (logits,) = mx.depends([logits], [loss])
     slopes = mx.softmax(logits, axis=-1).at[places, targets].add(-1.0)
     return loss, mx.vjp(logits_of, inputs, [slopes.astype(found.dtype)])[1]
-
-
-def number(array: mx.array) -> float:
-    """The value of a scalar array."""
-    value: Any = array.item()
-    return float(value)

@@ -57,7 +57,7 @@ def decided_by(directory: Path) -> dict[str, Any]:
 def read_start(
     directory: Path, config: Config, base: Base, *, targets: Sequence[str] = (), layers: str | None = None
 ) -> Start:
-    """The adapter of a folder; only headers are read, and the file's bytes. `targets` and `layers` are the run's settings.
+    """The adapter of a folder; only headers are read, and the file's bytes. `targets` and `layers` are the settings.
 
     Raises AdapterError if it was trained on another model than `base`, OptionError if it changes other layers than
     `targets` and `layers` name.

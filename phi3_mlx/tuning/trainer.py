@@ -25,7 +25,7 @@ from .batches import Part, Plan, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
 from .examples import Example
 from .gradients import Gradients
-from .loss import number, part_loss
+from .loss import part_loss
 from .settings import Settings, changed
 
 _NAMED = 3  # examples that a sentence names
@@ -210,7 +210,7 @@ class Trainer:
         if self._ranks > 1:
             gradients = tree_map(lambda g: mx.distributed.all_sum(g, group=self._group), gradients)
         value = self._sum(loss)[0] / total
-        norm = number(optimizers.gradient_length(gradients)) / total
+        norm = float(optimizers.gradient_length(gradients)) / total
         if not math.isfinite(value) or not math.isfinite(norm):
             self._diverged(batch, value, norm)
         factor = min(1.0, settings.clip / norm if settings.clip and norm else 1.0) / total
@@ -288,7 +288,7 @@ class Trainer:
             for some in _within(members, lengths, self._largest):
                 part = make_part([self.valid[i] for i in some])
                 with turn():
-                    loss += number(part_loss(self.model, part))
+                    loss += float(part_loss(self.model, part))
                 count += part.targets.size
         total, tokens = self._sum(loss, count)
         return total / tokens
@@ -316,7 +316,7 @@ class Trainer:
         found = []
         for example in self.valid:
             with turn():
-                loss = number(part_loss(self.model, make_part([example])))
+                loss = float(part_loss(self.model, make_part([example])))
             if not math.isfinite(loss):
                 found.append(example.source)
             if len(found) > _NAMED:

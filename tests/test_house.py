@@ -1,0 +1,89 @@
+"""The plan of the house in CONTRIBUTING.md against the imports that there are."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "phi3_mlx"
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.+?) \| (.+?) \|$", CONTRIBUTING, re.M)
+ROOMS = [room for room, _, _ in LINES]  # from the top
+GROUND = re.findall(r"`(\w+)\.py`", CONTRIBUTING.split("The ground, from the top:")[1].split("\n\n")[0])
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(name):
+    """The modules of the package that a module imports: at its head, in functions, and for types alone."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            source = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            if not node.level:
+                source = node.module
+            if source.split(".")[0] == "phi3_mlx":
+                names = [alias.name for alias in node.names if alias.name != "__version__"]
+                yield from (t if (t := f"{source}.{name}") in MODULES else source for name in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+ARROWS = {name: {target for target in imports_of(name) if target != name} for name in MODULES}
+
+
+def room_of(name):
+    return name.split(".")[1]
+
+
+def test_every_room_has_a_line():
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if re.fullmatch(r"[a-z]\w*(\.py)?", path.name)}
+    assert there == {*ROOMS, *GROUND}
+    assert all(len(belongs) > 20 for _, belongs, _ in LINES)
+    assert len(ARROWS) > 100
+    assert sum(map(len, ARROWS.values())) > 500
+
+
+def test_rooms_import_what_their_lines_name_which_stands_below():
+    order = [*ROOMS, *GROUND]
+    allowed = {room: re.findall(r"`(\w+)`", may) for room, _, may in LINES}
+    used = {room: set() for room in order}
+    for name, targets in ARROWS.items():
+        if name in ("phi3_mlx", "phi3_mlx.__main__"):
+            continue  # the doors
+        for target in targets:
+            assert target != "phi3_mlx", f"{name} imports the package's door"
+            if room_of(target) != room_of(name):
+                used[room_of(name)].add(room_of(target))
+    for room, targets in used.items():
+        for target in targets:
+            assert order.index(target) > order.index(room), f"{room} imports {target}, which is above it"
+        if room in ROOMS:
+            assert targets - {*GROUND} == {*allowed[room]}, f"{room}'s line says otherwise"
+        else:
+            assert targets <= {*GROUND}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    done, way = set(), []
+
+    def visit(name):
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name in done:
+            return
+        way.append(name)
+        for target in sorted(ARROWS[name]):
+            visit(target)
+        way.pop()
+        done.add(name)
+
+    for name in sorted(MODULES):
+        if name != "phi3_mlx":
+            visit(name)
+    assert len(done) == len(MODULES) - 1
