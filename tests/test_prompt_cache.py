@@ -13,7 +13,7 @@ from tuning_models import make_directory
 
 from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_generate
 from phi3_mlx.cli import main
-from phi3_mlx.cli.options import Pulse
+from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.engine import plan
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import run_of

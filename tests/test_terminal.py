@@ -12,7 +12,7 @@ import pytest
 
 import phi3_mlx.cli
 from phi3_mlx.cli import main, terminal
-from phi3_mlx.cli.options import check_text
+from phi3_mlx.cli.reading import check_text
 from phi3_mlx.errors import PromptError
 from phi3_mlx.generation.answers import Chunk
 
@@ -165,7 +165,7 @@ def test_a_chosen_way_of_writing_such_characters_is_kept(monkeypatch: pytest.Mon
 
 def test_a_prompt_in_utf_8_is_read_in_the_c_locale():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    code = "import sys; from phi3_mlx.cli.options import check_text; print(ascii(check_text(sys.argv[1], '-p')))"
+    code = "import sys; from phi3_mlx.cli.reading import check_text; print(ascii(check_text(sys.argv[1], '-p')))"
     command = [sys.executable, "-c", code, "naïve 日本".encode()]
     assert (
         subprocess.run(command, env=environment, capture_output=True, check=True).stdout

@@ -14,7 +14,7 @@ from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx.cli import main
-from phi3_mlx.cli.options import Pulse
+from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.errors import OptionError
 from phi3_mlx.tuning.log import read_metrics
 from phi3_mlx.tuning.settings import read_settings

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from ..errors import PromptError
-from .options import MemoryOptions, ModelOptions, PrefillProgress, check_text, memory_options, model_options, read_text
+from .options import MemoryOptions, ModelOptions, memory_options, model_options
+from .progress import PrefillProgress
+from .reading import check_text, read_text
 from .terminal import note, say
 
 

@@ -19,12 +19,11 @@ from .options import (
     ModelOptions,
     SamplingOptions,
     as_typed,
-    check_text,
-    decode_text,
     memory_options,
     model_options,
     sampling_options,
 )
+from .reading import check_text, decode_text
 from .terminal import answer_writer, note, say, show
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError
-from .options import Pulse, force_memory, read_text, within_memory
+from .options import force_memory, within_memory
+from .progress import Pulse
+from .reading import read_text
 from .terminal import progress_bar, show, show_json
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Pulse, in_options, read_text
+from .options import in_options
+from .progress import Pulse
+from .reading import read_text
 from .terminal import escape, note, progress_bar, say, show_rich
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .options import read_text, within_memory
+from .options import within_memory
+from .reading import read_text
 from .terminal import say
 
 

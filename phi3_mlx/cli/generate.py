@@ -14,14 +14,13 @@ from ..errors import PromptError
 from .options import (
     MemoryOptions,
     ModelOptions,
-    PrefillProgress,
     SamplingOptions,
-    check_text,
     memory_options,
     model_options,
-    read_text,
     sampling_options,
 )
+from .progress import PrefillProgress
+from .reading import check_text, read_text
 from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they read text. The same option means the same everywhere."""
+"""Options that several commands share. The same option means the same everywhere."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import functools
 import os
 import re
 import shlex
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .. import files
-from ..errors import OptionError, Phi3Error, PromptError
-from .terminal import note, progress_bar, say
+from ..errors import OptionError, Phi3Error
+from .terminal import note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -282,36 +279,6 @@ def _gathered(function: F, name: str, kind: type, options: Sequence[Callable[[An
     return decorated
 
 
-def read_text(path: str) -> str:
-    """The text of a file, or of stdin for "-". PromptError names the file and what is wrong with it."""
-    name = "stdin" if path == "-" else path
-    try:
-        data = files.read_up_to(sys.stdin.buffer) if path == "-" else files.read_bytes(path, streams=True)
-    except OSError as error:
-        raise PromptError(f"{name} cannot be read: {error.strerror}; give a readable text file") from error
-    return decode_text(data, name)
-
-
-def check_text(text: str, name: str) -> str:
-    """`text`, or PromptError if it came from bytes that are not UTF-8 (Python keeps those as lone surrogates)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        try:
-            return os.fsencode(text).decode()  # UTF-8, which the locale does not say
-        except UnicodeError:
-            raise PromptError(f"{name} is not UTF-8 text (character {error.start + 1:,}); type it again") from error
-    return text
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """The text in the bytes of the file `name`; PromptError says where they are none, and what converts them."""
-    try:
-        return files.decode(data)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name} {files.not_unicode(error, data, name)}") from error
-
-
 def as_typed(error: Phi3Error, command: click.Command) -> str:
     """A message with the options of a command for Python's names, `max_tokens 0` in front too; see `in_options`."""
     message, options = str(error), dict(_options(command))
@@ -342,48 +309,3 @@ def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:
     for param in command.params:
         if isinstance(param, click.Option):
             yield param.name, max(param.opts, key=len)
-
-
-class Pulse:
-    """How far a long run is, where no terminal shows it: a line in half a minute, so that short runs say none."""
-
-    SECONDS = 30.0
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def say(self, line: str) -> None:
-        now = time.monotonic()
-        if now - self._last >= self.SECONDS:
-            self._last = now
-            say(line)
-
-
-class PrefillProgress:
-    """A bar on the terminal while a long prompt is read, a line now and then in a log; nothing for a short one."""
-
-    def __init__(self, total: int):
-        self._bar, self._pulse = None, Pulse()
-        if sys.stderr.isatty() and total > 2048:
-            from rich.progress import BarColumn, TextColumn
-
-            columns = ("reading the prompt", BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,} tokens"))
-            self._bar = progress_bar(*columns)
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> PrefillProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=done)
-            if done == total:
-                self._bar.stop()
-        elif done < total:
-            self._pulse.say(f"read {done:,} of {total:,} tokens")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..doctor import WATCHDOG
-from .options import FORCE_MEMORY, Pulse, in_options
+from .options import FORCE_MEMORY, in_options
+from .progress import Pulse
 from .terminal import note, redraw, say, show
 
 if TYPE_CHECKING:
