@@ -254,7 +254,7 @@ def tiny():
 @pytest.fixture
 def scarce(monkeypatch):
     """A machine with room for the bundled model and little more."""
-    monkeypatch.setattr(memory, "room", lambda: 20_000_000)
+    monkeypatch.setattr(machine, "room", lambda: 20_000_000)
 
 
 def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
@@ -270,7 +270,7 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
             call()
     short = generate(model, tokenizer, prompt, max_tokens=8)
     assert generate(model, tokenizer, prompt, max_tokens=8, kv_bits=8)
-    monkeypatch.setattr(memory, "room", lambda: 0)
+    monkeypatch.setattr(machine, "room", lambda: 0)
     assert generate(model, tokenizer, prompt, max_tokens=8, force=True) == short
     assert (
         "".join(chunk.text for chunk in Conversation(model, tokenizer, force=True).send(prompt, max_tokens=8)) == short
@@ -422,7 +422,7 @@ def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_
 
     clear_cache()
     others = mx.get_active_memory()
-    monkeypatch.setattr(memory, "room", lambda: limit - (mx.get_active_memory() - others))
+    monkeypatch.setattr(machine, "room", lambda: limit - (mx.get_active_memory() - others))
     monkeypatch.setattr(mx, "clear_cache", noted)
     code, _, err = summarise()
     assert code == 1
@@ -506,8 +506,8 @@ def test_a_size_without_a_unit_is_asked_for_one():
 
 
 def test_available_memory_obeys_the_control_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
     assert machine.available_ram() == 8_192_000
     (tmp_path / "memory.max").write_text("max\n")
@@ -565,7 +565,7 @@ def test_plan_of_the_bundled_model_and_of_nonsense(capsys):
 
 
 def test_plan_of_this_machine(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "room", lambda: 20_000_000)
+    monkeypatch.setattr(machine, "room", lambda: 20_000_000)
     code, out, _ = plan(capsys, "--here", "--context", "4096")
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("this machine (20.0 MB)")]
@@ -576,7 +576,7 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     assert longest == run.longest(20_000_000) < 4096
     assert "4,096 tokens fit with --kv-bits" in out
     monkeypatch.setattr(hub, "on_disk", lambda *_: None)
-    monkeypatch.setattr(memory, "room", lambda: 16 * 10**9)
+    monkeypatch.setattr(machine, "room", lambda: 16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")
     run = Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)

@@ -14,7 +14,7 @@ from tuning_models import make_directory
 from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
-from phi3_mlx.engine import plan
+from phi3_mlx.engine import machine, plan
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import run_of
 from phi3_mlx.engine.sampling import Sampling
@@ -129,7 +129,7 @@ def test_a_run_that_is_refused_leaves_the_cache_as_it_was(monkeypatch):
     generate(model, tokenizer, "Once there was a dog. " * 30, max_tokens=1, prompt_cache=cache)
     held = cache.ids
     with monkeypatch.context() as scarce:
-        scarce.setattr(plan, "room", lambda: 0)
+        scarce.setattr(machine, "room", lambda: 0)
         with pytest.raises(MemoryLimitError) as refusal:
             generate(model, tokenizer, "Who are you? " * 90, max_tokens=1, prompt_cache=cache)
     assert "a cache made with kv_bits=" in str(refusal.value) or "kv_bits" not in str(refusal.value)
@@ -358,7 +358,7 @@ def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys,
     """One tells how to build it anew; what is allowed is what 8 bits need."""
     needed = run_of(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8))
     needed = dataclasses.replace(needed, rereads=plan.reread_at_boundary(needed.config))
-    monkeypatch.setattr(plan, "room", lambda: needed.plan(0).total)
+    monkeypatch.setattr(machine, "room", lambda: needed.plan(0).total)
     code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?")
     assert code == 1
     assert "a cache made with --kv-bits 8 needs" in err

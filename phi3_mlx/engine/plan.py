@@ -16,7 +16,7 @@ from ..models.cache import REREAD_CHUNK, KVBits, KVCache
 from ..models.decoder import QUEUED
 from ..models.linear import SLICE, unpacking_bytes, unpacking_pays
 from ..sizes import size_text
-from .machine import room
+from . import machine
 
 if TYPE_CHECKING:
     from ..models.cache import KVBits
@@ -329,7 +329,7 @@ def check_fits(run: Run, room: float, *, prompt: int = 0, kept: bool = False) ->
 
 def check_room(what: str, parts: Mapping[str, int], way_out: str) -> None:
     """MemoryLimitError if `what` needs more than there is, the sum of its named `parts`; `way_out` says what to do."""
-    total, now = sum(parts.values()), room()
+    total, now = sum(parts.values()), machine.room()
     if total > now:
         of_which = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
         raise MemoryLimitError(
@@ -364,24 +364,21 @@ def plan_run(
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
     the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
     """
-    from ..engine import machine, plan
-
     run = run_of(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
     check_length(run.config, prompt)
     if longrope == "auto" and prompt <= run.config.original_max_position_embeddings:
-        run = replace(run, rereads=plan.reread_at_boundary(run.config))
-    plan.check_fits(run, math.inf if force else machine.room(), prompt=prompt, kept=kept)
+        run = replace(run, rereads=reread_at_boundary(run.config))
+    check_fits(run, math.inf if force else machine.room(), prompt=prompt, kept=kept)
 
 
 def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
     """What memory depends on, of the model of `directory` on this machine; only headers are read."""
-    from ..engine import plan
     from ..models import read_config
     from ..models.attention import fused_attention
     from ..store import checkpoint
 
     config = read_config(directory)
-    return plan.Run(
+    return Run(
         config,
         checkpoint.weight_bytes(directory, dtype),
         min(length, config.max_position_embeddings),
