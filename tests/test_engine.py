@@ -10,7 +10,8 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.sampling import Sampler, Sampling, filter_scores
+from phi3_mlx.engine.sampler import Sampler, filter_scores
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
 from phi3_mlx.models import decoder
 

@@ -19,7 +19,8 @@ from . import plan as memory
 from .lookup import Drafter, accepted_of
 from .machine import bounded_run
 from .plan import Run
-from .sampling import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 from .tokens import FinishReason, Statistics, Token, check_prompt
 
 Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet

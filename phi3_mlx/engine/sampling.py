@@ -1,21 +1,11 @@
-"""From logits to the next token id. Knows no text."""
+"""The options of sampling. Imports no MLX, so that the command line can show them at once."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, fields
 
-import mlx.core as mx
-
-from ..errors import OptionError
-from ..values import number, optional, whole
-
-_COLD = 1e-6  # below this temperature the likeliest token is all there is
-_LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
+from ..option import Range, check, option, read
 
 
 @dataclass(frozen=True)
@@ -31,111 +21,27 @@ class Sampling:
     Raises OptionError for a value of another type or outside its range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: float = option(
+        0.0,
+        "0: always the likeliest token; 0.7: varied; above 1: wild.",
+        Range(lambda t: 0 <= t < math.inf, "0 or more"),
+    )
+    top_p: float = option(
+        1.0,
+        "Only the likeliest tokens that together reach P.",
+        Range(lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    )
+    top_k: int = option(0, "Only the K likeliest tokens.", Range(lambda k: k >= 0, "0 (off) or more"))
+    min_p: float = option(
+        0.0, "Only tokens P times as likely as the likeliest.", Range(lambda p: 0 <= p <= 1, "between 0 and 1")
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1: avoid tokens already there.", Range(lambda r: 0 < r < math.inf, "above 0")
+    )
+    seed: int | None = option(None, "Repeat the same draw.", Range(lambda s: 0 <= s < 2**64, "0 to 2**64 - 1"))
 
     def __post_init__(self) -> None:
-        for name, read in _TYPES.items():
-            object.__setattr__(self, name, read(getattr(self, name), name))
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1")
-
-
-_TYPES: dict[str, Callable[[Any, str], object]] = {
-    "temperature": number,
-    "top_p": number,
-    "top_k": whole,
-    "min_p": number,
-    "repetition_penalty": number,
-    "seed": partial(optional, whole),
-}
-
-
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
-        raise OptionError(f"{name} {value} is outside its range; give {expected}")
-
-
-class Sampler:
-    """The state of drawing for some rows: their random keys and the tokens already seen."""
-
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int):
-        self._sampling = sampling
-        # A row draws as it would alone, so with a seed all rows start from the same key.
-        seeds = [int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed for _ in prompts]
-        self._keys = [mx.random.key(seed) for seed in seeds]
-        self._seen: mx.array | None = None
-        if sampling.repetition_penalty != 1.0:
-            self._seen = mx.zeros((len(prompts), vocab_size), dtype=mx.bool_)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, mx.array(list(prompt))] = True
-
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """logits (B, V) -> token ids (B,) and their natural-log probabilities under the model itself (B,)."""
-        logits = logits.astype(mx.float32)
-        scores, sampling = logits, self._sampling
-        if self._seen is not None:
-            penalty = sampling.repetition_penalty
-            scores = mx.where(self._seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
-        if sampling.temperature < _COLD:
-            tokens = mx.argmax(scores, axis=-1)
-        else:
-            # The largest is 0 first, so that nothing overflows at a low temperature.
-            scores = (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature
-            scores = filter_scores(scores, sampling)
-            tokens = mx.argmax(scores + self._noise(scores.shape[-1]), axis=-1)
-        if self._seen is not None:
-            self._seen = mx.put_along_axis(self._seen, tokens[:, None], mx.array(True), axis=1)
-        logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
-        return tokens, logprobs
-
-    def _noise(self, vocab_size: int) -> mx.array:
-        """Gumbel noise (B, V); the argmax of scores plus it is a draw from their softmax."""
-        rows = []
-        for i, key in enumerate(self._keys):
-            self._keys[i], draw = mx.random.split(key)
-            rows.append(mx.random.gumbel((vocab_size,), key=draw))
-        return mx.stack(rows)
-
-    @property
-    def state(self) -> tuple[list[mx.array], mx.array | None]:
-        """What the next draw depends on, to be set again when a draw is taken back."""
-        return list(self._keys), self._seen
-
-    @state.setter
-    def state(self, state: tuple[list[mx.array], mx.array | None]) -> None:
-        self._keys, self._seen = list(state[0]), state[1]
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows."""
-        self._keys = [self._keys[i] for i in rows]
-        if self._seen is not None:
-            self._seen = self._seen[mx.array(list(rows))]
-
-
-def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:
-    """Set to -inf the scores (B, V) that top-k, top-p and min-p exclude; the likeliest always stays."""
-    vocab_size = scores.shape[-1]
-    if 0 < sampling.top_k < vocab_size:
-        least = mx.topk(scores, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
-        scores = mx.where(scores < least, -math.inf, scores)
-    if sampling.top_p < 1:
-        order = mx.argsort(-scores, axis=-1)
-        probabilities = mx.softmax(mx.take_along_axis(scores, order, axis=-1), axis=-1)
-        # A token stays while those before it have not reached p yet.
-        before = mx.cumsum(probabilities, axis=-1) - probabilities
-        beyond = before >= max(sampling.top_p, _LEAST)
-        out = mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, beyond, axis=-1)
-        scores = mx.where(out, -math.inf, scores)
-    if sampling.min_p > 0:
-        least = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
-        scores = mx.where(scores < least, -math.inf, scores)
-    return scores
+        for field in fields(self):
+            object.__setattr__(self, field.name, read(field, getattr(self, field.name), field.name))
+        for field in fields(self):
+            check(field, getattr(self, field.name))

@@ -12,8 +12,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,9 +23,10 @@ from ..adapters.lora import scale_of
 from ..errors import OptionError
 from ..fields import shorten
 from ..files import read_text
+from ..option import Option, Range, check, option, read
 from ..sizes import parse_size
 from ..store.checkpoint import DTYPES
-from ..values import choice, flag, number, path, refusal, shown, text, texts, whole
+from ..values import number, path, refusal, shown, text, whole
 from .examples import Overflow, TrainOn
 from .onward import decided_by
 
@@ -41,13 +42,12 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dropout", "targets", "layers")  # me
 _DECAYING = ("adamw", "lion", "muon", "sgd")
 _FLOAT32_MAX = 3.4028235e38
 
-_Range = tuple[Callable[[Any], bool], str]
-_COUNT: _Range = (lambda n: 0 < n < 2**31, "1 to 2,147,483,647")
-_SOME: _Range = (lambda n: n > 0, "more than 0")
-_NOT_NEGATIVE: _Range = (lambda n: 0 <= n < 2**31, "0 to 2,147,483,647")
-_SHARE: _Range = (lambda n: 0 <= n < 1, "0 or more, below 1")
-_SEED: _Range = (lambda n: 0 <= n < 2**32, "0 to 4,294,967,295")  # batches and dropout mix it with a step's number
-_LENGTH: _Range = (lambda n: 2 <= n < 2**31, "2 to 2,147,483,647 (of one token nothing is predicted)")
+_COUNT = Range(lambda n: 0 < n < 2**31, "1 to 2,147,483,647")
+_SOME = Range(lambda n: n > 0, "more than 0")
+_NOT_NEGATIVE = Range(lambda n: 0 <= n < 2**31, "0 to 2,147,483,647")
+_SHARE = Range(lambda n: 0 <= n < 1, "0 or more, below 1")
+_SEED = Range(lambda n: 0 <= n < 2**32, "0 to 4,294,967,295")  # batches and dropout mix it with a step's number
+_LENGTH = Range(lambda n: 2 <= n < 2**31, "2 to 2,147,483,647 (of one token nothing is predicted)")
 
 
 def _model(value: Any, name: str) -> str:
@@ -77,10 +77,6 @@ def _size(value: Any, name: str) -> int | str:
     return int(size)
 
 
-def _option(default: Any, help_text: str, within: _Range | None = None, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, "within": within, **more})
-
-
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run; the fields' help texts are the command line's.
@@ -88,69 +84,69 @@ class Settings:
     Raises OptionError for a value of another type than its field's; `check`, for one outside its range.
     """
 
-    model: str = _option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.", read=_model)
-    data: str = _option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.", read=_data)
-    output: str = _option("", "Where the adapter goes, with checkpoints, metrics and the loss plot.", read=path)
-    revision: str | None = _option(None, "A branch, tag or commit of the repository.")
-    valid: str | None = _option(None, "A .jsonl file to validate on.", read=_data)
-    holdout: float = _option(
+    model: str = option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.", read=_model)
+    data: str = option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.", read=_data)
+    output: str = option("", "Where the adapter goes, with checkpoints, metrics and the loss plot.", read=path)
+    revision: str | None = option(None, "A branch, tag or commit of the repository.")
+    valid: str | None = option(None, "A .jsonl file to validate on.", read=_data)
+    holdout: float = option(
         HOLDOUT, "Without validation data, this share of the examples is held out; 0: none.", _SHARE
     )
 
-    method: str = _option("lora", "What is trained; full needs an unquantized model.", choices=METHODS)
-    from_adapter: str | None = _option(
+    method: str = option("lora", "What is trained; full needs an unquantized model.", choices=METHODS)
+    from_adapter: str | None = option(
         None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path
     )
-    rank: int = _option(8, "Components of every low-rank change.", _COUNT)
-    alpha: float = _option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
-    rslora: bool = _option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
-    dropout: float = _option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.", _SHARE)
-    targets: tuple[str, ...] = _option(
+    rank: int = option(8, "Components of every low-rank change.", _COUNT)
+    alpha: float = option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
+    rslora: bool = option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
+    dropout: float = option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.", _SHARE)
+    targets: tuple[str, ...] = option(
         (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
     )
-    layers: str | None = _option(
+    layers: str | None = option(
         None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).", read=_layers
     )
 
-    train_on: str = _option(
+    train_on: str = option(
         "answers", "Whose tokens are learnt: every answer, the last, all.", choices=get_args(TrainOn)
     )
-    max_length: int | None = _option(
+    max_length: int | None = option(
         None, "Tokens of the longest example; by default 2,048 or the model's context.", _LENGTH
     )
-    overflow: str = _option("drop", "What becomes of longer ones.", choices=get_args(Overflow))
-    batch_size: int = _option(8, "Examples an optimizer step learns from.", _COUNT)
-    accumulate: int = _option(1, "Compute a batch in so many parts: less memory, the same result.", _COUNT)
-    order: str = _option("shuffle", "bucket: examples of one length together.", choices=get_args(Order))
-    epochs: float = _option(3.0, "How often every example is read.", _SOME)
-    steps: int | None = _option(None, "Optimizer steps, instead of epochs.", _COUNT)
+    overflow: str = option("drop", "What becomes of longer ones.", choices=get_args(Overflow))
+    batch_size: int = option(8, "Examples an optimizer step learns from.", _COUNT)
+    accumulate: int = option(1, "Compute a batch in so many parts: less memory, the same result.", _COUNT)
+    order: str = option("shuffle", "bucket: examples of one length together.", choices=get_args(Order))
+    epochs: float = option(3.0, "How often every example is read.", _SOME)
+    steps: int | None = option(None, "Optimizer steps, instead of epochs.", _COUNT)
 
-    optimizer: str = _option("adamw", "Which optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = _option(2e-4, "The highest one, reached after the warm-up.", _SOME)
-    schedule: str = _option("cosine", "How the learning rate falls to 0.", choices=SCHEDULES)
-    warmup: int | None = _option(None, "Steps in which it rises; by default 3 % of them.", _NOT_NEGATIVE)
-    weight_decay: float = _option(0.01, "Of adamw, lion, muon and sgd.", _NOT_NEGATIVE)
-    clip: float = _option(1.0, "Longest gradient; longer ones are shortened to it; 0: never.", _NOT_NEGATIVE)
-    seed: int = _option(0, "Repeats the run bit for bit on the same machine.", _SEED)
+    optimizer: str = option("adamw", "Which optimizer.", choices=OPTIMIZERS)
+    learning_rate: float = option(2e-4, "The highest one, reached after the warm-up.", _SOME)
+    schedule: str = option("cosine", "How the learning rate falls to 0.", choices=SCHEDULES)
+    warmup: int | None = option(None, "Steps in which it rises; by default 3 % of them.", _NOT_NEGATIVE)
+    weight_decay: float = option(0.01, "Of adamw, lion, muon and sgd.", _NOT_NEGATIVE)
+    clip: float = option(1.0, "Longest gradient; longer ones are shortened to it; 0: never.", _NOT_NEGATIVE)
+    seed: int = option(0, "Repeats the run bit for bit on the same machine.", _SEED)
 
-    validate_every: int | None = _option(
+    validate_every: int | None = option(
         None, "Steps between validations; by default an epoch, at most 100 steps.", _COUNT
     )
-    save_every: int | None = _option(None, "Steps between checkpoints; by default as often as validations.", _COUNT)
-    patience: int | None = _option(None, "Stop after so many validations without a better one.", _COUNT)
-    samples: tuple[str, ...] = _option((), "A prompt to answer at every validation; may be repeated.")
-    sample_tokens: int = _option(64, "Longest such answer.", _COUNT)
+    save_every: int | None = option(None, "Steps between checkpoints; by default as often as validations.", _COUNT)
+    patience: int | None = option(None, "Stop after so many validations without a better one.", _COUNT)
+    samples: tuple[str, ...] = option((), "A prompt to answer at every validation; may be repeated.")
+    sample_tokens: int = option(64, "Longest such answer.", _COUNT)
 
-    gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass: less memory.")
-    dtype: str | None = _option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
-    memory: int | str | None = _option(
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
+    dtype: str | None = option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
+    memory: int | str | None = option(
         None, "Use at most this much, such as 16GB, and never more than the machine has free.", read=_size
     )
-    tensorboard: bool = _option(False, "Write TensorBoard files too (needs the extra of that name).")
+    tensorboard: bool = option(False, "Write TensorBoard files too (needs the extra of that name).")
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            object.__setattr__(self, one.name, _typed(one, getattr(self, one.name), one.name))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name), field.name))
 
     @classmethod
     def of(cls, given: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Settings:
@@ -176,16 +172,11 @@ class Settings:
 
     def check(self) -> Settings:
         """Itself, or OptionError naming the first setting outside its range."""
-        for one in fields(self):
-            value, choices, within = getattr(self, one.name), one.metadata.get("choices"), one.metadata["within"]
-            if value is None:
-                continue
-            if choices:
-                choice(value, one.name, choices)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:  # NaN is not
-                raise OptionError(f"{one.name} {value} is no number to train with; give a finite one")
-            if within and not within[0](value):
-                raise OptionError(f"{one.name} {shown(value)} is outside its range; give {within[1]}")
+                raise OptionError(f"{field.name} {value} is no number to train with; give a finite one")
+            check(field, value)
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise OptionError(f"{name} is missing; name it")
@@ -298,7 +289,7 @@ _NUMBERS = {
 
 def from_mapping(given: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """`given` with every value of its setting's type. Raises OptionError, naming `source`."""
-    known = {one.name: one for one in fields(Settings)}
+    known = {field.name: field for field in fields(Settings)}
     unknown = [str(key) for key in given if key not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0][:60], known, 1)
@@ -312,7 +303,7 @@ def from_stored(given: Mapping[Any, Any], source: str) -> Settings:
 
     Version 0.1.0 wrote a flag of its command line as the text "True", and trained by it. Raises OptionError.
     """
-    flags = {one.name for one in fields(Settings) if one.type == "bool"}
+    flags = {field.name for field in fields(Settings) if field.type == "bool"}
     mended = {key: True if key in flags and value == "True" else value for key, value in given.items()}
     return Settings(**from_mapping(mended, source))
 
@@ -328,22 +319,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], source: str) -> s
     return next((f"setting ({name} was {stored[name]!r})" for name in differ), None)
 
 
-def _typed(one: dataclasses.Field[Any], value: Any, where: str) -> Any:
-    """`value` as the field `one` has it."""
-    kind = str(one.type)
-    if kind.endswith("| None"):
-        if value is None:
-            return None
-        if isinstance(value, str) and not value:
-            raise OptionError(f"{where} is empty; say which, or leave it out")
-    read: Callable[[Any, str], Any] = one.metadata.get("read") or _READERS[kind.removesuffix(" | None")]
-    return read(value, where)
-
-
-_READERS: dict[str, Callable[[Any, str], Any]] = {
-    "int": whole,
-    "float": number,
-    "bool": flag,
-    "str": text,
-    "tuple[str, ...]": texts,
-}
+def _typed(field: Option, value: Any, where: str) -> Any:
+    """`value` as the field has it."""
+    if isinstance(value, str) and not value and str(field.type).endswith("| None"):
+        raise OptionError(f"{where} is empty; say which, or leave it out")
+    return read(field, value, where)
