@@ -1,0 +1,104 @@
+"""What a source becomes: the recipe and the dtype, from what was asked for and what the source is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import read_json
+from ..errors import OptionError
+from ..store.checkpoint import DTYPES
+from .options import Options
+from .rounding import Recipe, left_alone
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`recipe` packs (None: nothing is packed), and messages call it `name`; the rest is in `dtype` (None: as it is).
+
+    Where bits are chosen by a measurement it is not made yet, and `recipe` stands for what it will choose.
+    `notes` are sentences that the caller should see.
+    """
+
+    recipe: Recipe | None
+    name: str
+    dtype: str | None
+    notes: tuple[str, ...]
+
+
+def choose(source: Source, options: Options) -> Choice:
+    """The choice for a source. OptionError for one that is packed where nothing says what to make of it."""
+    notes = _about_packed(source, options)
+    if source.blocks and not (options.names_packing or options.dequantize or options.method == "gptq"):
+        return _kept_blocks(source, options.dtype, notes)
+    recipe: Recipe | None = options.uniform | left_alone(source.config)
+    name = source.name
+    if options.dequantize:
+        recipe = None
+    if options.recipe is not None:
+        recipe, name = _given_recipe(options.recipe)
+    return Choice(recipe, name, options.dtype or _own_dtype(source.config), notes)
+
+
+def _about_packed(source: Source, options: Options) -> tuple[str, ...]:
+    """What to say about a source that is packed already; OptionError where nothing says what to make of it."""
+    if source.quantization is None or options.dequantize:
+        return ()
+    now = f"{source.quantization.get('bits', '?')}-bit"
+    if not options.names_packing:
+        raise OptionError(
+            f"{source.name} is {now} already; dequantize=True unpacks it, bits=N unpacks it and rounds a second time"
+        )
+    return (
+        f"{source.name} is {now} already: it was unpacked and rounded a second time, which costs quality; "
+        "convert the original if you can",
+    )
+
+
+def _kept_blocks(source: Source, dtype: str | None, notes: tuple[str, ...]) -> Choice:
+    """The choice that keeps what a source stores in blocks."""
+    recipe = _recipe_of_blocks(source)
+    but = "" if dtype in (None, "float16", "float32") else f", but for their scales, rounded to {dtype}"
+    notes += (f"the blocks of {source.name} are kept as they are{but}; bits=N rounds them a second time",)
+    others = [
+        path for path, packing in recipe.items() if isinstance(packing, dict) and f"{path}.weight" not in source.blocks
+    ]
+    if others:
+        notes += (
+            f"{len(others)} matrices of other types are rounded to 8 bits ({others[0]}, ...); not with dequantize=True",
+        )
+    # float16 holds the scales of GGUF's blocks exactly.
+    return Choice(recipe, source.name, dtype or "float16", notes)
+
+
+def _recipe_of_blocks(source: Source) -> Recipe:
+    """The recipe that keeps what a source stores in blocks; matrices of other packed types get 8 bits."""
+    stored = {name: blocks.packing for name, blocks in source.blocks.items()}
+    widths = [packing["bits"] for packing in stored.values()]
+    every = {"group_size": 32, "bits": max(set(widths), key=widths.count), "mode": "affine"}
+    recipe: Recipe = dict(every)
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) == 2 and stored.get(name) != every:
+            # A source spells packed tensors that mlx has no blocks for as float32.
+            other = every | {"bits": 8} if tensor.dtype == "F32" else False
+            recipe[name.removesuffix(".weight")] = stored.get(name, other)
+    return recipe
+
+
+def _own_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that config.json names, if it is one that weights can be kept in."""
+    name = config.get("torch_dtype") or config.get("dtype")
+    return name if name in DTYPES else None
+
+
+def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
+    """A recipe and what messages call it. A config.json may stand for the recipe it holds."""
+    if isinstance(recipe, Mapping):
+        return dict(recipe), "the recipe"
+    path = Path(os.path.expanduser(recipe))
+    content = read_json(path)
+    return content.get("quantization") or content, str(path)
