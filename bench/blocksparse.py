@@ -52,7 +52,7 @@ def attentions(queries: int, tokens: int, dense: bool) -> dict[str, Callable[[],
     def sparse() -> mx.array:
         cache.trim(queries)
         mask = make_mask(queries, None, cache)
-        return blocksparse.attend(q, new_k, new_v, cache, SCALE, mask, PATTERN)
+        return blocksparse.attend_in_blocks(q, new_k, new_v, cache, SCALE, mask, PATTERN)
 
     def masked() -> mx.array:
         seen = [array[:, :, :tokens] for array in cache.state]

@@ -30,7 +30,7 @@ from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.machine import room
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, parse_config
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.hub import resolve
 from phi3_mlx.store.quantization import DEFAULTS
 
@@ -107,7 +107,7 @@ def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
             kind = f"4-bit, {dtype} scales" if packed else dtype
             shape = case if case in OTHERS else "Phi-3-mini"
             name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of {shape}'s shape"
-        ours, theirs = load_model(directory), load_mlx_lm(directory)[0]
+        ours, theirs = read_model(directory), load_mlx_lm(directory)[0]
         mx.eval(ours.parameters(), theirs.parameters())
         kinds = [{key: (a.shape, a.dtype) for key, a in tree_flatten(m.parameters())} for m in (ours, theirs)]
         if kinds[0] == kinds[1]:

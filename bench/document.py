@@ -30,7 +30,7 @@ from phi3_mlx.engine.plan import run_of
 from phi3_mlx.generation.answers import encode_prompt
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.store.hub import resolve
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 from . import record
 from .decode import make_checkpoint
@@ -113,7 +113,7 @@ def main(tokens: int, text: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, book = Path(folder, "model"), Path(folder, "book.txt")
         make_model(model)
-        tokenizer = load_tokenizer(model)
+        tokenizer = read_tokenizer(model)
         book.write_text(cut(text.read_text(encoding="utf-8") if text else bundled("sample"), tokenizer, tokens))
         ids = encode_prompt(tokenizer, f"{ASK}\n\n{book.read_text()}")
         needed = run_of(model, len(ids) + ANSWER, kv_bits=KVBits(BITS, BITS)).plan(0).total

@@ -24,9 +24,9 @@ from phi3_mlx.errors import OptionError
 from phi3_mlx.evaluation.quality import Difference, blocks
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Model
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.hub import resolve
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 from . import record
 
@@ -61,7 +61,7 @@ def alike(a: list[int], b: list[int]) -> int:
 
 
 def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -> list[dict[str, Any]]:
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    model, tokenizer = read_model(directory), read_tokenizer(directory)
     ids = tokenizer.encode(bundled("sample"))[:tokens]
     windows = [(block[:, :-1], block[:, 1:].flatten()) for block in blocks(ids, window, None)]
     expected = [hidden_states(model, inputs, None) for inputs, _ in windows]

@@ -29,9 +29,9 @@ from phi3_mlx.conversion.sources import Source, weights_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_json, write_weights
 from phi3_mlx.evaluation.quality import compare
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.hub import resolve
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 from . import record
 
@@ -113,12 +113,12 @@ def main(
         extras.mkdir()
         source.write_extras(extras)
         write_json(extras / "config.json", source.config)
-        tokenizer = load_tokenizer(extras)
+        tokenizer = read_tokenizer(extras)
         read = tokenizer.encode(text.read() if text else bundled("sample"))[:tokens]
         words = tokenizer.decode(read)
         ids = tokenizer.encode(calibration.read() if calibration else bundled("calibration"))[:calibration_tokens]
         _write(Path(folder, "reference"), source, None, rounded(source, None))
-        reference = load_model(Path(folder, "reference"))
+        reference = read_model(Path(folder, "reference"))
         rows: list[dict[str, Any]] = []
 
         def point(method: str, recipe: Recipe, gptq: bool) -> None:
@@ -127,7 +127,7 @@ def main(
             arrays = calibrated(source, recipe, ids) if gptq else rounded(source, recipe)
             size = _write(directory, source, recipe, arrays)
             seconds = time.perf_counter() - start
-            found = compare(reference, tokenizer, load_model(directory), tokenizer, words)
+            found = compare(reference, tokenizer, read_model(directory), tokenizer, words)
             assert found.kl is not None
             figures = {"kl": found.kl, "top1": found.top1, "perplexity": found.b.perplexity}
             rows.append({"method": method, "bits_per_weight": size, **figures, "seconds": seconds})

@@ -24,7 +24,7 @@ import numpy as np
 
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.targets import find_targets
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.settings import Settings
 from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
@@ -54,7 +54,7 @@ def make_examples(count: int, vocab: int) -> list[Example]:
 
 
 def ours(directory: Path, data: list[Example], batch: int, steps: int) -> dict[str, float]:
-    model = load_model(directory)
+    model = read_model(directory)
     attach(model, find_targets(model.config), RANK, 2.0 * RANK)
     settings = Settings(data="-", output="-", batch_size=batch, steps=steps + _WARM, optimizer="adamw")
     reports: list[StepReport] = []

@@ -14,7 +14,7 @@ from . import blas as _blas
 
 __version__ = "0.1.0"
 
-_blas.load()  # before anything imports MLX
+_blas.preload()  # before anything imports MLX
 
 # Every public name and the module it lives in: imported when first used, so `import phi3_mlx` costs nothing.
 _PUBLIC = {

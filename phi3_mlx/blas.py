@@ -25,7 +25,7 @@ _NEEDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # what MLX's products c
 
 
 @functools.cache
-def load() -> str | None:
+def preload() -> str | None:
     """Load a fast BLAS, once, unless MLX is in this process already or computes without the reference BLAS.
 
     Returns why none was loaded, None if one was (or is there, by LD_PRELOAD say). A library that PHI3_MLX_BLAS names

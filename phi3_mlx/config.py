@@ -182,7 +182,7 @@ class Config:
 def read_json(path: Path, error: type[Phi3Error] = CheckpointError) -> dict[str, Any]:
     """The JSON object in `path`; `error` if it cannot be read or is not an object."""
     try:
-        value = files.read_json(path)
+        value = files.read_any_json(path)
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror}; download the file again") from fault
     except ValueError as fault:  # no text, not JSON, beyond the limits

@@ -54,7 +54,7 @@ for _ in range(2):
     seconds.append(time.perf_counter() - started)
 backend = "Metal" if gpu and mx.metal.is_available() else "CUDA" if gpu else "CPU"
 facts = {"version": mx.__version__, "backend": backend, "flops": 2 * 512**3 / min(seconds)}
-facts |= {"blas": blas.describe(), "no_blas": blas.load()}
+facts |= {"blas": blas.describe(), "no_blas": blas.preload()}
 json.dump(facts | {key: value for key, value in info.items() if isinstance(value, (int, str))}, sys.stdout)
 """
 
@@ -118,7 +118,7 @@ def look() -> Machine:
         installed=_installed(),
         required=_required(),
         cache=_cache(),
-        blas_too_late=blas.load() == blas.TOO_LATE,
+        blas_too_late=blas.preload() == blas.TOO_LATE,
         environment=os.environ,
     )
 

@@ -95,7 +95,7 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = LARGEST, strea
     return decode(read_bytes(path, most=most, streams=streams))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_any_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds. OSError, ValueError (`fields.parse`)."""
     return parse(read_text(path))
 

@@ -32,7 +32,7 @@ def option(default: Any, help_text: str, within: Range | None = None, **more: An
     return dataclasses.field(default=default, metadata={"help": help_text, "within": within, **more})
 
 
-def kind_of(field: Option) -> str:
+def option_type(field: Option) -> str:
     """The type of a field's values other than None, as its annotation spells it."""
     return str(field.type).removesuffix(" | None")
 
@@ -41,7 +41,7 @@ def read(field: Option, value: Any, where: str) -> Any:
     """`value` as the field has it. OptionError, which begins with `where`, for a value of another type."""
     if value is None and str(field.type).endswith("| None"):
         return None
-    reader: Callable[[Any, str], Any] = field.metadata.get("read") or _READERS[kind_of(field)]
+    reader: Callable[[Any, str], Any] = field.metadata.get("read") or _READERS[option_type(field)]
     return reader(value, where)
 
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from .fields import shorten
-from .files import open_file, read_json
+from .files import open_file, read_any_json
 
 _GGUF = b"GGUF"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
@@ -116,7 +116,7 @@ def _is_adapter(path: Path) -> bool:
 def _adapter(path: Path) -> str:
     base = "a model"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        config = read_json(path / "adapter_config.json")
+        config = read_any_json(path / "adapter_config.json")
         base = shorten((config.get("base_model") or {}).get("name") or config.get("model") or base, quote=False)
     return (
         f"it is an adapter of {base}, to be given beside that (adapter={os.fspath(path)!r}); "

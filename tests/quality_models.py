@@ -16,8 +16,8 @@ from phi3_mlx.conversion.sources import tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_weights
 from phi3_mlx.evaluation.quality import compare
-from phi3_mlx.store.checkpoint import load_model
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 TRAINED = ROOT / "weights" / "tiny-8bit"
 
@@ -58,7 +58,7 @@ class RandomSource:
 
 def trained():
     """(source, tokenizer) of the bundled weights."""
-    return open_source(TRAINED), load_tokenizer(TRAINED)
+    return open_source(TRAINED), read_tokenizer(TRAINED)
 
 
 def stories(kind):
@@ -85,7 +85,7 @@ def write_model(directory, source, recipe, arrays):
 
 def divergence(reference, directory, tokenizer, text):
     """KL(reference || model in `directory`) on `text`, in nats a token."""
-    return compare(reference, tokenizer, load_model(directory), tokenizer, text, window=128).kl
+    return compare(reference, tokenizer, read_model(directory), tokenizer, text, window=128).kl
 
 
 @Tokenizer.register

@@ -19,7 +19,7 @@ from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError, OptionError, TrainingError
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.tuning import Settings, tune
 
 DOWN = "model.layers.1.mlp.down_proj"  # (64, 96)
@@ -276,7 +276,7 @@ def test_an_adapter_stays_with_its_commit_when_the_hub_moves_on(name, cached, tm
     assert (theirs["base_model_name_or_path"], theirs["revision"]) == ("microsoft/Phi-3.5-mini-instruct", ONE)
     assert (theirs["lora_alpha"], type(theirs["lora_alpha"])) == (16, int)
     fuse(tmp_path / "a", tmp_path / "fused")
-    fused, expected = load_model(tmp_path / "fused"), load_model(cached / "snapshots" / ONE)
+    fused, expected = read_model(tmp_path / "fused"), read_model(cached / "snapshots" / ONE)
     assert mx.array_equal(fused.model.norm.weight, expected.model.norm.weight)
     with pytest.raises(AdapterError, match=f"trained on microsoft/Phi-3.5-mini-instruct at {ONE}"):
         load(name, adapter=tmp_path / "a")
@@ -342,7 +342,7 @@ def test_fused_numbers_fit_the_type_they_are_written_in(base, tmp_path):
 
 
 def test_adapters_in_use_are_switched_with_checked_weights(base, tmp_path):
-    model = load_model(base, dtype="float16")
+    model = read_model(base, dtype="float16")
     adapters = Adapters(model)
     adapters.load("one", write(tmp_path / "one"))
     with pytest.raises(OptionError, match=r"the weight of .*one is 70000, which makes numbers beyond"):

@@ -25,7 +25,7 @@ from tokenizer_samples import (
 
 from phi3_mlx.text.added_tokens import AddedToken, AddedTokens
 from phi3_mlx.text.chat import render_chat, render_training_chat
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 TURNS = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
@@ -70,7 +70,7 @@ SENTENCES = ["what is covfefe", "covfefe", "a covfefe b", "xcovfefe covfefes  co
 def test_a_word_of_a_fine_tune_is_one_token_in_every_message(tmp_path: Path, flags: dict[str, bool]):
     """As the library encodes the rendered text, which is what transformers' apply_chat_template gives."""
     folder = with_tokens(tmp_path, *(plain_word(word, **flags) for word in ("covfefe", "<think>", "</think>")))
-    ours, reference = load_tokenizer(folder), library(folder)
+    ours, reference = read_tokenizer(folder), library(folder)
     for text in SENTENCES:
         for talk in (user(text), [*answered(text), *user(text)]):
             rendered = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in talk)
@@ -90,7 +90,7 @@ def test_words_agree_with_transformers(tmp_path: Path):
     folder = with_tokens(tmp_path, *map(plain_word, ("covfefe", "<think>", "</think>")))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TURNS, "eos_token": "<|endoftext|>"}
     write_json(folder / "tokenizer_config.json", config)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer(folder)
     for text in SENTENCES:
         talk = [*answered(text), *user(text)]
         right = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
@@ -106,7 +106,7 @@ def test_words_of_the_other_vocabularies(tmp_path: Path):
     config = json.loads((spm / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["added_tokens_decoder"] |= declared
     write_json(spm / "tokenizer_config.json", config)
-    ours = load_tokenizer(spm, backend="sentencepiece")
+    ours = read_tokenizer(spm, backend="sentencepiece")
     # Every stretch beside an added token is encoded for itself, as in tokenizer.json.
     text = "<think> a covfefe<|end|>b"
     assert ours.encode(text) == [4012, *ours.encode(" a "), 4011, *ours.encode("<|end|>b")]
@@ -119,7 +119,7 @@ def test_words_of_the_other_vocabularies(tmp_path: Path):
     config = json.loads((ranks / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["added_tokens_decoder"]["305"] = {"content": "<think>", "special": False}
     write_json(ranks / "tokenizer_config.json", config)
-    ours = load_tokenizer(ranks)
+    ours = read_tokenizer(ranks)
     assert ours.encode("a<think>b<|end|>") == [97, 305, 98, *ours.encode("<|end|>")]
     assert 305 in render_chat(ours, user("a<think>b"))
 
@@ -143,7 +143,7 @@ def test_user_defined_pieces_of_a_sentencepiece_model(tmp_path: Path, capfd: pyt
     capfd.readouterr()
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": TURNS, "eos_token": "<|end|>"})
-    ours = load_tokenizer(tmp_path)
+    ours = read_tokenizer(tmp_path)
     think, call, asks, says, end = (
         ours.token_to_id(token) for token in ("<think>", "<|tool_call|>", "<|user|>", "<|assistant|>", "<|end|>")
     )
@@ -162,7 +162,7 @@ def test_user_defined_pieces_of_a_sentencepiece_model(tmp_path: Path, capfd: pyt
 
 def phi4_mini(directory: Path) -> Tokenizer:
     names = [*PHI4_MINI_TOKENS, "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"]
-    return load_tokenizer(byte_level(directory, names, strip=True))
+    return read_tokenizer(byte_level(directory, names, strip=True))
 
 
 def test_a_tool_call_is_a_token_where_the_assistant_makes_it(tmp_path: Path):
@@ -187,7 +187,7 @@ def test_a_tool_call_is_a_token_where_the_assistant_makes_it(tmp_path: Path):
 def test_a_special_word_is_a_token_where_the_assistant_says_it(tmp_path: Path):
     """`<think>` is a special token in some files: then a user's is text, and an answer is still trained with it."""
     folder = with_tokens(tmp_path, tokenizers.AddedToken("<think>", special=True, normalized=False))
-    ours = load_tokenizer(folder)
+    ours = read_tokenizer(folder)
     think = ours.token_to_id("<think>")
     assert think not in render_chat(ours, user("<think>"))
     ids, turns = render_training_chat(ours, answered("<think>hm"))
@@ -199,7 +199,7 @@ def test_what_plays_a_part_is_the_templates_whatever_its_flags_say(tmp_path: Pat
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer_config.json", config | {"eos_token": "<end_of_turn>"})
     write_json(folder / "generation_config.json", {"eos_token_id": [4012]})
-    ours = load_tokenizer(folder)
+    ours = read_tokenizer(folder)
     assert {4011, 4012} <= ours.stop_ids
     for text in ("a<end_of_turn>", "a <stop>", "</s>"):
         assert not {2, 4011, 4012} & set(render_chat(ours, user(text)))
@@ -218,7 +218,7 @@ def test_no_conversation_makes_control_tokens(tmp_path: Path, backend: str):
     }
     known = json.loads((TINY / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
     folder = copy_of(TINY, tmp_path, chat_template=TURNS, added_tokens_decoder=known | declared)
-    ours = load_tokenizer(folder, backend=backend)
+    ours = read_tokenizer(folder, backend=backend)
     assert [ours.token_to_id(content) for content in added] == [*range(4011, 4016)]
     control = {0, 1, 2, *range(4000, 4011)}
     bits = st.sampled_from([*ours.added_tokens, "<|", "|>", "end", "<", "<|end", " ", "\n", "\ue000", "\ue001"]) | texts
@@ -259,7 +259,7 @@ def test_flags_of_tokenizer_config_overrule_tokenizer_json(tmp_path: Path):
     declared["4013"] = {"content": "kitten"}  # a word, looked for in normalized text
     declared["4002"]["special"] = False  # tokenizer.json says otherwise, and is believed
     write_json(folder / "tokenizer_config.json", config)
-    ours = load_tokenizer(folder)
+    ours = read_tokenizer(folder)
     text = "<|user|>\nHi <tool>x<|end|>\n<|assistant|>\n hello kitten xkitten"
     golden = [
         4010,
@@ -303,13 +303,13 @@ def test_added_tokens_json_adds_and_changes_nothing(tmp_path: Path):
     listed = {"<|end|>": 4007, "<mine>": 4011, "covfefe": 4012, "<|x|>": 4013}
     write_json(folder / "added_tokens.json", listed)
     for backend in ("tokenizers", "sentencepiece"):
-        ours = load_tokenizer(folder, backend=backend)
+        ours = read_tokenizer(folder, backend=backend)
         assert {content: ours.token_to_id(content) for content in listed} == listed
         assert ours.decode([4011, 4012, 4013]).strip() == "covfefe"
-    ours = load_tokenizer(folder)
+    ours = read_tokenizer(folder)
     assert 4012 in ours.encode("a covfefe")
     assert 4012 not in ours.encode("a xcovfefe")  # in normalized text a word has a space before it
-    assert load_tokenizer(folder).encode("<|end|>\nHi", special=True) == library(folder).encode("<|end|>\nHi").ids
+    assert read_tokenizer(folder).encode("<|end|>\nHi", special=True) == library(folder).encode("<|end|>\nHi").ids
 
 
 # -------------------------------------------------------------------------------------- Phi-3-small
@@ -326,7 +326,7 @@ def small(directory: Path, **config: object) -> Tokenizer:
     lines += [base64.b64encode(b"\xff%d" % n) + b" %d" % n for n in range(len(lines), 100_256)]
     path.write_bytes(b"\n".join(lines))
     write_json(folder / "tokenizer_config.json", config)
-    return load_tokenizer(folder)
+    return read_tokenizer(folder)
 
 
 def test_the_96_names_of_phi_3_small(tmp_path: Path):

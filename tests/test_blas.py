@@ -51,9 +51,8 @@ def test_mlx_multiplies_with_the_packaged_library_to_rounding(tmp_path):
 @packaged
 @pytest.mark.parametrize("word", ["off", "OFF", "0"])
 def test_it_is_off_where_the_variable_says_so(word, tmp_path):
-    code = (
-        f"import phi3_mlx{MULTIPLY}\nfrom phi3_mlx import blas\nprint(blas.load(), blas.describe(), blas.environment())"
-    )
+    asked = "print(blas.preload(), blas.describe(), blas.environment())"
+    code = f"import phi3_mlx{MULTIPLY}\nfrom phi3_mlx import blas\n{asked}"
     printed, library, said = run(code, tmp_path, PHI3_MLX_BLAS=word)
     assert library.startswith("libblas")
     assert said == ""
@@ -83,7 +82,9 @@ def test_a_library_that_cannot_serve_is_named_and_nothing_else_is_taken(name, tm
 def test_a_library_that_is_preloaded_stays_and_is_what_another_process_gets(tmp_path):
     code = "import phi3_mlx\nfrom phi3_mlx import blas\nprint(blas.environment()['LD_PRELOAD'])"
     (file,), _, _ = run(code, tmp_path)
-    printed, library, said = run(f"import phi3_mlx{MULTIPLY}\nprint(phi3_mlx.blas.load())", tmp_path, LD_PRELOAD=file)
+    printed, library, said = run(
+        f"import phi3_mlx{MULTIPLY}\nprint(phi3_mlx.blas.preload())", tmp_path, LD_PRELOAD=file
+    )
     assert library == os.path.basename(file)
     assert printed[-1] == "None"
     assert said == ""
@@ -126,7 +127,7 @@ def untouched(monkeypatch):
 
 def test_nothing_is_loaded_on_a_mac(untouched):
     untouched.setattr(sys, "platform", "darwin")
-    assert blas.load.__wrapped__() is not None
+    assert blas.preload.__wrapped__() is not None
 
 
 def test_nothing_is_loaded_where_mlx_is_not_its_cpu_wheel(untouched, tmp_path):
@@ -134,4 +135,4 @@ def test_nothing_is_loaded_where_mlx_is_not_its_cpu_wheel(untouched, tmp_path):
     (tmp_path / "mlx").mkdir()
     untouched.setattr(sys, "path", [str(tmp_path)])  # an MLX without the CPU wheel's libraries beside it
     untouched.delitem(sys.modules, "mlx", raising=False)
-    assert blas.load.__wrapped__() is not None
+    assert blas.preload.__wrapped__() is not None

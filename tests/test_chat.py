@@ -26,7 +26,7 @@ from tokenizer_samples import (
 from phi3_mlx.errors import ChatError
 from phi3_mlx.text.chat import SYSTEM_FOLDED, render_chat, render_training_chat
 from phi3_mlx.text.messages import unused
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 JUNE = (  # mini-4k, June 2024
     "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -71,15 +71,15 @@ def tokenizers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[T
         "phi-4-mini": byte_level(root / "phi-4-mini", PHI4_MINI_TOKENS, strip=True),
         "none": copy_of(TINY, root / "none", chat_template=None),
     }
-    made = {name: (load_tokenizer(folder), folder) for name, folder in folders.items()}
+    made = {name: (read_tokenizer(folder), folder) for name, folder in folders.items()}
     for name in ("june", "april", "vision"):
-        made[f"{name}-sentencepiece"] = (load_tokenizer(folders[name], backend="sentencepiece"), folders[name])
+        made[f"{name}-sentencepiece"] = (read_tokenizer(folders[name], backend="sentencepiece"), folders[name])
     return made
 
 
 def with_template(template: str, **config: object) -> Tokenizer:
     """The tiny tokenizer with another template."""
-    tokenizer = load_tokenizer(TINY, backend="sentencepiece")
+    tokenizer = read_tokenizer(TINY, backend="sentencepiece")
     tokenizer.chat_template = template
     for name, value in config.items():
         setattr(tokenizer, name, value)
@@ -102,17 +102,17 @@ def test_golden_ids_of_the_released_minis(shared: Path, tmp_path: Path):
     april = shared / "tokenizers" / "phi-3-mini-april-2024"
     vision = copy_of(june, tmp_path, flags=STRIP_BUT_ASSISTANT, chat_template=VISION, add_bos_token=True)
     for backend in ("tokenizers", "sentencepiece"):
-        assert render_chat(load_tokenizer(june, backend=backend), HELLO) == [32010, 15043, 32007, 32001]
+        assert render_chat(read_tokenizer(june, backend=backend), HELLO) == [32010, 15043, 32007, 32001]
         expected = [1, 32010, 29871, 13, 10994, 32007, 29871, 13, 32001]
-        assert render_chat(load_tokenizer(vision, backend=backend), HELLO) == expected
+        assert render_chat(read_tokenizer(vision, backend=backend), HELLO) == expected
     expected = [1, 32010, 29871, 13, 10994, 32007, 29871, 13, 32001, 29871, 13]
-    assert render_chat(load_tokenizer(april), HELLO) == expected
-    assert render_chat(load_tokenizer(june), HELLO, add_generation_prompt=False) == [32010, 15043, 32007, 32000]
+    assert render_chat(read_tokenizer(april), HELLO) == expected
+    assert render_chat(read_tokenizer(june), HELLO, add_generation_prompt=False) == [32010, 15043, 32007, 32000]
 
 
 def test_golden_ids_of_the_released_small(shared: Path):
     pytest.importorskip("tiktoken")
-    small = load_tokenizer(shared / "tokenizers" / "phi-3-small")
+    small = read_tokenizer(shared / "tokenizers" / "phi-3-small")
     assert render_chat(small, HELLO) == [100257, 100262, 198, 9906, 100266, 198, 100263, 198]
 
 
@@ -120,7 +120,7 @@ def test_released_templates_render_as_in_transformers(shared: Path):
     chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
     for name in ("phi-3-mini", "phi-3-mini-april-2024"):
         folder = shared / "tokenizers" / name
-        tokenizer, full = load_tokenizer(folder), library(folder)
+        tokenizer, full = read_tokenizer(folder), library(folder)
         for talk in (HELLO, TALK[1:], TALK[1:3]):
             for prompt in (True, False):
                 ((rendered,), _) = chat_template_utils.render_jinja_template(
@@ -185,7 +185,7 @@ def test_without_generation_prompt(tokenizers_of):
 
 def test_built_in_template_of_small(tmp_path: Path):
     pytest.importorskip("tiktoken")
-    tokenizer = load_tokenizer(tiktoken_ranks(tmp_path))
+    tokenizer = read_tokenizer(tiktoken_ranks(tmp_path))
     text = "<|endoftext|><|system|>\nBe.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"
     talk = [{"role": "system", "content": "Be."}, *HELLO]
     assert render_chat(tokenizer, talk) == tokenizer.encode(text, special=True)
@@ -195,7 +195,7 @@ def test_built_in_template_of_small(tmp_path: Path):
 def test_no_template_and_no_chat_tokens(tmp_path: Path):
     (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     with pytest.raises(ChatError, match="has no chat template"):
-        render_chat(load_tokenizer(tmp_path), HELLO)
+        render_chat(read_tokenizer(tmp_path), HELLO)
 
 
 # ------------------------------------------------------------------------------ contents stay contents
@@ -300,7 +300,7 @@ def test_special_strings_with_a_file_of_transformers_5(tmp_path: Path):
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     changed = json.dumps(description | {"normalizer": None, "pre_tokenizer": metaspace})
     (folder / "tokenizer.json").write_text(changed, encoding="utf-8")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     near = render_chat(tokenizer, user("Hello <|end|>"))
     assert near[:2] == ids_of(folder, "<|user|>\nHello")
     assert near[-2:] == [END, ASSISTANT]
@@ -373,7 +373,7 @@ def test_bos_is_there_once_or_not_at_all(writes: bool, asks: bool):
 
 def test_a_token_that_is_spelled_otherwise_in_the_files_is_refused(tmp_path):
     """The library looks for a normalized token in normalized text, where this one is spelled `▁<|user|>`."""
-    tokenizer = load_tokenizer(copy_of(TINY, tmp_path / "odd", flags={"<|user|>": {"normalized": True}}))
+    tokenizer = read_tokenizer(copy_of(TINY, tmp_path / "odd", flags={"<|user|>": {"normalized": True}}))
     with pytest.raises(ChatError, match=r"finds '▁<\|user\|>' in a chat where it does not stand"):
         render_training_chat(tokenizer, [*HELLO, {"role": "assistant", "content": "Hi"}])
 

@@ -17,14 +17,14 @@ from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.models.phi3 import Phi3Model
 from phi3_mlx.store import checkpoint
-from phi3_mlx.store.checkpoint import load_model, weight_bytes
+from phi3_mlx.store.checkpoint import read_model, weight_bytes
 from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
 TIED = {**RAW, "tie_word_embeddings": True}
 IDS = oracle.ids_of(24)
 MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
-READERS = [load_model, weight_bytes, DirectorySource]
+READERS = [read_model, weight_bytes, DirectorySource]
 
 
 def write(directory: Path, raw=RAW, change=None, model=None, shards=1) -> Path:
@@ -47,7 +47,7 @@ def packed(how=None, **options):
 
 def refusal(directory: Path, error=CheckpointError) -> str:
     with pytest.raises(error) as caught:
-        load_model(directory)
+        read_model(directory)
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("raw", [RAW, oracle.CONFIGS["phi-4-mini"]], ids=["plain", "tied-longrope"])
 def test_reads_a_model(tmp_path, raw):
     model = oracle.make_ours(raw)
-    loaded = load_model(write(tmp_path / "model", raw))
+    loaded = read_model(write(tmp_path / "model", raw))
     assert same_weights(loaded, model)
     np.testing.assert_array_equal(oracle.logits_of(loaded, IDS), oracle.logits_of(model, IDS))
     assert not loaded.training
@@ -70,9 +70,9 @@ def test_reads_a_model(tmp_path, raw):
 
 def test_reads_shards(tmp_path):
     directory = write(tmp_path / "model", shards=3)
-    assert same_weights(load_model(directory), oracle.make_ours(RAW))
+    assert same_weights(read_model(directory), oracle.make_ours(RAW))
     (directory / INDEX).unlink()
-    assert same_weights(load_model(directory), oracle.make_ours(RAW))
+    assert same_weights(read_model(directory), oracle.make_ours(RAW))
 
 
 def test_reads_what_transformers_writes(tmp_path):
@@ -80,7 +80,7 @@ def test_reads_what_transformers_writes(tmp_path):
     theirs = oracle.make_torch(RAW, oracle.make_ours(RAW))
     theirs.save_pretrained(tmp_path / "model", max_shard_size="400KB")
     assert len(find_weights(tmp_path / "model").files) > 1
-    ours = oracle.logits_of(load_model(tmp_path / "model"), IDS)
+    ours = oracle.logits_of(read_model(tmp_path / "model"), IDS)
     assert np.abs(ours - oracle.torch_logits(theirs, IDS)).max() < 1e-3
 
 
@@ -92,7 +92,7 @@ def test_dtypes(tmp_path, monkeypatch, stored):
     directory = write(tmp_path / "model", change=cast)
 
     def dtypes(**options):
-        return {array.dtype for _, array in tree_flatten(load_model(directory, **options).parameters())}
+        return {array.dtype for _, array in tree_flatten(read_model(directory, **options).parameters())}
 
     assert dtypes() == {mx.float32}  # the CPU's rule
     for asked, dtype in checkpoint.DTYPES.items():
@@ -103,12 +103,12 @@ def test_dtypes(tmp_path, monkeypatch, stored):
 
 def test_options(tmp_path):
     directory = write(tmp_path / "model", oracle.CONFIGS["3.5-mini"])
-    assert load_model(directory).model.longrope == "auto"
-    assert load_model(directory, longrope="long").model.longrope == "long"
+    assert read_model(directory).model.longrope == "auto"
+    assert read_model(directory, longrope="long").model.longrope == "long"
     with pytest.raises(OptionError, match=r"dtype 'int8' is unknown; choose float32, bfloat16, float16"):
-        load_model(directory, dtype="int8")
+        read_model(directory, dtype="int8")
     with pytest.raises(OptionError, match=r"longrope 'medium' is unknown; choose auto, short, long"):
-        load_model(directory, longrope="medium")
+        read_model(directory, longrope="medium")
 
 
 # Packed weights.
@@ -138,7 +138,7 @@ def test_reads_what_mlx_lm_writes(tmp_path, capsys, mode):
     theirs, config = quantize_theirs(theirs, raw, None, None, mode, quant_predicate=recipe)
     save_theirs(tmp_path / "model", theirs)
     save_config(config, tmp_path / "model" / "config.json")
-    ours = load_model(tmp_path / "model")
+    ours = read_model(tmp_path / "model")
     assert same_weights(ours, theirs)
     layers = ours.model.layers
     assert not isinstance(layers[0].mlp.down_proj, nn.QuantizedLinear)
@@ -157,7 +157,7 @@ def test_packed_scales_in_float32(tmp_path, bits):
 
     write(tmp_path / "model", config, cast, model)
     assert read_header(tmp_path / "model" / "model.safetensors")["lm_head.scales"].dtype == "BF16"
-    layer = load_model(tmp_path / "model").model.layers[0].mlp.down_proj
+    layer = read_model(tmp_path / "model").model.layers[0].mlp.down_proj
     assert (layer.weight.dtype, layer.scales.dtype, layer.biases.dtype) == (mx.uint32, mx.float32, mx.float32)
     x = np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32)
     out = layer(mx.array(x))
@@ -172,7 +172,7 @@ def test_packed_scales_in_float32(tmp_path, bits):
 def test_shapes_win_over_a_wrong_default(tmp_path):
     """mlx-lm's rule for layers that config.json does not name: how they are packed shows in their shapes."""
     model, config = packed({"group_size": 64, "bits": 4}, bits=8, group_size=32)
-    assert same_weights(load_model(write(tmp_path / "model", config, model=model)), model)
+    assert same_weights(read_model(write(tmp_path / "model", config, model=model)), model)
 
 
 def test_overrides_by_hand(tmp_path):
@@ -199,7 +199,7 @@ def test_overrides_by_hand(tmp_path):
     (directory / "config.json").write_text(
         json.dumps({**RAW, "quantization": {**config["quantization"], "lm_head": True}})
     )
-    assert same_weights(load_model(directory), model)
+    assert same_weights(read_model(directory), model)
     (directory / "config.json").write_text(json.dumps(RAW))
     assert "holds packed weights (lm_head.scales), but its config.json has no quantization" in refusal(directory)
 
@@ -250,13 +250,13 @@ def test_quantization_that_a_tool_left_when_it_unpacked_says_nothing(tmp_path, k
     """mlx-lm packs the layers that have scales."""
     directory = write(tmp_path / "model")
     (directory / "config.json").write_text(json.dumps({**RAW, key: {"group_size": 64, "bits": 4}}))
-    loaded = load_model(directory, dtype="float32")
+    loaded = read_model(directory, dtype="float32")
     assert same_weights(loaded, oracle.make_ours(RAW))
     assert loaded.config.quantization is None
     convert(directory, tmp_path / "packed", bits=4, report=False)
     convert(directory, tmp_path / "floats", dequantize=True, report=False)
     assert not {"quantization", "quantization_config"} & set(json.loads((tmp_path / "floats/config.json").read_text()))
-    assert load_model(tmp_path / "packed").config.quantization["bits"] == 4
+    assert read_model(tmp_path / "packed").config.quantization["bits"] == 4
 
 
 def test_missing_head(tmp_path):
@@ -268,7 +268,7 @@ def test_inert_leftovers(tmp_path):
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones((48,))
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
 
-    loaded = load_model(write(tmp_path / "model", TIED, change))
+    loaded = read_model(write(tmp_path / "model", TIED, change))
     assert same_weights(loaded, oracle.make_ours(TIED))
 
 
@@ -466,7 +466,7 @@ def test_which_files_hold_the_weights(sharded, lay_out):
     right = oracle.make_ours(RAW)
     size = weight_bytes(sharded, "float32")
     lay_out(sharded)
-    loaded = load_model(sharded, dtype="float32")
+    loaded = read_model(sharded, dtype="float32")
     assert same_weights(loaded, right)
     assert (
         weight_bytes(sharded, "float32") == size == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
@@ -485,7 +485,7 @@ def test_transformers_reads_the_same_files(sharded, lay_out):
     if index.exists() and lay_out is not whole_beside_a_broken_index:  # it wants a key that it does not use
         index.write_text(json.dumps({"metadata": {}, **json.loads(index.read_text())}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32).state_dict()
-    for name, array in tree_flatten(load_model(sharded, dtype="float32").parameters()):
+    for name, array in tree_flatten(read_model(sharded, dtype="float32").parameters()):
         assert np.array_equal(np.array(array), theirs[name].numpy()), name
 
 
@@ -500,7 +500,7 @@ def test_the_bytes_of_weights_are_those_that_are_loaded(tmp_path, dtype, mode):
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones((48,))  # is not kept
 
     directory = write(tmp_path / "model", raw, change, model)
-    loaded = load_model(directory, dtype=dtype)
+    loaded = read_model(directory, dtype=dtype)
     assert weight_bytes(directory, dtype) == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
 
 

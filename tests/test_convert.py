@@ -19,11 +19,11 @@ from mlx.utils import tree_flatten
 import phi3_mlx
 from phi3_mlx.cli import main
 from phi3_mlx.conversion import convert, pipeline, sensitivity, writer
-from phi3_mlx.conversion.checked import is_finite
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.store import atomic
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.store.finite import is_finite
 from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
@@ -127,8 +127,8 @@ def test_token_for_token_both_ways(tmp_path, capsys):
     expected = tokens(load_theirs(tmp_path / "theirs")[0])
     assert len(set(expected)) > 5  # not one token again and again
     assert tokens(load_theirs(tmp_path / "ours")[0]) == expected
-    assert oracle.generate(load_model(tmp_path / "ours"), IDS, 24) == expected
-    assert oracle.generate(load_model(tmp_path / "theirs"), IDS, 24) == expected
+    assert oracle.generate(read_model(tmp_path / "ours"), IDS, 24) == expected
+    assert oracle.generate(read_model(tmp_path / "theirs"), IDS, 24) == expected
 
 
 def test_dequantized_like_mlx_lm(tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_every_width(tmp_path, source, bits, group_size):
     assert done.bytes == sum(tensor.nbytes for tensor in find_weights(tmp_path / "new").tensors.values())
     count = sum(array.size for array in weights_of().values())
     assert done.bits_per_weight == pytest.approx(8 * done.bytes / count)
-    assert np.isfinite(oracle.logits_of(load_model(tmp_path / "new"), IDS[None])).all()
+    assert np.isfinite(oracle.logits_of(read_model(tmp_path / "new"), IDS[None])).all()
 
 
 def test_a_size_that_was_asked_for_is_kept_to_and_its_recipe_makes_the_same_again(tmp_path):
@@ -225,7 +225,7 @@ def test_a_recipe_is_followed_and_reproduces_itself(tmp_path, source):
         assert (tmp_path / again.stem / "model.safetensors").read_bytes() == (
             tmp_path / "a" / "model.safetensors"
         ).read_bytes()
-    assert isinstance(load_model(tmp_path / "a").lm_head.weight, mx.array)
+    assert isinstance(read_model(tmp_path / "a").lm_head.weight, mx.array)
 
 
 @pytest.mark.parametrize(
@@ -325,9 +325,14 @@ def test_what_is_not_finite_is_named(tmp_path, value):
     np.testing.assert_equal(read(tmp_path / "new")[f"{DOWN}.weight"][-1, -1].item(), value)
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32, mx.float64])
 def test_finite_is_told_from_the_bits(dtype):
-    good = mx.array([0.0, -0.0, 1.0, -1.0, mx.finfo(dtype).max, mx.finfo(dtype).min, 1e-7]).astype(dtype)
+    with mx.stream(mx.cpu):  # which alone has float64
+        check_finite(dtype)
+
+
+def check_finite(dtype):
+    good = mx.array([0.0, -0.0, 1.0, -1.0, mx.finfo(dtype).max, mx.finfo(dtype).min, 1e-7], dtype)
     assert is_finite(good)
     assert is_finite(mx.zeros((0, 3), dtype))
     for bad in (np.nan, -np.nan, np.inf, -np.inf):
@@ -353,7 +358,7 @@ def test_packed_in_every_mode_and_unpacked(tmp_path, mode):
     source = write(tmp_path / "source", {**RAW, "torch_dtype": "bfloat16"}, dtype=mx.bfloat16)
     convert(source, tmp_path / "packed", mode=mode, report=False)
     convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, report=False)
-    packed, plain = load_model(tmp_path / "packed"), load_model(tmp_path / "plain")
+    packed, plain = read_model(tmp_path / "packed"), read_model(tmp_path / "plain")
     difference = np.abs(oracle.logits_of(packed, IDS[None]) - oracle.logits_of(plain, IDS[None])).max()
     assert difference < 0.1  # bfloat16 rounds what is unpacked
     assert {tensor.dtype for tensor in find_weights(tmp_path / "plain").tensors.values()} == {"BF16"}
@@ -408,7 +413,7 @@ def test_sharded_in_sharded_out(tmp_path, monkeypatch):
         index = json.loads((directory / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
         assert index["weight_map"] == {name: file for file, header in headers.items() for name in header}
-        load_model(directory)
+        read_model(directory)
 
 
 def test_the_safetensors_library_reads_it(tmp_path, source):
@@ -506,7 +511,7 @@ def killed(source: Path, destination: Path, moment: str, force: bool) -> None:
 def test_killed_at_any_moment(tmp_path, source, moment):
     killed(source, tmp_path / "new", moment, force=False)
     if moment == "renamed":
-        assert oracle.logits_of(load_model(tmp_path / "new"), IDS[None]).size
+        assert oracle.logits_of(read_model(tmp_path / "new"), IDS[None]).size
     else:
         assert not (tmp_path / "new").exists()
         assert len(list(tmp_path.glob(".phi3-mlx-*.partial"))) == 1
@@ -522,7 +527,7 @@ def test_killed_while_replacing(tmp_path, source, moment):
         assert not (tmp_path / "new").exists()
         atomic._sweep(tmp_path)
     assert config_of(tmp_path / "new")["quantization"]["bits"] == (8 if moment == "renamed" else 2)
-    load_model(tmp_path / "new")
+    read_model(tmp_path / "new")
     convert(source, tmp_path / "new", force=True, report=False)
     assert sorted(os.listdir(tmp_path)) == ["new", "source"]
 
@@ -574,7 +579,7 @@ def test_two_runs_at_once(tmp_path, source):
 
     with pytest.raises(CheckpointError, match="exists already"):
         overtaken()
-    load_model(tmp_path / "new")
+    read_model(tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["new", "source"]
 
 
@@ -758,7 +763,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
         file.unlink()
     with pytest.raises(TokenizerError):
         convert(source, tmp_path / "asked for", report=True)
-    load_model(tmp_path / "asked for")  # the model is complete nonetheless
+    read_model(tmp_path / "asked for")  # the model is complete nonetheless
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from phi3_mlx.conversion.gguf.file import GgufFile
 from phi3_mlx.errors import CacheError, CheckpointError, DataError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.files import LARGEST, as_utf8, decode, json_text, not_unicode, open_file, read_bytes
 from phi3_mlx.generation.cache_file import read_facts
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.settings import read_settings
 
@@ -128,7 +128,7 @@ def test_a_file_is_read_up_to_a_bound(tmp_path):
     (tmp_path / "model").mkdir()
     path.rename(tmp_path / "model" / "config.json")
     with pytest.raises(CheckpointError, match="longer than 100 MB"):
-        load_model(tmp_path / "model")
+        read_model(tmp_path / "model")
     with pytest.raises(FileNotFoundError):
         open_file(path)
 

@@ -27,16 +27,16 @@ from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.errors import CheckpointError, Phi3Error
 from phi3_mlx.generation.cache_file import Document, read_facts
 from phi3_mlx.generation.prompt_cache import check_writable, document_ids, read_document
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.text.chat import render_chat, render_training_chat
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 from phi3_mlx.tuning.checkpoints import read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.examples import encode_records
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
 from phi3_mlx.tuning.run import stored_settings
 from phi3_mlx.tuning.settings import Settings, read_settings
-from phi3_mlx.tuning.trainer import Progress
+from phi3_mlx.tuning.trainer import TrainingProgress
 
 LONGEST = 30  # seconds for one file; each takes some milliseconds
 TINY = ROOT / "weights" / "tiny"
@@ -71,7 +71,7 @@ def finite(model):
 
 
 def words(directory):
-    tokenizer = load_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     ids = tokenizer.encode("Hello <|user|> wörld", special=True)
     stream = tokenizer.stream()
     text = "".join([*map(stream.add, ids), stream.finish()])
@@ -92,7 +92,7 @@ def put(file, content):
 def weights(folder):
     base = make_directory(folder / "m", num_hidden_layers=1)
     file = base / "model.safetensors"
-    return file, safetensors_files(file.read_bytes()), lambda: step(load_model(base))
+    return file, safetensors_files(file.read_bytes()), lambda: step(read_model(base))
 
 
 def index(folder):
@@ -105,17 +105,17 @@ def index(folder):
     (base / "model.safetensors").unlink()
     content = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
     file = base / "model.safetensors.index.json"
-    return file, json_files(put(file, json.dumps(content))), lambda: finite(load_model(base))
+    return file, json_files(put(file, json.dumps(content))), lambda: finite(read_model(base))
 
 
 def config(folder):
     base = make_directory(folder / "m", num_hidden_layers=1)
-    return base / "config.json", json_files((base / "config.json").read_bytes()), lambda: step(load_model(base))
+    return base / "config.json", json_files((base / "config.json").read_bytes()), lambda: step(read_model(base))
 
 
 def packed_config(folder):
     base = make_directory(folder / "m", bits=4, num_hidden_layers=1)
-    return base / "config.json", json_files((base / "config.json").read_bytes()), lambda: step(load_model(base))
+    return base / "config.json", json_files((base / "config.json").read_bytes()), lambda: step(read_model(base))
 
 
 def tokenizer_json(folder):
@@ -167,7 +167,7 @@ def chat_template(folder):
 
 def _adapter(folder):
     base = make_directory(folder / "m", num_hidden_layers=1)
-    model = load_model(base)
+    model = read_model(base)
     adapters = attach(model, find_targets(model.config, ("o_proj",), None), 2, 4.0)
     randomize(adapters)
     write_adapter(folder / "a", *adapter_files(adapters, 1, base_of(base, str(base))))
@@ -251,7 +251,7 @@ def cache_facts(folder):
 
 
 def examples(folder):
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = read_tokenizer(TINY)
     lines = [{"messages": TALK}, {"prompt": "a", "completion": "b", "system": "c"}, {"text": "Hello <|end|> x"}]
     file = write_jsonl(folder / "d.jsonl", lines)
 
@@ -278,7 +278,7 @@ def recipe(folder):
     def read():
         shutil.rmtree(folder / "out", ignore_errors=True)
         convert(base, folder / "out", recipe=folder / "recipe.json", report=False)
-        finite(load_model(folder / "out"))
+        finite(read_model(folder / "out"))
 
     return folder / "recipe.json", json_files(put(folder / "recipe.json", json.dumps(content))), read
 
@@ -295,7 +295,7 @@ def gguf_file(folder):
     def read():
         shutil.rmtree(folder / "out", ignore_errors=True)
         convert(file, folder / "out", dequantize=True, allow_nan=True)
-        step(load_model(folder / "out"))
+        step(read_model(folder / "out"))
         words(folder / "out")
 
     return file, byte_files(content, 600) | byte_files(content, 2000) | byte_files(content), read
@@ -330,13 +330,15 @@ def metrics(folder):
 
 
 def _checkpoint(folder, name, changes):
-    progress = Progress(step=4, tokens=100, trained_tokens=50, best_loss=1.5, best_step=2, last_loss=2.0, worse=1)
+    progress = TrainingProgress(
+        step=4, tokens=100, trained_tokens=50, best_loss=1.5, best_step=2, last_loss=2.0, worse=1
+    )
     made = save_checkpoint(folder, 4, {"a": mx.ones((2, 3))}, {"v": mx.ones(2)}, vars(progress))
 
     def read():
         arrays, optimizer, state = read_checkpoint(made)
         assert all(bool(mx.all(mx.isfinite(array))) for array in [*arrays.values(), *optimizer.values()])
-        assert Progress.of(state).step == 4
+        assert TrainingProgress.of(state).step == 4
 
     return made / name, changes((made / name).read_bytes()), read
 

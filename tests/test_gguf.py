@@ -465,7 +465,7 @@ def test_a_real_model_predicts_english_and_knows_a_capital(smollm2):
 def test_a_real_vocabulary_reads_as_the_library_reads_it(smollm2, shared: Path):
     import tokenizers
 
-    from phi3_mlx.text.tokenizer import load_tokenizer
+    from phi3_mlx.text.tokenizer import read_tokenizer
 
     metadata = GgufFile(smollm2[0]).metadata
     vocab = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -473,7 +473,7 @@ def test_a_real_vocabulary_reads_as_the_library_reads_it(smollm2, shared: Path):
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     words = tokenizers.pre_tokenizers
     library.pre_tokenizer = words.Sequence([words.Digits(individual_digits=True), words.ByteLevel(False)])
-    ours = load_tokenizer(smollm2[1])
+    ours = read_tokenizer(smollm2[1])
     # What other programs' tests of this vocabulary expect.
     assert ours.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]
     assert ours.encode("  multiple   spaces") == [216, 2701, 256, 5600]

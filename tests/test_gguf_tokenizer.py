@@ -16,7 +16,7 @@ from gguf_samples import KINDS, TOY_TOKENS, sentencepiece_metadata
 from phi3_mlx.conversion.gguf.tokenizer import tokenizer_files
 from phi3_mlx.errors import TokenizerError
 from phi3_mlx.text.chat import render_chat
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
 WORDS = [
@@ -36,7 +36,7 @@ def written(directory: Path, metadata: dict) -> Tokenizer:
     files = tokenizer_files(metadata, "model.gguf")
     for name in ("tokenizer", "tokenizer_config", "generation_config"):
         (directory / f"{name}.json").write_text(json.dumps(getattr(files, name)), encoding="utf-8")
-    return load_tokenizer(directory)
+    return read_tokenizer(directory)
 
 
 # ------------------------------------------------------------------------------------ SentencePiece
@@ -73,7 +73,7 @@ def test_the_files_are_those_of_the_original(tiny):
 
 
 def test_the_ids_are_those_of_sentencepiece(tiny):
-    original = load_tokenizer(TINY, backend="sentencepiece")
+    original = read_tokenizer(TINY, backend="sentencepiece")
 
     @settings(max_examples=80, deadline=None)
     @given(texts)
@@ -89,7 +89,7 @@ def test_the_ids_are_those_of_sentencepiece(tiny):
 
 
 def test_what_else_the_loader_reads(tiny):
-    tokenizer, original = tiny[1], load_tokenizer(TINY)
+    tokenizer, original = tiny[1], read_tokenizer(TINY)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 4000, 4000)
     assert (tokenizer.add_bos_token, tokenizer.vocab_size) == (False, original.vocab_size)
     assert tokenizer.stop_ids == original.stop_ids

@@ -14,7 +14,7 @@ from phi3_mlx.conversion.gptq import calibrated, hessian_of, pack_codes
 from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -140,7 +140,7 @@ def test_what_comes_is_what_was_planned(tmp_path, name):
     for name in set(arrays) & set(source.tensors):
         if arrays[name].dtype != mx.uint32:
             assert mx.array_equal(arrays[name], source.read(name)), name
-    model = load_model(write_model(tmp_path / "model", source, recipe, arrays.items()))
+    model = read_model(write_model(tmp_path / "model", source, recipe, arrays.items()))
     assert model.layers[0].self_attn.qkv_proj.bits == 3
 
 
@@ -179,7 +179,7 @@ def test_gptq_beats_rounding_on_trained_weights(tmp_path):
     source, tokenizer = trained()
     recipe = uniform(3, 64)
     ids = tokenizer.encode(stories("calibration"))
-    reference = load_model(write_model(tmp_path / "reference", source, None, rounded(source, None)))
+    reference = read_model(write_model(tmp_path / "reference", source, None, rounded(source, None)))
     plain = write_model(tmp_path / "round", source, recipe, rounded(source, recipe))
     better = write_model(tmp_path / "gptq", source, recipe, calibrated(source, recipe, ids, window=128))
     kl = [divergence(reference, path, tokenizer, stories("sample")) for path in (plain, better)]

@@ -13,9 +13,9 @@ from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
 from phi3_mlx.tuning.optimizers import make_optimizer, optimizer_arrays, restore_optimizer
 from phi3_mlx.tuning.run import stored_settings
 from phi3_mlx.tuning.settings import OPTIMIZERS, Settings
-from phi3_mlx.tuning.trainer import Progress
+from phi3_mlx.tuning.trainer import TrainingProgress
 
-PROGRESS = Progress(step=4, tokens=100, trained_tokens=50, best_loss=1.5, best_step=2, last_loss=2.0, worse=1)
+PROGRESS = TrainingProgress(step=4, tokens=100, trained_tokens=50, best_loss=1.5, best_step=2, last_loss=2.0, worse=1)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
     weights, optimizer, state = read_checkpoint(checkpoint)
     assert {name: array.shape for name, array in weights.items()} == {"a": (2, 3), "b": (4,)}
     assert optimizer["step"].item() == 4
-    assert Progress.of(state) == PROGRESS
+    assert TrainingProgress.of(state) == PROGRESS
 
 
 def test_of_two_checkpoints_the_later_one_is_gone_on_with(checkpoint, tmp_path):
@@ -63,13 +63,13 @@ def test_of_two_checkpoints_the_later_one_is_gone_on_with(checkpoint, tmp_path):
 )
 def test_a_changed_state_is_refused_by_name(checkpoint, key, value):
     with pytest.raises(TrainingError, match=rf"state.json: {key} is .*; remove .* and start anew"):
-        Progress.of(with_state(checkpoint, **{key: value}))
+        TrainingProgress.of(with_state(checkpoint, **{key: value}))
 
 
 def test_a_loss_that_was_no_number_is_none(checkpoint):
-    assert Progress.of(with_state(checkpoint, best_loss=None, best_step=None, last_loss=float("nan"))) == Progress(
-        step=4, tokens=100, trained_tokens=50, worse=1
-    )
+    assert TrainingProgress.of(
+        with_state(checkpoint, best_loss=None, best_step=None, last_loss=float("nan"))
+    ) == TrainingProgress(step=4, tokens=100, trained_tokens=50, worse=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b"\xff", b"{", b'{"step": 4, "step": 5}'])

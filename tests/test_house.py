@@ -35,6 +35,25 @@ def imports_of(name):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
+# Names of the package's own that more than one module may define.
+IN_EACH_ARCHITECTURE = {"Config", "Attention", "MLP", "DecoderLayer", "Model"}  # and the base that they derive from
+COMMANDS = {"build", "compare", "convert", "fuse", "generate", "plan", "tune"}  # of cli/, as the library's functions
+STILL_TWO = {"Plan", "check_fits", "check_room", "memory_limit", "refusal"}  # of plans
+
+
+def defined_at_the_top(body):
+    """The names that a module's statements define, also those within `if` and `try`."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            handlers = [line for handler in getattr(node, "handlers", ()) for line in handler.body]
+            yield from defined_at_the_top([*node.body, *node.orelse, *handlers, *getattr(node, "finalbody", ())])
+
+
 ARROWS = {name: {target for target in imports_of(name) if target != name} for name in MODULES}
 
 
@@ -87,3 +106,18 @@ def test_no_modules_import_each_other_in_a_circle():
         if name != "phi3_mlx":
             visit(name)
     assert len(done) == len(MODULES) - 1
+
+
+def test_a_public_name_means_one_thing():
+    homes = {}
+    for module, path in MODULES.items():
+        for name in {*defined_at_the_top(ast.parse(path.read_text(encoding="utf-8")).body)}:
+            if not name.startswith("_"):
+                homes.setdefault(name, set()).add(module)
+    several = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    for name in IN_EACH_ARCHITECTURE:
+        assert {room_of(module) for module in several.pop(name)} <= {"models", "config"}
+    for name in COMMANDS:
+        assert sorted(room_of(module) == "cli" for module in several.pop(name)) == [False, True]
+    assert {*several} == STILL_TWO, {name: modules for name, modules in several.items() if name not in STILL_TWO}
+    assert len(homes) > 500

@@ -17,10 +17,10 @@ from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import parse_config
 from phi3_mlx.store import hub
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.family import MEMBERS, parameter_count
 from phi3_mlx.text.chat import render_chat
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 pytest.importorskip("tiktoken")
 LINEARS = ("query_key_value", "dense", "up_proj", "down_proj")
@@ -56,7 +56,7 @@ def run(capsys):
 
 
 def test_the_chat_template_begins_with_bos(folder):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     ids = render_chat(tokenizer, [{"role": "user", "content": "the end"}])
     assert tokenizer.decode(ids, skip_special=False) == "<|endoftext|><|user|>\nthe end<|end|>\n<|assistant|>\n"
     assert {300, 304} <= tokenizer.stop_ids  # <|endoftext|>, <|end|>
@@ -64,7 +64,7 @@ def test_the_chat_template_begins_with_bos(folder):
 
 
 def test_the_released_vocabulary(shared):
-    tokenizer = load_tokenizer(shared / "tokenizers" / "phi-3-small")
+    tokenizer = read_tokenizer(shared / "tokenizers" / "phi-3-small")
     ids = render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
     assert ids == [100257, 100262, 198, 9906, 100266, 198, 100263, 198]
     assert tokenizer.stop_ids == {100257, 100266}
@@ -111,7 +111,7 @@ def test_what_is_packed_and_what_is_not(folder, packed):
         np.testing.assert_array_equal(tensors[f"{layer}{path}.bias"], source[f"{layer}{path}.bias"])
     assert tensors["model.final_layernorm.bias"].shape == (64,)
     assert "lm_head.weight" not in tensors
-    one, other = load_model(folder), load_model(packed)
+    one, other = read_model(folder), read_model(packed)
     ids = mx.array(ids_of(40))
     change = float(mx.abs(one(ids) - other(ids)).max() / one(ids).std())
     assert 0 < change < 3
@@ -120,7 +120,7 @@ def test_what_is_packed_and_what_is_not(folder, packed):
 def test_unpacked_again(packed, tmp_path):
     convert(packed, tmp_path / "plain", dequantize=True)
     ids = mx.array(ids_of(30))
-    one, other = load_model(packed)(ids), load_model(tmp_path / "plain")(ids)
+    one, other = read_model(packed)(ids), read_model(tmp_path / "plain")(ids)
     assert float(mx.abs(one - other).max()) < 1e-4
 
 
@@ -132,7 +132,7 @@ def test_a_head_that_repeats_the_embedding_and_buffers_are_left_out(folder, tmp_
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.zeros((8,))
     mx.save_safetensors(str(other / "model.safetensors"), tensors)
     ids = mx.array(ids_of(20))
-    np.testing.assert_array_equal(np.array(load_model(other)(ids)), np.array(load_model(folder)(ids)))
+    np.testing.assert_array_equal(np.array(read_model(other)(ids)), np.array(read_model(folder)(ids)))
     convert(other, tmp_path / "converted", bits=4, group_size=32, report=False)
     assert "lm_head.weight" not in mx.load(str(tmp_path / "converted" / "model.safetensors"))
 
@@ -158,7 +158,7 @@ def test_gptq_mixed_bits_and_the_report(folder, tmp_path):
     made = convert(folder, tmp_path / "mixed", target_bpw=6.0, group_size=32, calibration=text, report=False)
     assert made.bits_per_weight <= 6.0
     assert len({v["bits"] for v in made.recipe.values() if isinstance(v, dict)} | {made.recipe["bits"]}) > 1
-    load_model(tmp_path / "mixed")
+    read_model(tmp_path / "mixed")
 
 
 def test_mlx_lm_decodes_the_same_numbers(tmp_path):
@@ -172,7 +172,7 @@ def test_mlx_lm_decodes_the_same_numbers(tmp_path):
     folder = small_models.write(tmp_path / "model", blocksparse_block_size=32)
     theirs = phi3small.Model(phi3small.ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
     theirs.load_weights(str(folder / "model.safetensors"))
-    ours, ids = load_model(folder), mx.array(ids_of(150))
+    ours, ids = read_model(folder), mx.array(ids_of(150))
     cache, expected = make_prompt_cache(theirs), []
     for i in range(150):
         expected.append(theirs.model(ids[:, i : i + 1], cache))
@@ -190,7 +190,7 @@ def test_tuned_exported_imported_and_fused(dora, folder, packed, tmp_path, run):
     words = ["--steps", 3, "--rank", 2, "--learning-rate", 0.01, *(["--method", "dora"] if dora else [])]
     targets = [word for name in LINEARS for word in ("--target", name)]
     run("tune", "-m", base, "-d", data, "-o", adapter, *words, *targets)
-    model = load_model(base)
+    model = read_model(base)
     ids = mx.array(ids_of(40))
     plain = model(ids)
     adapters = Adapters(model)
@@ -200,9 +200,9 @@ def test_tuned_exported_imported_and_fused(dora, folder, packed, tmp_path, run):
     effect = float(mx.abs(adapted - plain).max())
     assert effect > 1e-3
     run("fuse", "--adapter", adapter, "-o", tmp_path / "fused", "--dequantize", "--dtype", "float32")
-    assert float(mx.abs(load_model(tmp_path / "fused")(ids) - adapted).max()) < 1e-3 * (1 + effect)
+    assert float(mx.abs(read_model(tmp_path / "fused")(ids) - adapted).max()) < 1e-3 * (1 + effect)
     run("fuse", "--adapter", adapter, "-o", tmp_path / "as-it-was")
-    assert load_model(tmp_path / "as-it-was").config.quantization == model.config.quantization
+    assert read_model(tmp_path / "as-it-was").config.quantization == model.config.quantization
     run("adapter", "export", adapter, "-o", tmp_path / "peft")
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert {name.rpartition(".")[2] for name in settings["target_modules"]} == set(LINEARS)

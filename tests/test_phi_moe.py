@@ -28,7 +28,7 @@ from phi3_mlx.errors import CheckpointError, ConfigError
 from phi3_mlx.models import build, experts, parse_config, shapes
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.phi_moe import route
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.quantization import DEFAULTS
 
 TOLERANCE = 1e-3  # the promise; measured: about 1e-5
@@ -296,7 +296,7 @@ def test_sequences_end_to_end_are_each_alone():
 def test_every_layout_loads(tmp_path, layout):
     weights = moe_models.random_weights(RAW)
     tensors = weights if layout == "mlx" else getattr(moe_models, layout)(weights)
-    model = load_model(moe_models.write(tmp_path / "model", RAW, tensors, shards=3))
+    model = read_model(moe_models.write(tmp_path / "model", RAW, tensors, shards=3))
     for name, array in tree_flatten(model.parameters()):
         assert mx.array_equal(array, weights[name]), name
 
@@ -307,7 +307,7 @@ def test_transformers_saves_what_loads(tmp_path):
     theirs, ids = moe_models.make_torch(RAW, moe_models.random_weights(RAW)), ids_of(20)
     for n, original in enumerate((True, False)):
         theirs.save_pretrained(tmp_path / str(n), save_original_format=original)
-        model = load_model(tmp_path / str(n))
+        model = read_model(tmp_path / str(n))
         assert off(logits_of(model, ids), logits_of(ours(), ids)) < 1e-5
 
 
@@ -319,7 +319,7 @@ def test_packed_experts_load_stacked_or_apart(tmp_path, layout):
     packed = dict(tree_flatten(model.parameters()))
     tensors = packed if layout == "mlx" else moe_models.hugging_face(packed)
     raw = {**RAW, "quantization": {"group_size": 32, "bits": 4}}
-    loaded = load_model(moe_models.write(tmp_path / "model", raw, tensors))
+    loaded = read_model(moe_models.write(tmp_path / "model", raw, tensors))
     ids = ids_of(50)
     assert off(logits_of(loaded, ids), logits_of(model, ids)) < 1e-5
     assert off(logits_of(loaded, ids), logits_of(ours(), ids)) > 0.1
@@ -329,7 +329,7 @@ def test_a_missing_expert_is_named(tmp_path):
     tensors = moe_models.hugging_face(moe_models.random_weights(RAW))
     del tensors["model.layers.1.block_sparse_moe.experts.5.w2.weight"]
     with pytest.raises(CheckpointError) as caught:
-        load_model(moe_models.write(tmp_path / "model", RAW, tensors))
+        read_model(moe_models.write(tmp_path / "model", RAW, tensors))
     assert "missing model.layers.1.block_sparse_moe.experts.5.w2.weight" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 2
 
@@ -342,7 +342,7 @@ def test_experts_are_stacked_one_by_one_in_loading(tmp_path):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = load_model(directory)
+    model = read_model(directory)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert mx.get_peak_memory() - before - weights < 2.5 * one < EXPERTS * one / 3
 

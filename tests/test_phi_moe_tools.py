@@ -32,7 +32,7 @@ from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import AdapterError, OptionError
 from phi3_mlx.models import build, decoder, experts, linear, parse_config, read_config
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.safetensors import find_weights
 from phi3_mlx.tuning import Settings
 from phi3_mlx.tuning import run as runs
@@ -71,7 +71,7 @@ def test_experts_are_stacked_and_packed_and_the_router_is_not(source, packed):
         assert stored[f"{path}.scales"].shape == (EXPERTS, rows, width // 32)
     assert json.loads((packed / "config.json").read_text())["quantization"][GATE] is False
     ids = ids_of(70)
-    exact, found = (logits_of(load_model(directory), ids) for directory in (source, packed))
+    exact, found = (logits_of(read_model(directory), ids) for directory in (source, packed))
     assert 0.05 < np.median(np.abs(found - exact)) / exact.std() < 0.5
 
 
@@ -80,7 +80,7 @@ def test_mlx_lm_loads_it(packed):
         warnings.simplefilter("ignore")  # its imports'
         utils = pytest.importorskip("mlx_lm.utils")
         theirs, _ = utils.load_model(packed)
-    expected = dict(tree_flatten(load_model(packed).parameters()))
+    expected = dict(tree_flatten(read_model(packed).parameters()))
     found = dict(tree_flatten(theirs.parameters()))
     assert found.keys() == expected.keys()
     for name, array in found.items():
@@ -92,7 +92,7 @@ def test_what_is_unpacked_is_the_source(layout, source, tmp_path):
     weights = moe_models.random_weights(VOCAB, near=0.5)
     other = moe_models.write(tmp_path / "other", VOCAB, getattr(moe_models, layout)(weights), tokenizer=True)
     convert(other, tmp_path / "plain", dequantize=True)
-    found = dict(tree_flatten(load_model(tmp_path / "plain").parameters()))
+    found = dict(tree_flatten(read_model(tmp_path / "plain").parameters()))
     for name, array in weights.items():
         assert mx.array_equal(array, found[name]), name
 
@@ -101,7 +101,7 @@ def test_a_recipe_names_experts_and_router(source, tmp_path):
     recipe = {"group_size": 32, "bits": 4, GATE: {"group_size": 32, "bits": 8}, "lm_head": False}
     recipe |= {path: {"group_size": 32, "bits": 3} for path in STACKS}
     convert(source, tmp_path / "mixed", recipe=recipe, report=False)
-    model = load_model(tmp_path / "mixed")
+    model = read_model(tmp_path / "mixed")
     block = model.layers[0].block_sparse_moe
     assert (block.gate.bits, block.switch_mlp.up_proj.bits, model.layers[0].self_attn.q_proj.bits) == (8, 3, 4)
     assert isinstance(block.switch_mlp.up_proj, experts.QuantizedSwitchLinear)
@@ -134,7 +134,7 @@ def test_bits_by_sensitivity_count_experts(source, tmp_path):
     made = convert(source, tmp_path / "chosen", target_bpw=5.0, group_size=32, calibration=TEXT, report=False)
     assert made.recipe[GATE] is False
     assert 4.8 < made.bits_per_weight <= 5.0
-    assert load_model(tmp_path / "chosen").layers[0].block_sparse_moe.switch_mlp.up_proj.bits in (2, 3, 4, 5, 6, 8)
+    assert read_model(tmp_path / "chosen").layers[0].block_sparse_moe.switch_mlp.up_proj.bits in (2, 3, 4, 5, 6, 8)
 
 
 def test_gptq_mends_each_expert_and_the_report_says_so(source, tmp_path):
@@ -190,13 +190,13 @@ def test_a_run_learns_on_packed_experts(packed, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     model, _ = load(str(packed), adapter=tmp_path / "adapter")
     ids = ids_of(20)
-    assert np.abs(logits_of(model, ids) - logits_of(load_model(packed), ids)).max() > 0.1
+    assert np.abs(logits_of(model, ids) - logits_of(read_model(packed), ids)).max() > 0.1
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_go_to_peft_and_back_and_into_the_model(source, packed, tmp_path, dora):
     ids = ids_of(30)
-    model = load_model(source)
+    model = read_model(source)
     adapters = attach(model, find_targets(model.config), 3, 6.0, dora=dora)
     randomize(adapters)
     model.eval()
@@ -209,17 +209,17 @@ def test_adapters_go_to_peft_and_back_and_into_the_model(source, packed, tmp_pat
     assert import_peft(tmp_path / "peft", tmp_path / "back", str(source)) == 4
     assert np.abs(logits_of(load(str(source), adapter=tmp_path / "back")[0], ids) - expected).max() < 1e-3
     fuse(tmp_path / "a", tmp_path / "fused")
-    assert np.abs(logits_of(load_model(tmp_path / "fused"), ids) - expected).max() < 1e-3
+    assert np.abs(logits_of(read_model(tmp_path / "fused"), ids) - expected).max() < 1e-3
 
 
 def test_fusing_leaves_packed_experts_as_they_are(packed, tmp_path):
-    model = load_model(packed)
+    model = read_model(packed)
     adapters = attach(model, find_targets(model.config), 3, 6.0)
     randomize(adapters)
     write_adapter(tmp_path / "a", *adapter_files(adapters, 1, base_of(packed, str(packed))))
     made = fuse(tmp_path / "a", tmp_path / "fused", bits=8, text=TEXT)
     assert made.packed
-    fused = load_model(tmp_path / "fused")
+    fused = read_model(tmp_path / "fused")
     assert fused.layers[0].self_attn.q_proj.bits == 8
     for name, array in tree_flatten(fused.layers[0].block_sparse_moe.parameters()):
         own = dict(tree_flatten(model.layers[0].block_sparse_moe.parameters()))[name]

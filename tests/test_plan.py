@@ -322,7 +322,7 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", loaded)
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.read_model", loaded)
     with pytest.raises(SystemExit) as done:
         main(["generate", "-p", "Write a story about a dog.", "--max-tokens", "3000"])
     assert done.value.code == 1

@@ -105,9 +105,9 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
 
 
 def test_a_fingerprint_is_the_same_however_many_numbers_are_summed_at_once(monkeypatch):
-    whole = cache_file.fingerprint(MODELS["3.5-mini"])
+    whole = cache_file.model_fingerprint(MODELS["3.5-mini"])
     monkeypatch.setattr(cache_file, "_SUMMED", 1000)
-    assert cache_file.fingerprint(MODELS["3.5-mini"]) == whole
+    assert cache_file.model_fingerprint(MODELS["3.5-mini"]) == whole
 
 
 @pytest.mark.parametrize("shared", [3, 40, 60, 90])

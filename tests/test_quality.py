@@ -15,7 +15,7 @@ from tuning_models import make_directory
 from phi3_mlx.conversion.rounding import rounded, uniform
 from phi3_mlx.errors import OptionError, PromptError
 from phi3_mlx.evaluation.quality import compare, log_softmax
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not even wake up."
 
@@ -27,7 +27,7 @@ def pair(tmp_path_factory):
     recipe = uniform(4, 64)
     a = write_model(folder / "a", source, None, rounded(source, None))
     b = write_model(folder / "b", source, recipe, rounded(source, recipe))
-    return load_model(a), load_model(b)
+    return read_model(a), read_model(b)
 
 
 def naive(model_a, model_b, pieces):
@@ -101,7 +101,7 @@ def test_other_tokens_leave_perplexity_per_character(pair):
 
 def test_another_vocabulary_leaves_perplexities(pair, tmp_path):
     source = RandomSource(num_hidden_layers=1, vocab_size=192)
-    other = load_model(write_model(tmp_path / "other", source, None, rounded(source, None)))
+    other = read_model(write_model(tmp_path / "other", source, None, rounded(source, None)))
     found = compare(pair[0], Letters(), other, Letters(), TEXT)
     assert found.kl is None
     assert "160 and 192" in found.note

@@ -14,7 +14,7 @@ from phi3_mlx.conversion.report import memory_needed, table, write_report
 from phi3_mlx.conversion.rounding import rounded, uniform
 from phi3_mlx.errors import PromptError
 from phi3_mlx.evaluation.quality import compare
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 TEXT = stories("sample")[:600]
 MIXED = {**uniform(4, 64), "model.layers.2.mlp.down_proj": uniform(2, 32), "model.layers.4.self_attn.o_proj": False}
@@ -35,8 +35,8 @@ def converted(tmp_path_factory):
 
 def test_it_finds_what_comparing_the_whole_models_finds(converted, tmp_path):
     source, directory, report = converted
-    original, tokenizer = load_model(write_model(tmp_path / "a", source, None, rounded(source, None))), trained()[1]
-    found = compare(original, tokenizer, load_model(directory), tokenizer, TEXT, window=64)
+    original, tokenizer = read_model(write_model(tmp_path / "a", source, None, rounded(source, None))), trained()[1]
+    found = compare(original, tokenizer, read_model(directory), tokenizer, TEXT, window=64)
     assert report.comparison.a.nats == pytest.approx(found.a.nats, rel=1e-5)
     assert report.comparison.b.nats == pytest.approx(found.b.nats, rel=1e-5)
     assert report.comparison.kl == pytest.approx(found.kl, rel=1e-3)
@@ -61,7 +61,7 @@ def test_errors_of_tensors_are_those_of_their_outputs(converted):
     norm = np.array(source.read("model.layers.0.input_layernorm.weight").astype(mx.float32))
     x = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + source.config["rms_norm_eps"]) * norm
     weight = np.array(source.read("model.layers.0.self_attn.qkv_proj.weight").astype(mx.float32))
-    layer = load_model(directory, dtype="float32").layers[0].self_attn.qkv_proj
+    layer = read_model(directory, dtype="float32").layers[0].self_attn.qkv_proj
     packed = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 64, 4))
     expected = np.linalg.norm(x @ (packed - weight).T) / np.linalg.norm(x @ weight.T)
     assert errors["model.layers.0.self_attn.qkv_proj"].relative_error == pytest.approx(expected, rel=1e-3)

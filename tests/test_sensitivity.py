@@ -14,7 +14,7 @@ from phi3_mlx.conversion import sensitivity
 from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, choose_recipe, measure, sizes_of
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 
 def size_of(source, recipe):
@@ -36,7 +36,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def reference(tiny, tmp_path_factory):
     source = tiny[0]
-    return load_model(write_model(tmp_path_factory.mktemp("tiny") / "model", source, None, rounded(source, None)))
+    return read_model(write_model(tmp_path_factory.mktemp("tiny") / "model", source, None, rounded(source, None)))
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -183,7 +183,7 @@ def test_the_recipe_as_json_makes_the_same_model_again(tiny, tmp_path):
     widths = {of["bits"] for of in packings(recipe, source.tensors, "test").values()}
     assert widths <= {3, 4, 6}
     assert len(widths) > 1
-    model = load_model(write_model(tmp_path / "model", source, recipe, rounded(source, recipe)))
+    model = read_model(write_model(tmp_path / "model", source, recipe, rounded(source, recipe)))
     for path, own in recipe.items():
         if "." in path:
             layer = model.layers[int(path.split(".")[2])] if "layers" in path else model.model

@@ -16,7 +16,7 @@ from phi3_mlx import Conversation, batch_generate, generate, load, stream_genera
 from phi3_mlx.cli import main
 from phi3_mlx.errors import OptionError
 from phi3_mlx.text.stops import Stops, StopStrings
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 HELLO, YOU, NEW_LINE, SPACE, PLACE = 316, 354, 13, 3943, 4002
 
@@ -123,17 +123,17 @@ def test_a_conversation_goes_on_after_a_stop_token_without_it(chatty):
 
 
 def test_tokens_of_other_vocabularies_as_stops(tmp_path: Path):
-    big = load_tokenizer(byte_level(tmp_path / "big", PHI4_TOKENS, strip=True, eos_token="<|im_end|>"))
+    big = read_tokenizer(byte_level(tmp_path / "big", PHI4_TOKENS, strip=True, eos_token="<|im_end|>"))
     start, end, text_end = (big.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
     assert Stops(big, ["the end", "<|im_start|>", "\n\n<|im_sep|>"]).ids == {start, end, text_end}
     assert Stops(big, ["\n\n<|im_sep|>"]).hidden == {big.token_to_id("<|im_sep|>"): "<|im_sep|>"}
     pytest.importorskip("tiktoken")
-    ranks = load_tokenizer(tiktoken_ranks(tmp_path / "ranks"))
+    ranks = read_tokenizer(tiktoken_ranks(tmp_path / "ranks"))
     assert Stops(ranks, ["<|user|>", "the"]).ids == ranks.stop_ids | {ranks.token_to_id("<|user|>")}
 
 
 def test_a_token_that_ends_answers_is_seen_by_stop_strings_though_it_is_no_special_one():
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = read_tokenizer(TINY)
     assert Stops(tokenizer, ["x</s>"]).hidden == {}  # an answer shows it
     tokenizer.stop_ids |= {2}
     assert Stops(tokenizer, ["x</s>"]).hidden == {2: "</s>"}

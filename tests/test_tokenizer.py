@@ -27,7 +27,7 @@ from tokenizer_samples import (
 )
 
 from phi3_mlx.errors import OptionError, PromptError, TokenizerError
-from phi3_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 # Our tokenizer under test: a folder of the fixture below, and the backend that reads it.
 KINDS = {
@@ -66,7 +66,7 @@ def cases(folders: dict[str, Path]) -> dict:
     """For each kind: (our tokenizer, the library's full one, the library's one without added tokens)."""
     return {
         kind: (
-            load_tokenizer(folders[name], backend=backend),
+            read_tokenizer(folders[name], backend=backend),
             library(folders[name]),
             library(folders[name], added=False),
         )
@@ -144,12 +144,12 @@ def test_truncation_in_the_file_is_ignored(tmp_path: Path):
     full.enable_padding(length=64)
     full.save(str(folder / "tokenizer.json"))
     text = "once upon a time there was a rabbit"
-    assert load_tokenizer(folder).encode(text, special=True) == ids_of(library(TINY), text)
+    assert read_tokenizer(folder).encode(text, special=True) == ids_of(library(TINY), text)
 
 
 @pytest.mark.parametrize("backend", ["tokenizers", "sentencepiece"])
 def test_lone_surrogates_are_refused(backend: str):
-    tokenizer = load_tokenizer(TINY, backend=backend)
+    tokenizer = read_tokenizer(TINY, backend=backend)
     for special in (True, False):
         with pytest.raises(PromptError, match=r"U\+D83D, at character 3"):
             tokenizer.encode("ab\ud83d", special=special)
@@ -231,7 +231,7 @@ def test_stream_looks_at_every_token_once(cases, monkeypatch: pytest.MonkeyPatch
 def ranks(folders: dict[str, Path]):
     """(our tokenizer, tiktoken's own over the same ranks with its own cl100k_base pattern)."""
     tiktoken = pytest.importorskip("tiktoken")
-    return load_tokenizer(folders["ranks"]), reference_encoding(tiktoken, folders["ranks"] / "sample.tiktoken", 300)
+    return read_tokenizer(folders["ranks"]), reference_encoding(tiktoken, folders["ranks"] / "sample.tiktoken", 300)
 
 
 def reference_encoding(tiktoken, path: Path, first_special: int):
@@ -287,7 +287,7 @@ def test_tiktoken_lookups(ranks):
 def test_tiktoken_missing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(TokenizerError, match=r'pip install "phi3-mlx\[tiktoken\]"'):
-        load_tokenizer(folders["ranks"])
+        read_tokenizer(folders["ranks"])
 
 
 # --------------------------------------------------------------------------- what a directory says
@@ -295,52 +295,52 @@ def test_tiktoken_missing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPa
 
 def test_choice_of_file(tmp_path: Path):
     folder = copy_of(TINY, tmp_path)
-    assert type(load_tokenizer(folder)).__name__ == "JsonTokenizer"
-    assert type(load_tokenizer(folder, backend="sentencepiece")).__name__ == "SentencePieceTokenizer"
+    assert type(read_tokenizer(folder)).__name__ == "JsonTokenizer"
+    assert type(read_tokenizer(folder, backend="sentencepiece")).__name__ == "SentencePieceTokenizer"
     (folder / "tokenizer.json").unlink()
-    assert type(load_tokenizer(folder)).__name__ == "SentencePieceTokenizer"
+    assert type(read_tokenizer(folder)).__name__ == "SentencePieceTokenizer"
     with pytest.raises(TokenizerError, match=r"looked for tokenizer\.json;"):
-        load_tokenizer(folder, backend="tokenizers")
+        read_tokenizer(folder, backend="tokenizers")
     with pytest.raises(OptionError, match="'spm' is unknown"):
-        load_tokenizer(folder, backend="spm")
+        read_tokenizer(folder, backend="spm")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(TokenizerError, match=r"no config\.json, so it is not a model directory"):
-        load_tokenizer(folder)
+        read_tokenizer(folder)
     (folder / "config.json").touch()
     with pytest.raises(TokenizerError, match=r"looked for tokenizer\.json, tokenizer\.model, \*\.tiktoken") as caught:
-        load_tokenizer(folder)
+        read_tokenizer(folder)
     assert str(folder) in str(caught.value)
 
 
 def test_stop_ids(tmp_path: Path):
     folder = copy_of(TINY, tmp_path / "a")
-    assert load_tokenizer(folder).stop_ids == {ENDOFTEXT, ASSISTANT, END}
+    assert read_tokenizer(folder).stop_ids == {ENDOFTEXT, ASSISTANT, END}
     write_json(folder / "generation_config.json", {"eos_token_id": [2, 4007]})
     write_json(folder / "config.json", {"eos_token_id": 17})
     for backend in ("tokenizers", "sentencepiece"):
-        assert load_tokenizer(folder, backend=backend).stop_ids == {2, 17, ENDOFTEXT, ASSISTANT, END}
+        assert read_tokenizer(folder, backend=backend).stop_ids == {2, 17, ENDOFTEXT, ASSISTANT, END}
     for wrong in ("<|end|>", [True], [4007, "2"], 4.0):
         write_json(folder / "generation_config.json", {"eos_token_id": wrong})
         with pytest.raises(TokenizerError, match=r"generation_config\.json has eos_token_id"):
-            load_tokenizer(folder)
+            read_tokenizer(folder)
 
 
 def test_stop_ids_of_the_byte_level_models(tmp_path: Path):
-    mini = load_tokenizer(byte_level(tmp_path / "mini", PHI4_MINI_TOKENS, strip=True))
+    mini = read_tokenizer(byte_level(tmp_path / "mini", PHI4_MINI_TOKENS, strip=True))
     assert mini.stop_ids == {mini.token_to_id("<|end|>"), mini.token_to_id("<|endoftext|>")}
-    big = load_tokenizer(byte_level(tmp_path / "big", PHI4_TOKENS, strip=True, eos_token="<|im_end|>"))
+    big = read_tokenizer(byte_level(tmp_path / "big", PHI4_TOKENS, strip=True, eos_token="<|im_end|>"))
     assert big.stop_ids == {big.token_to_id("<|im_end|>"), big.token_to_id("<|endoftext|>")}
     assert big.eos_token_id == big.token_to_id("<|im_end|>")
 
 
 def test_special_tokens_without_tokenizer_config(tmp_path: Path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    bare = load_tokenizer(tmp_path)
+    bare = read_tokenizer(tmp_path)
     assert (bare.vocab_size, bare.special_ids, bare.bos_token_id, bare.eos_token_id) == (4000, {0, 1, 2}, 1, 2)
     assert bare.encode("<s>hi", special=True)[0] == 1
     write_json(tmp_path / "added_tokens.json", {"<|end|>": 4007, "<|endoftext|>": 4000})
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": {"content": "<|end|>"}, "bos_token": None})
-    named = load_tokenizer(tmp_path)
+    named = read_tokenizer(tmp_path)
     assert (named.eos_token_id, named.bos_token_id, named.pad_token_id) == (4007, None, 4000)
     assert named.encode("<|end|>", special=True) == [4007]
     assert named.id_to_token(4003) is None
@@ -352,7 +352,7 @@ def test_bos_without_a_word_in_tokenizer_config(tmp_path: Path):
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del config["add_bos_token"]
     write_json(folder / "tokenizer_config.json", config)
-    assert load_tokenizer(folder).add_bos_token is False
+    assert read_tokenizer(folder).add_bos_token is False
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     bos, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
@@ -363,16 +363,16 @@ def test_bos_without_a_word_in_tokenizer_config(tmp_path: Path):
         "special_tokens": special,
     }
     write_json(folder / "tokenizer.json", description | {"post_processor": template})
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     assert tokenizer.add_bos_token is True
     assert tokenizer.encode("hi", special=True) == library(TINY).encode("hi").ids  # `encode` itself never adds it
     write_json(folder / "tokenizer_config.json", config | {"add_bos_token": False})
-    assert load_tokenizer(folder).add_bos_token is False
+    assert read_tokenizer(folder).add_bos_token is False
 
 
 def test_where_the_chat_template_comes_from(tmp_path: Path):
     def template() -> str | None:
-        return load_tokenizer(tmp_path, backend="sentencepiece").chat_template
+        return read_tokenizer(tmp_path, backend="sentencepiece").chat_template
 
     copy_of(TINY, tmp_path, chat_template=None)
     assert template() is None
@@ -388,18 +388,18 @@ def test_other_chat_templates_have_names(tmp_path: Path):
     """Of a list in tokenizer_config.json, or of files, which hold instead of it."""
     listed = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     copy_of(TINY, tmp_path, chat_template=listed)
-    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    tokenizer = read_tokenizer(tmp_path, backend="sentencepiece")
     assert (tokenizer.chat_template, tokenizer.named_templates) == ("d", {"tool_use": "t"})
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("from a folder", encoding="utf-8")
-    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    tokenizer = read_tokenizer(tmp_path, backend="sentencepiece")
     assert tokenizer.named_templates == {"tool_use": "t", "rag": "from a folder"}
     (tmp_path / "chat_template.jinja").write_text("j", encoding="utf-8")
-    tokenizer = load_tokenizer(tmp_path, backend="sentencepiece")
+    tokenizer = read_tokenizer(tmp_path, backend="sentencepiece")
     assert (tokenizer.chat_template, tokenizer.named_templates) == ("j", {"rag": "from a folder"})
     (tmp_path / "additional_chat_templates" / "bad.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"bad\.jinja is not readable"):
-        load_tokenizer(tmp_path, backend="sentencepiece")
+        read_tokenizer(tmp_path, backend="sentencepiece")
 
 
 def test_what_a_chat_template_knows_by_name(tmp_path: Path):
@@ -411,13 +411,13 @@ def test_what_a_chat_template_knows_by_name(tmp_path: Path):
         "add_bos_token": False,
     }
     copy_of(TINY, tmp_path, **tokens, extra_special_tokens={"audio_token": "<|audio|>"})
-    named = load_tokenizer(tmp_path, backend="sentencepiece").special_tokens
+    named = read_tokenizer(tmp_path, backend="sentencepiece").special_tokens
     assert {name: named.get(name) for name in ("bos_token", "eos_token", "image_token", "audio_token")} == {
         "bos_token": None, "eos_token": "<|end|>", "image_token": "<|image|>", "audio_token": "<|audio|>"
     }  # fmt: skip
     assert "add_bos_token" not in named
     (tmp_path / "tokenizer_config.json").unlink()
-    assert load_tokenizer(tmp_path, backend="sentencepiece").special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert read_tokenizer(tmp_path, backend="sentencepiece").special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 # -------------------------------------------------------------------------------------- bad material
@@ -454,7 +454,7 @@ def test_damaged_files_give_one_line(tmp_path: Path, name: str, content: bytes, 
     folder = copy_of(TINY, tmp_path, **({"added_tokens_decoder": None} if name == "added_tokens.json" else {}))
     (folder / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=message) as caught:
-        load_tokenizer(folder, backend="tokenizers" if name == "tokenizer.json" else "sentencepiece")
+        read_tokenizer(folder, backend="tokenizers" if name == "tokenizer.json" else "sentencepiece")
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -463,14 +463,14 @@ def test_added_tokens_of_another_model(tmp_path: Path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     write_json(tmp_path / "added_tokens.json", {"<|end|>": 3999})
     with pytest.raises(TokenizerError, match=r"declares <\|end\|> as id 3999, but .* of different models"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_a_sentencepiece_model_whose_pieces_are_no_text_is_refused(tmp_path: Path):
     whole = (TINY / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(whole.replace("\u2581the".encode(), b"\xe2\x96\xfethe", 1))
     with pytest.raises(TokenizerError, match="not a readable SentencePiece model"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_truncated_sentencepiece_model(tmp_path: Path):
@@ -478,7 +478,7 @@ def test_truncated_sentencepiece_model(tmp_path: Path):
     for size in (1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "tokenizer.model").write_bytes(whole[:size])
         with pytest.raises(TokenizerError, match="not a readable SentencePiece model"):
-            load_tokenizer(tmp_path)
+            read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -498,14 +498,14 @@ def test_damaged_ranks(tmp_path: Path, edit, message: str):
     path = tiktoken_ranks(tmp_path) / "sample.tiktoken"
     path.write_bytes(b"\n".join(edit(path.read_bytes().splitlines())))
     with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_ranks_that_are_not_cl100k_need_declared_tokens(tmp_path: Path):
     pytest.importorskip("tiktoken")
     (tiktoken_ranks(tmp_path) / "tokenizer_config.json").unlink()
     with pytest.raises(TokenizerError, match="has 268 ranks, cl100k_base has 100,256"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 # -------------------------------------------------------------------------------- the released files
@@ -530,7 +530,7 @@ def test_released_mini(shared: Path, name: str):
     full, plain = library(folder), library(folder, added=False)
     backends = ["tokenizers", "sentencepiece"] if (folder / "tokenizer.model").exists() else ["tokenizers"]
     for backend in backends:
-        ours = load_tokenizer(folder, backend=backend)
+        ours = read_tokenizer(folder, backend=backend)
         assert ours.stop_ids == {32000, 32001, 32007}
         assert ours.vocab_size == 32011
         for line in [*lines, *ODD_TEXTS]:
@@ -543,7 +543,7 @@ def test_released_mini(shared: Path, name: str):
 
 def test_released_mini_any_text(shared: Path):
     folder = shared / "tokenizers" / "phi-3-mini"
-    case = load_tokenizer(folder, backend="sentencepiece"), library(folder), library(folder, added=False)
+    case = read_tokenizer(folder, backend="sentencepiece"), library(folder), library(folder, added=False)
 
     @settings(max_examples=150, deadline=None)
     @given(texts)
@@ -556,7 +556,7 @@ def test_released_mini_any_text(shared: Path):
 def test_released_small(shared: Path):
     tiktoken = pytest.importorskip("tiktoken")
     folder = shared / "tokenizers" / "phi-3-small"
-    ours, theirs = load_tokenizer(folder), reference_encoding(tiktoken, folder / "cl100k_base.tiktoken", 100257)
+    ours, theirs = read_tokenizer(folder), reference_encoding(tiktoken, folder / "cl100k_base.tiktoken", 100257)
     assert ours.stop_ids == {100257, 100266}
     assert ours.bos_token_id == ours.eos_token_id == 100257
     assert ours.encode("<|endoftext|><|user|>\nHello<|end|>\n<|assistant|>\n", special=True) == [

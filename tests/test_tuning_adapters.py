@@ -20,7 +20,7 @@ from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError, OptionError
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 
@@ -37,7 +37,7 @@ def packed(tmp_path_factory):
 
 def make_adapter(directory, folder, *, targets=(), layers=None, rank=3, strength=1.0, seed=0, **options):
     """A folder whose adapter changes much, and the logits of the model with it."""
-    model = load_model(directory)
+    model = read_model(directory)
     adapters = attach(model, find_targets(model.config, targets, layers), rank, 2.0 * rank, **options)
     randomize(adapters, seed)
     for adapter in adapters.values():
@@ -72,7 +72,7 @@ KINDS = {
 def test_folder_is_read_here_and_by_mlx_lm(kind, packed, tmp_path):
     """The logits of training, after a round trip through the disk, in both packages."""
     expected = make_adapter(packed, tmp_path / "a", **KINDS[kind])
-    plain = logits(load_model(packed))
+    plain = logits(read_model(packed))
     assert off(expected, plain) > 0.5
     assert off(logits(load(str(packed), adapter=tmp_path / "a")[0]), expected) < 1e-3
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def test_mlx_lm_adapters_are_read(base, tmp_path):
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "somewhere"}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     expected = np.array(theirs(IDS)[0])
-    assert off(expected, logits(load_model(base))) > 0.5
+    assert off(expected, logits(read_model(base))) > 0.5
     assert off(logits(load(str(base), adapter=str(tmp_path / "a"))[0]), expected) < 1e-3
 
 
@@ -147,7 +147,7 @@ def test_several_are_weighted_and_switched(base, tmp_path):
     """Without reading the base again; weights count the change, so 0 is the base and 1 the adapter."""
     one = make_adapter(base, tmp_path / "one", targets=("o_proj",), strength=0.1)
     two = make_adapter(base, tmp_path / "two", targets=("o_proj", "down_proj"), dora=True, seed=1, strength=0.1)
-    model = load_model(base)
+    model = read_model(base)
     plain = logits(model)
     adapters = Adapters(model, base_of(base, "base"))
     adapters.load("one", tmp_path / "one")
@@ -228,7 +228,7 @@ def torch_model(directory):
     pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch, oracle.make_torch(RAW, load_model(directory))
+        return torch, oracle.make_torch(RAW, read_model(directory))
 
 
 def torch_logits(torch, model):
@@ -293,7 +293,7 @@ def test_imported_adapter_gives_pefts_logits(options, base, tmp_path):
     expected = torch_logits(torch, model)
     assert import_peft(tmp_path / "peft", tmp_path / "a", str(base)) == 12
     assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 1e-3
-    assert off(expected, logits(load_model(base))) > 0.5
+    assert off(expected, logits(read_model(base))) > 0.5
 
 
 def test_an_adapter_folder_appears_with_all_its_files(base, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_split_projections_are_joined_exactly(base, tmp_path):
     rng = np.random.default_rng(0)
     draw = lambda *shape: (0.3 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
     rows = {"q_proj": (0, 64, 2), "v_proj": (96, 128, 4), "gate_proj": (0, 96, 3)}
-    tensors, expected = {}, load_model(base)
+    tensors, expected = {}, read_model(base)
     for part, (first, end, rank) in rows.items():
         home, fused = ("mlp", "gate_up_proj") if "gate" in part else ("self_attn", "qkv_proj")
         a, b = draw(rank, 64), draw(end - first, rank)
@@ -383,7 +383,7 @@ def test_fused_floats_are_the_adapted_model(kind, base, packed, tmp_path):
         expected = make_adapter(directory, tmp_path / f"a{n}", **KINDS[kind])
         done = fuse(tmp_path / f"a{n}", tmp_path / f"m{n}", dequantize=bool(n), dtype="float32")
         assert done.survived is None
-        model = load_model(tmp_path / f"m{n}")
+        model = read_model(tmp_path / f"m{n}")
         assert model.config.quantization is None
         assert off(logits(model), expected) < 1e-3
     done = fuse(tmp_path / "a0", tmp_path / "half", dtype="bfloat16")
@@ -396,11 +396,11 @@ def test_fused_floats_are_the_adapted_model(kind, base, packed, tmp_path):
 def test_fused_into_4_bits_says_what_is_left(packed, tmp_path):
     """A small change is rounded away, and the figure says so; 8 bits for the changed layers keep it."""
     adapted = make_adapter(packed, tmp_path / "a", strength=0.05)
-    plain = logits(load_model(packed))
+    plain = logits(read_model(packed))
     rounded = fuse(tmp_path / "a", tmp_path / "four")
     kept = fuse(tmp_path / "a", tmp_path / "eight", bits=8)
     assert rounded.survived < 0.5 < 0.9 < kept.survived <= 1
-    four, eight = logits(load_model(tmp_path / "four")), logits(load_model(tmp_path / "eight"))
+    four, eight = logits(read_model(tmp_path / "four")), logits(read_model(tmp_path / "eight"))
     effect = np.square(adapted - plain).sum()
     assert np.square(eight - adapted).sum() < 0.1 * effect
     assert np.square(four - adapted).sum() > 0.3 * effect

@@ -10,7 +10,7 @@ from tuning_models import facts, write_jsonl
 
 from phi3_mlx.errors import ChatError, DataError, OptionError
 from phi3_mlx.text.chat import render_chat, render_training_chat
-from phi3_mlx.text.tokenizer import load_tokenizer
+from phi3_mlx.text.tokenizer import read_tokenizer
 from phi3_mlx.tuning.data import Record, hold_out, read_data
 from phi3_mlx.tuning.examples import encode_records, histogram
 
@@ -25,7 +25,7 @@ OK = {"prompt": "Hi", "completion": "Hello"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(TINY)
+    return read_tokenizer(TINY)
 
 
 def record(messages=None, text=None):
@@ -139,7 +139,7 @@ def test_holding_out_leaves_something_to_train_on(examples, share, kept):
 )
 def test_ids_are_the_prompts_and_answers_are_what_follows_them(template, flags, tmp_path):
     """By ids: after the ids of the prompt of each turn come that turn's, which end with the token that stops."""
-    words = load_tokenizer(copy_of(TINY, tmp_path, flags=flags))
+    words = read_tokenizer(copy_of(TINY, tmp_path, flags=flags))
     words.chat_template = template
     ids, turns = render_training_chat(words, TALK)
     assert ids == render_chat(words, TALK, add_generation_prompt=False)
@@ -167,7 +167,7 @@ def test_the_same_words_of_the_user_are_not_learnt(tokenizer):
 
 
 def test_a_template_that_rewrites_answers_is_refused(tokenizer, tmp_path):
-    words = load_tokenizer(TINY)
+    words = read_tokenizer(TINY)
     words.chat_template = JUNE.replace("message['content']", "message['content'] * 2")
     with pytest.raises(ChatError, match="changes what the assistant said"):
         render_training_chat(words, TALK)

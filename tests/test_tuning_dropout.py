@@ -77,7 +77,7 @@ def test_checkpointing_hides_the_same_numbers_twice(options):
 
 def test_the_output_layers_adapter_hides_the_same_for_loss_and_gradient(monkeypatch):
     """Its logits are computed twice, piece by piece: once for the loss, once for the gradient, taken at once."""
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 8 * 96)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * 96)
     monkeypatch.setattr(loss, "_ROWS", 1)
     model = oracle.make_ours(slim(CONFIGS["mini-4k"]))
     model.freeze()

@@ -343,7 +343,7 @@ def test_a_start_that_fails_leaves_no_folder_that_is_in_the_way(base, data, tmp_
         with pytest.raises(OptionError, match="TensorBoard is not installed"):
             tune(str(base), data, out, **options, tensorboard=True)
     with monkeypatch.context() as patch:
-        patch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *_, **__: 1 / 0)
+        patch.setattr("phi3_mlx.store.checkpoint.read_model", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tune(str(base), data, out, **options)
     assert not out.exists()

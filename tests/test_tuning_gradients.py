@@ -164,7 +164,7 @@ def test_the_output_layer_runs_on_trained_places_alone(monkeypatch):
     whole = float(part_loss(model, make_part(data)).item())
     assert set(seen) == {count(data)}
     seen.clear()
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 96)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * 96)
     monkeypatch.setattr(loss, "_ROWS", 1)
     assert float(part_loss(model, make_part(data)).item()) == pytest.approx(whole, rel=1e-6)
     assert max(seen) == 4
@@ -175,7 +175,7 @@ def test_pieces_have_the_gradients_of_the_whole(name, monkeypatch):
     """Of hidden states and of the output layer, its own or the embedding's, whose gradient has two sources then."""
     from phi3_mlx.tuning import loss
 
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 96)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * 96)
     monkeypatch.setattr(loss, "_ROWS", 1)
     model, _ = make(name)
     detach(model)

@@ -149,7 +149,7 @@ def test_the_run_says_what_it_began_with_and_can_be_resumed(base, data, adapter,
     ],
 )
 def test_what_the_adapter_decides_is_not_to_be_chosen_again(base, data, adapter, tmp_path, monkeypatch, options, said):
-    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.read_model", lambda *a, **k: pytest.fail("was loaded"))
     with pytest.raises(OptionError) as caught:
         tune(base, data, tmp_path / "out", **SMALL, from_adapter=adapter, **options)
     assert str(caught.value).startswith(said.format(adapter))

@@ -15,7 +15,7 @@ from phi3_mlx.adapters.peft_config import alpha_of
 from phi3_mlx.adapters.principal import taken_out
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError
-from phi3_mlx.store.checkpoint import load_model
+from phi3_mlx.store.checkpoint import read_model
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -55,7 +55,7 @@ TENSORS = {f"{DOWN}.lora_A": draw(2, 96), f"{DOWN}.lora_B": draw(64, 2, seed=1)}
 def peft_logits(base, folder, config, scale=0.3):
     """PEFT's own logits of an adapter that it made on `base`, changed as training would, saved and loaded again."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    new = lambda: oracle.make_torch({**RAW, "num_hidden_layers": 2}, load_model(base))  # noqa: E731
+    new = lambda: oracle.make_torch({**RAW, "num_hidden_layers": 2}, read_model(base))  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(new(), peft.LoraConfig(**config))
@@ -99,7 +99,7 @@ def test_an_imported_adapter_is_what_peft_loads(name, base, tmp_path):
     config = {"r": 4, "lora_alpha": 6, "target_modules": list(NAMES), **INITS[name]}
     expected = peft_logits(base, tmp_path / "peft", config)
     import_peft(tmp_path / "peft", tmp_path / "a", str(base))
-    plain = logits(load_model(base))
+    plain = logits(read_model(base))
     assert off(expected, plain) > 0.5
     assert off(logits(load(str(base), adapter=tmp_path / "a")[0]), expected) < 2e-3
 
@@ -111,7 +111,7 @@ def test_what_peft_has_converted_is_a_plain_adapter(init, base, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(NAMES), use_rslora=True, init_lora_weights=init)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(oracle.make_torch({**RAW, "num_hidden_layers": 2}, load_model(base)), config).eval()
+        model = peft.get_peft_model(oracle.make_torch({**RAW, "num_hidden_layers": 2}, read_model(base)), config).eval()
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(str(tmp_path / "initial"))
         model.peft_config["default"].init_lora_weights = init
@@ -139,7 +139,7 @@ def test_an_adapter_that_is_none_of_pefts_needs_no_import(base, tmp_path):
 
 def test_untrained_pissa_and_olora_change_nothing(base, tmp_path):
     """The file holds W's own part, which the base then lost: together they are the base."""
-    weight = np.array(load_model(base).layers[1].mlp.down_proj.weight)
+    weight = np.array(read_model(base).layers[1].mlp.down_proj.weight)
     for kind in ("pissa", "olora"):
         # s B A with s = 3, as the settings have it
         b, a = taken_out(kind, weight, 2, 3.0)
@@ -282,7 +282,7 @@ def with_head(base, folder):
 def test_the_output_layer_goes_to_peft_and_back(split, base, tmp_path):
     folder = with_head(base, tmp_path / "a")
     expected = logits(load(str(base), adapter=folder)[0])
-    assert off(expected, logits(load_model(base))) > 0.5
+    assert off(expected, logits(read_model(base))) > 0.5
     export_peft(folder, tmp_path / "peft", model=str(base), split=split)
     names = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))
     assert "base_model.model.lm_head.lora_A.weight" in names
@@ -291,7 +291,7 @@ def test_the_output_layer_goes_to_peft_and_back(split, base, tmp_path):
     import_peft(tmp_path / "peft", tmp_path / "b", str(base))
     assert off(logits(load(str(base), adapter=tmp_path / "b")[0]), expected) < 1e-3
     fuse(folder, tmp_path / "fused", model=str(base))
-    assert off(logits(load_model(tmp_path / "fused")), expected) < 1e-3
+    assert off(logits(read_model(tmp_path / "fused")), expected) < 1e-3
 
 
 def test_the_output_layers_adapter_is_pefts_and_mlx_lms(base, tmp_path):
@@ -301,7 +301,7 @@ def test_the_output_layers_adapter_is_pefts_and_mlx_lms(base, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = oracle.make_torch({**RAW, "num_hidden_layers": 2}, load_model(base))
+        theirs = oracle.make_torch({**RAW, "num_hidden_layers": 2}, read_model(base))
         theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
         with torch.no_grad():
             found = theirs(torch.tensor(np.array(IDS).astype(np.int64)), use_cache=False).logits[0].numpy()

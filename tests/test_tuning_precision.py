@@ -92,7 +92,7 @@ def test_the_output_layers_pieces_add_up_in_float32(dtype, base, monkeypatch):
     part = make_part(examples([120], trained=1.0))
     model, _ = make(base, dtype, method="full")
     whole = flat(Gradients(model).of(part)[1])["lm_head.weight"]
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4032)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4032)
     monkeypatch.setattr(loss, "_ROWS", 1)
     pieces = flat(Gradients(model).of(part)[1])["lm_head.weight"]
     assert np.linalg.norm(pieces - whole) / np.linalg.norm(whole) < (2e-3 if dtype == "bfloat16" else 3e-4)

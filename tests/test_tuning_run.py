@@ -337,7 +337,7 @@ def test_padding_and_text_outside_answers_never_count(base, tmp_path):
 
 def test_too_large_a_run_is_refused_before_loading(base, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [{"text": "a hat and a ball " * 30}] * 64)
-    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.read_model", lambda *a, **k: pytest.fail("was loaded"))
     options = {"batch_size": 64, "steps": 1}
     with pytest.raises(
         MemoryLimitError, match=r"needs about .* MB .*weights.*it would fit with gradient_checkpointing=True"

@@ -341,7 +341,7 @@ def test_yaml_reads_numbers_as_people_write_them(tmp_path):
 
 
 def test_a_plan_comes_before_loading_and_force_overrides_it(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("phi3_mlx.store.checkpoint.load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.read_model", lambda *a, **k: pytest.fail("was loaded"))
     for memory in (10_000, "10kB"):
         with pytest.raises(MemoryLimitError, match=r"10 kB may be used; even with .*; force=True tries all the same$"):
             tune(base, data, tmp_path / "out", **SMALL, memory=memory)

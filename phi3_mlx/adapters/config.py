@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 from ..errors import AdapterError
 from ..fields import Fields, shorten
 
+CONFIG = "adapter_config.json"
 WEAKEST, STRONGEST = 1e-6, 65504.0  # of scales: below the one nothing is learnt; the other is float16's largest number
 Kind = Literal["lora", "dora", "full"]
 _READ = {"fine_tune_type", "use_dora", "lora_parameters", "model", "base_model", "phi3_mlx"}
@@ -34,7 +35,7 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
                 f"{directory} cannot be used: {shorten(key, quote=False)} is {shorten(value)}, which is not known "
                 "here; if it matters in training alone, take it out of adapter_config.json"
             )
-    kind_of(directory, config)
+    adapter_kind(directory, config)
 
 
 def is_neutral(value: Any) -> bool:
@@ -42,7 +43,7 @@ def is_neutral(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def kind_of(directory: Path, config: Mapping[str, Any]) -> Kind:
+def adapter_kind(directory: Path, config: Mapping[str, Any]) -> Kind:
     """What a folder holds: low-rank changes without or with magnitudes, or whole weights. Raises AdapterError."""
     fields = _fields(directory, config)
     kind = fields.text("fine_tune_type", "lora")
@@ -72,4 +73,4 @@ def is_rslora(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _fields(directory: Path, config: Mapping[str, Any]) -> Fields:
-    return Fields(config, directory / "adapter_config.json", AdapterError)
+    return Fields(config, directory / CONFIG, AdapterError)

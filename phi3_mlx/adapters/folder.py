@@ -29,11 +29,12 @@ from ..places import instead_of_adapter
 from ..store import hub
 from ..store.atomic import named, new_files
 from ..store.checkpoint import read_arrays
+from ..store.finite import is_finite
 from ..store.safetensors import find_weights, read_header
-from .config import check_config, kind_of, scale_in
+from .config import CONFIG, adapter_kind, check_config, scale_in
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
 _SAMPLE = 4096  # bytes of a tensor that its fingerprint reads, at its beginning, middle and end
 
 
@@ -231,7 +232,7 @@ class Adapters:
         tensors, config = read_adapter(directory)
         if self._base is not None:
             check_base(directory, config, self._base)
-        if kind_of(directory, config) == "full":
+        if adapter_kind(directory, config) == "full":
             raise AdapterError(
                 f"{directory} holds whole weights (full fine-tuning): phi3-mlx fuse makes a model of them"
             )
@@ -286,7 +287,7 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
     for n, (folder, weight) in enumerate(weights.items()):
         directory = Path(folder).expanduser()
         config = read_config_of(directory)
-        if kind_of(directory, config) == "full":
+        if adapter_kind(directory, config) == "full":
             if len(weights) > 1 or weight != 1.0:
                 raise AdapterError(
                     f"{directory} holds whole weights, which do not mix with other adapters; give it alone"
@@ -312,7 +313,7 @@ def make_adapters(
     directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any], model: Model
 ) -> dict[str, Adapter]:
     """The adapters of a folder by layer path, checked against the model's shapes and type. Raises AdapterError."""
-    scale, dora = scale_in(directory, config), kind_of(directory, config) == "dora"
+    scale, dora = scale_in(directory, config), adapter_kind(directory, config) == "dora"
     layers: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -372,11 +373,6 @@ def load_full(model: Model, directory: Path, tensors: Mapping[str, mx.array]) ->
         if not is_finite(array.astype(own[name].dtype)):
             _refuse(directory, f"{name} has values that are not finite in {_spelled(own[name].dtype)}")
     model.load_weights([(name, array.astype(own[name].dtype)) for name, array in tensors.items()], strict=False)
-
-
-def is_finite(array: mx.array) -> bool:
-    """Whether no value is NaN or infinite."""
-    return bool(mx.all(mx.isfinite(array)).item())
 
 
 def _spelled(dtype: mx.Dtype) -> str:

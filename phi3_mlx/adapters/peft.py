@@ -23,7 +23,7 @@ from ..models.decoder import Model
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import outline
-from .config import is_rslora, kind_of
+from .config import CONFIG, adapter_kind, is_rslora
 from .folder import (
     WEIGHTS,
     adapter_files,
@@ -39,7 +39,7 @@ from .folder import (
     write_pair,
 )
 from .lora import Adapter, float_weight, get_layer, row_lengths
-from .peft_config import CONFIG, PeftConfig, alpha_of, exactly, refuse
+from .peft_config import PeftConfig, alpha_of, exactly, refuse
 from .principal import taken_out
 from .stored import StoredLayers
 from .targets import fused
@@ -228,7 +228,7 @@ def export_peft(
     split = values.flag(split, "split")
     check_destination(output, fault=AdapterError)
     tensors, config = read_adapter(source)
-    if kind_of(source, config) == "full":
+    if adapter_kind(source, config) == "full":
         raise AdapterError(f"{source} holds whole weights, which PEFT has no place for; fuse it and share the model")
     if model is None:
         model, revision = trained_on(source, config, revision)

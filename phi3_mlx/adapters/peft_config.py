@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 
 from ..errors import AdapterError
 from ..fields import Fields, shorten
-from .config import STRONGEST, is_neutral
+from .config import CONFIG, STRONGEST, is_neutral
 from .lora import scale_of
 
-CONFIG = "adapter_config.json"
 # Of these the tensors tell already, or they matter in training alone.
 _FREE = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..models import read_config, shapes
 from ..store.checkpoint import read_arrays
-from ..store.quantization import packing_of
+from ..store.quantization import find_packing
 from ..store.safetensors import Tensor, find_weights
 
 
@@ -29,7 +29,7 @@ class StoredLayers:
         shape = self._shapes.get(f"{path}.weight")
         if self.quantization is None or shape is None or f"{path}.scales" not in self.tensors:
             return None
-        return packing_of(path, shape[-1], self.quantization, self.tensors, self._where)
+        return find_packing(path, shape[-1], self.quantization, self.tensors, self._where)
 
     def layer(self, path: str) -> nn.Module:
         """A linear layer's arrays, read when they are used; scales in float32."""

@@ -7,7 +7,7 @@ import click
 from ..errors import PromptError
 from .options import MemoryOptions, ModelOptions, memory_options, model_options
 from .progress import PrefillProgress
-from .reading import check_text, read_text
+from .reading import check_text, read_input
 from .terminal import note, say
 
 
@@ -40,7 +40,7 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     phi3-mlx cache build -m phi-3.5-mini-4bit -f book.txt -o book.cache
     phi3-mlx generate --cache book.cache -p "Who is the heroine?"
     """
-    text = read_text(file)
+    text = read_input(file)
     if not text.strip():
         raise PromptError(f"{file} is empty; give a text")
     if system:

@@ -14,7 +14,7 @@ import click
 from ..errors import CheckpointError
 from .options import force_memory, within_memory
 from .progress import Pulse
-from .reading import read_text
+from .reading import read_input
 from .terminal import progress_bar, show, show_json
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def compare(
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
     if output is not None and os.path.lexists(output):
         raise CheckpointError(f"{output} exists already; name another directory")
-    words = None if text is None else read_text(text)
+    words = None if text is None else read_input(text)
     from ..conversion import report
     from ..conversion.opening import open_source
     from ..conversion.sources import weights_of
@@ -100,7 +100,7 @@ def compare(
     if output is not None:
         sources[0].name = a
         with new_directory(Path(output)) as folder, _Bar("layers") as bar:
-            made = report.measure(
+            made = report.make_report(
                 places[1],
                 sources[0],
                 text=words,

@@ -9,7 +9,7 @@ import click
 
 from .options import in_options
 from .progress import Pulse
-from .reading import read_text
+from .reading import read_input
 from .terminal import escape, note, progress_bar, say, show_rich
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def convert(
             target_size=target_size,
             recipe=recipe,
             method=method,
-            calibration=None if calibration is None else read_text(calibration),
-            text=None if text is None else read_text(text),
+            calibration=None if calibration is None else read_input(calibration),
+            text=None if text is None else read_input(text),
             report=report,
             force=force,
             allow_nan=allow_nan,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import within_memory
-from .reading import read_text
+from .reading import read_input
 from .terminal import say
 
 
@@ -44,7 +44,7 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     """
     from ..conversion import fuse as work
 
-    words = read_text(text) if text else None
+    words = read_input(text) if text else None
     done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)
     kind = "packed" if done.packed else "in floats"
     say(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}")

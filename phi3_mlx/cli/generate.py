@@ -20,7 +20,7 @@ from .options import (
     sampling_options,
 )
 from .progress import PrefillProgress
-from .reading import check_text, read_text
+from .reading import check_text, read_input
 from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def generate(
             source = dataclasses.replace(source, model=document.model)
         if files and prompt is None:
             raise click.UsageError(f"-f is the text of {cache} here, and no question; give that with -p")
-        text = about_document(_joined(map(read_text, files)) if files else document.text, _prompt(prompt, (), raw))
+        text = about_document(_joined(map(read_input, files)) if files else document.text, _prompt(prompt, (), raw))
     else:
         text = _prompt(prompt, files, raw)
     from ..generation.answers import encode_prompt, stream_generate
@@ -124,7 +124,7 @@ def _prompt(prompt: str | None, files: Sequence[str], raw: bool) -> str:
         if sys.stdin.isatty():
             raise click.UsageError('nothing to answer; give -p "TEXT", -f FILE, or text on stdin')
         files = ["-"]
-    parts = [read_text("-") if prompt == "-" else check_text(prompt or "", "--prompt"), *map(read_text, files)]
+    parts = [read_input("-") if prompt == "-" else check_text(prompt or "", "--prompt"), *map(read_input, files)]
     text = "".join(parts) if raw else _joined(parts)
     if not text.strip():
         raise PromptError('the prompt is empty; give -p "TEXT", -f FILE, or text on stdin')

@@ -49,9 +49,9 @@ class ModelOptions:
         return os.path.abspath(self.model) if there else self.model
 
     def load_tokenizer(self, directory: Path) -> Tokenizer:
-        from ..text.tokenizer import load_tokenizer
+        from ..text.tokenizer import read_tokenizer
 
-        return load_tokenizer(directory)
+        return read_tokenizer(directory)
 
     def load_model(
         self, directory: Path, prompt: int, max_tokens: int, bits: KVBits | None, force: bool, kept: bool = False

@@ -9,7 +9,7 @@ from .. import files
 from ..errors import PromptError
 
 
-def read_text(path: str) -> str:
+def read_input(path: str) -> str:
     """The text of a file, or of stdin for "-". PromptError names the file and what is wrong with it."""
     name = "stdin" if path == "-" else path
     try:

@@ -133,12 +133,12 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     if click.get_current_context().meta.get(WATCHDOG):
         note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
     if dry_run:
-        from ..tuning.dryrun import STYLES, describe
+        from ..tuning.dryrun import STYLES, describe_run
 
         prepared = run.prepare(settings, fits=False, resume=resume)
         notes, way_out = [in_options(note, command) for note in prepared.notes], in_options(prepared.way_out, command)
         prepared = dataclasses.replace(prepared, notes=tuple(notes), way_out=way_out)
-        show(describe(prepared, color=sys.stdout.isatty(), force=force), styles=STYLES)
+        show(describe_run(prepared, color=sys.stdout.isatty(), force=force), styles=STYLES)
         return
     with _Progress(settings) as progress:
         result = run.start(

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import CheckpointError
+from ..store.finite import is_finite
 from .sources import SPELLING, Blocks, Source, tensor_of, to_mlx
-
-_INFINITY = {"BF16": (np.int16, 0x7F80), "F16": (np.int16, 0x7C00), "F32": (np.int32, 0x7F800000)}
 
 
 class CheckedSource:
@@ -61,14 +59,3 @@ class CheckedSource:
     def _check(self, name: str, array: mx.array, why: str) -> None:
         if not self._allow_nan and not is_finite(array):
             raise CheckpointError(f"{name} {why}; allow_nan=True converts it as it is")
-
-
-def is_finite(array: mx.array) -> bool:
-    """Whether no value of a floating array is NaN or infinite."""
-    kinds: Mapping[mx.Dtype, str] = {to_mlx(name): name for name in _INFINITY}
-    signed, infinity = _INFINITY[kinds[array.dtype]]
-    # By their bits, infinity and NaN are above every positive number, and with the sign bit above every other: two
-    # passes that need no memory, many times faster than mlx's isfinite on the CPU.
-    bits = np.array(array.view(mx.uint16 if signed is np.int16 else mx.uint32), copy=False)
-    sign = infinity + (1 << (8 * bits.itemsize - 1))
-    return bits.size == 0 or bool(bits.view(signed).max() < infinity and bits.max() < sign)

@@ -17,7 +17,7 @@ from ..places import no_model
 from ..store.assembly import assemble
 from ..store.checkpoint import read_arrays
 from ..store.hub import COMPANIONS
-from ..store.quantization import packing_of
+from ..store.quantization import find_packing
 from ..store.safetensors import Tensor, find_weights, lacks
 from .sources import SPELLING, Blocks, tensor_of, to_mlx
 from .split import plan
@@ -106,7 +106,7 @@ class DirectorySource:
             )
         for path in paths:
             assert self.quantization is not None
-            packing = packing_of(path, _width(path, raw), self.quantization, self._stored, where)
+            packing = find_packing(path, _width(path, raw), self.quantization, self._stored, where)
             parts = ("weight", "scales", "biases") if packing and packing["mode"] == "affine" else ("weight", "scales")
             missing = next((part for part in parts if f"{path}.{part}" not in self._stored), None)
             if packing is None or missing is not None:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .. import sizes, values
-from ..adapters.config import kind_of
+from ..adapters.config import adapter_kind
 from ..adapters.folder import (
     Adapters,
     Base,
     base_of,
     check_base,
-    is_finite,
     load_full,
     make_adapters,
     read_adapter,
@@ -38,7 +37,8 @@ from ..models import read_config
 from ..models.decoder import Model
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
-from ..store.checkpoint import DTYPES, load_model, outline
+from ..store.checkpoint import DTYPES, outline, read_model
+from ..store.finite import is_finite
 from ..store.quantization import FLOATS, complete
 from ..store.safetensors import Tensor
 from .directory import DirectorySource
@@ -101,7 +101,7 @@ def fuse(
     base = base_of(directory, model, revision)
     check_base(folder, config, base)
     shapes = outline(directory)
-    if kind_of(folder, config) == "full":
+    if adapter_kind(folder, config) == "full":
         load_full(shapes, folder, tensors)
         source.replaced = tensors
     else:
@@ -120,7 +120,7 @@ def fuse(
         source.unpacked.write_extras(unfinished)  # first, for it may refuse
         write_weights(unfinished, planned, source.arrays(planned))
         write_json(unfinished / "config.json", source.config())
-        survived = None if kept is None else kept.survived(load_model(unfinished))
+        survived = None if kept is None else kept.survived(read_model(unfinished))
     changed = len(source.adapters) or len(source.replaced)
     return Fused(Path(os.path.abspath(output)), source.is_packed, changed, survived)
 
@@ -271,10 +271,10 @@ class _Effect:
     """What the adapter does to the log-probabilities of a text, to find again in the fused model."""
 
     def __init__(self, directory: Path, base: Base, folder: Path, text: str | None):
-        from ..text.tokenizer import load_tokenizer
+        from ..text.tokenizer import read_tokenizer
 
-        self._ids = _ids(load_tokenizer(directory), text, read_config(directory).max_position_embeddings)
-        model = load_model(directory)
+        self._ids = _ids(read_tokenizer(directory), text, read_config(directory).max_position_embeddings)
+        model = read_model(directory)
         adapters = Adapters(model, base)
         self._base = _log_probabilities(model, self._ids)
         adapters.load("adapter", folder)

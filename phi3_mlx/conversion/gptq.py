@@ -15,20 +15,20 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OptionError
-from .checked import is_finite
+from ..store.finite import is_finite
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
 from .rounding import packings
 from .sources import Source, to_mlx
 from .texts import windows
 
-WINDOW = 256
+GPTQ_WINDOW = 256
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
 _ROWS = 8192  # of a weight at a time: they do not depend on each other
 _SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
 
 
 def calibrated(
-    source: Source, recipe: Mapping[str, Any], ids: Sequence[int], *, window: int = WINDOW
+    source: Source, recipe: Mapping[str, Any], ids: Sequence[int], *, window: int = GPTQ_WINDOW
 ) -> Iterator[tuple[str, mx.array]]:
     """Every tensor of `source` as `recipe` wants it: the names, shapes, dtypes and order of `rounding.rounded`.
 
@@ -67,7 +67,7 @@ def _calibrated(
             hessian = _hessian_of_embedding(stream, ids) if path == EMBEDDING else _hessian_of_head(stream, hidden)
             parts = gptq(source.read(name), hessian, found[name], to_mlx(source.tensors[name].dtype))
         if path == EMBEDDING:
-            hidden = stream.embedded(unpack(parts, found.get(name))[ids])
+            hidden = stream.embedded(unpacked_matrix(parts, found.get(name))[ids])
         if name not in found:
             yield name, parts.pop()
         for part in ("weight", "scales", "biases")[: len(parts)]:
@@ -93,7 +93,7 @@ def _pack_layer(
             # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
             pieces = [gptq(weight[i], hessian, found[name], dtype) for i, hessian in enumerate(hessians)]
             done[name] = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
-        linear(layer, path).weight = unpack(done[name], found[name])
+        linear(layer, path).weight = unpacked_matrix(done[name], found[name])
         mx.eval(layer.parameters())
         mx.clear_cache()
     return stream.run(layer, hidden), done
@@ -217,7 +217,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.stack(rows).view(np.uint32)
 
 
-def unpack(parts: Sequence[mx.array], packing: Mapping[str, Any] | None) -> mx.array:
+def unpacked_matrix(parts: Sequence[mx.array], packing: Mapping[str, Any] | None) -> mx.array:
     """The matrix that a packed weight stands for, in float32."""
     if packing is None:
         return parts[0].astype(mx.float32)

@@ -265,12 +265,12 @@ def _check_places(source: Path, destination: Path, force: bool) -> None:
 
 def _calibration_ids(source: Source, text: str | None) -> list[int]:
     """What bits and weights are fitted to: a text, or a bundled one that reports do not read."""
-    from ..text.tokenizer import load_tokenizer
+    from ..text.tokenizer import read_tokenizer
     from .texts import bundled
 
     with tempfile.TemporaryDirectory() as folder:
         source.write_extras(Path(folder))
-        tokenizer = load_tokenizer(Path(folder))
+        tokenizer = read_tokenizer(Path(folder))
     return tokenizer.encode(bundled("calibration") if text is None else text)
 
 

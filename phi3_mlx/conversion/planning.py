@@ -61,7 +61,7 @@ def _gptq(source: Source, tokens: int) -> int:
     width = max(tensor.shape[-1] for name, tensor in source.tensors.items() if layer_of(name) == 0)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     numbers = max(layer + matrix + 3 * width * width, 2 * vocab * hidden) + 2 * tokens * hidden
-    return 4 * numbers + _work(source, gptq.WINDOW, min(tokens, TOKENS_AT_ONCE))
+    return 4 * numbers + _work(source, gptq.GPTQ_WINDOW, min(tokens, TOKENS_AT_ONCE))
 
 
 def _measuring(source: Source, tokens: int) -> int:
@@ -70,6 +70,6 @@ def _measuring(source: Source, tokens: int) -> int:
     layer, matrix = _layer(source)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     moved = 4 * tokens * hidden * sum(len(tensor.shape) > 1 for tensor in source.tensors.values())
-    moved = min(moved, max(sensitivity.ACTIVATION_BYTES, moved * sensitivity.WINDOW // max(tokens, 1)))
+    moved = min(moved, max(sensitivity.ACTIVATION_BYTES, moved * sensitivity.SENSITIVITY_WINDOW // max(tokens, 1)))
     numbers = max(layer + 2 * matrix, 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab))
-    return 4 * numbers + moved + _work(source, sensitivity.WINDOW, tokens)
+    return 4 * numbers + moved + _work(source, sensitivity.SENSITIVITY_WINDOW, tokens)

@@ -20,9 +20,9 @@ from ..evaluation.quality import LOGITS_AT_ONCE, Comparison, Difference, blocks,
 from ..files import json_text
 from ..models.linear import matrices, plain_weight
 from ..store.atomic import new_files
-from ..store.checkpoint import load_model
+from ..store.checkpoint import read_model
 from ..store.safetensors import Tensor, find_weights
-from ..text.tokenizer import load_tokenizer
+from ..text.tokenizer import read_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
 from .opening import open_source
 from .sources import weights_of
@@ -114,7 +114,9 @@ def write_report(
     rounding were fitted to this very text. `progress` counts layers. Raises PromptError for a text of fewer than two
     tokens, OptionError for a source of other shapes.
     """
-    report = measure(directory, source, text=text, text_name=text_name, fitted=fitted, window=window, progress=progress)
+    report = make_report(
+        directory, source, text=text, text_name=text_name, fitted=fitted, window=window, progress=progress
+    )
     return save(report, directory)
 
 
@@ -129,7 +131,7 @@ def save(report: Report, directory: Path) -> Report:
     return report
 
 
-def measure(
+def make_report(
     directory: Path,
     source: Source,
     *,
@@ -148,7 +150,7 @@ def measure(
                 "be compared of models of one shape alone"
             )
     name = (text_name or "the given text") if text is not None else "the bundled sample"
-    tokenizer = load_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     text = bundled("sample") if text is None else text
     ids = tokenizer.encode(text)
     notes = ["Bits or rounding were fitted to this very text, so other text will fare worse."] if fitted else []
@@ -157,7 +159,7 @@ def measure(
         text = tokenizer.decode(ids)
         name += f", its first {_TOKENS:,} tokens"
     bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
-    model = load_model(directory, dtype="float32")
+    model = read_model(directory, dtype="float32")
     window = min(window, model.config.max_position_embeddings)
     comparison = _Comparison(source, model, list(blocks(ids, window, bos)))
     comparison.run(progress)

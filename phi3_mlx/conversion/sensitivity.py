@@ -19,14 +19,14 @@ import numpy as np
 from ..errors import CheckpointError, OptionError
 from ..evaluation.quality import chunks, divergence_from, log_softmax
 from ..sizes import size_text
-from .gptq import unpack
+from .gptq import unpacked_matrix
 from .layerwise import EMBEDDING, LayerStream, linear
 from .rounding import Recipe, left_alone, pack, packings, planned, uniform
 from .sources import Source, to_mlx, weights_of
 from .texts import windows
 
 BITS = (2, 3, 4, 5, 6, 8)
-WINDOW = 128
+SENSITIVITY_WINDOW = 128
 TOKENS = 1024  # of the text that are measured
 ACTIVATION_BYTES = 1 << 30  # fewer tokens where the activations of all tensors would take more
 _STEPS = 100_000  # of the knapsack
@@ -125,9 +125,9 @@ class _Measurement:
         self._source, self._stream, self._bits = source, LayerStream(source), bits
         recipe = uniform(bits[0], group_size) | left_alone(source.config)
         self._found = packings(recipe, source.tensors, source.name)
-        row = len(self._found) * WINDOW * self._stream.config.hidden_size * 4
-        rows = max(1, min(TOKENS // WINDOW, ACTIVATION_BYTES // row))
-        self._ids = windows(ids, WINDOW)[:rows]
+        row = len(self._found) * SENSITIVITY_WINDOW * self._stream.config.hidden_size * 4
+        rows = max(1, min(TOKENS // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
+        self._ids = windows(ids, SENSITIVITY_WINDOW)[:rows]
         self._errors: Costs = {}  # squared output error of each tensor at each width
         self._compared = False  # whether that is complete
         self._clean = mx.array(0.0)
@@ -237,7 +237,7 @@ class _Measurement:
 
     def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
         packing = {**self._found[name], "bits": width}
-        return unpack(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
+        return unpacked_matrix(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
 
 
 def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:

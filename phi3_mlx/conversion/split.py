@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ..config import ROPE_KEYS, Config
 from ..errors import CheckpointError, ConfigError
 from ..fields import shorten
-from ..models import MEMBERS, check_layers, parse_config, shapes
+from ..models import ARCHITECTURES, check_layers, parse_config, shapes
 from ..store.assembly import origin, part_shapes
 from ..store.safetensors import Tensor
 
@@ -84,7 +84,7 @@ def require(
 def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
     """The config.json of the Phi-3 model that computes what `raw` asks for: itself, or of Llama's or Mistral's kind."""
     model_type = raw.get("model_type")
-    if model_type in MEMBERS:
+    if model_type in ARCHITECTURES:
         return dict(raw)
     if all(raw.get(key) for key in ROPE_KEYS):
         old, new = (phi3_config({**raw, other: None}, source) for other in ROPE_KEYS)

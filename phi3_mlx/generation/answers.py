@@ -14,6 +14,7 @@ from ..errors import OptionError, PromptError
 from ..models.cache import make_kv_bits
 from ..models.decoder import Model
 from ..text.chat import render_chat
+from ..text.messages import Message
 from ..text.stops import Stops
 from ..values import check_function, flag, listed, refusal, shown, token_ids
 from .loading import check_loaded, check_tokenizer
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
     from .prompt_cache import PromptCache
 
-Message = Mapping[str, str]
 _PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 

@@ -72,7 +72,7 @@ def facts_of(model: Model, layers: list[KVCache], bits: KVBits | None, document:
     first = layers[0]
     assert first.sequence.long is not None
     return Facts(
-        model=fingerprint(model),
+        model=model_fingerprint(model),
         **_options(model),
         tokens=first.offset,
         start=first.start,
@@ -159,7 +159,7 @@ def check_model(path: str | os.PathLike[str], facts: Facts, model: Model) -> Non
                 f"{path} was made with {name}={made}, and this model has {name}={value}; load it with {name}={made}, "
                 "or build the cache anew"
             )
-    if facts.model != fingerprint(model):
+    if facts.model != model_fingerprint(model):
         whose = facts.document.model if facts.document and facts.document.model else "another model"
         raise CacheError(
             f"{path} is of {whose}, and this model is another or has other weights; give the model that it was built "
@@ -234,7 +234,7 @@ def _options(model: Model) -> dict[str, str]:
     return {"longrope": model.model.longrope, "dtype": str(model.dtype).removeprefix("mlx.core.")}
 
 
-def fingerprint(model: Model) -> str:
+def model_fingerprint(model: Model) -> str:
     """Tells models apart by config, names, shapes, types and every number: sums of rows and of columns."""
     digest = hashlib.sha256(repr((model.config, model.model.longrope)).encode())
     for name, array in tree_flatten(model.parameters()):

@@ -43,7 +43,7 @@ def load(
     given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
     weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given}
     directory = hub.resolve(name, revision)
-    words = tokenizer.load_tokenizer(directory)  # first: it reads little and fails fast
+    words = tokenizer.read_tokenizer(directory)  # first: it reads little and fails fast
     plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
     return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
 
@@ -60,7 +60,7 @@ def load_adapted(
     """The model of `directory`, which was asked for by `name`, with the adapters of these folders in use."""
     from ..store import checkpoint
 
-    model = checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+    model = checkpoint.read_model(directory, dtype=dtype, longrope=longrope)
     if adapters:
         from ..adapters.folder import apply, base_of
 
@@ -81,7 +81,7 @@ def load_model(
 
     directory = hub.resolve(name, revision)
     plan_loading(directory, str(name), dtype=dtype, force=force)
-    return checkpoint.load_model(directory, dtype=dtype, longrope=longrope)
+    return checkpoint.read_model(directory, dtype=dtype, longrope=longrope)
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
@@ -89,7 +89,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     from ..store import hub
     from ..text import tokenizer
 
-    return tokenizer.load_tokenizer(hub.resolve(name, revision))
+    return tokenizer.read_tokenizer(hub.resolve(name, revision))
 
 
 def plan_loading(

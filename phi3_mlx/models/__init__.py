@@ -21,7 +21,7 @@ from ..places import no_model
 from .decoder import Model
 
 # model_type -> (file, who it is)
-MEMBERS = {
+ARCHITECTURES = {
     "phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "phimoe": ("phi_moe", "Phi-3.5-MoE"),
     "phi3small": ("phi3_small", "Phi-3-small"),
@@ -50,8 +50,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
             )
         return new
     reader, model_type = Reader(raw, source), raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MEMBERS:
-        known = ", ".join(f"{name} ({who})" for name, (_, who) in MEMBERS.items())
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = ", ".join(f"{name} ({who})" for name, (_, who) in ARCHITECTURES.items())
         reader.fail(f"model_type {shorten(model_type)} is not supported; this version runs {known}")
     config: Config = _member(model_type).Config.read(reader)
     return config
@@ -94,4 +94,4 @@ def check_layers(config: Config, names: Collection[str], source: str) -> None:
 
 
 def _member(model_type: str) -> Any:
-    return import_module(f".{MEMBERS[model_type][0]}", __name__)
+    return import_module(f".{ARCHITECTURES[model_type][0]}", __name__)

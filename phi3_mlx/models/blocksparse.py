@@ -39,7 +39,7 @@ class _Heads:
     residues: tuple[int, ...]
 
 
-def attend(
+def attend_in_blocks(
     q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask, pattern: BlockPattern
 ) -> mx.array:
     """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).

@@ -180,7 +180,7 @@ class Attention(decoder.Attention):
     def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
         if self._pattern is None:
             return super().attend(q, k, v, cache, mask)
-        return blocksparse.attend(q, k, v, cache, self._rope.scale, mask, self._pattern)
+        return blocksparse.attend_in_blocks(q, k, v, cache, self._rope.scale, mask, self._pattern)
 
 
 def _bounded(gate: mx.array, linear: mx.array, limit: float) -> tuple[mx.array, mx.array]:

@@ -24,7 +24,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 
 
-def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
+def read_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
     """The model of a directory in Hugging Face's or MLX's format, its weights in memory, in eval mode.
 
     Floating weights (scales and biases of packed layers too) take `dtype`: "float32", "bfloat16" or "float16".
@@ -47,7 +47,7 @@ def load_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
 
 
 def outline(directory: Path) -> Model:
-    """The model of `load_model` with random weights, none of which is computed: for its modules and their shapes."""
+    """The model of `read_model` with random weights, none of which is computed: for its modules and their shapes."""
     model = _built(directory, _check(directory))
     model.eval()
     return model
@@ -73,9 +73,9 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
 
 
 def weight_bytes(directory: Path, dtype: str | None = None) -> int:
-    """Bytes the weights of a model directory take in memory once `load_model` has read them.
+    """Bytes the weights of a model directory take in memory once `read_model` has read them.
 
-    Raises what `load_model` does for a directory that it would not read.
+    Raises what `read_model` does for a directory that it would not read.
     """
     target, checked = _target(dtype), _check(directory)
     return sum(
@@ -85,7 +85,7 @@ def weight_bytes(directory: Path, dtype: str | None = None) -> int:
 
 
 def cast_bytes(directory: Path, dtype: str | None = None) -> int:
-    """Bytes of the largest tensor that `load_model` casts, which it has in memory in both types."""
+    """Bytes of the largest tensor that `read_model` casts, which it has in memory in both types."""
     if (target := _target(dtype)) is None:
         return 0
     cast = {"BF16", "F16", "F32"} - {{mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}[target]}
@@ -93,7 +93,7 @@ def cast_bytes(directory: Path, dtype: str | None = None) -> int:
 
 
 def computed_size(config: Config, dtype: str | None = None) -> int:
-    """Bytes of a number in the computation of a model that `load_model` has read."""
+    """Bytes of a number in the computation of a model that `read_model` has read."""
     target = _target(dtype)
     return target.size if target else 4 if config.dtype == "float32" else 2
 

@@ -33,7 +33,7 @@ def pack_like(model: nn.Module, quantization: Mapping[str, Any], tensors: Mappin
     def how(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(layer, "to_quantized"):
             return False
-        return packing_of(path, layer.weight.shape[-1], quantization, tensors, source) or False
+        return find_packing(path, layer.weight.shape[-1], quantization, tensors, source) or False
 
     nn.quantize(model, class_predicate=how)
 
@@ -54,7 +54,7 @@ def packed_layout(
         path, _, leaf = name.rpartition(".")
         packing = None
         if quantization is not None and leaf == "weight" and len(shape) > 1:
-            packing = packing_of(path, shape[-1], quantization, tensors, source)
+            packing = find_packing(path, shape[-1], quantization, tensors, source)
         if packing is None:
             result[name] = shape, FLOATS
             continue
@@ -68,7 +68,7 @@ def packed_layout(
     return result
 
 
-def packing_of(
+def find_packing(
     path: str, width: int, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Any] | None:
     """Group size, bits and mode in which a checkpoint has packed the layer `path` of `width` inputs; None: it has not.

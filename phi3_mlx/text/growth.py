@@ -11,7 +11,7 @@ from typing import Any
 Weigh = Callable[[Any], int]
 
 ITEM = 8  # what an item of a list costs, the list itself, and what is not text
-DEEPEST = 64  # lists within lists
+DEEPEST_LISTS = 64  # lists within lists
 TEXT = (str, bytes)  # tuples of types: a union of them takes isinstance five times as long
 
 
@@ -81,7 +81,7 @@ def _json_size(weigh: Weigh, value: Any, ensure_ascii: Any = False, indent: Any 
                *_: Any, **__: Any) -> int:  # fmt: skip
     weight = weigh(value)
     wide = 0 if indent is None else abs(indent) if isinstance(indent, int) else len(indent)
-    return 6 * weight + weight // ITEM * (wide * DEEPEST + (weigh(separators) if separators else 0))
+    return 6 * weight + weight // ITEM * (wide * DEEPEST_LISTS + (weigh(separators) if separators else 0))
 
 
 def _quadratic(weigh: Weigh, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -102,7 +102,7 @@ def _translated(_weigh: Weigh, value: str, table: Any = (), *_: Any) -> int:
     return len(value) * longest
 
 
-METHODS: dict[str, Callable[..., int]] = {
+METHOD_SIZES: dict[str, Callable[..., int]] = {
     "center": _width,
     "ljust": _width,
     "rjust": _width,

@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 from ..errors import ChatError
 from . import growth
-from .growth import DEEPEST, ITEM, TEXT, count
+from .growth import DEEPEST_LISTS, ITEM, TEXT, count
 
 _ALLOWED = 20_000_000  # a rendering of short messages; a loop that does nothing takes about two seconds to spend it
 _ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spend 3 to 12
@@ -82,14 +82,14 @@ class Meter:
                 if type(part) is str:
                     weight += len(part)
                 elif isinstance(part, _CONTAINERS):
-                    below, high = self._weigh(part, depth + 1) if depth < DEEPEST else (0, DEEPEST)
+                    below, high = self._weigh(part, depth + 1) if depth < DEEPEST_LISTS else (0, DEEPEST_LISTS)
                     weight, height = weight + below, max(height, high + 1)
                 if weight > self.allowed:
                     self.spend(weight)
             if weight > _SMALL and isinstance(value, _KEPT):
                 self._weights[id(value)] = value, weight, height
-        if depth + height > DEEPEST:
-            raise ChatError(f"the chat template was stopped: its lists are nested more than {DEEPEST} deep")
+        if depth + height > DEEPEST_LISTS:
+            raise ChatError(f"the chat template was stopped: its lists are nested more than {DEEPEST_LISTS} deep")
         return weight, height
 
     def pay_for(self, value: Any) -> Any:
@@ -172,7 +172,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             if name == "join" and args and isinstance(args[0], Iterator):
                 args = ([*args[0]], *args[1:])
             meter.spend(meter.weigh(owner))
-            if (size := growth.METHODS.get(name)) is not None:
+            if (size := growth.METHOD_SIZES.get(name)) is not None:
                 meter.spend(int(size(meter.weigh, owner, *args, **named)))
         return meter.pay_for(super().call(__context, __obj, *args, **kwargs))
 

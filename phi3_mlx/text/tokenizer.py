@@ -12,7 +12,7 @@ from ..places import has_tokenizer, no_model
 from .added_tokens import AddedToken
 from .vocabulary import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "read_tokenizer"]
 
 # In order of preference: `tokenizer.json` is the reference, the others are read where it is absent.
 _FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "*.tiktoken"}
@@ -21,7 +21,7 @@ _FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "t
 _USUAL = {"bos_token": ("<s>",), "eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<|endoftext|>", "</s>")}
 
 
-def load_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
+def read_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
     """The tokenizer of a model directory: `tokenizer.json`, else `tokenizer.model`, else `*.tiktoken`.
 
     `backend` ("tokenizers", "sentencepiece" or "tiktoken") asks for one of them alone. `stop_ids` becomes the union

@@ -19,7 +19,7 @@ _SHOWN, _SHOWN_TOKENS = 3, 120
 STYLES = _LEARNT, _PLAIN = "\033[1;32m", "\033[0m"
 
 
-def describe(prepared: Prepared, *, color: bool = False, measure: bool = True, force: bool = False) -> str:
+def describe_run(prepared: Prepared, *, color: bool = False, measure: bool = True, force: bool = False) -> str:
     """The report of `--dry-run`. With `color` learnt tokens are bold and green, else they stand between ⟦ and ⟧.
 
     `measure` loads the model, if it fits or by `force`, and times one batch for the time estimate.

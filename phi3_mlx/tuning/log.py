@@ -13,7 +13,7 @@ from ..fields import parse
 from ..files import json_text
 from ..store.atomic import new_file, replace_file
 
-METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
+METRICS, SAMPLES, LOSS_PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis
 
 
@@ -130,7 +130,7 @@ def plot_losses(directory: Path) -> bool:
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
     axes.legend()
-    with new_file(directory / PLOT) as file:
+    with new_file(directory / LOSS_PLOT) as file:
         figure.savefig(file, format="png", dpi=120)
     return True
 

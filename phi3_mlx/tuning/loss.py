@@ -19,7 +19,7 @@ from ..models.decoder import Model
 from ..models.dropout import Draws
 from .batches import Part
 
-LOGITS_AT_ONCE = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
+CHUNK_LOGITS = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
 _ROWS = 64  # at least, since a packed output layer may be unpacked for every piece
 
 
@@ -76,7 +76,7 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array, keys: mx.arra
 
 def places_at_once(vocab_size: int) -> int:
     """How many places the output layer treats at a time."""
-    return max(_ROWS, LOGITS_AT_ONCE // vocab_size)
+    return max(_ROWS, CHUNK_LOGITS // vocab_size)
 
 
 def _piece(logits_of: Callable[..., mx.array], inputs: list[mx.array], targets: mx.array) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..adapters.config import is_rslora, kind_of, scale_in
-from ..adapters.folder import CONFIG, WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
+from ..adapters.config import CONFIG, adapter_kind, is_rslora, scale_in
+from ..adapters.folder import WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
 from ..adapters.lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
 from ..adapters.targets import find_targets
 from ..config import Config
@@ -39,7 +39,7 @@ class Start:
 def decided_by(directory: Path) -> dict[str, Any]:
     """The settings that an adapter decides: method, rank, alpha, rslora and dropout. Raises AdapterError."""
     config = read_config_of(directory)
-    method = kind_of(directory, config)
+    method = adapter_kind(directory, config)
     if method == "full":
         return {"method": method}
     fields, scale = Fields(config, directory / CONFIG, AdapterError), scale_in(directory, config)
@@ -83,7 +83,7 @@ def attach_start(model: Model, directory: Path, dropout: float) -> dict[str, Ada
     Whole weights (of full fine-tuning) take the place of the model's, and none is frozen.
     """
     tensors, config = read_adapter(directory)
-    if kind_of(directory, config) == "full":
+    if adapter_kind(directory, config) == "full":
         load_full(model, directory, tensors)
         model.unfreeze()
         return {}

@@ -24,8 +24,6 @@ from ..errors import DataError
 from ..fields import kind_of, shorten
 from ..text.messages import ROLES
 
-Message = dict[str, Any]
-
 _FORMS = ("messages", "conversations", "prompt", "completion", "text")
 _SHOWN = 8  # keys
 _EXPECTED = 'expected "messages", or "prompt" and "completion", or "text"'
@@ -53,7 +51,7 @@ class Record:
     """
 
     source: str
-    messages: tuple[Message, ...] | None
+    messages: tuple[dict[str, Any], ...] | None
     text: str | None
     tools: tuple[Mapping[str, Any], ...] = ()
     unlearnt: frozenset[int] = frozenset()
@@ -129,7 +127,7 @@ def _of_conversation(row: dict[str, Any], found: list[str], source: str) -> Reco
     return Record(source, tuple(messages), None, _tools(row.get("tools")), unlearnt)
 
 
-def _prompt_and_completion(row: dict[str, Any]) -> list[Message]:
+def _prompt_and_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
     for key in ("prompt", "completion"):
         if key not in row:
             other = next((name for name in _COMPLETIONS if name in row), None) if key == "completion" else None
@@ -149,7 +147,7 @@ def _several(one: str, other: str) -> DataError:
     return DataError(f"has both {one!r} and {other!r}; expected one form, to know which of them to train on")
 
 
-def _messages(given: Any, name: str) -> list[Message]:
+def _messages(given: Any, name: str) -> list[dict[str, Any]]:
     """Messages as they go to the chat template; "train" of an assistant's says whether it is learnt."""
     if not isinstance(given, list) or not given:
         raise DataError(f'{name!r} is {kind_of(given)}; expected a list of {{"role", "content"}} objects')
@@ -158,7 +156,7 @@ def _messages(given: Any, name: str) -> list[Message]:
     return [m for m in messages if m["role"] != "system" or m["content"] or "tools" in m]
 
 
-def _message(given: Any, where: str) -> Message:
+def _message(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise DataError(f'{where} is {kind_of(given)}; expected {{"role": ..., "content": ...}}')
     message = {key: part for key, part in given.items() if part is not None}
@@ -183,7 +181,7 @@ def _message(given: Any, where: str) -> Message:
     return message | {"train": learnt} if message["role"] == "assistant" else message
 
 
-def _is_learnt(message: Message, where: str) -> bool:
+def _is_learnt(message: dict[str, Any], where: str) -> bool:
     """Whether a message is to be learnt, as its "weight" or "train" says; an assistant's is if it says nothing."""
     for key in _NOT_TRAIN:
         if key in message:

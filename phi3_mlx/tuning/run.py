@@ -157,7 +157,7 @@ def prepare(
     if not splits.valid and settings.holdout:
         held = hold_out(splits.train, settings.holdout, settings.seed)
         splits = dataclasses.replace(held, notes=(*splits.notes, *held.notes))
-    words = tokenizer.load_tokenizer(directory)
+    words = tokenizer.read_tokenizer(directory)
     train, valid = _encode(splits, words, settings)
     if not train.examples:
         raise OptionError(
@@ -274,10 +274,10 @@ def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
 
 def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     """The model with new adapters on it (none for full fine-tuning), in training mode."""
-    from ..store.checkpoint import load_model
+    from ..store.checkpoint import read_model
 
     settings = prepared.settings
-    model = load_model(prepared.directory, dtype=training_dtype(settings))
+    model = read_model(prepared.directory, dtype=training_dtype(settings))
     mx.random.seed(settings.seed)
     if settings.from_adapter is not None:
         return model, attach_start(model, Path(settings.from_adapter), settings.dropout)

@@ -32,7 +32,7 @@ _NAMED = 3  # examples that a sentence names
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run is; what a checkpoint's state.json holds."""
 
     step: int = 0  # steps done
@@ -44,7 +44,7 @@ class Progress:
     worse: int = 0  # validations since the best
 
     @classmethod
-    def of(cls, state: Fields) -> Progress:
+    def of(cls, state: Fields) -> TrainingProgress:
         """That of a checkpoint's state. Raises TrainingError."""
 
         def loss(key: str) -> float | None:
@@ -113,7 +113,7 @@ class Trainer:
         default = min(100, self.plan.steps_per_epoch)
         self.validate_every = settings.validate_every or default
         self.save_every = settings.save_every or self.validate_every
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self._optimizer = optimizers.make_optimizer(settings)
         self._optimizer.init(model.trainable_parameters())
         self._gradients = Gradients(model, checkpoint=settings.gradient_checkpointing)
@@ -171,7 +171,7 @@ class Trainer:
         except ValueError as error:
             raise TrainingError(f"{path} is damaged ({error}); remove it and start anew") from error
         self.model.update(tree_unflatten(list(weights.items())))
-        self.progress = Progress.of(state)
+        self.progress = TrainingProgress.of(state)
         self._saved_at = self.progress.step
 
     # Steps
