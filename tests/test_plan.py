@@ -342,7 +342,7 @@ def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_t
     assert crossing.plan(0).total > run.plan(0).total
     assert crossing.longest(run.plan(0).total) == LONGROPE["original_max_position_embeddings"]
     room = run.plan(0).total
-    with pytest.raises(MemoryLimitError, match=r"work to read 1,025 again .* max_tokens=124 fits"):
+    with pytest.raises(MemoryLimitError, match=r"work to recompute 1,025 tokens .* max_tokens=124 fits"):
         memory.check_fits(crossing, room, prompt=900)
     with pytest.raises(MemoryLimitError, match="max_tokens=124 fits"):
         Generation(model, [[5] * 900], max_tokens=300, sampling=Sampling(), room=room)

@@ -110,7 +110,7 @@ def test_the_walk_through_fine_tuning(tmp_path):
                 file = tmp_path / "task" / f"{split}.jsonl"
                 file.write_text("".join(file.read_text().splitlines(keepends=True)[:size]))
     dry = next(text for line, text in said.items() if line.endswith("--dry-run"))
-    for label in re.search(r"From what it prints:\n\n```\n(.*?)```", FINE_TUNING, re.S)[1].splitlines():
+    for label in re.search(r"A part of its output:\n\n```\n(.*?)```", FINE_TUNING, re.S)[1].splitlines():
         if label[0] != " ":
             assert label.split()[0] in dry
     assert all("right" in text for line, text in said.items() if " -m tiny" in line and "bench.feelings" in line)

@@ -319,7 +319,7 @@ def check_fits(run: Run, room: float, *, prompt: int = 0, kept: bool = False) ->
         ways.append("take a smaller model" if packed_already else "take a model of fewer bits")
     tokens = f"{run.rows} x {run.length:,} tokens" if run.rows > 1 else f"{run.length:,} tokens"
     parts = f" ({prompt:,} of the prompt, {run.length - prompt:,} for the answer)" if 0 < prompt < run.length else ""
-    again = f" to read {run.rereads:,} again" if run.reads_again_at_its_peak else ""
+    again = f" to recompute {run.rereads:,} tokens" if run.reads_again_at_its_peak else ""
     raise MemoryLimitError(
         f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
         f"{size_text(plan.cache)}, work{again} {size_text(plan.workspace)}), and {size_text(room)} may be used: "
