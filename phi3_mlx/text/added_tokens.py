@@ -68,14 +68,14 @@ class AddedTokens:
         return iter(self._by_content.values())
 
     def occur_in(self, text: str) -> bool:
-        return any(self._at(text, found.start()) for found in self._first.finditer(text))
+        return any(self._at(text, match.start()) for match in self._first.finditer(text))
 
     def cut(self, text: str) -> list[str | int]:
         """The ids of the tokens in `text`, and between them the other text, never empty."""
         pieces: list[str | int] = []
         position = end = 0
-        for found in self._first.finditer(text):
-            begin = found.start()
+        for match in self._first.finditer(text):
+            begin = match.start()
             token = self._at(text, begin) if begin >= end else None
             if token is None:
                 continue
@@ -100,11 +100,13 @@ class AddedTokens:
 
         And at its end, before white space that may be stripped, where what it is joined with could complete one.
         """
-        words = text.rstrip()
-        broken = self._first.sub(lambda found: found[0] + guard * (self._at(words, found.start()) is not None), words)
-        if self._unfinished(words):
+        stripped = text.rstrip()
+        broken = self._first.sub(
+            lambda match: match[0] + guard * (self._at(stripped, match.start()) is not None), stripped
+        )
+        if self._unfinished(stripped):
             broken += guard
-        return broken + text[len(words) :]
+        return broken + text[len(stripped) :]
 
     def _unfinished(self, text: str) -> bool:
         """Whether it ends in the beginning of a token."""

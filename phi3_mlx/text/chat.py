@@ -288,9 +288,9 @@ def _with_edges(messages: Sequence[Message], edge: str) -> list[Message]:
 
 def _between_edges(text: str, edge: str) -> str:
     """`text` with an edge before and after it, inside the white space at its ends, which templates may strip."""
-    words = text.strip()
+    stripped = text.strip()
     before = len(text) - len(text.lstrip())
-    return f"{text[:before]}{edge}{words}{edge}{text[before + len(words) :]}"
+    return f"{text[:before]}{edge}{stripped}{edge}{text[before + len(stripped) :]}"
 
 
 def _lift(text: str, mark: str) -> tuple[str, list[int]]:
@@ -342,17 +342,17 @@ def _encode_spans(
             turns.append(turn)
             ended = None
             continue
-        words = _encode_after(tokenizer, ids, piece.replace(guard, ""))
+        new_ids = _encode_after(tokenizer, ids, piece.replace(guard, ""))
         cuts = bounds[bisect.bisect_right(bounds, start) : bisect.bisect_left(bounds, position)]
         begun = 0  # a stretch begins, in tokens, where what stands before it stops being encoded alike
         for first, end in zip([start, *cuts], [*cuts, None], strict=True):
-            before = words if end is None else _encode_after(tokenizer, ids, text[start:end].replace(guard, ""))
-            upto = max(begun, _common(before, words))
+            before = new_ids if end is None else _encode_after(tokenizer, ids, text[start:end].replace(guard, ""))
+            upto = max(begun, _common(before, new_ids))
             turns += [turn_at(first)] * (upto - begun)
             begun = upto
             if end in ends:
                 ended = len(turns), ends[end]
-        ids += words
+        ids += new_ids
     return ids, turns
 
 
@@ -363,9 +363,9 @@ def _encode_after(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
     return tokenizer.encode_pieces([ids[-1], text])[1:] if ids else tokenizer.encode_pieces([text])
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two lists have in common at their beginning."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next((n for n, (i, j) in enumerate(zip(a, b, strict=False)) if i != j), min(len(a), len(b)))
 
 
 def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:

@@ -29,10 +29,10 @@ def checked(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages as plain dicts, without keys whose value is None. Raises ChatError for those of another shape."""
     if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
         raise ChatError(f"messages are a list, and this is {shorten(messages)}: give [{_FORM}]")
-    found = [_checked(message, number) for number, message in enumerate(messages, 1)]
-    if not found:
+    plain = [_checked(message, number) for number, message in enumerate(messages, 1)]
+    if not plain:
         raise ChatError("the list of messages is empty: give at least one user message")
-    return found
+    return plain
 
 
 def checked_tools(tools: Any) -> list[Any] | None:

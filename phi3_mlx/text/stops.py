@@ -24,8 +24,8 @@ class Stops:
         self._stops = stops
         added = tokenizer.added_tokens.values()
         encoded = [tokenizer.encode(stop, special=True) for stop in stops]
-        own = {token.id for token in added}
-        self.ids = tokenizer.stop_ids | {ids[0] for ids in encoded if len(ids) == 1 and ids[0] in own}
+        added_ids = {token.id for token in added}
+        self.ids = tokenizer.stop_ids | {ids[0] for ids in encoded if len(ids) == 1 and ids[0] in added_ids}
         unseen = tokenizer.special_ids | self.ids
         self.hidden = {
             token.id: token.content
@@ -54,8 +54,8 @@ class StopStrings:
         out: list[str] = []
         for n, character in enumerate(text + hidden):
             self._held.append((character, n < len(text)))
-            reached = [one.step(character) for one in self._progress]
-            met = max((one.length for one in self._progress if one.complete), default=0)
+            reached = [stop.step(character) for stop in self._progress]
+            met = max((stop.length for stop in self._progress if stop.complete), default=0)
             out += self._release(met or max(reached))
             if met:
                 self._held.clear()

@@ -10,7 +10,10 @@ from ..errors import OptionError, TokenizerError
 from ..fields import Fields, shorten
 from ..places import has_tokenizer, no_model
 from .added_tokens import AddedToken
-from .vocabulary import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from .json_tokenizer import JsonTokenizer
+from .sentencepiece_tokenizer import SentencePieceTokenizer
+from .tiktoken_tokenizer import TiktokenTokenizer
+from .vocabulary import Tokenizer
 
 __all__ = ["Tokenizer", "read_tokenizer"]
 
@@ -114,20 +117,20 @@ def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
             return None
         content = names.fields(role).text("content") if isinstance(names.raw[role], dict) else names.text(role)
         return tokenizer.token_to_id(content)
-    return next((found for name in _USUAL[role] if (found := tokenizer.token_to_id(name)) is not None), None)
+    return next((token_id for name in _USUAL[role] if (token_id := tokenizer.token_to_id(name)) is not None), None)
 
 
 def _special_tokens(tokenizer: Tokenizer, names: Fields) -> dict[str, str]:
     """What a chat template knows by name: `bos_token`, `eos_token`, `unk_token` and whatever else the files name so."""
     usual = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
-    found = {role: tokenizer.id_to_token(i) for role, i in usual.items() if i is not None and role not in names.raw}
+    tokens = {role: tokenizer.id_to_token(i) for role, i in usual.items() if i is not None and role not in names.raw}
     extra = names.raw.get("extra_special_tokens")
     named = {key: value for key, value in names.raw.items() if key.endswith("_token")}
     for key, value in (named | (extra if isinstance(extra, dict) else {})).items():
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str):
-            found[key] = content
-    return {role: content for role, content in found.items() if content is not None}
+            tokens[key] = content
+    return {role: content for role, content in tokens.items() if content is not None}
 
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -136,7 +139,7 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     From chat_template.jinja, else chat_template.json, else tokenizer_config.json, which may list several; and from
     additional_chat_templates/NAME.jinja.
     """
-    found: dict[str, str] = {}
+    templates: dict[str, str] = {}
     main = directory / "chat_template.jinja"
     if not main.exists():
         source = directory / "chat_template.json"
@@ -146,18 +149,18 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         for entry in template if isinstance(template, list) else [{"name": "default", "template": template}]:
             name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
             if isinstance(name, str) and isinstance(text, str):
-                found[name] = text
+                templates[name] = text
             elif template is not None:
                 raise TokenizerError(f"{source} has a chat_template that is no text: {shorten(entry)}")
     for path in [main, *sorted(directory.glob("additional_chat_templates/*.jinja"))]:
         try:
             if path != main or path.exists():
-                found["default" if path == main else path.stem] = files.read_text(path)
+                templates["default" if path == main else path.stem] = files.read_text(path)
         except OSError as error:
             raise TokenizerError(f"{path} is not readable: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} is not readable: {error}") from None
-    return found
+    return templates
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
@@ -165,7 +168,7 @@ def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
     if tokenizer.token_to_id("<0x0A>") is not None:
         # The SentencePiece models (mini, medium, 3.5) may open the next turn instead of ending their own.
         names.append("<|assistant|>")
-    ids = {found for name in names if (found := tokenizer.token_to_id(name)) is not None}
+    ids = {token_id for name in names if (token_id := tokenizer.token_to_id(name)) is not None}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     for source in (directory / "generation_config.json", directory / "config.json"):
