@@ -16,23 +16,18 @@ from typing import Any
 
 import click
 
-from phi3_mlx.engine.batch import Generation, common_length
+from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.sampling import Sampling
 
 from . import record
-from .decode import DTYPE, LAYERS, in_turn, loaded, rows_of
+from .contenders import alike, in_turn, rows_of
+from .models import DTYPE, LAYERS, loaded
 
 CASES = ("unpacked", DTYPE, "tiny")
 
 
 def make_prompts(rows: int) -> list[list[int]]:
     return [[100 + (37 * row + 11 * i) % 3000 for i in range(3 + 4 * row)] for row in range(rows)]
-
-
-def alike(some: list[list[int]], others: list[list[int]]) -> float:
-    """The share of the tokens of answers that stand before the first that is not the same in the other answers."""
-    same = sum(common_length(one, other) for one, other in zip(some, others, strict=True))
-    return same / sum(map(len, some))
 
 
 @click.command(help=__doc__)

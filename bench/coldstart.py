@@ -16,7 +16,7 @@ from phi3_mlx.store.hub import resolve
 
 from . import record
 
-PROMPT = "Write a story about a rabbit who finds a key."
+PROMPT = "Tell me a story about a duck and a frog."
 
 
 def seconds(command: list[str]) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 from . import record
-from .decode import PHI_3_MINI
+from .models import PHI_3_MINI
 
 _OURS = ["-c", "from phi3_mlx.cli import main; main()", "convert"]
 _SCALE = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes

@@ -33,7 +33,7 @@ from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 from . import record
-from .decode import make_checkpoint
+from .models import make_checkpoint
 
 ASK = "Summarise this:"
 BITS, ANSWER = 4, 256  # the answer is long enough to make the cache grow, as the plan says

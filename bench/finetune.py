@@ -26,16 +26,6 @@ _FUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """A row for every model."""
-    lines = [f"| model | right, of {result['questions']} | of the adapter's effect |", "|---|--:|--:|"]
-    for row in result["rows"]:
-        survived = "" if row["survived"] is None else f"{row['survived']:.0%}"
-        lines.append(f"| {row['model']} | {row['right']:.1%} | {survived} |")
-    trained = f"{result['steps']} steps in {result['seconds']:.0f} s, validation loss {result['loss']:.4f}"
-    return "\n".join([*lines, "", f"Trained: {trained}."])
-
-
 @click.command(help=__doc__)
 @click.option("--steps", type=int, help="Instead of two epochs.")
 @click.option("--questions", type=int, default=feelings.SIZES["test"], show_default=True)

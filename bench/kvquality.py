@@ -17,7 +17,7 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.batch import Generation, common_length
 from phi3_mlx.engine.plan import Run
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
@@ -55,11 +55,6 @@ def continuations(model: Model, ids: list[int], bits: KVBits | None) -> list[lis
     return said
 
 
-def alike(a: list[int], b: list[int]) -> int:
-    """Tokens before the first difference."""
-    return next((i for i, (one, other) in enumerate(zip(a, b, strict=True)) if one != other), len(a))
-
-
 def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -> list[dict[str, Any]]:
     model, tokenizer = read_model(directory), read_tokenizer(directory)
     ids = tokenizer.encode(bundled("sample"))[:tokens]
@@ -74,7 +69,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
             other = hidden_states(model, inputs, bits)
             difference.add(one, model.logits, other, model.logits, targets, model.config.vocab_size)
         found = difference.result(1)
-        lengths = [alike(a, b) for a, b in zip(said, continuations(model, ids, bits), strict=True)]
+        lengths = [common_length(a, b) for a, b in zip(said, continuations(model, ids, bits), strict=True)]
         row = {
             "keys": bits.keys,
             "values": bits.values,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -31,8 +30,8 @@ from phi3_mlx.models import build, parse_config
 from phi3_mlx.models.attention import fused_attention
 from phi3_mlx.models.cache import KVBits
 
-from . import record
-from .decode import DTYPE, LAYERS, PHI_3_MINI
+from . import plots, record
+from .models import DTYPE, LAYERS, PHI_3_MINI
 
 GROUP_SIZE = 32
 HEADS, HEAD_DIM = 32, 96
@@ -107,34 +106,6 @@ def decode(logits: Callable[[mx.array], mx.array], cache: list[Any], steps: int,
         mx.eval(token, state_of(cache))
     seconds = time.perf_counter() - started
     return {"tokens": steps, "tokens_per_second": steps / seconds, "peak": mx.get_peak_memory() - base}
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """The peaks of all results against the length, with the plan's and the cache's own bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    rows = {(row["package"], row["tokens"]): row for result in results for row in result["rows"]}
-    of = {package: sorted(tokens for name, tokens in rows if name == package) for package, _ in rows}
-    for package, key, style in (
-        ("mlx-lm", "peak", "o-C1"),
-        ("phi3-mlx", "peak", "o-C0"),
-        ("phi3-mlx", "planned", "--C0"),
-        ("phi3-mlx", "cache", ":C0"),
-    ):
-        if tokens := of.get(package):
-            label = {"peak": package, "planned": "phi3-mlx, as planned", "cache": "keys and values alone"}[key]
-            axes.plot([n / 1000 for n in tokens], [rows[package, n][key] / 1e6 for n in tokens], style, label=label)
-    layers, bits = results[0]["layers"], results[0]["bits"]
-    axes.set(
-        xlabel="thousand tokens",
-        ylabel="peak memory, MB",
-        title=f"Reading a long prompt: {layers} layers of Phi-3-mini's heads, {bits}-bit keys and values",
-    )
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 @click.command(help=__doc__)
@@ -234,7 +205,9 @@ def main(
         click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
     record.write(f"longcontext-{name}" if name else "longcontext", rows, "mlx", "mlx-lm", **facts)
     results = [result for other, result in record.read().items() if other.startswith("longcontext")]
-    plot([result for result in results if result["layers"] == results[0]["layers"]], record.RESULTS / "longcontext.png")
+    plots.peaks(
+        [result for result in results if result["layers"] == results[0]["layers"]], record.RESULTS / "longcontext.png"
+    )
 
 
 if __name__ == "__main__":

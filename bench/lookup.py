@@ -37,7 +37,7 @@ from phi3_mlx.generation.answers import Prompt, encode_prompt
 from phi3_mlx.store.hub import resolve
 
 from . import record
-from .batch import alike
+from .contenders import alike
 
 SUBJECTS = ("a rabbit who finds a key", "a girl named Mia who loses a hat", "an owl and a boat", "a dog and a bear")
 _QUOTED = 3  # sentences

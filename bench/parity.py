@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import record
+from .agreement import HEAD, STEPS, lines
 
 # The pairs of models are the tests' reference; they live there, and this command borrows them.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -29,7 +30,6 @@ import moe_models  # type: ignore[import-not-found]
 import oracle  # type: ignore[import-not-found]
 import released  # type: ignore[import-not-found]
 
-STEPS = 64  # tokens of the generation
 CHUNK = 512  # prefill chunk of both MLX packages
 
 REAL_LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072, "sliding_window": 262144}
@@ -132,36 +132,6 @@ def compare(name: str, cases: Sequence[str]) -> list[dict[str, Any]]:
             "first_difference": equal.index(False) if False in equal else None,
         }
     return [*rows, row]
-
-
-def cells(row: dict[str, Any], package: str) -> tuple[str, str]:
-    """A row's two cells for a package: the difference, the agreement."""
-    found = row[package]
-    if "equal_tokens" in found:
-        return "", f"{found['equal_tokens']} of {STEPS} tokens"
-    # One position of thousands that disagrees must not read as 100 %.
-    percent = int(found["greedy_agreement"] * 1000) / 10
-    return f"{found['max_difference']:.1e}", f"{percent:g} %"
-
-
-HEAD = ("model", "case", "tokens", "phi3-mlx max Δ", "phi3-mlx greedy", "mlx-lm max Δ", "mlx-lm greedy")
-
-
-def lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table's rows as text."""
-    return [
-        (row["model"], row["case"], f"{row['tokens']:,}", *cells(row, "phi3-mlx"), *cells(row, "mlx-lm"))
-        for row in rows
-    ]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The README's table of a result file, its provenance under it."""
-    table = ["| " + " | ".join(HEAD) + " |", "|---|---|--:|--:|--:|--:|--:|"]
-    table += ["| " + " | ".join(line) + " |" for line in lines(result["rows"])]
-    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    source = f"`{result['command']}`, {result['date']}, {result['machine']}; {packages}."
-    return "\n".join([*table, "", source])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -21,8 +21,9 @@ from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.sampling import Sampling
 
 from . import record
-from .decode import CASES as PACKED
-from .decode import LAYERS, default_cases, in_turn, loaded, rows_of
+from .contenders import in_turn, rows_of
+from .models import CASES as PACKED
+from .models import LAYERS, default_cases, loaded
 
 CASES = ("unpacked", *PACKED)
 _FAST = {} if record.on_gpu() else {"unpacked": 16, "tiny": 16}  # times as many tokens

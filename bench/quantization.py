@@ -11,7 +11,6 @@ its Q4_1 GGUF file, converted with --dequantize --dtype float32.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import read_tokenizer
 
-from . import record
+from . import plots, record
 
 _MIXED = (2.75, 3.0, 3.25, 3.75, 4.0, 4.25, 4.75, 5.0, 5.25, 6.0, 7.0, 8.0)  # beside uniform's own sizes
 
@@ -46,42 +45,6 @@ def _write(directory: Path, source: Source, recipe: Recipe | None, arrays: Itera
     write_json(directory / "config.json", source.config | ({"quantization": recipe} if recipe else {}))
     weights = weights_of(source)
     return 8 * sum(tensor.nbytes for tensor in tensors.values()) / weights
-
-
-def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["bits_per_weight"], row["kl"]) for row in rows if row["method"] == method)
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
-    axes.set(yscale="log", xlabel="bits per weight, scales included", ylabel="KL divergence, nats a token", title=title)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def markdown(results: list[dict[str, Any]]) -> str:
-    """A table of KL by method at the sizes of uniform 3 and 4 bits, for every result file."""
-    methods = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
-    widths = {
-        result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
-        for result in results
-    }
-    columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
-    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
-    for method in methods:
-        cells = []
-        for result in results:
-            for width in widths[result["model"]]:
-                found = [(abs(r["bits_per_weight"] - width), r["kl"]) for r in result["rows"] if r["method"] == method]
-                off, kl = min(found, default=(math.inf, 0.0))
-                cells.append(f"{kl:.4f}" if off < 0.01 else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", *(f"![KL against bits](../bench/results/quantization-{r['model']}.png)" for r in results)]
-    )
 
 
 @click.command(help=__doc__)
@@ -166,7 +129,7 @@ def main(
     }
     result = f"quantization-{name}"
     record.write(result, rows, "mlx", **facts)
-    _plot(rows, f"{name}: {facts['text']}, {len(read):,} tokens", record.RESULTS / f"{result}.png")
+    plots.curves(rows, f"{name}: {facts['text']}, {len(read):,} tokens", record.RESULTS / f"{result}.png")
 
 
 if __name__ == "__main__":

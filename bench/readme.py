@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from . import tables
+from . import agreement, published, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,7 +54,7 @@ def fact() -> str:
 def reasons() -> str:
     """Three reasons for this package, each with the figure behind it."""
     short = _parity("Phi-3.5-mini", "short")
-    long, tuned = tables.read("longcontext"), tables.read("tune")
+    long, tuned = published.read("longcontext"), published.read("tune")
     peaks = {(row["package"], row["tokens"]): row["peak"] for row in long["rows"]}
     tokens = max(tokens for package, tokens in peaks if package == "mlx-lm")
     ratio = peaks["phi3-mlx", tokens] / peaks["mlx-lm", tokens]
@@ -95,8 +95,6 @@ def macs() -> str:
 
 def right() -> str:
     """Four cases of the comparison with transformers."""
-    from .parity import cells
-
     lines = ["| model | case | phi3-mlx | mlx-lm |", "|---|---|--:|--:|"]
     for model, case, what in (
         ("Phi-3.5-mini", "short", "a prompt of 64 tokens"),
@@ -105,14 +103,14 @@ def right() -> str:
         ("Phi-3-mini-4k", "window crossed", "a prompt of 3,000 tokens, the window being 2,047"),
     ):
         row = _parity(model, case)
-        ours, theirs = (cells(row, package)[1] for package in ("phi3-mlx", "mlx-lm"))
+        ours, theirs = (agreement.cells(row, package)[1] for package in ("phi3-mlx", "mlx-lm"))
         lines.append(f"| {model} | {what} | {ours} | {theirs} |")
     return "\n".join(lines)
 
 
 def fast() -> str:
     """Four figures beside mlx-lm: two of a CPU, two of a GPU."""
-    start, tuned = tables.read("coldstart"), tables.read("tune")
+    start, tuned = published.read("coldstart"), published.read("tune")
     seconds = {row["command"]: row["seconds"]["median"] for row in start["rows"]}
     learnt = {row["package"]: row["tokens_per_second"]["median"] for row in tuned["rows"]}
     lines = ["| measured | on | phi3-mlx | mlx-lm |", "|---|---|--:|--:|"]
@@ -122,7 +120,7 @@ def fast() -> str:
     lines.append(
         f"| LoRA on one of Phi-3-mini's layers | CPU | {learnt['phi3-mlx']:.0f} tok/s | {learnt['mlx-lm']:.0f} tok/s |"
     )
-    (system,) = [results for results in tables.published().values() if "longcontext-128k-full" in results]
+    (system,) = [results for results in published.systems().values() if "longcontext-128k-full" in results]
     for bench, what in (("prefill", "reading a prompt"), ("decode", "answering")):
         result = system[bench]
         rows = {row["package"]: row for row in result["rows"] if row["case"] == result["rows"][0]["case"]}
@@ -167,7 +165,7 @@ def report() -> str:
 
 
 def _parity(model: str, case: str) -> dict[str, Any]:
-    (row,) = [row for row in tables.read("parity")["rows"] if (row["model"], row["case"]) == (model, case)]
+    (row,) = [row for row in published.read("parity")["rows"] if (row["model"], row["case"]) == (model, case)]
     return row
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+import math
 from typing import Any
 
-import click
-
-from . import record
+from . import agreement
+from .published import main_system, named, read, read_all, scaled, shown, sources, systems
 
 
 def parity() -> str:
-    from .parity import markdown
-
-    return markdown(read("parity"))
+    """Logits and greedy tokens against transformers."""
+    result = read("parity")
+    table = ["| " + " | ".join(agreement.HEAD) + " |", "|---|---|--:|--:|--:|--:|--:|"]
+    table += ["| " + " | ".join(line) + " |" for line in agreement.lines(result["rows"])]
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    source = f"`{result['command']}`, {result['date']}, {result['machine']}; {packages}."
+    return "\n".join([*table, "", source])
 
 
 COMPARED = ["| measured | phi3-mlx | mlx-lm | ratio |", "|---|---|---|---|"]
@@ -45,7 +48,7 @@ def _streams(results: dict[str, dict[str, Any]], *, peaks: bool = False) -> tupl
 def gpu() -> str:
     """What was measured on GPUs, a table a system."""
     parts: list[str] = []
-    for results in [results for system, results in published().items() if system != _first()]:
+    for results in [results for results in systems().values() if results is not main_system()]:
         rows, used = _streams(results, peaks=True)
         for result in named("longcontext", results):
             used.append(result)
@@ -77,7 +80,7 @@ def speed() -> str:
     """Start, prefill, decode, conversion and training beside mlx-lm."""
     start = read("coldstart")
     seconds = {row["command"]: row["seconds"] for row in start["rows"]}
-    streams, used = _streams(published()[_first()])
+    streams, used = _streams(main_system())
     results = [start, *used]
     table = [
         *COMPARED,
@@ -85,14 +88,14 @@ def speed() -> str:
         f"{shown(seconds['mlx-lm'], 's')} | {start['ratio']:.2f}× |",
         *streams,
     ]
-    if (converted := found("convert")) is not None:
+    if (converted := main_system().get("convert")) is not None:
         results.append(converted)
         what = f"conversion of {converted['source_bytes'] / 1e9:.1f} GB to 4 bits"
         table += [
             _row(f"{what}, time", converted, "seconds", "s"),
             _row(f"{what}, peak memory", converted, "peak_bytes", "MB", 1e6),
         ]
-    if (tuned := found("tune")) is not None:
+    if (tuned := main_system().get("tune")) is not None:
         results.append(tuned)
         what = f"LoRA, {tuned['layers']} of Phi-3-mini's layers"
         table += [
@@ -119,7 +122,7 @@ def batch() -> str:
 
 def lookup() -> str:
     """Answers with prompt lookup and without."""
-    results = needed("lookup")
+    results = read_all("lookup")
     table = [
         "| model: prompts | tokens a step | drafts that held | mlx-lm | plain | with lookup | of plain |",
         "|---|---|---|---|---|---|---|",
@@ -146,7 +149,7 @@ def _row(what: str, result: dict[str, Any], figure: str, unit: str, scale: float
 def kvquality() -> str:
     """Quality of packed caches, a table a model."""
     lines: list[str] = []
-    results = needed("kvquality")
+    results = read_all("kvquality")
     for result in results:
         one = result["rows"][0]
         lines += [
@@ -170,7 +173,7 @@ def longcontext() -> str:
     """Peak memory of long prompts."""
     lines = ["| model | tokens | read | reading | then decoding | planned | mlx-lm, reading | ratio |"]
     lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
-    results = needed("longcontext")
+    results = read_all("longcontext")
     seen: set[tuple[str, int, int]] = set()
     for result in sorted(results, key=lambda result: result["layers"]):
         name = f"{result['layers']} layers, {result['bits']}-bit keys and values"
@@ -236,72 +239,33 @@ def blocksparse() -> str:
 
 
 def quantization() -> str:
-    from .quantization import markdown
-
-    measured = needed("quantization")
-    return f"{markdown(measured)}\n\n{sources(measured)}"
+    """KL divergence by method at the sizes of uniform 3 and 4 bits, for every model."""
+    results = read_all("quantization")
+    methods = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
+    widths = {
+        result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
+        for result in results
+    }
+    columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for method in methods:
+        cells = []
+        for result in results:
+            for width in widths[result["model"]]:
+                found = [(abs(r["bits_per_weight"] - width), r["kl"]) for r in result["rows"] if r["method"] == method]
+                off, kl = min(found, default=(math.inf, 0.0))
+                cells.append(f"{kl:.4f}" if off < 0.01 else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    pictures = [f"![KL against bits](../bench/results/quantization-{result['model']}.png)" for result in results]
+    return "\n".join([*lines, "", *pictures, "", sources(results)])
 
 
 def finetune() -> str:
-    from .finetune import markdown
-
+    """Questions answered right by every model."""
     result = read("finetune")
-    return f"{markdown(result)}\n\n{sources([result])}"
-
-
-def sources(results: list[dict[str, Any]]) -> str:
-    """Machine, versions and commands of results."""
-    lines = []
-    for machine in dict.fromkeys(result["machine"] for result in results):
-        here = [result for result in results if result["machine"] == machine]
-        newest: dict[str, str] = {}
-        for result in here:
-            newest |= result["versions"]
-        commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in here)
-        lines.append(f"{machine}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}.")
-    return " ".join(lines)
-
-
-@cache
-def published() -> dict[str, dict[str, dict[str, Any]]]:
-    """The results of each system, first of that which most was measured on."""
-    return record.read_systems(record.PUBLISHED)
-
-
-def _first() -> str:
-    return next(iter(published()))
-
-
-def found(name: str) -> dict[str, Any] | None:
-    return published()[_first()].get(name)
-
-
-def named(name: str, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of some results the bench's own and those of other models or lengths."""
-    return [result for other, result in results.items() if other == name or other.startswith(f"{name}-")]
-
-
-def read_all(name: str) -> list[dict[str, Any]]:
-    """The bench's results from the system that most was measured on."""
-    return named(name, published()[_first()])
-
-
-def needed(name: str) -> list[dict[str, Any]]:
-    if not (every := read_all(name)):
-        raise click.ClickException(f"nothing was measured yet; run python -m bench {name}")
-    return every
-
-
-def read(name: str) -> dict[str, Any]:
-    return needed(name)[0]
-
-
-def scaled(figure: dict[str, float], unit: float) -> dict[str, float]:
-    return {key: value / unit for key, value in figure.items()}
-
-
-def shown(figure: dict[str, float], unit: str) -> str:
-    digits = 0 if figure["median"] >= 100 else 2
-    median, least, most = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
-    once = figure["min"] == figure["max"]
-    return f"{median} {unit}" if once else f"{median} {unit} ({least} to {most})"
+    lines = [f"| model | right, of {result['questions']} | of the adapter's effect |", "|---|--:|--:|"]
+    for row in result["rows"]:
+        survived = "" if row["survived"] is None else f"{row['survived']:.0%}"
+        lines.append(f"| {row['model']} | {row['right']:.1%} | {survived} |")
+    trained = f"{result['steps']} steps in {result['seconds']:.0f} s, validation loss {result['loss']:.4f}"
+    return "\n".join([*lines, "", f"Trained: {trained}.", "", sources([result])])

@@ -30,7 +30,7 @@ from phi3_mlx.tuning.settings import Settings
 from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
 
 from . import record
-from .decode import DTYPE, LAYERS, make_checkpoint
+from .models import DTYPE, LAYERS, make_checkpoint
 
 RANK, LONGEST = 8, 1024
 _SMALL = {

@@ -1,5 +1,6 @@
 """The benches: the group knows them all, each runs by either name, and what they write has the one form."""
 
+import ast
 import json
 import os
 import re
@@ -16,12 +17,13 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_plan import random_model
 
-from bench import kvquality, longcontext, record, tables
+from bench import kvquality, longcontext, published, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
-from bench.batch import alike
+from bench.contenders import alike
 from phi3_mlx.store import hub
 
-NOT_BENCHES = {"__init__", "__main__", "record", "tables", "feelings", "notebooks", "terminal"}  # feelings makes data
+SHARED = {"agreement", "contenders", "models", "plots", "published", "record", "tables"}
+NOT_BENCHES = {"__init__", "__main__", "feelings", "notebooks", "terminal", *SHARED}  # feelings makes data
 
 
 @pytest.fixture
@@ -102,9 +104,9 @@ def test_a_gpu_is_a_system_of_its_own_and_has_its_own_table(tmp_path, monkeypatc
     record.write("longcontext-x", sides, "mlx", **facts, **decoded)
     assert list(record.read_systems()) == ["Linux x86_64", "Linux x86_64 with CUDA"]
     assert list(record.read()) == ["batch", "decode", "prefill"]
-    tables.published.cache_clear()
+    published.systems.cache_clear()
     table = tables.gpu()
-    tables.published.cache_clear()
+    published.systems.cache_clear()
     assert "| decode, tiny | 3.00 tok/s | 3.00 tok/s | 1.50× |" in table
     assert "| decode, tiny, peak without weights | 2.00 MB | 2.00 MB | 1.00× |" in table
     assert "peak without weights | 5 MB (6 planned) | 10 MB after 2 | 0.50× |" in table
@@ -145,10 +147,26 @@ def test_the_group_lists_every_bench():
     assert set(_FULL) <= files
 
 
+def test_what_benches_share_is_no_bench_and_tables_measure_nothing():
+    def imports_of(name):
+        tree = ast.parse((ROOT / "bench" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level):
+            yield from [node.module] if node.module else (alias.name for alias in node.names)
+
+    for name in _BENCHES:
+        assert set(imports_of(name)) <= {*SHARED, "feelings"}, name
+    for name in SHARED:
+        assert set(imports_of(name)) <= SHARED, name
+    code = "import sys, bench.record; before = {*sys.modules}; import bench.tables; print(*({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith(("bench.", "mlx", "torch", "transformers"))}
+    assert loaded == {"bench.agreement", "bench.published", "bench.tables"}
+
+
 def test_without_a_command_there_is_help_and_nothing_is_imported():
     code = (
         "import sys; from bench.__main__ import main; main([], standalone_mode=False); "
-        "assert not any(m.startswith(('mlx', 'bench.decode')) for m in sys.modules), sorted(sys.modules)"
+        "assert not any(m.startswith(('mlx', 'bench.decode', 'bench.models')) for m in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
