@@ -37,7 +37,7 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, Terminal]:
 def answers(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """`generate` answers with these chunks."""
     chunks = [Chunk(text, n, -0.5, *FIGURES) for n, text in enumerate(texts)]
-    monkeypatch.setattr("phi3_mlx.generation.answers.stream_generate", lambda *args, **given: iter(chunks))
+    monkeypatch.setattr("phi3_mlx.generation.answers.Answers.chunks", lambda answers: iter(chunks))
 
 
 def ran(*arguments: str) -> int:

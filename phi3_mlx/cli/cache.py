@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ..errors import PromptError
-from .options import MemoryOptions, ModelOptions, memory_options, model_options
+from .options import ModelOptions, memory_options, model_options
 from .progress import PrefillProgress
 from .reading import check_text, read_input
 from .terminal import note, say
+
+if TYPE_CHECKING:
+    from ..generation.request import Request
 
 
 @click.group()
@@ -33,7 +38,7 @@ def cache() -> None:
 )
 @click.option("--system", metavar="TEXT", help="A system message, for every question.")
 @memory_options
-def build(source: ModelOptions, file: str, output: str, system: str | None, memory: MemoryOptions) -> None:
+def build(source: ModelOptions, file: str, output: str, system: str | None, request: Request) -> None:
     """Read a text and keep what was read in a file.
 
     \b
@@ -50,14 +55,13 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, memo
     from ..sizes import size_text
 
     check_writable(output)
-    bits = memory.bits()  # refuses what cannot be, before a model is fetched
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
-    model = source.load_model(directory, len(ids), 1, bits, memory.force)
-    prompt_cache = PromptCache(model, kv_bits=memory.kv_bits, kv_group_size=memory.kv_group_size, document=document)
+    model = source.load_model(directory, len(ids), 1, request.cache_bits(), request.force)
+    prompt_cache = PromptCache(model, kv_bits=request.kv_bits, kv_group_size=request.kv_group_size, document=document)
     with PrefillProgress(len(ids)) as progress:
-        prompt_cache.read(ids, force=memory.force, on_prefill=progress.update)
+        prompt_cache.read(ids, force=request.force, on_prefill=progress.update)
     prompt_cache.save(output)
     say(f"{output}: {len(ids):,} tokens, {size_text(prompt_cache.nbytes)} of keys and values")

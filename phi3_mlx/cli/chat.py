@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -15,19 +14,18 @@ from .. import files
 from ..errors import MemoryLimitError, Phi3Error, PromptError
 from ..store.atomic import replace_file
 from .options import (
-    MemoryOptions,
     ModelOptions,
-    SamplingOptions,
+    answer_options,
     as_typed,
-    memory_options,
     model_options,
-    sampling_options,
+    note_idle,
 )
 from .reading import check_text, decode_text
 from .terminal import answer_writer, note, say, show
 
 if TYPE_CHECKING:
     from ..generation.conversation import Conversation
+    from ..generation.request import Request
 
 _HELP = """\
 /reset         forget the conversation
@@ -40,25 +38,29 @@ _HELP = """\
 @click.command()
 @model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
-@sampling_options
-@memory_options
+@answer_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
-def chat(
-    source: ModelOptions, system: str | None, sampling: SamplingOptions, memory: MemoryOptions, stats: bool
-) -> None:
+def chat(source: ModelOptions, system: str | None, request: Request, stats: bool) -> None:
     """Talk with a model; it remembers the conversation.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
     """
-    sampling.check()
+    note_idle(request)
     from ..generation.conversation import Conversation
 
     system = check_text(system, "--system") if system else None
-    bits = memory.bits()
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    model = source.load_model(directory, 1, sampling.max_tokens, bits, memory.force)
-    conversation = Conversation(model, tokenizer, system=system, notify=note, **dataclasses.asdict(memory))
+    model = source.load_model(directory, 1, request.max_tokens, request.cache_bits(), request.force)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        system=system,
+        kv_bits=request.kv_bits,
+        kv_group_size=request.kv_group_size,
+        force=request.force,
+        notify=note,
+    )
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # some Pythons are built without it
@@ -72,7 +74,7 @@ def chat(
             if line.startswith("/"):
                 _command(conversation, line)
             elif line.strip():
-                _answer(conversation, line, sampling, stats)
+                _answer(conversation, line, request, stats)
         except KeyboardInterrupt:
             if not typed:
                 raise
@@ -108,11 +110,11 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(conversation: Conversation, text: str, sampling: SamplingOptions, stats: bool) -> None:
+def _answer(conversation: Conversation, text: str, request: Request, stats: bool) -> None:
     chunk = None
     try:
         with (
-            contextlib.closing(conversation.send(text, **dataclasses.asdict(sampling))) as chunks,
+            contextlib.closing(conversation.ask(text, request)) as chunks,
             answer_writer() as write,
         ):
             for chunk in chunks:

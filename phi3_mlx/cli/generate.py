@@ -12,12 +12,11 @@ from click.core import ParameterSource
 
 from ..errors import PromptError
 from .options import (
-    MemoryOptions,
     ModelOptions,
-    SamplingOptions,
-    memory_options,
+    answer_options,
     model_options,
-    sampling_options,
+    note_idle,
+    request_option,
 )
 from .progress import PrefillProgress
 from .reading import check_text, read_input
@@ -25,6 +24,7 @@ from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:
     from ..generation.answers import Chunk
+    from ..generation.request import Request
 
 
 @click.command()
@@ -45,9 +45,8 @@ if TYPE_CHECKING:
     "to be compared, and need not be given.",
 )
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
-@click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
-@sampling_options
-@memory_options
+@request_option("raw")
+@answer_options
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
 def generate(
@@ -56,9 +55,7 @@ def generate(
     files: tuple[str, ...],
     cache: str | None,
     system: str | None,
-    raw: bool,
-    sampling: SamplingOptions,
-    memory: MemoryOptions,
+    request: Request,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -69,10 +66,10 @@ def generate(
     phi3-mlx generate -f notes.txt -p "Summarise these notes."
     git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
     """
-    sampling.check()
+    note_idle(request)
+    raw, bits = request.raw, request.cache_bits()
     if raw and (system or cache):
         raise click.UsageError("--raw sends no template, so it has no place for --system or --cache")
-    bits = memory.bits()  # refuses what cannot be, before a model is fetched
     if cache is not None:
         if bits is not None:
             raise click.UsageError(f"{cache} has its own bits, so --kv-bits has no effect; leave it out")
@@ -89,24 +86,21 @@ def generate(
         text = about_document(_joined(map(read_input, files)) if files else document.text, _prompt(prompt, (), raw))
     else:
         text = _prompt(prompt, files, raw)
-    from ..generation.answers import encode_prompt, stream_generate
+    from ..generation.answers import Answers, encode_prompt
 
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
-    model = source.load_model(directory, len(ids), sampling.max_tokens, bits, memory.force, kept=cache is not None)
+    model = source.load_model(directory, len(ids), request.max_tokens, bits, request.force, kept=cache is not None)
     prompt_cache = None
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)
         prompt_cache.check_prefix(ids, cache)
     with PrefillProgress(len(ids)) as progress:
-        settings = dataclasses.asdict(sampling) | dataclasses.asdict(memory)
-        chunks = stream_generate(
-            model, tokenizer, ids, prompt_cache=prompt_cache, on_prefill=progress.update, **settings
-        )
-        last = _print_json(source.model, chunks) if as_json else _print_text(chunks)
+        answer = Answers(model, tokenizer, [ids], request, prompt_cache=prompt_cache, on_prefill=progress.update)
+        last = _print_json(source.model, answer.chunks()) if as_json else _print_text(answer.chunks())
     if stats:
         from ..sizes import size_text
 

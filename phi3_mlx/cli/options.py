@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import OptionError, Phi3Error
+from ..generation.request import CHAT_TOKENS, Request
+from ..option import Option, kind_of
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -138,21 +140,6 @@ def model_options(function: F) -> F:
     )
 
 
-@dataclass(frozen=True)
-class MemoryOptions:
-    """How the cache is packed, and whether a run that does not fit is tried; by `generate`'s names."""
-
-    kv_bits: tuple[int, int] | None
-    kv_group_size: int | None
-    force: bool
-
-    def bits(self) -> KVBits | None:
-        """Raises OptionError for bits that cannot be."""
-        from ..models.cache import make_kv_bits
-
-        return make_kv_bits(self.kv_bits, self.kv_group_size)
-
-
 class _KVBitsType(click.ParamType):
     name = "BITS"
 
@@ -181,96 +168,72 @@ within_memory = click.option(
     callback=_keep_within,
     help="Use at most this much, such as 16GB, and never more than the machine has free.",
 )
-FORCE_MEMORY = "Go on where the memory at hand is too small."
-force_memory = click.option("--force", is_flag=True, help=FORCE_MEMORY)
+
+
+def of_field(field: Option, shown: object = None, **more: Any) -> dict[str, Any]:
+    """What Click is told of a field that a user can set: its type and help, and the default that it writes beside it.
+
+    `more`: what the command line alone knows.
+    """
+    kind, choices = kind_of(field), field.metadata.get("choices")
+    typed: Any = click.Choice(choices) if choices else {"int": int, "float": float, "bool": bool}.get(kind, str)
+    help_text = field.metadata["help"] + (f"  [default: {shown}]" if shown is not None else "")  # as Click writes it
+    return {"type": typed, "is_flag": kind == "bool", "multiple": kind.startswith("tuple"), "help": help_text, **more}
+
+
+REQUEST_FIELDS = {field.name: field for field in fields(Request)}
+
+
+def request_option(name: str, **more: Any) -> Callable[[F], F]:
+    """The option of a field of `Request`; see `of_field`."""
+    field = REQUEST_FIELDS[name]
+    return click.option(f"--{name.replace('_', '-')}", name, **of_field(field, **{"default": field.default, **more}))
+
+
+force_memory = request_option("force")
+_MEMORY = [
+    request_option("kv_bits", type=_KVBitsType()),
+    request_option("kv_group_size", shown=32),
+    within_memory,
+    force_memory,
+]
+_SAMPLING = [
+    request_option("max_tokens", default=CHAT_TOKENS, show_default=True),
+    request_option("temperature", show_default=True),
+    *map(request_option, ("top_p", "top_k", "min_p", "repetition_penalty", "seed")),
+    request_option("stop", multiple=True, metavar="TEXT"),
+    request_option("lookup", show_default=True),
+]
+
+
+def answer_options(function: F) -> F:
+    """Adds the options of an answer; the command gets them as one `request: Request`."""
+    return _gathered(function, "request", Request, [*_SAMPLING, *_MEMORY])
 
 
 def memory_options(function: F) -> F:
-    """Adds --kv-bits and what belongs to it; the command gets them as one `memory: MemoryOptions`."""
-    return _gathered(
-        function,
-        "memory",
-        MemoryOptions,
-        [
-            click.option(
-                "--kv-bits",
-                type=_KVBitsType(),
-                help="Pack keys and values in 8, 6, 4, 3 or 2 bits; two numbers (8,4) for keys and values apart.",
-            ),
-            click.option(
-                "--kv-group-size",
-                type=int,
-                help="Packed numbers that share a scale: 32 or 64.  [default: 32]",
-            ),
-            within_memory,
-            force_memory,
-        ],
-    )
+    """Adds --kv-bits and what belongs to it; the command gets them as one `request: Request`."""
+    return _gathered(function, "request", Request, _MEMORY)
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """The sampling options of the command line, by `generate`'s names."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: tuple[str, ...]
-    lookup: int
-
-    def check(self) -> None:
-        """OptionError for a value outside its range; called before a model is fetched or read."""
-        from ..engine.sampling import Sampling
-        from ..generation.request import check_limits
-
-        check_limits(self.max_tokens, self.stop, self.lookup)
-        Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
-        for name, value, off in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
-            if self.temperature == 0 and value != off:
-                option = f"--{name.replace('_', '-')}"
-                note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
-
-
-def sampling_options(function: F) -> F:
-    """Adds the sampling options; the command gets them as one `sampling: SamplingOptions`."""
-    options = [
-        click.option("--max-tokens", type=int, default=1024, show_default=True, help="Longest answer."),
-        click.option(
-            "--temperature",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="0: always the likeliest token; 0.7: varied; above 1: wild.",
-        ),
-        click.option("--top-p", type=float, default=1.0, help="Only the likeliest tokens that together reach P."),
-        click.option("--top-k", type=int, default=0, help="Only the K likeliest tokens."),
-        click.option("--min-p", type=float, default=0.0, help="Only tokens P times as likely as the likeliest."),
-        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid tokens already there."),
-        click.option("--seed", type=int, help="Repeat the same draw."),
-        click.option(
-            "--stop", multiple=True, metavar="TEXT", help="End before this text, or control token; may be repeated."
-        ),
-        click.option(
-            "--lookup",
-            type=int,
-            default=16,
-            show_default=True,
-            help="Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
-        ),
-    ]
-    return _gathered(function, "sampling", SamplingOptions, options)
+def note_idle(request: Request) -> None:
+    """Say which options do nothing beside the others."""
+    for name in ("top_p", "top_k", "min_p"):
+        if request.temperature == 0 and getattr(request, name) != REQUEST_FIELDS[name].default:
+            option = f"--{name.replace('_', '-')}"
+            note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
 
 
 def _gathered(function: F, name: str, kind: type, options: Sequence[Callable[[Any], Any]]) -> F:
-    """`function` with these options, which it gets as one argument `name` of the dataclass `kind`."""
+    """`function` with these options, which it gets as one argument `name` of the dataclass `kind`.
+
+    Other options of the function that are fields of `kind` are part of it too.
+    """
 
     @functools.wraps(function)
     def command(*args: Any, **given: Any) -> Any:
-        given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        names = [field.name for field in fields(kind) if field.name in given]
+        given[name] = kind(**{field: given.pop(field) for field in names})
         return function(*args, **given)
 
     decorated: Any = command

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..doctor import WATCHDOG
-from .options import FORCE_MEMORY, in_options
+from .options import REQUEST_FIELDS, in_options, of_field
 from .progress import Pulse
 from .terminal import note, redraw, say, show
 
@@ -58,27 +58,16 @@ def _setting_options() -> list[click.Parameter]:
     from ..tuning.settings import Settings
 
     options: list[click.Parameter] = []
-    for one in dataclasses.fields(Settings):
-        kind, help_text, flag = str(one.type), one.metadata["help"], f"--{one.name.replace('_', '-')}"
-        flag = _MANY.get(one.name, flag)
-        declarations = [_SHORT[one.name], flag] if one.name in _SHORT else [flag]
-        default = one.default
-        if (not kind.startswith("tuple") and default not in (None, "", False)) or one.name == "holdout":
-            shown = f"{default:g}" if isinstance(default, float) else default
-            help_text = f"{help_text}  [default: {shown}]"  # as Click writes it
-        choices = one.metadata.get("choices")
+    for field in dataclasses.fields(Settings):
+        flag, default = _MANY.get(field.name, f"--{field.name.replace('_', '-')}"), field.default
+        shown = f"{default:g}" if isinstance(default, float) else default
         # No defaults here: what is not given may come from run.yaml or from the run that is resumed.
         options.append(
             click.Option(
-                [*declarations, one.name],
-                type=click.Choice(choices)
-                if choices
-                else {"int": int, "float": float, "bool": bool}.get(kind.removesuffix(" | None"), str),
-                is_flag=kind == "bool",
+                [*filter(None, [_SHORT.get(field.name)]), flag, field.name],
+                metavar=_METAVARS.get(field.name),
                 default=None,
-                multiple=kind.startswith("tuple"),
-                metavar=_METAVARS.get(one.name),
-                help=help_text,
+                **of_field(field, shown if default not in (None, "", False, ()) else None),
             )
         )
     return options
@@ -94,7 +83,7 @@ _RUN_OPTIONS: list[click.Parameter] = [
         help="Go on with the run in -o, with its settings; -m, -d and --valid say where these are now.",
     ),
     click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; train nothing."),
-    click.Option(["--force"], is_flag=True, help=FORCE_MEMORY),
+    click.Option(["--force"], **of_field(REQUEST_FIELDS["force"])),
 ]
 
 

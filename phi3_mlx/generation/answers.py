@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING
 
 from ..engine.batch import Generation
 from ..engine.lookup import MAX_DRAFT
-from ..engine.sampling import Sampling
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
-from ..models.cache import make_kv_bits
 from ..models.decoder import Model
 from ..text.chat import render_chat
 from ..text.messages import Message
 from ..text.stops import Stops
-from ..values import check_function, flag, listed, refusal, shown, token_ids
+from ..values import check_function, listed, refusal, shown, token_ids
 from .loading import check_loaded, check_tokenizer
-from .request import check_limits
+from .request import Request
 
 if TYPE_CHECKING:
-    from ..models.cache import KVBits
     from ..text.tokenizer import Tokenizer
     from .prompt_cache import PromptCache
 
@@ -81,22 +78,23 @@ def generate(
     `kv_bits` are refused. A run that the memory at hand cannot hold is refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    bits = make_kv_bits(kv_bits, kv_group_size)
-    run = _Run(
-        model,
-        tokenizer,
-        [prompt],
-        max_tokens,
-        sampling,
-        stop,
-        raw,
-        kv_bits=bits,
+    request = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        raw=raw,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
         lookup=lookup,
-        prompt_cache=prompt_cache,
         force=force,
     )
-    return "".join(text for _, text, _ in run)
+    answer = Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache)
+    return "".join(text for _, text, _ in answer)
 
 
 def stream_generate(
@@ -125,23 +123,22 @@ def stream_generate(
     Faults in the arguments are raised at the call, before anything is computed. `on_prefill(done, total)` is
     called while a long prompt is read.
     """
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    bits = make_kv_bits(kv_bits, kv_group_size)
-    run = _Run(
-        model,
-        tokenizer,
-        [prompt],
-        max_tokens,
-        sampling,
-        stop,
-        raw,
-        kv_bits=bits,
+    request = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        raw=raw,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
         lookup=lookup,
-        prompt_cache=prompt_cache,
         force=force,
-        on_prefill=on_prefill,
     )
-    return run.chunks()
+    return Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache, on_prefill=on_prefill).chunks()
 
 
 def batch_generate(
@@ -170,12 +167,23 @@ def batch_generate(
         raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
     if not several:
         return []
-    prompts = several
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    bits = make_kv_bits(kv_bits, kv_group_size)
-    run = _Run(model, tokenizer, prompts, max_tokens, sampling, stop, raw, kv_bits=bits, force=force)
-    texts: list[list[str]] = [[] for _ in prompts]
-    for token, text, _ in run:
+    request = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        raw=raw,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        lookup=0,
+        force=force,
+    )
+    texts: list[list[str]] = [[] for _ in several]
+    for token, text, _ in Answers(model, tokenizer, several, request):
         texts[token.row].append(text)
     return ["".join(parts) for parts in texts]
 
@@ -204,47 +212,45 @@ def encode_prompt(
     return sent
 
 
-class _Run:
-    """One or more prompts through the engine, and their text out of it: (token, text, finish reason) a token."""
+class Answers:
+    """The answers to one or more prompts, computed together: (token, text, finish reason) a token.
+
+    Between them stands the engine, which knows no text: it gets ids and `Sampling`, and its ids become text here. The
+    faults of `generate` are raised at once.
+    """
 
     def __init__(
         self,
         model: Model,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
-        max_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str] | None,
-        raw: bool,
-        kv_bits: KVBits | None = None,
-        lookup: int = 0,
+        request: Request,
+        *,
         prompt_cache: PromptCache | None = None,
-        force: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
-        max_tokens, stops, lookup = check_limits(max_tokens, stop, lookup)
-        raw, force = flag(raw, "raw"), flag(force, "force")
         check_function(on_prefill, "on_prefill")
+        bits = request.cache_bits()
         if prompt_cache is not None and not hasattr(prompt_cache, "layers_for"):
             raise refusal(prompt_cache, "prompt_cache", "a PromptCache")
-        if prompt_cache is not None and kv_bits not in (None, prompt_cache.bits):
+        if prompt_cache is not None and bits not in (None, prompt_cache.bits):
             raise OptionError("kv_bits has no effect beside a prompt_cache, which has bits of its own; leave it out")
         self._decoders = [tokenizer.stream() for _ in prompts]
-        self._stops = Stops(tokenizer, stops)
+        self._stops = Stops(tokenizer, request.stop or ())
         self._finders = [self._stops.finder() for _ in prompts]
-        rows = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+        rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
         self.generation = Generation(
             model,
             rows,
-            max_tokens=max_tokens,
-            sampling=sampling,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling(),
             stop_ids=self._stops.ids,
             cache=None if prompt_cache is None else prompt_cache.layers_for(model),
-            kv_bits=kv_bits if prompt_cache is None else prompt_cache.bits,
-            lookup=lookup,
-            force=force,
+            kv_bits=bits if prompt_cache is None else prompt_cache.bits,
+            lookup=request.lookup,
+            force=request.force,
             kept=prompt_cache is not None,
             on_prefill=on_prefill,
         )

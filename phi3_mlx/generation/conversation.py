@@ -6,16 +6,16 @@ import html
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import values
 from ..engine.lookup import MAX_DRAFT
-from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
 from ..text.chat import render_chat
-from .answers import Chunk, _Run
+from .answers import Answers, Chunk
 from .loading import check_loaded, check_tokenizer
 from .prompt_cache import PromptCache
+from .request import CHAT_TOKENS, Request
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
@@ -51,8 +51,7 @@ class Conversation:
         check_tokenizer(tokenizer)
         values.check_function(notify, "notify")
         self._model, self._tokenizer, self._notify = model, tokenizer, notify
-        self._packing: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
-        self._force = force
+        self._memory = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
         self.messages: list[dict[str, str]] = []
         # The last answer, which may not have been read to its end, and the number of it.
         self._open: Generator[Chunk, None, None] | None = None
@@ -66,7 +65,9 @@ class Conversation:
         with self._changing:
             self._end_answer()
             self.messages = [{"role": "system", "content": system}] if system else []
-            self._cache = PromptCache(self._model, **self._packing)
+            self._cache = PromptCache(
+                self._model, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size
+            )
             # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
             # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
             # has read is how it was made.
@@ -89,7 +90,7 @@ class Conversation:
         self,
         text: str,
         *,
-        max_tokens: int = 1024,
+        max_tokens: int = CHAT_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -100,7 +101,22 @@ class Conversation:
         lookup: int = MAX_DRAFT,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        request = Request(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            lookup=lookup,
+            force=self._memory.force,
+        )
+        return self.ask(text, request)
+
+    def ask(self, text: str, request: Request) -> Generator[Chunk, None, None]:
+        """`send`, with all options at once; those of the cache are the conversation's own."""
         with self._changing:
             self._end_answer()
             if not values.text(text, "the message").strip():
@@ -108,19 +124,8 @@ class Conversation:
             messages = [*self.messages, {"role": "user", "content": text}]
             rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
             actual = self._with_own_answers(rendered)
-            run = _Run(
-                self._model,
-                self._tokenizer,
-                [actual],
-                max_tokens,
-                sampling,
-                stop,
-                raw=True,
-                lookup=lookup,
-                prompt_cache=self._cache,
-                force=self._force,
-            )
-            self._open = self._answered(run, messages, rendered, actual, self._number)
+            answers = Answers(self._model, self._tokenizer, [actual], request, prompt_cache=self._cache)
+            self._open = self._answered(answers, messages, rendered, actual, self._number)
             return self._read(self._open, self._number)
 
     def _end_answer(self) -> None:
@@ -157,9 +162,9 @@ class Conversation:
         return [*self._actual, *self._answer, *rendered[end:]]
 
     def _answered(
-        self, run: _Run, messages: list[dict[str, str]], rendered: list[int], actual: list[int], number: int
+        self, answers: Answers, messages: list[dict[str, str]], rendered: list[int], actual: list[int], number: int
     ) -> Generator[Chunk, None, None]:
-        """The chunks of a run, noted as they come."""
+        """The chunks of an answer, noted as they come."""
         ids: list[int] = []
         answer = {"role": "assistant", "content": ""}
         with self._changing:
@@ -167,12 +172,12 @@ class Conversation:
                 return
             self._rendered, self._actual, self._answer = rendered, actual, ids
             self.messages = [*messages, answer]
-        for chunk in run.chunks():
+        for chunk in answers.chunks():
             with self._changing:
                 if number != self._number:
                     return
                 answer["content"] += chunk.text
-                if chunk.token not in run.stop_ids:
+                if chunk.token not in answers.stop_ids:
                     ids.append(chunk.token)
                     if chunk.finish_reason == "stop":
                         ids.clear()  # a stop string was cut off the answer, so these are not its ids

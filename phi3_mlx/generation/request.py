@@ -1,25 +1,77 @@
-"""What a prompt can be run with, and the limits of it."""
+"""What a prompt can be run with. Imports no MLX, so that the command line can show it at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
+from ..engine.lookup import MAX_DRAFT
+from ..engine.sampling import Sampling
 from ..errors import OptionError
-from ..models.cache import KVCache
-from ..values import texts, whole
+from ..option import Range, option
+from ..values import texts
 
-_MOST_LOOKUP = KVCache.spare  # a longer draft could not be taken back from a windowed cache
+if TYPE_CHECKING:
+    from ..models.cache import KVBits
+
+CHAT_TOKENS = 1024  # max_tokens of a chat and of the command line, where somebody reads along and can stop an answer
+_MOST_LOOKUP = 32  # KVCache.spare: a longer draft could not be taken back from a windowed cache
 
 
-def check_limits(max_tokens: int, stop: str | Sequence[str] | None, lookup: int = 0) -> tuple[int, list[str], int]:
-    """The arguments, typed, the stop strings as a list; OptionError for another type, an empty string, or a number
-    outside its range."""
-    max_tokens, lookup = whole(max_tokens, "max_tokens"), whole(lookup, "lookup")
-    stops = [] if stop is None else list(texts(stop, "stop"))
-    if not 0 <= lookup <= _MOST_LOOKUP:
-        raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {_MOST_LOOKUP}")
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens {max_tokens} is outside its range; give 1 or more")
+def _stops(value: Any, name: str) -> tuple[str, ...] | None:
+    stops = texts(value, name)
     if not all(stops):
         raise OptionError("a stop string is empty; give at least one character")
-    return max_tokens, stops, lookup
+    return stops or None
+
+
+def _key_and_value_bits(value: Any, name: str) -> tuple[int, int]:
+    from ..models.cache import make_kv_bits
+
+    bits = make_kv_bits(value)
+    assert bits is not None
+    return bits.keys, bits.values
+
+
+@dataclass(frozen=True)
+class Request(Sampling):
+    """Everything that an answer can be asked for with: the options of sampling, and those below.
+
+    The keyword arguments of `generate` and its kin, the options of the command line and the table in docs/python.md are
+    these fields. A `Request` holds values of the fields' types: `stop` is a tuple, `kv_bits` a pair.
+
+    Raises OptionError for a value of another type or outside its range.
+    """
+
+    max_tokens: int = option(256, "Longest answer.", Range(lambda n: n >= 1, "1 or more"))
+    stop: str | Sequence[str] | None = option(
+        None, "End before this text, or control token; may be repeated.", read=_stops
+    )
+    raw: bool = option(False, "Send the text as it is, without the chat template.")
+    kv_bits: int | tuple[int, int] | None = option(
+        None,
+        "Pack keys and values in 8, 6, 4, 3 or 2 bits; two numbers (8,4) for keys and values apart.",
+        read=_key_and_value_bits,
+    )
+    kv_group_size: int | None = option(None, "Packed numbers that share a scale: 32 or 64.")
+    lookup: int = option(
+        MAX_DRAFT,
+        "Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
+        Range(lambda n: 0 <= n <= _MOST_LOOKUP, f"0 (off) to {_MOST_LOOKUP}"),
+    )
+    force: bool = option(False, "Go on where the memory at hand is too small.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cache_bits()
+
+    def cache_bits(self) -> KVBits | None:
+        """How the cache packs keys and values; None if it does not."""
+        from ..models.cache import make_kv_bits
+
+        return make_kv_bits(self.kv_bits, self.kv_group_size)
+
+    def sampling(self) -> Sampling:
+        """The options of sampling alone, for the engine, which knows no text."""
+        return Sampling(*(getattr(self, field.name) for field in fields(Sampling)))

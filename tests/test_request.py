@@ -1,0 +1,237 @@
+"""What an answer can be asked for with stands in one place, from which functions, options and tables are made."""
+
+import inspect
+import io
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import click
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import phi3_mlx
+from phi3_mlx.cli import cli
+from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.errors import OptionError
+from phi3_mlx.generation import answers, conversation
+from phi3_mlx.generation.request import CHAT_TOKENS, Request
+from phi3_mlx.models.cache import KVBits, KVCache
+
+sys.path.insert(0, str(ROOT / "docs"))
+from _options import table, with_table
+
+FIELDS = {field.name: field for field in fields(Request)}
+OF_THE_CACHE = {"kv_bits", "kv_group_size", "force"}
+# What a function takes of the fields; the others are said in the comment.
+FUNCTIONS = {
+    phi3_mlx.generate: {*FIELDS},
+    phi3_mlx.stream_generate: {*FIELDS},
+    phi3_mlx.batch_generate: {*FIELDS} - {"lookup"},  # drafts are for one row
+    phi3_mlx.Conversation: OF_THE_CACHE,
+    phi3_mlx.Conversation.send: {*FIELDS} - OF_THE_CACHE - {"raw"},  # a conversation has a cache and a template
+}
+COMMANDS = {
+    "generate": {*FIELDS},
+    "chat": {*FIELDS} - {"raw"},  # a conversation has a template
+    "cache build": OF_THE_CACHE,  # nothing is answered
+}
+# One value of each field, other than its default.
+OTHERS = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "seed": 3,
+    "max_tokens": 5,
+    "stop": ("end", "<|user|>"),
+    "raw": True,
+    "kv_bits": (8, 4),
+    "kv_group_size": 64,
+    "lookup": 2,
+    "force": True,
+}
+
+
+def given_with(name):
+    """The field's other value, and what it needs beside it."""
+    return {name: OTHERS[name]} | ({"kv_bits": (8, 4)} if name == "kv_group_size" else {})
+
+
+def command_of(name):
+    command = cli
+    for part in name.split():
+        command = command.get_command(click.Context(command), part)
+    return command
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return phi3_mlx.load("tiny")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests that reach the engine's door, where the answer ends."""
+    seen = []
+
+    class Asked(Exception):
+        pass
+
+    def ask(model, tokenizer, prompts, request, **_):
+        seen.append(request)
+        raise Asked
+
+    monkeypatch.setattr(answers, "Answers", ask)
+    monkeypatch.setattr(conversation, "Answers", ask)
+
+    def request_of(call):
+        with pytest.raises(Asked):
+            call()
+        return seen.pop()
+
+    return request_of
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__qualname__)
+def test_functions_take_the_fields_with_their_defaults(function):
+    parameters = inspect.signature(function).parameters
+    taken = {name: parameters[name].default for name in parameters if name in FIELDS}
+    defaults = {name: FIELDS[name].default for name in FUNCTIONS[function]}
+    if function is phi3_mlx.Conversation.send:
+        defaults["max_tokens"] = CHAT_TOKENS
+    assert taken == defaults
+    types = {name: parameters[name].annotation for name in taken}
+    assert types == {name: FIELDS[name].type for name in taken}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_have_the_fields_with_their_defaults_and_help(name):
+    command = command_of(name)
+    options = {param.name: param for param in command.params if param.name in FIELDS}
+    assert {*options} == COMMANDS[name]
+    for field, option in options.items():
+        assert option.opts == [f"--{field.replace('_', '-')}"]
+        assert option.help.removesuffix("  [default: 32]") == FIELDS[field].metadata["help"]
+        empty = click.Context(command)
+        default = CHAT_TOKENS if field == "max_tokens" else FIELDS[field].default
+        assert (option.get_default(empty) or None) == (default or None), field
+        typed = {"int": int, "float": float, "bool": bool}.get(FIELDS[field].type.removesuffix(" | None"))
+        if typed and default is not None:
+            assert type(option.type_cast_value(empty, str(default))) is typed
+
+
+def test_every_argument_reaches_the_request(loaded, asked):
+    assert OTHERS.keys() == FIELDS.keys()
+    model, tokenizer = loaded
+    for name in OTHERS:
+        given = given_with(name)
+        for function in (phi3_mlx.generate, phi3_mlx.stream_generate):
+            assert asked(lambda f=function, g=given: f(model, tokenizer, "Hi", **g)) == Request(**given)
+        if name != "lookup":
+            request = asked(lambda g=given: phi3_mlx.batch_generate(model, tokenizer, ["Hi"], **g))
+            assert request == Request(**given, lookup=0)
+        if name in FUNCTIONS[phi3_mlx.Conversation.send]:
+            request = asked(lambda g=given: phi3_mlx.Conversation(model, tokenizer).send("Hi", **g))
+            assert request == Request(**{"max_tokens": CHAT_TOKENS, **given})
+    request = asked(lambda: phi3_mlx.Conversation(model, tokenizer, force=True).send("Hi"))
+    assert request == Request(max_tokens=CHAT_TOKENS, force=True)
+
+
+@pytest.mark.parametrize(("name", "words"), [("generate", ["-p", "Hi"]), ("chat", [])])
+def test_every_option_reaches_the_request(asked, monkeypatch, name, words):
+    typed = {
+        "stop": ["--stop", "end", "--stop", "<|user|>"],
+        "raw": ["--raw"],
+        "kv_bits": ["--kv-bits", "8,4"],
+        "kv_group_size": ["--kv-bits", "8,4", "--kv-group-size", "64"],
+        "force": ["--force"],
+    }
+    for field in COMMANDS[name]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+        options = typed.get(field, [f"--{field.replace('_', '-')}", str(OTHERS[field])])
+        request = asked(lambda o=options: command_of(name).main([*words, *o], standalone_mode=False))
+        assert request == Request(**{"max_tokens": CHAT_TOKENS, **given_with(field)})
+
+
+def test_a_request_holds_plain_values_of_its_fields_types():
+    given = {
+        "temperature": np.float32(0.5),
+        "max_tokens": np.int64(3),
+        "stop": "end",
+        "kv_bits": [np.int8(8), 4],
+        "kv_group_size": np.int8(64),
+        "raw": np.bool_(True),
+    }
+    right = {"temperature": 0.5, "max_tokens": 3, "stop": ("end",), "kv_bits": (8, 4), "kv_group_size": 64, "raw": True}
+    request = Request(**given)
+    for name, value in right.items():
+        held = getattr(request, name)
+        assert held == value
+        assert type(held) is type(value)
+    assert hash(request) == hash(Request(**right))
+    assert request.cache_bits() == KVBits(8, 4, 64)
+    assert Request(kv_bits=4).kv_bits == (4, 4)
+    assert Request(kv_bits=4).cache_bits() == KVBits(4, 4, 32)
+    assert Request().cache_bits() is None
+    assert Request(stop=()) == Request()
+    assert replace(request, max_tokens=4).max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens 0 is outside its range; give 1 or more"),
+        ({"max_tokens": True}, "max_tokens is True; expected a whole number"),
+        ({"lookup": 33}, "lookup 33 is outside its range; give 0 (off) to 32"),
+        ({"lookup": -1}, "lookup -1 is outside its range; give 0 (off) to 32"),
+        ({"stop": ["end", ""]}, "a stop string is empty; give at least one character"),
+        ({"stop": ""}, "a stop string is empty; give at least one character"),
+        ({"stop": [3]}, "stop holds 3; expected a list of texts"),
+        ({"raw": 1}, "raw is 1; expected true or false"),
+        ({"force": "no"}, "force is 'no'; expected true or false"),
+        ({"temperature": float("inf")}, "temperature inf is outside its range; give 0 or more"),
+        ({"top_p": 0}, "top_p 0.0 is outside its range; give above 0 and at most 1"),
+        ({"top_k": -1}, "top_k -1 is outside its range; give 0 (off) or more"),
+        ({"min_p": 2}, "min_p 2.0 is outside its range; give between 0 and 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0.0 is outside its range; give above 0"),
+        ({"seed": ""}, "seed is ''; expected a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number of at most 64 bits"),
+        ({"seed": -1}, "seed -1 is outside its range; give 0 to 2**64 - 1"),
+        ({"kv_bits": 5}, "kv_bits 5 is not possible; choose 2, 3, 4, 6, 8"),
+        ({"kv_bits": (8,)}, "kv_bits has 1 numbers; give one such as 4, or (8, 4) of keys and values"),
+        ({"kv_bits": 4, "kv_group_size": 48}, "kv_group_size 48 is not possible; choose 32 or 64"),
+        ({"kv_group_size": 64}, "kv_group_size 64 has no effect without kv_bits=BITS; leave it out"),
+    ],
+)
+def test_a_request_says_what_is_wrong_with_a_value(given, message):
+    with pytest.raises(OptionError) as caught:
+        Request(**given)
+    assert str(caught.value) == message
+
+
+def test_the_engine_gets_the_options_of_sampling_alone():
+    request = Request(**OTHERS)
+    assert type(request.sampling()) is Sampling
+    assert request.sampling() == Sampling(0.5, 0.9, 7, 0.1, 1.1, 3)
+
+
+def test_the_longest_draft_can_be_taken_back_from_a_windowed_cache():
+    Request(lookup=KVCache.spare)
+    with pytest.raises(OptionError):
+        Request(lookup=KVCache.spare + 1)
+
+
+def test_options_are_known_without_mlx():
+    script = "import sys, phi3_mlx.generation.request, phi3_mlx.cli.chat; assert 'mlx.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_table_of_the_documentation_is_that_of_the_fields():
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    assert text == with_table(text), "out of date; run python docs/_options.py"
+    assert text.count(table()) == 1
+    for name in FIELDS:
+        assert f"| `{name}` |" in table()
