@@ -14,7 +14,7 @@ import click
 
 from ..errors import OptionError, Phi3Error
 from ..generation.request import CHAT_TOKENS, Request
-from ..option import Option, kind_of
+from ..option import Option, option_type
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def of_field(field: Option, shown: object = None, **more: Any) -> dict[str, Any]
 
     `more`: what the command line alone knows.
     """
-    kind, choices = kind_of(field), field.metadata.get("choices")
+    kind, choices = option_type(field), field.metadata.get("choices")
     typed: Any = click.Choice(choices) if choices else {"int": int, "float": float, "bool": bool}.get(kind, str)
     help_text = field.metadata["help"] + (f"  [default: {shown}]" if shown is not None else "")  # as Click writes it
     return {"type": typed, "is_flag": kind == "bool", "multiple": kind.startswith("tuple"), "help": help_text, **more}
