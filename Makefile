@@ -5,6 +5,7 @@
 #   make test-long    the tests that take too long for every day, alone; the result goes into tests/long.json
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
+#   make dist    the sdist, and the wheel that is made from it, in dist/; the wheel runs alone in an empty environment
 #   make bench   the benchmarks, side by side with mlx-lm and, for parity, with PyTorch (TORCH=... says which)
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
 
@@ -18,7 +19,7 @@ BACKEND ?= cpu
 endif
 comma := ,
 
-.PHONY: demo test test-live test-long check docs bench clean
+.PHONY: demo test test-live test-long check docs dist bench clean
 
 demo: $(VENV)/.package
 	@echo 'The bundled model has 5 million parameters. It was trained for little stories and for finding facts; it is not Phi-3.'
@@ -43,6 +44,12 @@ check: $(VENV)/.test
 # Not --quiet: it would keep warnings from --strict.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	rm -rf dist
+	$(BIN)/python -m build .
+	PYTHON=$(BIN)/python .ci/alone dist/*.whl
 
 bench: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
