@@ -9,7 +9,7 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.engine.batch import common_length
+from phi3_mlx.engine.prefill import common_length
 
 from . import record
 

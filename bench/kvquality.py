@@ -17,8 +17,9 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.batch import Generation, common_length
+from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.prefill import common_length
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
 from phi3_mlx.evaluation.quality import Difference, blocks

@@ -369,16 +369,16 @@ def test_a_closed_pipe_is_one_line_and_a_failure():
 INTERRUPTED = """
 import os, signal
 from phi3_mlx import cli
-from phi3_mlx.engine import batch
+from phi3_mlx.engine.rows import Row
 
-token = batch.Generation._token
+say = Row.say
 
 def interrupted(self, *given):
-    if self.statistics.generated_tokens == 20:
+    if self.said == 20:
         os.kill(os.getpid(), signal.SIGINT)
-    return token(self, *given)
+    return say(self, *given)
 
-batch.Generation._token = interrupted
+Row.say = interrupted
 cli.main()
 """
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, slim
 
-from phi3_mlx.engine import batch
+from phi3_mlx.engine import drafts
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import Drafter, accepted_of
 from phi3_mlx.engine.sampling import Sampling
@@ -50,7 +50,7 @@ def prophecy(monkeypatch, answer, seed=0):
                 right[random.integers(len(right))] ^= 1
             return right
 
-    monkeypatch.setattr(batch, "Drafter", Prophet)
+    monkeypatch.setattr(drafts, "Drafter", Prophet)
 
 
 @pytest.mark.parametrize("length", [20, ORIGINAL - 9, ORIGINAL - 1, ORIGINAL + 5])

@@ -14,6 +14,9 @@ _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
 
+SamplerState = tuple[list[mx.array], mx.array | None]  # each row's random key, and the tokens seen (B, V) or None
+
+
 class Sampler:
     """The state of drawing for some rows: their random keys and the tokens already seen."""
 
@@ -56,12 +59,12 @@ class Sampler:
         return mx.stack(rows)
 
     @property
-    def state(self) -> tuple[list[mx.array], mx.array | None]:
+    def state(self) -> SamplerState:
         """What the next draw depends on, to be set again when a draw is taken back."""
         return list(self._keys), self._seen
 
     @state.setter
-    def state(self, state: tuple[list[mx.array], mx.array | None]) -> None:
+    def state(self, state: SamplerState) -> None:
         self._keys, self._seen = list(state[0]), state[1]
 
     def select(self, rows: Sequence[int]) -> None:

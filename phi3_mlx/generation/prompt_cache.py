@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..engine.batch import Generation, common_length
+from ..engine.batch import Generation
+from ..engine.prefill import common_length
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
 from ..models.cache import KVBits, KVCache, make_kv_bits
