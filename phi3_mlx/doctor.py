@@ -355,8 +355,11 @@ def _watchdog(machine: Machine) -> list[Finding]:
     if machine.system != "Darwin" or machine.mlx is None:
         return []
     if machine.environment.get(WATCHDOG) == "1":
-        return [Finding("tune", "ok", f"{WATCHDOG}=1: macOS lets long training steps be")]
-    text = f"macOS may end long training steps; `phi3-mlx tune` sets {WATCHDOG}, for a notebook type it before Jupyter"
+        return [Finding("tune", "ok", f"{WATCHDOG}=1: macOS does not kill long training steps")]
+    text = (
+        f"macOS may kill long training steps; `phi3-mlx tune` sets {WATCHDOG}; "
+        "for a notebook, set it before you start Jupyter"
+    )
     return [Finding("tune", "note", text, f"export {WATCHDOG}=1")]
 
 

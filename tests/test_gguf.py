@@ -268,7 +268,7 @@ METADATA = {
     "has llama.attention.head_count 0, expected a positive integer": {"llama.attention.head_count": 0},
     "has llama.rope.freq_base nan, expected a positive number": {"llama.rope.freq_base": float("nan")},
     "has llama.attention.key_length 0": {"llama.attention.key_length": 0},
-    "has llama.expert_count 8, which is nothing phi3 can compute": {"llama.expert_count": 8},
+    "has llama.expert_count 8, which is not supported for phi3": {"llama.expert_count": 8},
     "has llama.final_logit_softcapping 30.0": {"llama.final_logit_softcapping": 30.0},
     "has llama.some.news 1, which": {"llama.some.news": 1},
     "rotates 32 of 64 dims": {"llama.rope.dimension_count": 32},

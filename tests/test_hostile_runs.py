@@ -62,7 +62,7 @@ def test_of_two_checkpoints_the_later_one_is_gone_on_with(checkpoint, tmp_path):
     ],
 )
 def test_a_changed_state_is_refused_by_name(checkpoint, key, value):
-    with pytest.raises(TrainingError, match=rf"state.json: {key} is .*; remove .* and start anew"):
+    with pytest.raises(TrainingError, match=rf"state.json: {key} is .*; remove .* and start over"):
         TrainingProgress.of(with_state(checkpoint, **{key: value}))
 
 
@@ -75,7 +75,7 @@ def test_a_loss_that_was_no_number_is_none(checkpoint):
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b"\xff", b"{", b'{"step": 4, "step": 5}'])
 def test_a_state_that_is_no_object_is_refused(checkpoint, content):
     (checkpoint / "state.json").write_bytes(content)
-    with pytest.raises(TrainingError, match=r"is damaged \(.*state.json .*\); remove .* and start anew"):
+    with pytest.raises(TrainingError, match=r"is damaged \(.*state.json .*\); remove .* and start over"):
         read_checkpoint(checkpoint)
 
 

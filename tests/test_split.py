@@ -244,7 +244,7 @@ REFUSED = {
     "partial_rotary_factor 0.5": {"partial_rotary_factor": 0.5},
     "partial_rotary_factor 0.75": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}},
     "num_local_experts 8": {"num_local_experts": 8},
-    "rope type 'llama3' is nothing phi3 can compute": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "rope type 'llama3' is not supported for phi3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "rope type 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "rope type 'dynamic'": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     # Phi-3's configs mean LongRoPE by it; Llama's mean YaRN.

@@ -60,7 +60,7 @@ def test_a_whole_walk(packed, data, tmp_path, capsys):
     assert code == 0, err
     code, _, err = call(capsys, "fuse", "--adapter", tmp_path / "again", "-o", tmp_path / "fused")
     assert code == 0, err
-    assert "survived the packing" in err
+    assert "survived quantization" in err
     assert "--dequantize" in err  # four steps are a small change
     assert call(capsys, *ask[:2], tmp_path / "fused", *ask[3:])[0] == 0
 

@@ -102,7 +102,7 @@ def test_a_validation_without_a_number_is_never_the_best(base, data, tmp_path, b
         )
     assert seen == [(1, False), (2, True), (3, False), (4, False), (5, False)]
     assert (result.best_step, result.best_loss, result.step) == (2, 2.0, 5)
-    assert sum("is no number" in note for note in notes) == 3
+    assert sum("is not finite" in note for note in notes) == 3
     assert set(notes) <= set(result.notes)
     assert read_adapter(tmp_path / "out")[1]["phi3_mlx"]["step"] == 2
     valid = [line["loss"] for line in strict(tmp_path / "out" / "metrics.jsonl") if line["kind"] == "valid"]
@@ -128,7 +128,7 @@ def test_the_example_whose_loss_is_no_number_is_named(base, data, tmp_path):
         tmp_path / "valid.jsonl", [facts(1)[0], {"prompt": "zebra xylophone?", "completion": "Mia has the ball."}]
     )
     options = {name: value for name, value in SMALL.items() if name != "holdout"}
-    with pytest.warns(UserWarning, match=r"validation loss at step 2 is no number for .*valid\.jsonl:2; it does not"):
+    with pytest.warns(UserWarning, match=r"validation loss at step 2 is not finite for .*valid\.jsonl:2; it does not"):
         result = tune(str(broken), data, tmp_path / "out", valid=valid, **options, steps=2)
     assert (result.finished, result.best_step, result.best_loss) == (True, None, None)
     assert read_adapter(tmp_path / "out")[1]["phi3_mlx"]["step"] == 2
@@ -176,7 +176,7 @@ def test_weights_that_an_update_spoiled_replace_nothing_good(base, data, tmp_pat
 
     monkeypatch.setattr(runs, "load_for_training", loaded)
     options, out = {**SMALL, "steps": 9, "save_every": 2}, tmp_path / "out"
-    with pytest.raises(TrainingError, match=r"at step 4 are no numbers.*the state after step 2 is kept in"):
+    with pytest.raises(TrainingError, match=r"at step 4 are not finite.*the state after step 2 is kept in"):
         tune(str(base), data, out, **options, on_step=spoil)
     assert newest_checkpoint(out / "checkpoints").name == "step-00000002"
     assert not (out / "last").exists()
@@ -186,7 +186,7 @@ def test_weights_that_an_update_spoiled_replace_nothing_good(base, data, tmp_pat
 def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(base, data, tmp_path, monkeypatch):
     """Where the last step before it spoiled them, and no later loss could tell."""
     monkeypatch.setattr(Trainer, "is_finite", lambda trainer: trainer.progress.step < 4)
-    with pytest.raises(TrainingError, match=r"no numbers after step 4; the state after step 2 is kept in .*out"):
+    with pytest.raises(TrainingError, match=r"not finite after step 4; the state after step 2 is kept in .*out"):
         tune(str(base), data, tmp_path / "out", **SMALL, steps=9, save_every=2)
     assert newest_checkpoint(tmp_path / "out" / "checkpoints").name == "step-00000002"
 
@@ -512,7 +512,7 @@ def test_a_signal_saves_first_and_then_does_what_it_does(base, data, tmp_path, n
     else:
         assert process.returncode == -number, said
         assert "went on" not in said
-    assert program == "script" or f"go on with: phi3-mlx tune --resume -o {shlex.quote(str(out))}\n" in said
+    assert program == "script" or f"continue with: phi3-mlx tune --resume -o {shlex.quote(str(out))}\n" in said
     assert "Traceback" not in said
 
 
@@ -617,7 +617,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_says_how_to_go_on(
         with pytest.raises(TrainingError) as told:
             tune(str(base), data, out, **options, on_step=fill)
     assert str(told.value).startswith(f"{out / file} cannot be written: No space left on device")
-    assert str(told.value).endswith("; mend that and go on with resume=True")
+    assert str(told.value).endswith("; fix that and continue with resume=True")
     assert newest_checkpoint(out / "checkpoints").name == "step-00000002"
     assert not list(out.rglob(".*"))
     assert tune(str(base), data, out, **options, resume=True).finished

@@ -126,7 +126,7 @@ def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch, capsy
         main(["tune", "--resume", "-o", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert "12 steps, best validation loss 1.0000 at step 8" in err
-    assert "since validation no longer got better (--patience)" in err
+    assert "because the validation loss no longer improved (--patience)" in err
     assert same(weights(tmp_path / "out" / "last"), last)
 
 
@@ -270,7 +270,7 @@ def test_older_checkpoints_are_kept_until_the_new_one_is_there(tmp_path, monkeyp
         with pytest.raises(TrainingError) as told:
             save_checkpoint(tmp_path, step, {"a": mx.zeros(3)}, array, {})
     assert str(told.value) == (
-        f"{tmp_path}/step-{step:08d} cannot be written: No space left on device; mend that and go on with resume=True"
+        f"{tmp_path}/step-{step:08d} cannot be written: No space left on device; fix that and continue with resume=True"
     )
     kept, _, state = read_checkpoint(newest_checkpoint(tmp_path))
     assert (state.whole("step"), kept["a"].tolist()) == (5, [1, 1, 1])
@@ -295,7 +295,7 @@ def test_no_number_stops_at_the_last_good_state(base, data, tmp_path):
         model, prepared.train.examples, [], prepared.settings, tmp_path / "checkpoints", {}, Listener(poison)
     )
     batch = [prepared.train.examples[i].source for i in trainer.plan.batch(4)]
-    with pytest.raises(TrainingError, match="at step 5 are no numbers") as caught:
+    with pytest.raises(TrainingError, match="at step 5 are not finite") as caught:
         trainer.run()
     assert all(source in str(caught.value) for source in batch)
     kept = mx.load(str(newest_checkpoint(tmp_path / "checkpoints") / "weights.safetensors"))

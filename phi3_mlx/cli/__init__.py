@@ -19,14 +19,14 @@ from .terminal import say, take_all_characters
 # Command -> what it does, so that the list of commands imports none of them.
 _COMMANDS = {
     "generate": "Answer one prompt.",
-    "chat": "Talk with a model; it remembers the conversation.",
+    "chat": "Chat with a model.",
     "convert": "Convert a checkpoint (Hugging Face, MLX, GGUF) to a small MLX model.",
-    "compare": "Say how far apart two models are on a text.",
+    "compare": "Compare two models on a text: perplexity, KL divergence.",
     "tune": "Fine-tune a model on your examples.",
-    "fuse": "Make one model of a model and its adapter.",
-    "adapter": "Take adapters from PEFT, or give them to it.",
+    "fuse": "Merge an adapter into its model.",
+    "adapter": "Import adapters from PEFT, or export to it.",
     "cache": "Read a long text once, for many questions.",
-    "plan": "Say what fits in memory, at which length and bits.",
+    "plan": "Show what fits in memory, at which length and bits.",
     "models": "List the models known by a short name, and what is on this disk.",
     "doctor": "Check this machine: Python, MLX and its device, memory, disk, packages.",
 }
@@ -106,7 +106,7 @@ def _run(given: list[str]) -> int:
     except BrokenPipeError:
         # Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _say("the reader of the output went away, so the work was stopped", 141)
+        return _say("the output was closed, so the work was stopped", 141)
     except (KeyboardInterrupt, click.Abort):
         say()
         return _say("stopped by Ctrl-C", 130)

@@ -9,7 +9,7 @@ from .terminal import say
 
 @click.group()
 def adapter() -> None:
-    """Take adapters from PEFT, or give them to it."""
+    """Import adapters from PEFT, or export to it."""
 
 
 @adapter.command("import")

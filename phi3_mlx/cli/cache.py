@@ -34,9 +34,9 @@ def cache() -> None:
     "--output",
     required=True,
     metavar="FILE",
-    help="The cache to write; a cache that is there is replaced, another file is not.",
+    help="The cache to write. It replaces an older cache, but no other file.",
 )
-@click.option("--system", metavar="TEXT", help="A system message, for every question.")
+@click.option("--system", metavar="TEXT", help="A system message, used for every question.")
 @memory_options
 def build(source: ModelOptions, file: str, output: str, system: str | None, request: Request) -> None:
     """Read a text and keep what was read in a file.

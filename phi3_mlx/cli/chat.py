@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HELP = """\
 /reset         forget the conversation
-/system TEXT   begin anew with this system message
+/system TEXT   start over with this system message
 /save FILE     write the conversation as JSON messages
 /help          this list
 /exit          leave (/quit, /bye and Ctrl-D too); Ctrl-C stops an answer and keeps the chat"""
@@ -41,7 +41,7 @@ _HELP = """\
 @answer_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
 def chat(source: ModelOptions, system: str | None, request: Request, stats: bool) -> None:
-    """Talk with a model; it remembers the conversation.
+    """Chat with a model.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
     """
@@ -83,7 +83,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
             if not typed:
                 raise
             full = isinstance(error, PromptError | MemoryLimitError)
-            hint = "; /reset begins anew" if full and conversation.messages else ""
+            hint = "; /reset starts over" if full and conversation.messages else ""
             say(f"phi3-mlx: {as_typed(error, click.get_current_context().command)}{hint}")
 
 

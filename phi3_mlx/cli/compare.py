@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 @click.argument("b", metavar="B")
 @click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. Without it: a sample.')
 @click.option(
-    "--window", type=int, default=512, show_default=True, help="Tokens read together; each window begins anew."
+    "--window",
+    type=int,
+    default=512,
+    show_default=True,
+    help="Tokens read together; each window starts with an empty context.",
 )
 @click.option(
     "--dtype",

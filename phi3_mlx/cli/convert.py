@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of what is not packed, scales included. Without it: the model's own.",
+    help="Type of all that is not quantized, scales included. Without it: the model's own.",
 )
-@click.option("--dequantize", is_flag=True, help="Write plain weights, unpacked and fused.")
+@click.option("--dequantize", is_flag=True, help="Write plain weights, dequantized and fused.")
 @click.option("--target-bpw", type=float, metavar="X", help="Choose bits layer by layer: X bits a weight in all.")
 @click.option("--target-size", metavar="SIZE", help="The same by size: 2.0GB.")
 @click.option("--recipe", metavar="FILE", help="Bits layer by layer as in this file: recipe.json of an earlier run.")
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     help="Compare with SRC on the text and write REPORT.md; done without asking where both fit in memory.",
 )
 @click.option(
-    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or the memory at hand is too small."
+    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or there is too little memory."
 )
 @click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")

@@ -25,15 +25,15 @@ from .terminal import say
 @click.option(
     "--bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Pack the changed layers in so many bits. Without it: as they were.",
+    help="Quantize the changed layers to this many bits. Without it: as they were.",
 )
 @click.option("--text", metavar="FILE", help="The text that the measurement reads. Without it: a sample.")
 @within_memory
 @click.option(
-    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or the memory at hand is too small."
+    "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or there is too little memory."
 )
 def fuse(adapter: str, output: str, bits: str | None, text: str | None, **options: Any) -> None:
-    """Make one model of a model and its adapter.
+    """Merge an adapter into its model.
 
     Into floats the adapter goes exactly. Into packed weights it may be rounded away, so how much of it is left is
     measured on a text, and said.
@@ -49,7 +49,7 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     kind = "packed" if done.packed else "in floats"
     say(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}")
     if done.survived is not None:
-        say(f"{max(0.0, done.survived):.0%} of what the adapter does survived the packing")
+        say(f"{max(0.0, done.survived):.0%} of the adapter's effect survived quantization")
         if done.survived < work.ENOUGH:
             say(
                 "warning: this is not the model you trained; keep the adapter beside the base (--adapter), or fuse "

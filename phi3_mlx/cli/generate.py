@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     "files",
     multiple=True,
     metavar="FILE",
-    help='A text file, put after the prompt if there is one; "-" is stdin; several are put one after another.',
+    help='A text file to put after the prompt; "-" is stdin; may be repeated.',
 )
 @click.option(
     "--cache",
     metavar="FILE",
-    help="Go on from a text read before, by `phi3-mlx cache build`, with the model that read it; -f is then that text, "
-    "to be compared, and need not be given.",
+    help="Ask about a text that `phi3-mlx cache build` has read, with the same model. You may repeat the text with -f "
+    "to check that it is the same.",
 )
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @request_option("raw")
 @answer_options
-@click.option("--stats", is_flag=True, help="Speed and memory on stderr afterwards.")
+@click.option("--stats", is_flag=True, help="Print speed and memory to stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
 def generate(
     source: ModelOptions,
@@ -77,7 +77,7 @@ def generate(
 
         document, bits = read_document(cache)
         if system is not None and system != document.system:
-            raise click.UsageError(f"{cache} begins with another system message; leave --system out, or build it anew")
+            raise click.UsageError(f"{cache} begins with another system message; leave --system out, or rebuild it")
         system = document.system
         if document.model and click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
             source = dataclasses.replace(source, model=document.model)

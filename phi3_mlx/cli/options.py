@@ -89,7 +89,7 @@ def _weighted(given: str) -> tuple[str, float]:
     try:
         return directory, float(weight)
     except ValueError as error:
-        raise OptionError(f"{weight!r} is no weight of an adapter; write --adapter {directory}=0.5") from error
+        raise OptionError(f"{weight!r} is not an adapter's weight; write --adapter {directory}=0.5") from error
 
 
 def _weights(given: Sequence[str]) -> dict[str, float]:
@@ -128,13 +128,13 @@ def model_options(function: F) -> F:
                 type=click.Choice(["auto", "short", "long"]),
                 default="auto",
                 show_default=True,
-                help="Which rotation factors; auto follows the length, as the reference does.",
+                help="LongRoPE's factors; auto chooses by length, as the reference does.",
             ),
             click.option(
                 "--adapter",
                 multiple=True,
                 metavar="DIR[=WEIGHT]",
-                help="With the adapter of this folder; several add up, each by its weight (1).",
+                help="Use the adapter in this folder; may be repeated, and the changes add up. WEIGHT is 1 by default.",
             ),
         ],
     )

@@ -18,15 +18,15 @@ _BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
 
 @click.command()
 @click.option(
-    "-m", "--model", default="tiny", show_default=True, metavar="NAME", help="As for generate; nothing is fetched."
+    "-m", "--model", default="tiny", show_default=True, metavar="NAME", help="As in generate; nothing is downloaded."
 )
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
-@click.option("--context", type=int, metavar="N", help="What a sequence of N tokens needs, prompt and answer together.")
-@click.option("--memory", metavar="SIZE", help="Plan for a Mac sold with this much (16GB) instead of the usual ones.")
+@click.option("--context", type=int, metavar="N", help="Show what N tokens need, prompt and answer together.")
+@click.option("--memory", metavar="SIZE", help="Plan for a Mac with this much memory (16GB) instead of the usual ones.")
 @click.option("--here", is_flag=True, help="Plan for this machine, as it is now.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def plan(model: str, revision: str | None, context: int | None, memory: str | None, here: bool, as_json: bool) -> None:
-    """Say what fits in memory, at which length and bits.
+    """Show what fits in memory, at which length and bits.
 
     \b
     phi3-mlx plan -m phi-3.5-mini-4bit

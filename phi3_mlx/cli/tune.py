@@ -75,14 +75,16 @@ def _setting_options() -> list[click.Parameter]:
 
 _RUN_OPTIONS: list[click.Parameter] = [
     click.Option(
-        ["-c", "--config"], metavar="FILE", help="A YAML file of these settings (max_length: 512); options overrule it."
+        ["-c", "--config"],
+        metavar="FILE",
+        help="A YAML file with these settings (max_length: 512); options override it.",
     ),
     click.Option(
         ["--resume"],
         is_flag=True,
-        help="Go on with the run in -o, with its settings; -m, -d and --valid say where these are now.",
+        help="Continue the run in -o with its settings; -m, -d and --valid say where these are now.",
     ),
-    click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; train nothing."),
+    click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; do not train."),
     click.Option(["--force"], **of_field(REQUEST_FIELDS["force"])),
 ]
 
@@ -99,7 +101,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     chosen = {**file, **options}
     if resume:
         if not chosen.get("output"):
-            raise click.UsageError("--resume needs -o, the folder of the run to go on with")
+            raise click.UsageError("--resume needs -o, the folder of the run to continue")
         stored = run.stored_settings(Path(chosen["output"]))
         settings = dataclasses.replace(stored, **chosen)
         changed = [
@@ -109,8 +111,8 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         ]
         if changed:
             raise OptionError(
-                f"--resume goes on with the settings of the run, and {changed[0]} was "
-                f"{shown(getattr(stored, changed[0]))}; leave it out, or begin anew with another -o"
+                f"--resume uses the settings of the run, and {changed[0]} was "
+                f"{shown(getattr(stored, changed[0]))}; leave it out, or start over with another -o"
             )
     else:
         for name in ("data", "output"):
@@ -120,7 +122,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     command = click.get_current_context().command
     notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731
     if click.get_current_context().meta.get(WATCHDOG):
-        note(f"{WATCHDOG}=1 is set, so that macOS does not end long steps")
+        note(f"{WATCHDOG}=1 is set, so that macOS does not kill long steps")
     if dry_run:
         from ..tuning.dryrun import STYLES, describe_run
 
@@ -151,9 +153,9 @@ def _summary(result: Result) -> None:
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
     say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
     if not result.finished and not result.interrupted:
-        say("it ended before its last step, since validation no longer got better (--patience)")
+        say("stopped early, because the validation loss no longer improved (--patience)")
     if result.interrupted:
-        say(f"saved; go on with: phi3-mlx tune --resume -o {shlex.quote(str(result.output))}")
+        say(f"saved; continue with: phi3-mlx tune --resume -o {shlex.quote(str(result.output))}")
 
 
 class _Progress:
@@ -216,6 +218,6 @@ tune = _TuneCommand(
     phi3-mlx generate -m phi-3.5-mini-4bit --adapter adapter -p "..."
 
     A line of my.jsonl is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Ctrl-C, kill
-    and a closed terminal save; --resume goes on to the very weights of an uninterrupted run.
+    and a closed terminal save a checkpoint; --resume ends with the weights of an uninterrupted run.
     """,
 )

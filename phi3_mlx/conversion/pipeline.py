@@ -235,7 +235,7 @@ def _compared(
     if options.report is None and needed > available:
         raise MemoryLimitError(
             f"it takes about {size_text(needed)} of memory, and {size_text(available)} are free; report=True makes "
-            "it nonetheless"
+            "it anyway"
         )
     return write_report(
         directory,

@@ -153,7 +153,7 @@ def make_report(
     tokenizer = read_tokenizer(directory)
     text = bundled("sample") if text is None else text
     ids = tokenizer.encode(text)
-    notes = ["Bits or rounding were fitted to this very text, so other text will fare worse."] if fitted else []
+    notes = ["Bits or rounding were fitted to this text, so other texts will lose more."] if fitted else []
     if len(ids) > _TOKENS:
         ids = ids[:_TOKENS]
         text = tokenizer.decode(ids)

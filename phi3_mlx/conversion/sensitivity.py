@@ -90,7 +90,7 @@ def _budget(
     if target_bytes is None:
         assert target_bpw is not None
         if not math.isfinite(target_bpw):
-            raise OptionError(f"target {target_bpw} is no number of bits; give something like 4.5")
+            raise OptionError(f"target {target_bpw} is not a number of bits; give something like 4.5")
         target_bytes, asked = math.floor(target_bpw * weights / 8 + 1e-6), f"{target_bpw:g} bits per weight"
     else:
         asked = size_text(target_bytes)

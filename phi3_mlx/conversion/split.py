@@ -95,7 +95,7 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
         _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
     for key, allowed in _MUST_BE.items():
         if raw.get(key) is not None and raw[key] not in allowed:
-            _fail(source, f"{key} {raw[key]!r} of this {model_type} model is nothing phi3 can compute")
+            _fail(source, f"{key} {raw[key]!r} of this {model_type} model is not supported for phi3")
     for key in _SIZES:
         if raw.get(key) is None:
             _fail(source, f"{key} is missing")
@@ -141,13 +141,13 @@ def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
     kinds = {rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        _fail(source, f"partial_rotary_factor {rope['partial_rotary_factor']!r} is nothing llama or mistral compute")
+        _fail(source, f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported for llama or mistral")
     if kinds <= {"default"}:
         # Without LongRoPE the original length has no meaning, and one above the longest would be refused.
         return result | {"original_max_position_embeddings": longest}
     if kinds != {"longrope"}:
         named = " / ".join(sorted(str(kind) for kind in kinds - {"longrope"}))
-        _fail(source, f"rope type {named!r} is nothing phi3 can compute; it has none and longrope")
+        _fail(source, f"rope type {named!r} is not supported for phi3; it has none and longrope")
     scaling = {"type": "longrope", "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
     scaling |= {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
     return result | {"rope_scaling": scaling}

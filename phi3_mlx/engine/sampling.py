@@ -23,20 +23,24 @@ class Sampling:
 
     temperature: float = option(
         0.0,
-        "0: always the likeliest token; 0.7: varied; above 1: wild.",
+        "0: always the likeliest token; 0.7: varied; above 1: often incoherent.",
         Range(lambda t: 0 <= t < math.inf, "0 or more"),
     )
     top_p: float = option(
         1.0,
-        "Only the likeliest tokens that together reach P.",
+        "Sample from the likeliest tokens whose probabilities sum to P.",
         Range(lambda p: 0 < p <= 1, "above 0 and at most 1"),
     )
-    top_k: int = option(0, "Only the K likeliest tokens.", Range(lambda k: k >= 0, "0 (off) or more"))
+    top_k: int = option(
+        0, "Sample from the K likeliest tokens; 0: from all.", Range(lambda k: k >= 0, "0 (off) or more")
+    )
     min_p: float = option(
-        0.0, "Only tokens P times as likely as the likeliest.", Range(lambda p: 0 <= p <= 1, "between 0 and 1")
+        0.0,
+        "Sample from tokens at least P times as likely as the likeliest.",
+        Range(lambda p: 0 <= p <= 1, "between 0 and 1"),
     )
     repetition_penalty: float = option(
-        1.0, "Above 1: avoid tokens already there.", Range(lambda r: 0 < r < math.inf, "above 0")
+        1.0, "Above 1: make tokens that already occurred less likely.", Range(lambda r: 0 < r < math.inf, "above 0")
     )
     seed: int | None = option(None, "Repeat the same draw.", Range(lambda s: 0 <= s < 2**64, "0 to 2**64 - 1"))
 

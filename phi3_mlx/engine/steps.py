@@ -49,7 +49,7 @@ class Stepper:
         Raises CacheError if another run has taken the cache over.
         """
         if self.cache[0].sequence.reader is not self._reader:
-            raise CacheError("another prompt was read with this prompt cache meanwhile; use one cache for each stream")
+            raise CacheError("another run has taken over this prompt cache; use one cache for each stream")
         return self._model.model(ids, self.cache)
 
     def draw(self, hidden: mx.array) -> Drawn:
@@ -104,5 +104,7 @@ def read_drawn(drawn: Drawn) -> list[tuple[int, float]]:
     ids: list[int] = drawn[0].tolist()  # type: ignore[assignment]
     logprobs: list[float] = drawn[1].tolist()  # type: ignore[assignment]
     if any(map(math.isnan, logprobs)):
-        raise Phi3Error("the model computed NaN, so its weights or its number type fail; load it with dtype='float32'")
+        raise Phi3Error(
+            "the model computed NaN: its weights are bad or its number type overflows; load it with dtype='float32'"
+        )
     return list(zip(ids, logprobs, strict=True))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _NAME = "phi3-mlx prompt cache"
 _FORMAT = f"{_NAME} 4"
 _KEY = "phi3-mlx"  # of the metadata
-_ANEW = "build it anew with `phi3-mlx cache build`"
+_ANEW = "rebuild it with `phi3-mlx cache build`"
 _FLOATS = ("F32", "BF16", "F16")
 _SUMMED = 1 << 22  # numbers of a weight whose sums are taken at a time
 
@@ -157,13 +157,13 @@ def check_model(path: str | os.PathLike[str], facts: Facts, model: Model) -> Non
             made = shorten(made, quote=False)
             raise CacheError(
                 f"{path} was made with {name}={made}, and this model has {name}={value}; load it with {name}={made}, "
-                "or build the cache anew"
+                "or rebuild the cache"
             )
     if facts.model != model_fingerprint(model):
         whose = facts.document.model if facts.document and facts.document.model else "another model"
         raise CacheError(
             f"{path} is of {whose}, and this model is another or has other weights; give the model that it was built "
-            "with, or build it anew with `phi3-mlx cache build`"
+            "with, or rebuild it with `phi3-mlx cache build`"
         )
 
 

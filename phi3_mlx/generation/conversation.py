@@ -60,7 +60,7 @@ class Conversation:
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin anew, with this system message or none."""
+        """Start over, with this system message or none."""
         system = values.optional(values.text, system, "system")
         with self._changing:
             self._end_answer()

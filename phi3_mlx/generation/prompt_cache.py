@@ -158,7 +158,7 @@ class PromptCache:
         if shared < len(known) - _REDONE:
             raise CacheError(
                 f"the prompt does not begin as {name} does: they part after {shared:,} of its {len(known):,} tokens; "
-                "build the cache anew from this text, or leave it out"
+                "rebuild the cache from this text, or leave it out"
             )
 
 

@@ -46,21 +46,21 @@ class Request(Sampling):
 
     max_tokens: int = option(256, "Longest answer.", Range(lambda n: n >= 1, "1 or more"))
     stop: str | Sequence[str] | None = option(
-        None, "End before this text, or control token; may be repeated.", read=_stops
+        None, "Stop before this text or control token; may be repeated.", read=_stops
     )
     raw: bool = option(False, "Send the text as it is, without the chat template.")
     kv_bits: int | tuple[int, int] | None = option(
         None,
-        "Pack keys and values in 8, 6, 4, 3 or 2 bits; two numbers (8,4) for keys and values apart.",
+        "Quantize keys and values to 8, 6, 4, 3 or 2 bits; two numbers (8,4): keys, then values.",
         read=_key_and_value_bits,
     )
-    kv_group_size: int | None = option(None, "Packed numbers that share a scale: 32 or 64.")
+    kv_group_size: int | None = option(None, "Quantized numbers that share a scale: 32 or 64.")
     lookup: int = option(
         MAX_DRAFT,
-        "Tokens guessed from earlier text and verified at once, where it pays; 0: none. The text is the same.",
+        "Most tokens to guess from earlier text and verify in one step; 0: none. The text stays the same.",
         Range(lambda n: 0 <= n <= _MOST_LOOKUP, f"0 (off) to {_MOST_LOOKUP}"),
     )
-    force: bool = option(False, "Go on where the memory at hand is too small.")
+    force: bool = option(False, "Go on where there is too little memory.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a step into `folder` and remove older ones. Raises TrainingError: older ones are kept."""
     final = folder / _name(step)
-    way_out = "mend that and go on with resume=True" if _all(folder) else None
+    way_out = "fix that and continue with resume=True" if _all(folder) else None
     # One of this step may be there, of a run that was resumed from before it.
     with new_directory(final, force=True, mark=_STATE, fault=TrainingError, way_out=way_out) as unfinished:
         for name, arrays in ((_WEIGHTS, weights), (_OPTIMIZER, optimizer)):
@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array
 
     What is taken from the state raises it too.
     """
-    advice = f"remove {path} and start anew"
+    advice = f"remove {path} and start over"
     try:
         weights, optimizer = _read_arrays(path / _WEIGHTS), _read_arrays(path / _OPTIMIZER)
         state = Fields(read_json(path / _STATE), path / _STATE, TrainingError, advice)

@@ -119,7 +119,7 @@ def _explained(output: Path, way_out: str) -> Iterator[None]:
         ) from error
 
 
-_GO_ON = "mend that and go on with resume=True"
+_GO_ON = "fix that and continue with resume=True"
 
 
 @dataclass
@@ -143,7 +143,7 @@ class RunFolder:
     def writing(self) -> Iterator[None]:
         """The files of the run, open; at the end, however it comes, the last adapter and the plot are written."""
         step = self.trainer.progress.step
-        with _explained(self.output, _GO_ON if step else "mend that and begin anew"):
+        with _explained(self.output, _GO_ON if step else "fix that and start over"):
             facts = {"settings": self.settings.as_dict(), "base_model": dataclasses.asdict(self.base)}
             replace_file(self.output / RUN, f"{json_text(facts, indent=2)}\n".encode())
             self.trainer.save()  # so that even a run killed in its first steps can be resumed

@@ -86,7 +86,7 @@ class Settings:
 
     model: str = option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.", read=_model)
     data: str = option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.", read=_data)
-    output: str = option("", "Where the adapter goes, with checkpoints, metrics and the loss plot.", read=path)
+    output: str = option("", "The folder for the adapter, checkpoints, metrics and the loss plot.", read=path)
     revision: str | None = option(None, "A branch, tag or commit of the repository.")
     valid: str | None = option(None, "A .jsonl file to validate on.", read=_data)
     holdout: float = option(
@@ -97,10 +97,10 @@ class Settings:
     from_adapter: str | None = option(
         None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path
     )
-    rank: int = option(8, "Components of every low-rank change.", _COUNT)
+    rank: int = option(8, "Rank of every low-rank change.", _COUNT)
     alpha: float = option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
     rslora: bool = option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
-    dropout: float = option(0.0, "Share of a layer's inputs that the change does not see, drawn every step.", _SHARE)
+    dropout: float = option(0.0, "Share of a layer's inputs that are dropped at random before the change.", _SHARE)
     targets: tuple[str, ...] = option(
         (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
     )
@@ -109,35 +109,35 @@ class Settings:
     )
 
     train_on: str = option(
-        "answers", "Whose tokens are learnt: every answer, the last, all.", choices=get_args(TrainOn)
+        "answers", "Which tokens are trained: every answer, the last answer, all.", choices=get_args(TrainOn)
     )
     max_length: int | None = option(
         None, "Tokens of the longest example; by default 2,048 or the model's context.", _LENGTH
     )
-    overflow: str = option("drop", "What becomes of longer ones.", choices=get_args(Overflow))
-    batch_size: int = option(8, "Examples an optimizer step learns from.", _COUNT)
-    accumulate: int = option(1, "Compute a batch in so many parts: less memory, the same result.", _COUNT)
+    overflow: str = option("drop", "What to do with longer ones.", choices=get_args(Overflow))
+    batch_size: int = option(8, "Examples in one optimizer step.", _COUNT)
+    accumulate: int = option(1, "Split a batch into this many parts: less memory, the same result.", _COUNT)
     order: str = option("shuffle", "bucket: examples of one length together.", choices=get_args(Order))
-    epochs: float = option(3.0, "How often every example is read.", _SOME)
+    epochs: float = option(3.0, "How many times every example is used.", _SOME)
     steps: int | None = option(None, "Optimizer steps, instead of epochs.", _COUNT)
 
     optimizer: str = option("adamw", "Which optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = option(2e-4, "The highest one, reached after the warm-up.", _SOME)
+    learning_rate: float = option(2e-4, "The peak learning rate, reached after the warm-up.", _SOME)
     schedule: str = option("cosine", "How the learning rate falls to 0.", choices=SCHEDULES)
-    warmup: int | None = option(None, "Steps in which it rises; by default 3 % of them.", _NOT_NEGATIVE)
-    weight_decay: float = option(0.01, "Of adamw, lion, muon and sgd.", _NOT_NEGATIVE)
-    clip: float = option(1.0, "Longest gradient; longer ones are shortened to it; 0: never.", _NOT_NEGATIVE)
+    warmup: int | None = option(None, "Steps over which it rises; by default 3 % of all.", _NOT_NEGATIVE)
+    weight_decay: float = option(0.01, "Weight decay of adamw, lion, muon and sgd.", _NOT_NEGATIVE)
+    clip: float = option(1.0, "Clip the gradient norm at this value; 0: off.", _NOT_NEGATIVE)
     seed: int = option(0, "Repeats the run bit for bit on the same machine.", _SEED)
 
     validate_every: int | None = option(
         None, "Steps between validations; by default an epoch, at most 100 steps.", _COUNT
     )
     save_every: int | None = option(None, "Steps between checkpoints; by default as often as validations.", _COUNT)
-    patience: int | None = option(None, "Stop after so many validations without a better one.", _COUNT)
+    patience: int | None = option(None, "Stop after this many validations without a better loss.", _COUNT)
     samples: tuple[str, ...] = option((), "A prompt to answer at every validation; may be repeated.")
-    sample_tokens: int = option(64, "Longest such answer.", _COUNT)
+    sample_tokens: int = option(64, "Most tokens of such an answer.", _COUNT)
 
-    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     dtype: str | None = option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
     memory: int | str | None = option(
         None, "Use at most this much, such as 16GB, and never more than the machine has free.", read=_size
@@ -175,7 +175,7 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:  # NaN is not
-                raise OptionError(f"{field.name} {value} is no number to train with; give a finite one")
+                raise OptionError(f"{field.name} {value} is not a number to train with; give a finite one")
             check(field, value)
         for name in ("model", "data", "output"):
             if not getattr(self, name):

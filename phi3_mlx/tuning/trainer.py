@@ -136,7 +136,7 @@ class Trainer:
             return
         if not self.is_finite():
             raise TrainingError(
-                f"trained weights are no numbers after step {self.progress.step}; {self._kept()}; begin anew with a "
+                f"trained weights are not finite after step {self.progress.step}; {self._kept()}; start over with a "
                 "lower learning_rate"
             )
         if self.rank:
@@ -159,17 +159,17 @@ class Trainer:
             if before.raw.get(key) != value and other is not None:
                 raise TrainingError(
                     f"{path} is of a run with another {other}, so going on would not continue it; "
-                    f"restore what was used then, or begin anew in another folder with output=DIR"
+                    f"restore what was used then, or start over in another folder with output=DIR"
                 )
         kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (weights, self.weights())]
         if kinds[0] != kinds[1]:
             raise TrainingError(
-                f"{path} trains other arrays than these settings do; begin anew in another folder with output=DIR"
+                f"{path} trains other arrays than these settings do; start over in another folder with output=DIR"
             )
         try:
             optimizers.restore_optimizer(self._optimizer, optimizer)
         except ValueError as error:
-            raise TrainingError(f"{path} is damaged ({error}); remove it and start anew") from error
+            raise TrainingError(f"{path} is damaged ({error}); remove it and start over") from error
         self.model.update(tree_unflatten(list(weights.items())))
         self.progress = TrainingProgress.of(state)
         self._saved_at = self.progress.step
@@ -257,7 +257,7 @@ class Trainer:
         larger = ", give dtype='bfloat16'" if self.model.dtype == mx.float16 else ""
         named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise TrainingError(
-            f"loss {loss} and gradient {norm} at step {self.progress.step + 1} are no numbers; the batch was {named}; "
+            f"loss {loss} and gradient {norm} at step {self.progress.step + 1} are not finite; the batch was {named}; "
             f"{self._kept()}; lower learning_rate{larger} or look at these examples"
         )
 
@@ -302,7 +302,9 @@ class Trainer:
         finite = math.isfinite(loss)
         if not finite and (progress.last_loss is None or math.isfinite(progress.last_loss)):  # said once, not always
             step, whose = progress.step, self._no_numbers()
-            self._listener.noted(f"the validation loss at step {step} is no number{whose}; it does not count as better")
+            self._listener.noted(
+                f"the validation loss at step {step} is not finite{whose}; it does not count as better"
+            )
         best = finite and (progress.best_loss is None or loss < progress.best_loss)
         progress.last_loss = loss
         if best:

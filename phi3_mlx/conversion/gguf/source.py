@@ -140,7 +140,7 @@ class _Config:
         self.values = {key[len(own) :]: value for key, value in file.metadata.items() if key.startswith(own)}
         for key, value in self.values.items():
             if key not in _READ | _INERT and value not in (0, "", "none"):
-                self.fail(f"has {own}{key} {_shorten(value)}, which is nothing phi3 can compute")
+                self.fail(f"has {own}{key} {_shorten(value)}, which is not supported for phi3")
         if "rope_freqs.weight" in file.tensors:
             self.fail("has rope_freqs.weight: its RoPE is scaled as Llama 3's, which phi3 cannot compute")
 
