@@ -190,7 +190,7 @@ def test_a_system_message_the_template_would_drop_is_kept_and_said(run, tmp_path
         (["-p", "x", "--kv-group-size", "16"], 2, "--kv-group-size 16"),
         (["-p", "x", "--kv-bits", "5"], 2, "--kv-bits 5"),
         (["-p", "x", "--memory", "16"], 2, "write 16GB"),
-        (["-p", "x", "--adapter", "there=much"], 2, "'much' is no weight"),
+        (["-p", "x", "--adapter", "there=much"], 2, "'much' is not an adapter's weight"),
         (["-p", "x", "y"], 2, "-p goes before it"),
         (["-p", ""], 1, "give -p"),
         (["-p", "x", "--tempo", "1"], 2, "--tempo"),

@@ -640,7 +640,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(base, data, tmp_p
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert (
-        f"phi3-mlx: {out / 'metrics.jsonl'} cannot be written: File too large; mend that and go on with --resume"
+        f"phi3-mlx: {out / 'metrics.jsonl'} cannot be written: File too large; fix that and continue with --resume"
         in said
     )
     assert saved_step(out) == 0
