@@ -28,14 +28,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Module -> the test files that must notice, the most telling first.
 TESTS = {
-    "engine": ["test_engine", "test_generation", "test_lookup"],
-    "sampling": ["test_engine", "test_generation"],
+    "engine/batch": ["test_engine", "test_generation", "test_lookup"],
+    "engine/sampler": ["test_engine", "test_generation"],
+    "engine/sampling": ["test_request", "test_engine"],
+    "generation/request": ["test_request"],
     "models/attention": ["test_attention", "test_blocksparse", "test_model"],
     "models/cache": ["test_cache", "test_model", "test_prompt_cache"],
     "models/rope": ["test_phi_moe", "test_model"],
-    "chat": ["test_chat_keys", "test_chat", "test_tuning_data"],
+    "text/chat": ["test_chat_keys", "test_chat", "test_tuning_data"],
     "tuning/loss": ["test_tuning_precision", "test_tuning_gradients"],
     "tuning/trainer": ["test_tuning_dropout", "test_tuning_gradients", "test_tuning_folder", "test_tuning_run"],
+    "option": ["test_request", "test_tuning_settings"],
     "values": ["test_values", "test_arguments"],
     "tuning/settings": ["test_tuning_settings"],
     "tuning/onward": ["test_tuning_onward"],
@@ -43,7 +46,7 @@ TESTS = {
     "tuning/folder": ["test_tuning_folder", "test_tuning_run"],
     "tuning/log": ["test_tuning_folder", "test_tuning_run"],
     "tuning/signals": ["test_tuning_folder"],
-    "atomic": ["test_atomic", "test_convert", "test_tuning_folder"],
+    "store/atomic": ["test_atomic", "test_convert", "test_tuning_folder"],
 }
 _SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,

@@ -123,6 +123,42 @@ def test_commands_have_the_fields_with_their_defaults_and_help(name):
             assert type(option.type_cast_value(empty, str(default))) is typed
 
 
+# Options that mean something of their own in one command, and those that only say it in other words.
+THEIR_OWN = {
+    "adapter": {"fuse"},
+    "bits": {"convert", "fuse"},
+    "dequantize": {"convert", "fuse"},
+    "dtype": {"convert", "fuse", "tune"},
+    "force": {"convert", "fuse"},  # replaces DST too
+    "as_json": {"generate"},
+    "memory": {"plan"},
+    "method": {"convert", "tune"},
+    "model": {"tune", "fuse", "adapter export", "adapter import", "plan"},
+    "output": {"convert", "compare", "tune", "fuse", "adapter export", "adapter import", "cache build"},
+    "seed": {"tune"},
+    "stats": {"generate", "chat"},
+    "system": {"cache build"},
+    "text": {"convert", "compare", "fuse"},
+    "file": {"cache build"},
+}
+
+
+def test_an_option_means_the_same_in_every_command():
+    meanings = {}
+
+    def visit(command, name):
+        context = click.Context(command, help_option_names=["-h", "--help"])
+        for below in getattr(command, "list_commands", lambda _: [])(context):
+            visit(command.get_command(context, below), f"{name} {below}".strip())
+        for option in command.get_params(context):
+            if isinstance(option, click.Option) and name not in THEIR_OWN.get(option.name, ()):
+                meanings.setdefault(option.name, {}).setdefault((option.help, repr(option.type)), []).append(name)
+
+    visit(cli, "")
+    assert {name: several for name, several in meanings.items() if len(several) > 1} == {}
+    assert sum(len(commands) for several in meanings.values() for commands in several.values()) > 100
+
+
 def test_every_argument_reaches_the_request(loaded, asked):
     assert OTHERS.keys() == FIELDS.keys()
     model, tokenizer = loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .options import revision_option
 from .terminal import say
 
 
@@ -15,7 +16,7 @@ def adapter() -> None:
 @adapter.command("import")
 @click.argument("source", metavar="SRC")
 @click.option("-m", "--model", required=True, metavar="NAME", help="The model that it was trained on.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@revision_option
 @click.option("-o", "--output", required=True, metavar="DIR", help="The adapter folder to write.")
 def take(source: str, model: str, revision: str | None, output: str) -> None:
     """Turn what PEFT has saved into an adapter.
@@ -34,7 +35,7 @@ def take(source: str, model: str, revision: str | None, output: str) -> None:
 @adapter.command("export")
 @click.argument("source", metavar="SRC")
 @click.option("-m", "--model", metavar="NAME", help="The model it was trained on; by default as the adapter names it.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@revision_option
 @click.option("-o", "--output", required=True, metavar="DIR", help="The PEFT folder to write.")
 @click.option("--split", is_flag=True, help="For models that have q, k, v, gate and up apart.")
 def give(source: str, model: str | None, revision: str | None, output: str, split: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError
-from .options import force_memory, within_memory
+from .options import compute_dtype, force_memory, within_memory
 from .progress import Pulse
 from .reading import read_input
 from .terminal import progress_bar, show, show_json
@@ -32,11 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens read together; each window starts with an empty context.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
-)
+@compute_dtype
 @click.option(
     "-o",
     "--output",

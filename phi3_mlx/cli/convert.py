@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import in_options
+from .options import dtype_option, in_options, revision_option
 from .progress import Pulse
 from .reading import read_input
 from .terminal import escape, note, progress_bar, say, show_rich
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="affine: integers with scale and bias; the others are floating formats with bits and group of their own.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of all that is not quantized, scales included. Without it: the model's own.",
-)
+@dtype_option("Type of all that is not quantized, scales included. Without it: the model's own.")
 @click.option("--dequantize", is_flag=True, help="Write plain weights, dequantized and fused.")
 @click.option("--target-bpw", type=float, metavar="X", help="Choose bits layer by layer: X bits a weight in all.")
 @click.option("--target-size", metavar="SIZE", help="The same by size: 2.0GB.")
@@ -58,7 +54,7 @@ if TYPE_CHECKING:
     "--force", is_flag=True, help="Go on where DST exists already (it is replaced) or there is too little memory."
 )
 @click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@revision_option
 def convert(
     source: str,
     output: str,

@@ -6,22 +6,18 @@ from typing import Any
 
 import click
 
-from .options import within_memory
+from .options import dtype_option, revision_option, within_memory
 from .reading import read_input
 from .terminal import say
 
 
 @click.command()
 @click.option("-m", "--model", metavar="NAME", help="The model it was trained on; by default as the adapter names it.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+@revision_option
 @click.option("--adapter", required=True, metavar="DIR", help="The folder of the adapter.")
 @click.option("-o", "--output", required=True, metavar="DST", help="The model directory to write.")
 @click.option("--dequantize", is_flag=True, help="Write floats: all of the adapter is kept.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the floats. Without it: the model's own.",
-)
+@dtype_option("Type of the floats. Without it: the model's own.")
 @click.option(
     "--bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),

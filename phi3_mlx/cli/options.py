@@ -102,6 +102,17 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+revision_option = click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
+
+
+def dtype_option(help_text: str) -> Callable[[F], F]:
+    """--dtype; each command says of what."""
+    return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=help_text)
+
+
+compute_dtype = dtype_option("Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.")
+
+
 def model_options(function: F) -> F:
     """Adds -m and what belongs to it; the command gets them as one `source: ModelOptions`."""
     return _gathered(
@@ -117,12 +128,8 @@ def model_options(function: F) -> F:
                 metavar="NAME",
                 help="A name of `phi3-mlx models`, a directory, or a Hugging Face repository (OWNER/REPO).",
             ),
-            click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository."),
-            click.option(
-                "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                help="Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.",
-            ),
+            revision_option,
+            compute_dtype,
             click.option(
                 "--longrope",
                 type=click.Choice(["auto", "short", "long"]),
