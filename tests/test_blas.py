@@ -61,9 +61,8 @@ def test_it_is_off_where_the_variable_says_so(word, tmp_path):
 
 @packaged
 def test_where_mlx_was_imported_first_nothing_is_said_and_the_doctor_knows(tmp_path):
-    code = (
-        f"import mlx.core\nimport phi3_mlx{MULTIPLY}\nfrom phi3_mlx import doctor\nprint(doctor.look().blas_too_late)"
-    )
+    asked = "from phi3_mlx.doctor.facts import look\nprint(look().blas_too_late)"
+    code = f"import mlx.core\nimport phi3_mlx{MULTIPLY}\n{asked}"
     printed, library, said = run(code, tmp_path)
     assert library.startswith("libblas")
     assert said == ""

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from phi3_mlx import doctor
 from phi3_mlx.cli import tune
-from phi3_mlx.doctor import Machine, examine
+from phi3_mlx.doctor import checks, facts
+from phi3_mlx.doctor.checks import examine
+from phi3_mlx.doctor.facts import Machine
 
 GB = 2**30
 METAL = {
@@ -161,13 +162,13 @@ def test_a_cache_folder_that_cannot_be_written(mac, tmp_path, monkeypatch):
     assert status == "wrong"
     assert "HF_HOME names it" in text
     assert "export HF_HOME" in text
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # as root every folder can be written
+    monkeypatch.setattr(checks.os, "access", lambda *_: False)  # as root every folder can be written
     assert found(mac, "cache")[0] == "wrong"
 
 
 def test_a_full_disk_is_a_note(mac, monkeypatch):
     usage = type("usage", (), {"free": 10**9})
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
     status, text = found(mac, "cache")
     assert status == "note"
     assert "1.0 GB free" in text
@@ -193,14 +194,14 @@ def test_versions_below_what_is_needed_are_wrong_and_missing_extras_a_note(mac):
 
 def test_extras_named_here_are_those_of_the_package():
     listed = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    for extra in (*doctor.EXTRAS, "cpu", "cuda"):
+    for extra in (*checks.EXTRAS, "cpu", "cuda"):
         assert f"\n{extra} = [" in listed
 
 
 def test_the_watchdog_is_that_of_tune(mac):
-    assert doctor.WATCHDOG == tune.WATCHDOG
+    assert checks.WATCHDOG == tune.WATCHDOG
     assert found(mac, "tune")[0] == "note"
-    assert found(replace(mac, environment={doctor.WATCHDOG: "1"}), "tune")[0] == "ok"
+    assert found(replace(mac, environment={checks.WATCHDOG: "1"}), "tune")[0] == "ok"
 
 
 def run(path, *arguments):
@@ -257,7 +258,7 @@ def test_an_mlx_that_never_answers(monkeypatch):
     def never(*_, **options):
         raise subprocess.TimeoutExpired("python", options["timeout"])
 
-    monkeypatch.setattr(doctor.subprocess, "run", never)
-    facts, why = doctor.ask_mlx()
-    assert facts is None
+    monkeypatch.setattr(facts.subprocess, "run", never)
+    said, why = facts.ask_mlx()
+    assert said is None
     assert "seconds" in why

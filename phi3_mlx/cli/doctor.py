@@ -26,13 +26,14 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     works where MLX does not.
     """
     from .. import __version__
-    from ..doctor import examine, look, report
+    from ..doctor.checks import examine, report
+    from ..doctor.facts import look
 
     findings = examine(look())
     wrong = sum(finding.status == "wrong" for finding in findings)
     if as_json:
-        facts = {"phi3_mlx": __version__, "wrong": wrong, "checks": [dataclasses.asdict(one) for one in findings]}
-        show_json(facts, indent=2)
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        show_json({"phi3_mlx": __version__, "wrong": wrong, "checks": checks}, indent=2)
     else:
         around = {status: click.style("\0", **style).split("\0") for status, style in _STYLES.items()}
         text = report(findings, lambda status: f"{status:6}".join(around[status]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..doctor import WATCHDOG
+from ..doctor.checks import WATCHDOG
 from .options import REQUEST_FIELDS, in_options, of_field
 from .progress import Pulse
 from .terminal import note, redraw, say, show

@@ -1,62 +1,29 @@
-"""What of this machine runs Phi-3, what does not, and what to type about it.
+"""The checks: what of a machine runs Phi-3, what does not, and what to type about it.
 
-`look()` gathers facts, each check reads them: a check needs no machine of its own, so that any can be tested anywhere.
-`python3 -m phi3_mlx.doctor`, in a clone, needs nothing installed: it says why an installation fails.
-
-Nothing here imports MLX before a process of its own has shown that it can be imported: a build for another processor
-ends the process that tries, and Metal without a screen or a GPU does.
+Each reads the facts of a `Machine` alone, so that any machine can be tested on any other.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from . import blas
-from .store.hub import cache_folder
+from .. import blas
+from .facts import BACKENDS, Machine, leading_numbers
 
 Status = Literal["ok", "note", "wrong"]
 
 PYTHON, MACOS = (3, 10), (14, 0)  # the oldest that MLX is built for
 # Metal ends kernels that hold the GPU for long, and steps of a long example do. It is read when MLX starts.
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
-_BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _SLOW = 10e9  # float32 operations a second; a BLAS has several times as many on one core, MLX's own product fewer
 _SMALLEST = 3e9  # bytes of disk that the smallest real model fills, and a bit
-_SECONDS = 60
 _LINUX_CURE = 'pip install "phi3-mlx[cpu]"'
 _ON_NVIDIA = "; with an NVIDIA GPU [cuda] instead of [cpu]"
-
-_PROBE = """
-import json, sys, time
-sys.path.append(sys.argv[1])
-from phi3_mlx import blas  # first: it gives MLX a fast BLAS
-import mlx.core as mx
-
-gpu = mx.default_device().type == mx.DeviceType.gpu
-info = mx.device_info(mx.gpu if gpu else mx.cpu)
-x = mx.random.normal((512, 512))
-mx.eval(x @ x)
-seconds = []
-for _ in range(2):
-    started = time.perf_counter()
-    mx.eval(x @ x)
-    seconds.append(time.perf_counter() - started)
-backend = "Metal" if gpu and mx.metal.is_available() else "CUDA" if gpu else "CPU"
-facts = {"version": mx.__version__, "backend": backend, "flops": 2 * 512**3 / min(seconds)}
-facts |= {"blas": blas.describe(), "no_blas": blas.preload()}
-json.dump(facts | {key: value for key, value in info.items() if isinstance(value, (int, str))}, sys.stdout)
-"""
 
 
 @dataclass(frozen=True)
@@ -69,73 +36,12 @@ class Finding:
     cure: str | None = None
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The facts that the checks read; `look()` finds this machine's.
-
-    `mlx`: what MLX says of itself and its device, or `mlx_error`, why it cannot be asked. `installed`: versions by
-    package; `required`: the lines of this package's metadata, None where it is not installed.
-    """
-
-    system: str = "Darwin"
-    architecture: str = "arm64"
-    translated: bool = False  # an Intel program on Apple silicon
-    macos: tuple[int, ...] = (15, 0)
-    python: tuple[int, ...] = (3, 12, 0)
-    executable: str = "python3"
-    mlx: Mapping[str, Any] | None = None
-    mlx_error: str | None = None
-    nvidia: bool = False
-    installed: Mapping[str, str] = field(default_factory=dict)
-    required: tuple[str, ...] | None = ()
-    cache: Path | None = None
-    blas_too_late: bool = False  # in this process MLX was imported before this package
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
 def examine(machine: Machine) -> list[Finding]:
     """Every check's finding, in the order in which faults hinder."""
     findings: list[Finding] = []
     for check in _CHECKS:
         findings += check(machine)
     return findings
-
-
-def look() -> Machine:
-    """This machine."""
-    system = platform.system()
-    facts, error = ask_mlx()
-    return Machine(
-        system=system,
-        architecture=platform.machine(),
-        translated=system == "Darwin" and _sysctl("sysctl.proc_translated") == "1",
-        macos=_numbers(platform.mac_ver()[0]),
-        python=tuple(sys.version_info[:3]),
-        executable=sys.executable,
-        mlx=facts,
-        mlx_error=error,
-        nvidia=shutil.which("nvidia-smi") is not None,
-        installed=_installed(),
-        required=_required(),
-        cache=_cache(),
-        blas_too_late=blas.preload() == blas.TOO_LATE,
-        environment=os.environ,
-    )
-
-
-def ask_mlx() -> tuple[dict[str, Any] | None, str | None]:
-    """What MLX says of itself in a process of its own, or why it does not: the last line of its complaint."""
-    command = [sys.executable, "-c", _PROBE, str(Path(__file__).resolve().parents[1])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {_SECONDS} seconds"
-    try:
-        return json.loads(done.stdout), None
-    except ValueError:
-        lines = done.stderr.strip().splitlines()
-        ended = f"the process ended with signal {-done.returncode}" if done.returncode < 0 else "no answer"
-        return None, lines[-1] if lines else ended
 
 
 def report(findings: Sequence[Finding], status: Callable[[str], str] = "{:6}".format) -> str:
@@ -167,15 +73,15 @@ def _python(machine: Machine) -> list[Finding]:
         cure = "brew install python@3.12" if machine.system == "Darwin" else "sudo apt-get install python3.12-venv"
         return [Finding("python", "wrong", f"{text}: older than {_dotted(PYTHON)}", cure)]
     if machine.system == "Darwin" and machine.macos < MACOS:
-        found = _dotted(machine.macos)
-        return [Finding("python", "wrong", f"macOS {found}: MLX needs {_dotted(MACOS)}", "softwareupdate --list")]
+        release = _dotted(machine.macos)
+        return [Finding("python", "wrong", f"macOS {release}: MLX needs {_dotted(MACOS)}", "softwareupdate --list")]
     if machine.system not in ("Darwin", "Linux"):
         return [Finding("python", "wrong", f"{text}: MLX runs on macOS and Linux, not on {machine.system}")]
     return [Finding("python", "ok", text)]
 
 
 def _mlx(machine: Machine) -> list[Finding]:
-    backends = {name: machine.installed[name] for name in _BACKENDS if name in machine.installed}
+    backends = {name: machine.installed[name] for name in BACKENDS if name in machine.installed}
     if machine.mlx is None:
         missing = "mlx" not in machine.installed
         reason = "it is not installed" if missing else str(machine.mlx_error)
@@ -185,14 +91,14 @@ def _mlx(machine: Machine) -> list[Finding]:
         else:
             cure = f"pip install --force-reinstall {' '.join(['mlx', *backends])}"
         return [Finding("mlx", "wrong", f"MLX cannot be used: {reason}", cure)]
-    found = machine.mlx["version"]
-    text = f"{found}{''.join(f', {name} {number}' for name, number in backends.items())}"
+    mlx_version = machine.mlx["version"]
+    text = f"{mlx_version}{''.join(f', {name} {number}' for name, number in backends.items())}"
     if len(backends) > 1:
         # They hold files of the same names: the one installed last decides, and removing it breaks the other.
         names = " ".join(backends)
         text += f": they overwrite each other's files{_ON_NVIDIA}"
         return [Finding("mlx", "wrong", text, f"pip uninstall -y {names} && {_LINUX_CURE}")]
-    if any(number != found for number in backends.values()):
+    if any(number != mlx_version for number in backends.values()):
         cure = f"pip install --upgrade mlx {' '.join(backends)}"
         return [Finding("mlx", "wrong", f"{text}: the two must be of one version", cure)]
     return [Finding("mlx", "ok", text)]
@@ -218,13 +124,13 @@ def _device(machine: Machine) -> list[Finding]:
 
 
 def _blas(machine: Machine, speed: float) -> list[Finding]:
-    found, why_not = machine.mlx.get("blas"), machine.mlx.get("no_blas")  # type: ignore[union-attr]
+    library, why_not = machine.mlx.get("blas"), machine.mlx.get("no_blas")  # type: ignore[union-attr]
     if machine.blas_too_late:
         text = "MLX was imported before phi3_mlx in this process, which keeps its slow BLAS; import phi3_mlx first"
         return [Finding("blas", "note", text)]
     if speed >= _SLOW:
-        return [Finding("blas", "ok", found)] if found else []
-    reason = f" ({why_not})" if why_not else f" ({found})" if found else ""
+        return [Finding("blas", "ok", library)] if library else []
+    reason = f" ({why_not})" if why_not else f" ({library})" if library else ""
     if why_not and why_not.startswith(blas.VARIABLE):
         return [Finding("blas", "note", f"float products are slow here{reason}", f"unset {blas.VARIABLE}")]
     return [Finding("blas", "note", f"float products are slow here{reason}; OpenBLAS is faster", _LINUX_CURE)]
@@ -233,7 +139,7 @@ def _blas(machine: Machine, speed: float) -> list[Finding]:
 def _memory(machine: Machine) -> list[Finding]:
     if machine.mlx is None:
         return []
-    from . import sizes
+    from .. import sizes
 
     total, room = _room(machine)
     text = sizes.size_text(room)
@@ -248,8 +154,8 @@ def _memory(machine: Machine) -> list[Finding]:
 
 def _models(machine: Machine, room: int) -> Finding:
     """What of the family fits, and the longest context of the largest that does."""
-    from .engine import plan
-    from .store import hub
+    from ..engine import plan
+    from ..store import hub
 
     assert machine.mlx is not None
     gpu = machine.mlx["backend"] != "CPU"
@@ -272,7 +178,7 @@ def _models(machine: Machine, room: int) -> Finding:
 
 def _room(machine: Machine) -> tuple[int, int]:
     """(bytes there are, bytes that may be used)"""
-    from .engine.machine import available_ram
+    from ..engine.machine import available_ram
 
     assert machine.mlx is not None
     if machine.mlx["backend"] == "CPU":
@@ -319,12 +225,12 @@ def _packages(machine: Machine) -> list[Finding]:
     faults: dict[str, str] = {}
     good, missing = [], {}
     for line in machine.required:
-        found = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(?:.*extra == ['\"]([\w-]+)['\"])?", line)
-        if found is None:
+        requirement = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(?:.*extra == ['\"]([\w-]+)['\"])?", line)
+        if requirement is None:
             continue
-        name, least, extra = found[1], found[2], found[3]
+        name, least, extra = requirement[1], requirement[2], requirement[3]
         have = machine.installed.get(name)
-        if extra is None and (have is None or _numbers(have) < _numbers(least)):
+        if extra is None and (have is None or leading_numbers(have) < leading_numbers(least)):
             faults[name] = f"{name} {have or 'is missing'}{'' if have is None else f' (below {least})'}"
         elif extra is None:
             good.append(f"{name} {have}")
@@ -375,49 +281,5 @@ _CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
 )
 
 
-def _installed() -> dict[str, str]:
-    """Versions of MLX, its backends and what this package asks for."""
-    found = {}
-    for name in {"mlx", *_BACKENDS, *(re.split(r"[\s\[<>=;]", line)[0] for line in _required() or ())}:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _required() -> tuple[str, ...] | None:
-    try:
-        return tuple(requires("phi3-mlx") or ())
-    except PackageNotFoundError:
-        return None
-
-
-def _cache() -> Path | None:
-    try:
-        return cache_folder()
-    except ImportError:
-        return None
-
-
-def _sysctl(name: str) -> str:
-    try:
-        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "0.32.4.dev1" is (0, 32, 4)."""
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
-
-
-if __name__ == "__main__":
-    every = examine(look())
-    print(report(every))
-    sys.exit(any(finding.status == "wrong" for finding in every))
