@@ -4,7 +4,7 @@
 
 Cases are Phi-3-mini's shape without packing, where reading the weights takes most of a step, the same packed to 4 bits
 with float32 scales, on a GPU with bfloat16 scales, and the bundled model. Together every prompt must give the tokens it
-gives alone; on a CPU the run fails if one does not, and on a GPU, where several rows are rounded otherwise than one,
+gives alone; on a CPU the run fails if one does not, and on a GPU, where several rows round differently from one,
 the share that is alike is in the result.
 """
 

@@ -3,7 +3,7 @@
     python -m bench blocksparse [--tokens N]... [--linear N]... [--chunk N] [--runs N]
 
 Shapes are the model's: 32 heads of 128, 8 kv heads, blocks of 64, 16 local ones, every 8th vertical. A cache holds
-random keys and values; `prefill` is the last chunk of a prompt of so many tokens, `decode` one token behind it. *Dense
+random keys and values; `prefill` is the last chunk of a prompt of this many tokens, `decode` one token after it. *Dense
 masked* is MLX's attention with the boolean mask of every head, made once and not timed, which gives the same numbers;
 *causal* is MLX's own without a mask. Memory is MLX's peak beyond the cache; the mask counts to the dense one's.
 `--linear` measures block-sparse attention alone, at lengths where a mask would not fit.

@@ -60,7 +60,7 @@ def make_model(directory: Path) -> None:
 
 
 def cut(text: str, tokenizer: Tokenizer, tokens: int) -> str:
-    """As much of a text, repeated if need be, as makes a prompt of so many tokens."""
+    """As much of a text, repeated if need be, as makes a prompt of this many tokens."""
     ids = tokenizer.encode(text)
     text *= math.ceil(tokens / len(ids))
     low, high = 0, len(text)

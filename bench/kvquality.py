@@ -2,7 +2,7 @@
 
     python -m bench kvquality [--model NAME] [--bits B] [--group-size N] [--tokens N] [--window N]
 
-The text is read 16 tokens at a time, in windows that begin anew: every token attends to packed keys and values by the
+The text is read 16 tokens at a time, in windows: every token attends to quantized keys and values by the
 path that decoding takes. KL is that of the next token's distribution, packed from unpacked, in nats; "same choice" is
 how often both find the same token likeliest. Then both go on by themselves, greedily, from four places of the text.
 The result is `kvquality`, for other models `kvquality-NAME`.

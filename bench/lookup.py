@@ -9,7 +9,7 @@ quotes are the second turn of a conversation whose first has the answer, the tru
 Answers are greedy there.
 The last kind of prompt asks for something new, drawn at temperature 1, because small models that are greedy repeat
 themselves: it shows what lookup costs where there is nothing to find. Both ways must give the same tokens; on a CPU the
-run fails if they do not, and on a GPU, where a step of several tokens is rounded otherwise than one of a single token,
+run fails if they do not, and on a GPU, where a step of several tokens rounds differently from one of a single token,
 the share that is alike is in the result. mlx-lm answers the same prompts from the same weights in its plain way; its
 seconds are put to as many tokens as ours has. The result is `lookup`, for other models `lookup-NAME`, with texts
 `lookup-NAME-books`.

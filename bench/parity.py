@@ -88,7 +88,7 @@ def pair(raw: dict[str, Any]) -> tuple[Any, Callable[[np.ndarray], np.ndarray], 
 def greedy(
     raw: dict[str, Any], logits: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, guess: list[int]
 ) -> list[int]:
-    """The tokens that whole passes put after `prompt`: as far as two passes confirm the guess, then one by one."""
+    """The tokens that whole passes put after `prompt`: those of the guess that two passes confirm, then one by one."""
     steps = oracle.every_step(raw, logits, np.array([*prompt, *guess[:-1]]))
     found = steps[len(prompt) - 1 :].argmax(axis=-1).tolist()
     right = next((i for i, token in enumerate(found) if token != guess[i]), len(guess))

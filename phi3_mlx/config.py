@@ -161,7 +161,7 @@ class Config:
 
     @property
     def numbers_in_work(self) -> int:
-        """How many numbers of a token were alive in a layer at once, read off measurements on a CPU.
+        """How many numbers a token takes in a layer at its peak, measured on a CPU.
 
         7 of the hidden width, of the MLP's one more than it keeps for training (a copy), 3 of queries, keys and values.
         """

@@ -140,7 +140,7 @@ def shorten(value: Any, *, quote: bool = True) -> str:
         return value
     try:
         text = _REPR.repr(value)
-    except ValueError:  # Python spells no number of more than 4,300 digits
+    except ValueError:  # Python converts no number of more than 4,300 digits
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 60 else text[:57] + "..."
 

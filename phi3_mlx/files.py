@@ -1,6 +1,6 @@
-"""What users' files hold: regular files of bounded size, and text in whatever Unicode encoding an editor wrote.
+"""Reading users' files: regular files of bounded size, and text in whatever Unicode encoding an editor wrote.
 
-Python opens anything that a name leads to: a FIFO waits for ever, /dev/zero has no end. What is read goes through here.
+Python opens anything that a name leads to: a FIFO waits forever, /dev/zero has no end. What is read goes through here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a path is that was given as a model or an adapter and is none: a message says so, and what to type instead."""
+"""For a path that is not a model or an adapter: what it is instead, and what to type."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ _SWAPS: dict[type, type] = {
     ast.Or: ast.And,
 }
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
-_SECONDS = 300  # a mutant may loop for ever, which the tests then have noticed
+_SECONDS = 300  # a mutant may loop forever, which the tests then have noticed
 
 
 def mutants(source: str) -> list[tuple[ast.AST, ast.AST]]:

@@ -127,7 +127,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(leaf, value, base, tmp_p
 
 
 def test_whole_weights_that_are_not_finite_are_refused(base, tmp_path):
-    """In the type that the model has, too: 1e30 is no number of float16."""
+    """In the type that the model has, too: float16 cannot hold 1e30."""
     name = f"{DOWN}.weight"
     for n, (value, dtype, match) in enumerate(
         (

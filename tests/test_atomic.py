@@ -146,7 +146,7 @@ def test_no_file_replaces_anything_but_a_file(tmp_path, monkeypatch, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
 
 
-def test_what_appears_meanwhile_is_not_replaced_either(tmp_path):
+def test_what_appears_during_the_work_is_not_replaced_either(tmp_path):
     def write():
         with atomic.new_file(tmp_path / "place"):
             os.mkfifo(tmp_path / "place")

@@ -133,8 +133,8 @@ def test_attention_of_the_last_layer_is_computed_at_the_end_of_a_prompt_alone(mo
     for first in range(0, 30, 10):
         model.model(mx.array(ids[:, first : first + 10]), cache)
     layers = len(cache)
-    amid = [True] * (layers - 1) + [False]
-    assert computed == amid + amid + [True] * layers
+    inside = [True] * (layers - 1) + [False]
+    assert computed == inside + inside + [True] * layers
 
 
 @pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)

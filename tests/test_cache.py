@@ -225,7 +225,7 @@ def test_rejected_draft_tokens_leave_no_trace_at_the_boundary(model):
 
 @pytest.mark.parametrize("name", ["mini-4k", "long-and-window"])
 def test_an_interrupted_second_reading_is_done_again(name, monkeypatch):
-    """Ctrl-C while the ids are read again: the next call finds the cache right or reads them once more."""
+    """Ctrl-C while the cache is recomputed: the next call finds the cache right or recomputes it."""
     model = MODELS[name]
     cache = model.make_cache()
     feed(model, cache, IDS[:, :340], 50)

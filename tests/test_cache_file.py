@@ -1,4 +1,4 @@
-"""A prompt cache's file: what was changed in it is refused, whether or not its digest was made anew."""
+"""A prompt cache's file: what was changed in it is refused, whether or not its digest was recomputed."""
 
 import dataclasses
 import json

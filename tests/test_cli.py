@@ -508,7 +508,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_keeps_the_chat(tmp_path):
     assert messages[1]["content"]
 
 
-def test_chat_system_begins_anew(run):
+def test_chat_system_starts_over(run):
     code, _, err = run("chat", "--max-tokens", 3, stdin=b"Hi\n/system Be brief.\nHi\n")
     assert code == 0
     assert "new conversation" in err

@@ -763,7 +763,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
         file.unlink()
     with pytest.raises(TokenizerError):
         convert(source, tmp_path / "asked for", report=True)
-    read_model(tmp_path / "asked for")  # the model is complete nonetheless
+    read_model(tmp_path / "asked for")  # the model is complete anyway
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapter folders and PEFT's, whose numbers are of the wrong type, out of every range, or no numbers at all."""
+"""Adapter folders and PEFT's, whose numbers are of the wrong type, out of every range, or NaN."""
 
 import json
 import time

@@ -79,7 +79,7 @@ def test_a_loop_is_decoded_in_fewer_steps(monkeypatch):
     always(monkeypatch)
 
     class Loop:
-        """Says the phrase for ever; stands in for a model where only the drafts are under test."""
+        """Says the phrase forever; stands in for a model where only the drafts are under test."""
 
         config, dtype = MODELS["mini-4k"].config, mx.float32
 
@@ -163,7 +163,7 @@ def test_a_stop_string_inside_a_draft_ends_the_answer_there(monkeypatch):
         if len(said) == 17:
             generation.finish(0)
     assert said == [token for token, _ in plain[:17]]
-    assert generation.statistics.accepted_tokens > 17 - generation.statistics.decode_steps  # it was amid a draft
+    assert generation.statistics.accepted_tokens > 17 - generation.statistics.decode_steps  # it was inside a draft
 
 
 def test_guesses_that_never_hold_do_not_go_on_untimed():
@@ -179,7 +179,7 @@ def test_guesses_that_never_hold_do_not_go_on_untimed():
 
 
 def test_no_draft_reads_over_the_boundary(monkeypatch):
-    """Were one to, the tokens before the boundary would get the long factors, and the cache be read again each time."""
+    """Were one to, the tokens before the boundary would get the long factors, and the cache be recomputed each time."""
     model, prompt = MODELS["3.5-mini"], (PHRASE * 20)[: ORIGINAL - 12]
     prophecy(monkeypatch, [token for token, _ in run(model, prompt)[0]])
     totals = []

@@ -33,7 +33,7 @@ def tiny():
 
 
 def limit(extra):
-    """A bound of so many bytes beside what tests before have left in memory."""
+    """A bound of this many bytes beside what tests before have left in memory."""
     gc.collect()
     return memory_limit(mx.get_active_memory() + extra)
 

@@ -335,7 +335,7 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
 
 
 def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_the_advice_fits(tmp_path, capsys):
-    """Where LongRoPE's factors change the prompt is read again, which may take more than everything else."""
+    """Where LongRoPE's factors change the prompt is recomputed, which may take more than everything else."""
     model = random_model(128, 256, 4, 2, 2, vocab=4032, **LONGROPE)
     run = Run(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
     crossing = dataclasses.replace(run, rereads=memory.reread_at_boundary(model.config))
@@ -366,7 +366,7 @@ def test_a_run_keeps_within_the_memory_that_it_may_use(capsys):
         assert machine.room() <= 10**6
     with pytest.raises(OptionError, match="'much'"), memory_limit("much"):
         pass
-    assert machine.room() > before / 2  # what other processes take meanwhile
+    assert machine.room() > before / 2  # what other processes take
 
 
 def main_debug(monkeypatch, args):

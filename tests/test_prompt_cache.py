@@ -89,7 +89,7 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
     with pytest.raises(CacheError, match="another model"):
         cache.layers_for(MODELS["mini-4k"])
     twin = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
-    PromptCache.load(file, twin)  # the same weights, read again
+    PromptCache.load(file, twin)  # the same weights, loaded a second time
     weight = twin.model.layers[1].mlp.down_proj.weight
     weight[5, 7] = weight[5, 7] * 1.001  # one number of all
     with pytest.raises(CacheError, match="other weights"):
@@ -196,7 +196,7 @@ def test_nothing_is_written_of_an_interrupted_rereading_and_nothing_lost_for_a_p
     with pytest.raises(PromptError):
         cache.read([])
     assert len(cache.ids) == 40
-    cache._layers[0].sequence.long = None  # as while rows are read again
+    cache._layers[0].sequence.long = None  # as while rows are recomputed
     with pytest.raises(CacheError, match="nothing to write"):
         cache.save(tmp_path / "a.cache")
 
@@ -355,7 +355,7 @@ def test_only_a_cache_is_replaced(built, capsys):
 
 
 def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys, monkeypatch):
-    """One tells how to build it anew; what is allowed is what 8 bits need."""
+    """One tells how to rebuild it; what is allowed is what 8 bits need."""
     needed = run_of(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8))
     needed = dataclasses.replace(needed, rereads=plan.reread_at_boundary(needed.config))
     monkeypatch.setattr(machine, "room", lambda: needed.plan(0).total)

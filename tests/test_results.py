@@ -1,4 +1,4 @@
-"""The published figures are what this project promises; one that is not, measured anew, fails here."""
+"""The published figures are what this project promises; one that does not hold when measured again, fails here."""
 
 import pytest
 

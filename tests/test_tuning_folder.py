@@ -1,4 +1,4 @@
-"""A run's folder: begun, killed, locked, moved, resumed; signals; losses that are no numbers; a full disk."""
+"""A run's folder: begun, killed, locked, moved, resumed; signals; losses that are not finite; a full disk."""
 
 import contextlib
 import errno
@@ -265,7 +265,7 @@ def test_samples_and_metrics_have_every_step_once_after_a_kill(base, data, tmp_p
 
 # ------------------------------------------------------------------------------------- beginnings
 
-# A run that is killed when it has asked the file system for so many changes in its folder.
+# A run that is killed when it has asked the file system for this many changes in its folder.
 KILLED = """
 import os, signal, sys
 count, limit, watched = 0, int(sys.argv[1]), sys.argv[2]
@@ -309,12 +309,12 @@ def test_a_run_killed_at_any_moment_can_begin_or_go_on(base, data, tmp_path, cap
         died = killed_at(moment, out, *words, "-o", out)
         assert died.returncode == -signal.SIGKILL, died.stderr
         begun[moment] = newest_checkpoint(out / "checkpoints") is not None
-        anew = tmp_path / f"{moment} anew"
+        fresh = tmp_path / f"{moment} fresh"
         if out.exists():
-            shutil.copytree(out, anew)
-        code, err = call(capsys, "tune", *words, "-o", anew)
+            shutil.copytree(out, fresh)
+        code, err = call(capsys, "tune", *words, "-o", fresh)
         assert code == begun[moment], err
-        ended = [] if begun[moment] else [anew]
+        ended = [] if begun[moment] else [fresh]
         if (out / "run.json").is_file():
             code, err = call(capsys, "tune", "--resume", "-o", out)
             assert code == 0, err

@@ -52,13 +52,13 @@ def test_a_large_batch_has_float32s_gradients_in_float16(base):
         model, settings = make(base, dtype, batch_size=5)
         steps[dtype] = flat(Trainer(model, data, [], settings, base, {}).gradients(0)[1])
     assert off(steps["float16"], steps["float32"]) < 0.05
-    part, tokens = make_part(data), 1 << 20  # as if they stood among so many
+    part, tokens = make_part(data), 1 << 20  # as if they stood among this many
     _, lost = nn.value_and_grad(model, lambda: part_loss(model, part) / tokens)()
     assert off({name: array * tokens for name, array in flat(lost).items()}, steps["float32"]) > 0.3
 
 
 def test_gradients_beyond_float16_are_computed_again_smaller(base):
-    """A sum over tokens that float16 cannot hold; a loss that is no number is left to the trainer."""
+    """A sum over tokens that float16 cannot hold; a loss that is not finite is left to the trainer."""
     part = make_part(examples([150], trained=1.0))
     _, expected = Gradients(make(base, "float32", strength=1e3)[0]).of(part)
     model, _ = make(base, "float16", strength=1e3)

@@ -112,7 +112,7 @@ def _alpha(fields: Fields, key: str, default: float | None = None) -> float:
 def _patterns(table: Fields) -> list[str]:
     """The keys, regular expressions that layers are matched with."""
     for pattern in table.raw:
-        # Matching takes for ever where a group is repeated that may match in several ways, or much is repeated.
+        # Matching takes exponential time where a group is repeated that may match in several ways, or much is repeated.
         if len(re.findall(r"[*+{]", pattern)) > _REPEATED or re.search(r"\)[*+{]", pattern):
             table.fail(pattern, "the name of a layer, or a pattern that repeats little")
         try:

@@ -46,5 +46,5 @@ class StoredLayers:
 
     def read(self, name: str) -> mx.array:
         """A tensor, read when it is used."""
-        # Opened anew for each: arrays kept from an earlier call would keep their memory.
+        # Opened for each: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]

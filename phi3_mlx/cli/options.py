@@ -58,7 +58,7 @@ class ModelOptions:
     def load_model(
         self, directory: Path, prompt: int, max_tokens: int, bits: KVBits | None, force: bool, kept: bool = False
     ) -> Model:
-        """The model, unless it, a prompt of so many tokens and the answer do not fit in memory (and not `force`).
+        """The model, unless it, a prompt of this many tokens and the answer do not fit in memory (and not `force`).
 
         `kept`: the bits are those of a cache that is there already.
         """

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line now and then where there is none."""
+"""Progress of long work: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that the command line writes: answers and tables to stdout, everything else to stderr.
+"""Everything that the command line writes: answers and tables to stdout, everything else to stderr.
 
 Names of files, configs, tokens, templates and answers may hold control characters, with which a terminal can be told
 to change its title, its clipboard or what is on it already. On a terminal they are shown as `\\x1b` and the like; in a

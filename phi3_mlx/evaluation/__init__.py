@@ -1,1 +1,1 @@
-"""How good a model is, and how far it is from another."""
+"""The quality of a model, and how it differs from another."""

@@ -1,4 +1,4 @@
-"""How far apart two models are on a text: perplexity of both, KL divergence, agreement of the likeliest token.
+"""Compares two models on a text: perplexity, KL divergence, agreement of the likeliest token.
 
 Nothing grows with the text: windows are read one after another, logits exist for a few positions at a time.
 """
@@ -80,7 +80,7 @@ def compare(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Read `text` with both models, in windows of `window` tokens that each begin anew.
+    """Read `text` with both models, in windows of `window` tokens, each with an empty context.
 
     Every token but the first is predicted once. `progress(done, total)` counts positions. What the memory at hand
     cannot hold is refused unless `force`. Raises PromptError for a text of fewer than two tokens, OptionError for a
@@ -184,10 +184,14 @@ def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 
 def divergence_from(log_p: np.ndarray, p: np.ndarray, logits: mx.array) -> np.ndarray:
-    """The same for `logits` of q, where many follow one `p` = exp(log_p): a fifth of the time."""
+    """The same for `logits` of q, in a fifth of the time where many are compared with one `p` = exp(log_p).
+
+    Let r = logits - log_p, so q = p exp(r) / Z with Z = sum p exp(r). Then KL(p || q) = log Z - E_p[r], and with
+    d = r - E_p[r] this is log sum p exp(d) = log1p(sum p expm1(d)): no difference of large numbers where q is near p.
+    """
     ratio = np.array(logits.astype(mx.float32))
     ratio -= log_p
-    ratio -= (p * ratio).sum(axis=-1, keepdims=True)  # now log(q / p) - KL's own shift: small where q is near p
+    ratio -= (p * ratio).sum(axis=-1, keepdims=True)  # r - E_p[r]; see the docstring
     np.expm1(ratio, out=ratio)
     ratio *= p
     return np.log1p(ratio.sum(axis=-1))

@@ -230,7 +230,7 @@ def _parts(model: Model, bits: KVBits | None) -> list[tuple[int, tuple[str, ...]
 
 
 def _options(model: Model) -> dict[str, str]:
-    """How the model was loaded, as far as it changes what is read."""
+    """How the model was loaded: the settings that change what is read."""
     return {"longrope": model.model.longrope, "dtype": str(model.dtype).removeprefix("mlx.core.")}
 
 

@@ -30,7 +30,7 @@ class Conversation:
             print(chunk.text, end="", flush=True)
 
     `kv_bits`, `kv_group_size` and `force` are `generate`'s.
-    An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept as far as it came. Any thread
+    An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept up to that point. Any thread
     may send a message, but one answer is read at a time: a further message, or a reset, ends the one before, and who
     reads on in that gets a CacheError.
     `notify` gets a sentence if the model's template has no place for the system message.

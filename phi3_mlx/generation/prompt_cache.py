@@ -1,4 +1,4 @@
-"""Keys and values kept from run to run, in memory or in a file: what was read once is not read again."""
+"""Keys and values kept from run to run, in memory or in a file, so that a prefix is computed once."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU; on C
 _CUDA = 8  # a server's GPU has room for it, and with a head or two only a few of its processors had work
 BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
 LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
-_FEW = 32  # queries at most that read a packed cache as it is
+_FEW = 32  # queries at most that read a quantized cache directly
 _ROWS, _KEYS = 512, 1024  # of a block: queries at most, keys at least
 _HIDDEN = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
 
@@ -122,8 +122,8 @@ def _attend_some_heads(
 ) -> mx.array:
     """MLX's fused attention over a packed cache, of which some heads are unpacked at a time.
 
-    Where they are many they are computed before others are unpacked: a GPU lets go of nothing that is still in its
-    queue, which is of many operations.
+    Where they are many they are computed before others are unpacked: a GPU frees nothing that is still in its
+    queue of many operations.
     """
     batch, heads, _, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
@@ -142,7 +142,7 @@ def _attend_some_heads(
 
 
 def block_of(group: int) -> tuple[int, int]:
-    """What a block has on the CPU: at most so many queries, each in a `group` of heads, and keys of all key heads."""
+    """What a block has on the CPU: at most this many queries, each in a `group` of heads, and keys of all key heads."""
     rows = max(1, min(_ROWS, BLOCK // (group * _KEYS)))
     return rows, max(1, BLOCK // (group * rows))
 
@@ -185,7 +185,7 @@ def _over_blocks(
     keys: int,
     compute: Compute,
 ) -> mx.array:
-    """Attention of queries (1, H, G * L, D) to the keys and values of H heads, so many `keys` at a time; float32."""
+    """Attention of queries (1, H, G * L, D) to the keys and values of H heads, `keys` keys at a time; float32."""
     state: list[mx.array] = []
     for first in range(0, seen[0].shape[2], keys):
         block = slice(first, min(first + keys, seen[0].shape[2]))
@@ -216,7 +216,7 @@ def _visible(mask: Mask, row: int, queries: slice, offset: int, keys: slice) -> 
 
 def _joined(state: list[mx.array], scores: mx.array, v: mx.array) -> list[mx.array]:
     """Greatest score, sum of weights, weighted values, each (1, H, G * L, 1 or D): of the keys so far and a block's."""
-    most = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # any will do: it cancels out
+    most = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # any value works: it cancels out
     if state:
         most = mx.maximum(most, state[0])
     weights = mx.power(2.0, scores - most)

@@ -1,4 +1,4 @@
-"""Attention of which each head sees only some blocks of the keys, and reads no others: Phi-3-small's.
+"""Phi-3-small's block-sparse attention: each head reads only some blocks of the keys.
 
 The sequence is cut into blocks, counted from its first token whatever padding stands before it. Query i, in block
 i // b, sees key j <= i if j's block is one of the `local_blocks` that end with the query's own, or is a *vertical*
@@ -130,7 +130,7 @@ def _at_once(heads: int, pattern: BlockPattern) -> int:
 
 
 def _keys(first: int, blocks: int, pattern: BlockPattern) -> int:
-    """How many keys so many blocks of queries, from position `first` on, read."""
+    """How many keys `blocks` blocks of queries, from position `first` on, read."""
     old = pattern.oldest_local(first)
     return pattern.block_size * (old // pattern.stride + pattern.local_blocks - 1 + blocks)
 

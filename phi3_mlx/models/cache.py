@@ -1,7 +1,7 @@
 """Keys and values of what was read, and what all layers share about it.
 
-The layers of one cache share a `SequenceState`: the token ids read so far, so that a model can read them again when
-what is stored no longer serves (a LongRoPE regime that changed, a window that was trimmed into).
+The layers of one cache share a `SequenceState`: the token ids read so far, so that a model can recompute the cache when
+what is stored is no longer valid (a LongRoPE regime that changed, a window that was trimmed into).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SequenceState:
         self.prompt_length = prompt_length
         self.long: tuple[bool, ...] | None = None
         self.reader: object = None  # the run that it belongs to
-        self.reread_chunk = REREAD_CHUNK  # tokens read at once where they are read again
+        self.reread_chunk = REREAD_CHUNK  # tokens recomputed at once
         self._pieces: list[mx.array] = []
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
@@ -148,16 +148,16 @@ class KVCache:
 
     @property
     def awaited(self) -> bool:
-        """Whether what the newest queries see will be asked for: not in the last layer amid a prompt."""
+        """False for the last layer while more of the prompt is coming: nobody reads its output."""
         return not self.is_last or self.offset >= self.sequence.expected
 
     @property
     def lost(self) -> bool:
-        """True if a trim reached behind what the window kept: the ids must be read again."""
+        """True if a trim reached behind what the window kept: the cache must be recomputed."""
         return self.lost_at(self.offset)
 
     def lost_at(self, offset: int) -> bool:
-        """Whether a trim to so many tokens reaches behind what the window kept."""
+        """Whether a trim to `offset` tokens reaches behind what the window kept."""
         return self.window is not None and self.start > max(0, offset - (self.window - 1))
 
     def _reserve(self, slots: int, like: list[mx.array]) -> None:
@@ -182,7 +182,7 @@ class KVCache:
         self.state, self.start = state, self.start + first  # together: a Ctrl-C before leaves all as it was
 
     def shrink(self) -> None:
-        """Let go of the slots behind the last token where they are most of all."""
+        """Free the slots after the last token if they are the larger part."""
         used = self.offset - self.start
         if not self.lost and self.state and self.state[0].shape[2] > 2 * (used + self.step):
             self._drop(0, used)
@@ -242,7 +242,7 @@ def _free(like: mx.array, slots: int) -> mx.array:
 
 
 def _longer(array: mx.array, slots: int) -> mx.array:
-    """With free slots behind its own, so many in all."""
+    """With free slots appended, `slots` in all."""
     return mx.concatenate([array, _free(array, slots - array.shape[2])], axis=2)
 
 

@@ -2,7 +2,7 @@
 
 LongRoPE's rule (`longrope="auto"`): a sequence is *short* while its total length, cache included, is at most
 `original_max_position_embeddings`, and *long* after; all its keys belong to one regime. A call that changes the
-regime reads the cache's ids again first, so every caller gets the reference's numbers, whatever its loop.
+regime recomputes the cache first, so every caller gets the reference's numbers, whatever its loop.
 
 A member's file derives from `Attention`, `DecoderLayer`, `Decoder` and `Model`, and says in its methods what differs.
 """
@@ -237,9 +237,9 @@ class Decoder(nn.Module):
         return self.last_norm(x)
 
     def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
-        """Fill the rows of `cache` whose keys no longer serve by reading their ids again, in the new regime.
+        """Recompute the rows of `cache` whose keys are no longer valid, from their ids.
 
-        Rotating the old keys anew would not do: values and deeper keys came from the old regime's hidden states.
+        Rotating the old keys again would not do: values and deeper keys came from the old regime's hidden states.
         """
         sequence, offset = cache[0].sequence, cache[0].offset
         rows = [b for b, now in enumerate(long) if sequence.long is None or now != sequence.long[b]]
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
             rows = list(range(len(long)))
         if not rows:
             return
-        sequence.long = None  # until every row is written: an interrupted reading is begun anew
+        sequence.long = None  # until every row is written: an interrupted call starts over
         for layer in cache:
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:

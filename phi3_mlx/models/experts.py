@@ -1,9 +1,9 @@
-"""Linear layers of which every row of a batch has its own: the experts of a mixture, their matrices stacked.
+"""The experts of a mixture: linear layers with stacked matrices, each row of a batch through its own.
 
 Rows come sorted by expert (`Groups`), so that each matrix meets all its rows at once. MLX's gathered products do that
 on a GPU. Its CPU backend computes them row by row, so there many rows are multiplied expert by expert, once it is known
 how many each has. Training cannot wait for that: what is computed before the backward pass is built would all be kept.
-There rows are put into blocks of one expert each, padded, of which there are so many whatever the router says.
+There rows are put into blocks of one expert each, padded; their number does not depend on the router.
 """
 
 from __future__ import annotations

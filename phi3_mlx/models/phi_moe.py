@@ -91,7 +91,7 @@ class Config(config.Config):
 
     @property
     def delicate(self) -> tuple[str, ...]:
-        # A wrong expert costs more than the router's bits, of which there are few.
+        # A wrong expert costs more than the router's few bits save.
         return ("block_sparse_moe.gate",)
 
     def made_of(self, name: str) -> tuple[str, ...]:

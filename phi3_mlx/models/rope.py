@@ -50,7 +50,7 @@ class Rope:
         return self._by_regime(lambda long: self._rotate(x, offset, long), long)
 
     def gain(self, queries: mx.array, long: Regime) -> mx.array:
-        """Multiply rotated queries (B, H, L, D) by m^2, as far as the softmax scale has not."""
+        """Multiply rotated queries (B, H, L, D) by m^2, unless the softmax scale already has it."""
         if all(gain is None for gain in self._query_gains):
             return queries
         return self._by_regime(lambda long: self._gain(queries, long), long)

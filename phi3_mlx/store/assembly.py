@@ -81,7 +81,7 @@ class View:
 def view(config: Config, shapes: Mapping[str, Shape], stored: Mapping[str, Tensor]) -> View:
     """The view for a model of these unpacked `shapes`: arrays of matrices stored apart, and cut or renamed tensors.
 
-    Matrices packed each for itself are an array of packed ones.
+    Experts that were quantized separately are stacked.
     """
     origins: dict[str, tuple[str, ...]] = {}
     tensors, faults = dict(stored), []

@@ -70,7 +70,7 @@ def new_files(directory: Path, last: str) -> Iterator[Path]:
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put a file in place in one step: a run killed meanwhile leaves the old one. Raises OSError."""
+    """Put a file in place in one step: a run killed before that leaves the old one. Raises OSError."""
     with new_file(path) as file:
         file.write(content)
 
@@ -161,7 +161,7 @@ def hold(directory: Path) -> Iterator[bool]:
         directory.mkdir(parents=True, exist_ok=True)
         try:
             lock = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # it was removed meanwhile
+        except FileNotFoundError:  # somebody else removed it
             continue
         mine = _locked(lock, otherwise=True)
         if not mine or (directory.exists() and os.path.samestat(os.fstat(lock), os.stat(directory))):
@@ -286,7 +286,7 @@ def _put(unfinished: Path, destination: Path, hidden: Path, check: Callable[[], 
     if not os.path.lexists(destination):
         unfinished.rename(destination)
         return
-    check()  # somebody else may have written there meanwhile
+    check()  # somebody else may have written there since
     if _exchange(unfinished, destination):
         return
     (hidden / _OLD).mkdir()

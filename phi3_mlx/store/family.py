@@ -115,5 +115,5 @@ def parameter_count(config: Config) -> int:
 
 
 def packed_bytes(parameters: int, bits: int) -> int:
-    """Bytes of so many weights: half a bit more each where they are packed (a 16-bit scale and bias for every 64)."""
+    """Bytes of this many weights: half a bit more each where they are packed (a 16-bit scale and bias for every 64)."""
     return int(parameters * (bits + (0.5 if bits < 16 else 0.0)) / 8)

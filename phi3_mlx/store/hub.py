@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name for a repository, which holds `member` (of `family.MEMBERS`) in so many `bits` a weight."""
+    """A short name for a repository, which holds `member` (of `family.MEMBERS`) with `bits` bits a weight."""
 
     name: str
     repo_id: str
@@ -44,7 +44,7 @@ class Alias:
 
     @property
     def bytes(self) -> int:
-        """The size of its weights, reckoned."""
+        """The size of its weights, estimated."""
         from .family import packed_bytes
 
         return packed_bytes(self.parameters, self.bits)

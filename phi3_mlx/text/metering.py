@@ -1,7 +1,7 @@
-"""Templates that end: a Jinja sandbox that counts the work of a rendering, and stops one that does too much.
+"""A Jinja sandbox that counts the work of a rendering, and stops a template that does too much.
 
 Every step of a loop, every call and every character or item that is made costs something, and a rendering may spend
-so much and no more: the same on every machine, in any thread. What one operation could blow up in a single stroke
+a fixed amount: the same on every machine, in any thread. What one operation could blow up in a single stroke
 (`'a' * 10**10`, `center`, `'%9999999d'`, `10 ** 10 ** 9`) is paid for before it is done. Lists within lists count as
 often as they would be printed, so that forty lines of `{% set a = [a, a] %}` are known for what they are.
 
@@ -104,7 +104,7 @@ class Meter:
         return value
 
     def check_bits(self, bits: int) -> None:
-        """Raises ChatError if an integer of so many bits is too large."""
+        """Raises ChatError if an integer of this many bits is too large."""
         if bits > _MOST_BITS:
             raise ChatError(f"the chat template was stopped: it makes an integer of {bits:,} bits")
 
@@ -248,7 +248,7 @@ def _paid(amount: int, lineno: int) -> nodes.ExprStmt:
 
 
 def _length(body: list[nodes.Node]) -> int:
-    """How much work a body is: expressions and statements in it, and the text that it writes."""
+    """How much work a body takes: expressions and statements in it, and the text that it writes."""
     inside = [child for node in body for child in (node, *node.find_all(nodes.Node))]
     return len(inside) + sum(len(child.data) for child in inside if isinstance(child, nodes.TemplateData))
 

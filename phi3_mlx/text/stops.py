@@ -1,4 +1,4 @@
-"""Where an answer ends: at ids, and at texts that are found across the edges of its pieces.
+"""Where an answer ends: at token ids, and at stop strings, which may span several tokens.
 
 A stop string sees what the answer shows. Where it names a control token, which is not shown (`"\\n<|user|>"`), it sees
 that too; and one that is a token altogether (`"<|user|>"`) is the token's id as well.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Stops:
     """What ends the answers of a run. `ids`: the tokenizer's `stop_ids` and those that stop strings are.
 
-    `hidden`: what tokens that are not shown are called, as far as stop strings name them.
+    `hidden`: the strings of tokens that are not shown but occur in stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):

@@ -1,4 +1,4 @@
-"""Fine-tuning: LoRA, QLoRA, DoRA and full, on any base; runs that survive what happens in a night.
+"""Fine-tuning: LoRA, QLoRA, DoRA and full, on any base; runs that survive crashes.
 
 import phi3_mlx
 
@@ -85,7 +85,7 @@ def tune(
     a report of every step, `on_validation` (step, loss, is it the best).
 
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
-    MemoryLimitError (numbers, and arguments that would fit), TrainingError (no number; another run's checkpoint or
+    MemoryLimitError (numbers, and arguments that would fit), TrainingError (NaN; another run's checkpoint or
     folder), AdapterError (of `from_adapter`) and what `load` raises. Ctrl-C saves and returns a Result whose
     `interrupted` is True. So do SIGTERM and SIGHUP (a terminal that is closed), which then end the process, unless your
     program handles them.

@@ -28,7 +28,7 @@ class PartSize(NamedTuple):
 class Plan:
     """The batches of a whole run. The step's number and the seed give its examples, so nothing else need be stored.
 
-    `order`: "shuffle" draws every epoch anew; "bucket" does too, but puts examples of about one length into a batch.
+    `order`: "shuffle" shuffles every epoch; "bucket" does too, but puts examples of about one length into a batch.
     Every epoch reads every example once; its last batch may be smaller.
     """
 

@@ -62,7 +62,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], Fields]:
-    """(weights, optimizer, state) of a checkpoint. Raises TrainingError if it is damaged, or has numbers that are none.
+    """(weights, optimizer, state) of a checkpoint. Raises TrainingError if it is damaged, or holds NaN.
 
     What is taken from the state raises it too.
     """

@@ -89,7 +89,7 @@ def taken(output: Path, resume: bool) -> Iterator[None]:
                 f"another run is writing into {output}; wait for its end, or name another folder with output=DIR"
             )
         try:
-            check_folder(output, resume)  # again: another run may have begun and ended meanwhile
+            check_folder(output, resume)  # again: another run may have begun and ended since
             yield
         except BaseException:
             if newest_checkpoint(output / CHECKPOINTS) is None and not resume:

@@ -40,7 +40,7 @@ class Gradients:
             mx.eval(value, found)
             loss = float(value) / scale
             if not math.isfinite(loss) or math.isfinite(float(gradient_length(found))):
-                break  # a loss that is no number does not become one
+                break  # NaN stays NaN
         return loss, found
 
     def of_parts(self, parts: Iterable[tuple[Part, mx.array | None]]) -> tuple[float, Any]:

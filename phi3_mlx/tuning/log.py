@@ -60,7 +60,7 @@ class Log:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. A loss that was no number is None."""
+    """The lines of metrics.jsonl. A loss that was not finite is None."""
     return [line for line in read_lines(directory / METRICS) if "kind" in line]
 
 

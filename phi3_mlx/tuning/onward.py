@@ -1,8 +1,8 @@
 """Training on from an adapter (`from_adapter`): what of a run it decides, and its arrays on the model.
 
 An adapter has a kind, a rank, a strength and layers, and its arrays mean something with these alone. So they are not
-to be chosen again: a run has the adapter's, and one that names others is refused. Optimizer, schedule and data begin
-anew; dropout goes on as it was unless another is given.
+to be chosen again: a run has the adapter's, and one that names others is refused. Optimizer, schedule and data start
+fresh; dropout stays as it was unless another is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimizers by name, the course of the learning rate, and the length of a gradient."""
+"""Optimizers by name, the learning rate's schedule, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .settings import Settings
 
 
 def make_optimizer(settings: Settings) -> optim.Optimizer:
-    """The optimizer that `settings` names; its learning rate is set anew every step."""
+    """The optimizer that `settings` names; its learning rate is set before every step."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
         # Without the correction, MLX's default, the first steps are many times too long.

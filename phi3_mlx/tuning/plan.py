@@ -1,4 +1,4 @@
-"""How much memory a run will take, reckoned from config and headers before anything is loaded."""
+"""How much memory a run will take, computed from config and headers before anything is loaded."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plan_memory(
     *,
     numbers: int | None = None,
 ) -> MemoryPlan:
-    """The plan of a run over examples of these lengths (tokens read of each), so many of which are trained.
+    """The plan of a run over examples of these lengths (tokens read of each), of which `trained` are trained.
 
     `numbers`: how many numbers of the model or an adapter are trained, if `settings` do not say so.
     """

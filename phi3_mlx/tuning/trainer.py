@@ -179,7 +179,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end; False if `listener.stop` or the lack of improvement ended it before.
 
-        Raises TrainingError where loss or gradient is no number, after saving the last good state.
+        Raises TrainingError where loss or gradient is not finite, after saving the last good state.
         """
         while self.progress.step < self.plan.steps and not self._is_exhausted():
             with turn():
@@ -314,7 +314,7 @@ class Trainer:
         self._listener.validated(progress.step, loss, best)
 
     def _no_numbers(self) -> str:
-        """The validation examples whose loss is no number, as a part of a sentence."""
+        """The validation examples whose loss is not finite, as a part of a sentence."""
         found = []
         for example in self.valid:
             with turn():
