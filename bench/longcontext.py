@@ -108,6 +108,23 @@ def decode(logits: Callable[[mx.array], mx.array], cache: list[Any], steps: int,
     return {"tokens": steps, "tokens_per_second": steps / seconds, "peak": mx.get_peak_memory() - base}
 
 
+def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the longest prompts' rows say together: plan by peak, bytes of each further token, peak by mlx-lm's."""
+    ours = [row for row in rows if row["package"] == "phi3-mlx"]
+    longest = ours[-1]
+    ratios = {"planned": longest["planned"] / longest["peak"]}
+    if len(ours) > 1:
+        more = longest["tokens"] - ours[-2]["tokens"]
+        ratios["slope"] = (longest["peak"] - ours[-2]["peak"]) / more
+        ratios["cache_slope"] = (longest["cache"] - ours[-2]["cache"]) / more
+        click.echo("each further token: {slope:,.0f} bytes, of the cache itself {cache_slope:,.0f}".format(**ratios))
+    click.echo(f"plan / peak: {ratios['planned']:.2f}")
+    if len(rows) > len(ours):
+        ratios["ratio"] = longest["peak"] / rows[-1]["peak"]
+        click.echo(f"peak, phi3-mlx / mlx-lm: {ratios['ratio']:.2f}")
+    return ratios
+
+
 @click.command(help=__doc__)
 @click.option("--tokens", type=click.IntRange(min=4), default=131072 if record.on_gpu() else 32768, show_default=True)
 @click.option("--chunk", type=click.IntRange(min=1), default=512, show_default=True)
@@ -192,17 +209,7 @@ def main(
         if not (alone and package == "mlx-lm"):
             click.echo(package)
             rows += [{"package": package, **row} for row in contender()]
-    mine = [row for row in rows if row["package"] == "phi3-mlx"]
-    facts["planned"] = mine[-1]["planned"] / mine[-1]["peak"]
-    if not once:
-        more = mine[-1]["tokens"] - mine[-2]["tokens"]
-        facts["slope"] = (mine[-1]["peak"] - mine[-2]["peak"]) / more
-        facts["cache_slope"] = (mine[-1]["cache"] - mine[-2]["cache"]) / more
-        click.echo("each further token: {slope:,.0f} bytes, of the cache itself {cache_slope:,.0f}".format(**facts))
-    click.echo(f"plan / peak: {facts['planned']:.2f}")
-    if not alone:
-        facts["ratio"] = mine[-1]["peak"] / rows[-1]["peak"]
-        click.echo(f"peak, phi3-mlx / mlx-lm: {facts['ratio']:.2f}")
+    facts |= ratios_of(rows)
     record.write(f"longcontext-{name}" if name else "longcontext", rows, "mlx", "mlx-lm", **facts)
     results = [result for other, result in record.read().items() if other.startswith("longcontext")]
     plots.peaks(

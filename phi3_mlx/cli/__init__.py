@@ -110,34 +110,40 @@ def _run(given: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         say()
         return _say("stopped by Ctrl-C", 130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        say(error.format_message())
-        return error.exit_code
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "phi3-mlx"
-        message = error.format_message().rstrip(".")
-        if "unexpected extra argument" in message and (option := _STRAY.get(command.split()[-1])):
-            message += f"; {option} goes before it"
-        return _say(f"{message}; see {command} -h", error.exit_code)
     except click.ClickException as error:
-        return _say(error.format_message(), error.exit_code)
-    except Phi3Error as error:
-        if os.environ.get("PHI3_MLX_DEBUG") == "1":
-            raise
-        named = next((cli.get_command(click.Context(cli), arg) for arg in given if arg in _COMMANDS), None)
-        return _say(as_typed(error, named or cli), error.exit_code)
-    except OSError as error:
-        if os.environ.get("PHI3_MLX_DEBUG") == "1":
-            raise
-        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        return _refuse(error)
     except Exception as error:
         if os.environ.get("PHI3_MLX_DEBUG") == "1":
             raise
-        if isinstance(error, ImportError) and "libmlx" in str(error):  # on Linux `mlx` comes without a backend
-            message = 'MLX has no backend here; pip install "phi3-mlx[cpu]", or "phi3-mlx[cuda]" with an NVIDIA GPU'
-        else:
-            message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
-        return _say(message.replace("\n", " "), 1)
+        return _say(_in_a_line(error, given), error.exit_code if isinstance(error, Phi3Error) else 1)
+
+
+def _refuse(error: click.ClickException) -> int:
+    """Say what click finds wrong with the command line; the exit code."""
+    message = error.format_message()
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        say(message)
+        return error.exit_code
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "phi3-mlx"
+        message = message.rstrip(".")
+        if "unexpected extra argument" in message and (option := _STRAY.get(command.split()[-1])):
+            message += f"; {option} goes before it"
+        message += f"; see {command} -h"
+    return _say(message, error.exit_code)
+
+
+def _in_a_line(error: Exception, given: Sequence[str]) -> str:
+    """What failed, with the options of the command that was given where Python has names."""
+    if isinstance(error, Phi3Error):
+        command = next((cli.get_command(click.Context(cli), arg) for arg in given if arg in _COMMANDS), None)
+        return as_typed(error, command or cli)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, ImportError) and "libmlx" in str(error):  # on Linux `mlx` comes without a backend
+        return 'MLX has no backend here; pip install "phi3-mlx[cpu]", or "phi3-mlx[cuda]" with an NVIDIA GPU'
+    message = f"unexpected {type(error).__name__}: {error}; PHI3_MLX_DEBUG=1 shows the traceback"
+    return message.replace("\n", " ")
 
 
 def _say(message: str, code: int) -> int:

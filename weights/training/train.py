@@ -178,6 +178,65 @@ def schedule(progress: float, decay_from: float, warmup: float = 0.01) -> float:
     return 1.0 if progress < decay_from else max(0.0, (1 - progress) / (1 - decay_from))
 
 
+def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices unless its rate is 0, AdamW for the rest."""
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2 and args.muon_lr]
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    optimizers = [torch.optim.AdamW(rest, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if hidden:
+        optimizers.insert(0, Muon(hidden, args.muon_lr, weight_decay=args.weight_decay))
+    return optimizers
+
+
+class Run:
+    """A training by the clock: weights, optimizers and how far it is; `state.pt` keeps them."""
+
+    def __init__(self, model, optimizers, file: Path):
+        self.model, self.optimizers, self.file = model, optimizers, file
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.step, self.tokens, self.spent = 0, 0, 0.0  # spent: seconds
+        self.average = None  # of the loss
+
+    def save(self):
+        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                 "step": self.step, "tokens": self.tokens, "spent": self.spent}  # fmt: skip
+        new = self.file.with_suffix(".tmp")
+        torch.save(state, new)
+        new.rename(self.file)
+
+    def resume(self):
+        state = torch.load(self.file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        self.step, self.tokens, self.spent = state["step"], state["tokens"], state["spent"]
+
+    def learn(self, loss_of_weights, share: float, rounded: bool):
+        """A step: rates at this share of their highest, the gradient where the 4-bit weights are if `rounded`."""
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+        exact = [(p, p.data) for p in self.model.parameters() if p.ndim == 2 and rounded]
+        for p, values in exact:
+            p.data = quantized(values)
+        loss = loss_of_weights()
+        loss.backward()
+        for p, values in exact:
+            p.data = values
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.average = loss.item() if self.average is None else 0.95 * self.average + 0.05 * loss.item()
+
+    def report(self):
+        if self.step % 20 == 0 or self.step < 6:
+            line = {"step": self.step, "tokens": self.tokens, "minutes": round(self.spent / 60, 2),
+                    "loss": round(self.average, 4)}  # fmt: skip
+            print(json.dumps(line), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
@@ -216,63 +275,31 @@ def main():
     torch.set_float32_matmul_precision("high")
     model = mean_of(args.start or [], dropout=args.dropout).to(args.device).train()
     teacher = mean_of(args.teacher).to(args.device).eval() if args.teacher else None
-    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    if not args.muon_lr:
-        hidden, rest = [], hidden + rest
-    optimizers = [torch.optim.AdamW(rest, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-    if hidden:
-        optimizers.insert(0, Muon(hidden, args.muon_lr, weight_decay=args.weight_decay))
-    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    step, tokens, spent = 0, 0, 0.0
+    run = Run(model, make_optimizers(model, args), args.out / "state.pt")
     if args.resume:
-        state = torch.load(args.out / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        for o, s in zip(optimizers, state["optimizers"], strict=True):
-            o.load_state_dict(s)
-        step, tokens, spent = state["step"], state["tokens"], state["spent"]
+        run.resume()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     objective = torch.compile(loss_of, dynamic=False)
 
-    def save():
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "step": step, "tokens": tokens, "spent": spent}  # fmt: skip
-        torch.save(state, args.out / "state.tmp")
-        (args.out / "state.tmp").rename(args.out / "state.pt")
-
-    started, saved, average = time.time() - spent, time.time(), None
-    for ids, weights in batches(args, sp, args.seed + step):
-        spent = time.time() - started
-        progress = spent / (60 * args.minutes)
+    started, saved = time.time() - run.spent, time.time()
+    for ids, weights in batches(args, sp, args.seed + run.step):
+        run.spent = time.time() - started
+        progress = run.spent / (60 * args.minutes)
         if progress >= 1:
             break
-        for o, rates in zip(optimizers, base, strict=True):
-            for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(progress, args.decay_from)
+        given = ids.to(args.device), weights.to(args.device)
         # At the end gradients are taken where the bundled model will be, and move the unrounded weights.
-        exact = [(p, p.data) for p in model.parameters() if p.ndim == 2 and progress >= args.quantized_from]
-        for p, data_of_p in exact:
-            p.data = quantized(data_of_p)
-        loss = objective(model, ids.to(args.device), weights.to(args.device), teacher)
-        loss.backward()
-        for p, data_of_p in exact:
-            p.data = data_of_p
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        step, tokens = step + 1, tokens + ids.shape[0] * (ids.shape[1] - 1)
-        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        if step % 20 == 0 or step < 6:
-            line = {"step": step, "tokens": tokens, "minutes": round(spent / 60, 2), "loss": round(average, 4)}
-            print(json.dumps(line), flush=True)
+        rounded = progress >= args.quantized_from
+        run.learn(lambda given=given: objective(model, *given, teacher), schedule(progress, args.decay_from), rounded)
+        run.tokens += ids.shape[0] * (ids.shape[1] - 1)
+        run.report()
         if time.time() - saved > 600:
-            save()
+            run.save()
             saved = time.time()
-    spent = time.time() - started
-    save()
+    run.spent = time.time() - started
+    run.save()
     model = model.to("cpu")
-    print(f"{tokens:,} tokens in {spent / 60:.1f} minutes")
+    print(f"{run.tokens:,} tokens in {run.spent / 60:.1f} minutes")
     uncompiled = Phi3ForCausalLM._from_config(make_config(), attn_implementation="sdpa").eval()
     uncompiled.load_state_dict(model.state_dict())
     print(f"bits per character on the held-out stories: {bits_per_character(uncompiled, sp, held_out):.4f}")
