@@ -29,12 +29,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module -> the test files that must notice, the most telling first.
 TESTS = {
     "engine/batch": ["test_engine", "test_generation", "test_lookup"],
+    "engine/drafts": ["test_lookup", "test_engine", "test_generation"],
+    "engine/prefill": ["test_engine", "test_generation", "test_memory"],
+    "engine/rows": ["test_engine", "test_generation"],
+    "engine/steps": ["test_engine", "test_generation"],
     "engine/sampler": ["test_engine", "test_generation"],
     "engine/sampling": ["test_request", "test_engine"],
     "generation/request": ["test_request"],
     "models/attention": ["test_attention", "test_blocksparse", "test_model"],
     "models/cache": ["test_cache", "test_model", "test_prompt_cache"],
     "models/rope": ["test_phi_moe", "test_model"],
+    "text/stops": ["test_stops"],
     "text/chat": ["test_chat_keys", "test_chat", "test_tuning_data"],
     "tuning/loss": ["test_tuning_precision", "test_tuning_gradients"],
     "tuning/trainer": ["test_tuning_dropout", "test_tuning_gradients", "test_tuning_folder", "test_tuning_run"],

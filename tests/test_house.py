@@ -121,3 +121,21 @@ def test_a_public_name_means_one_thing():
         assert sorted(room_of(module) == "cli" for module in several.pop(name)) == [False, True]
     assert {*several} == STILL_TWO, {name: modules for name, modules in several.items() if name not in STILL_TWO}
     assert len(homes) > 500
+
+
+def defined_in(tree):
+    """Names of functions and classes at a module's head, and `Class.method`."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, kinds):
+            yield node.name
+            if isinstance(node, ast.ClassDef):
+                yield from (f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, kinds))
+
+
+def test_a_strangers_questions_are_answered_by_a_file_and_a_name():
+    answers = re.findall(r"^\| .+? \| `([\w/]+\.py)`, `([\w.]+)` \|$", CONTRIBUTING, re.M)
+    assert len({file for file, _ in answers}) == len(answers) == 14
+    for file, name in answers:
+        tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+        assert name in defined_in(tree), f"{name} is not in {file}"
