@@ -5,6 +5,7 @@ python docs/_options.py
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,11 +14,13 @@ _BEGIN, _END = "<!-- Written by docs/_options.py, from here -->\n", "<!-- to her
 
 
 def table() -> str:
-    """A row a field, as Markdown."""
+    """A row a field, in the order of `generate`, as Markdown."""
+    from phi3_mlx import generate
     from phi3_mlx.generation.request import Request
 
+    order = [*inspect.signature(generate).parameters]
     rows = ["| argument | type | default | range | what it does |", "|---|---|---|---|---|"]
-    for field in fields(Request):
+    for field in sorted(fields(Request), key=lambda field: order.index(field.name)):
         kind = " or ".join(f"`{part}`" for part in str(field.type).split(" | "))
         within = field.metadata["within"]
         cells = (f"`{field.name}`", kind, f"`{field.default}`", within.said if within else "", field.metadata["help"])

@@ -102,6 +102,7 @@ def test_functions_take_the_fields_with_their_defaults(function):
     defaults = {name: FIELDS[name].default for name in FUNCTIONS[function]}
     if function is phi3_mlx.Conversation.send:
         defaults["max_tokens"] = CHAT_TOKENS
+        assert CHAT_TOKENS == 1024
     assert taken == defaults
     types = {name: parameters[name].annotation for name in taken}
     assert types == {name: FIELDS[name].type for name in taken}
@@ -246,6 +247,28 @@ def test_a_request_says_what_is_wrong_with_a_value(given, message):
     with pytest.raises(OptionError) as caught:
         Request(**given)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_tokens": 1},
+        {"lookup": 0},
+        {"lookup": 32},
+        {"temperature": 0},
+        {"top_p": 1e-9},
+        {"top_p": 1},
+        {"top_k": 0},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"repetition_penalty": 1e-9},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(given):
+    ((name, value),) = given.items()
+    assert getattr(Request(**given), name) == value
 
 
 def test_the_engine_gets_the_options_of_sampling_alone():

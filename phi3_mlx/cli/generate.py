@@ -145,7 +145,6 @@ def _print_text(chunks: Iterator[Chunk]) -> Chunk:
 
 
 def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
-
     seen: list[Chunk] = []
     try:
         seen.extend(chunks)
