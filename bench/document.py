@@ -26,7 +26,7 @@ import click
 import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.plan import run_of
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.generation.answers import encode_prompt
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.store.hub import resolve
@@ -116,7 +116,7 @@ def main(tokens: int, text: Path | None) -> None:
         tokenizer = read_tokenizer(model)
         book.write_text(cut(text.read_text(encoding="utf-8") if text else bundled("sample"), tokenizer, tokens))
         ids = encode_prompt(tokenizer, f"{ASK}\n\n{book.read_text()}")
-        needed = run_of(model, len(ids) + ANSWER, kv_bits=KVBits(BITS, BITS)).plan(0).total
+        needed = Workload.of_directory(model, len(ids) + ANSWER, kv_bits=KVBits(BITS, BITS)).plan(0).total
         limit = math.ceil(1.1 * needed / 1e6) * 10**6
         click.echo(f"{len(ids):,} tokens, {limit / 1e6:,.0f} MB allowed")
 

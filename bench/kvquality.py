@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.prefill import common_length
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
@@ -62,7 +62,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
     windows = [(block[:, :-1], block[:, 1:].flatten()) for block in blocks(ids, window, None)]
     expected = [hidden_states(model, inputs, None) for inputs, _ in windows]
     said = continuations(model, ids, None)
-    unpacked = Run(model.config, 0, 1024, itemsize=2).cache_bytes()
+    unpacked = Workload(model.config, 0, 1024, itemsize=2).cache_bytes()
     rows = []
     for bits in settings:
         difference = Difference()
@@ -75,7 +75,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
             "keys": bits.keys,
             "values": bits.values,
             "group_size": bits.group_size,
-            "size": Run(model.config, 0, 1024, bits=bits, itemsize=2).cache_bytes() / unpacked,
+            "size": Workload(model.config, 0, 1024, bits=bits, itemsize=2).cache_bytes() / unpacked,
             "kl": found.kl,
             "same_choice": found.top1,
             "perplexity": found.b.perplexity,

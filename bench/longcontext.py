@@ -25,7 +25,7 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.models.attention import fused_attention
 from phi3_mlx.models.cache import KVBits
@@ -180,7 +180,7 @@ def main(
         )
         decoded("decode", lambda token: model.logits(model.model(token, cache)), cache, base)
         for row in rows:
-            run = Run(model.config, 0, row["tokens"], bits=packing, itemsize=dtype.size, fused=fused_attention())
+            run = Workload(model.config, 0, row["tokens"], bits=packing, itemsize=dtype.size, fused=fused_attention())
             row |= {"cache": run.cache_bytes(), "planned": run.cache_bytes() + run.workspace(chunk)}
         return rows
 

@@ -72,7 +72,7 @@ def reasons() -> str:
 def macs() -> str:
     """Models by name: the download, and the longest context on Macs of three sizes."""
     from phi3_mlx.engine.machine import mac_working_set
-    from phi3_mlx.engine.plan import Run
+    from phi3_mlx.engine.plan import Workload
     from phi3_mlx.sizes import size_text
     from phi3_mlx.store.hub import find_alias
 
@@ -83,7 +83,9 @@ def macs() -> str:
     for name in MACS:
         alias = find_alias(name)
         assert alias is not None
-        fits = (Run(alias.shape, alias.bytes, 1).longest(mac_working_set(gb * 2**30)) for gb in (8, 16, 32))
+        fits = (
+            Workload.of_release(alias.shape, alias.bytes).longest(mac_working_set(gb * 2**30)) for gb in (8, 16, 32)
+        )
         cells = [
             size_text(alias.bytes),
             f"{alias.shape.max_position_embeddings:,}",

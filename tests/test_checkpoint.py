@@ -17,14 +17,14 @@ from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.models.phi3 import Phi3Model
 from phi3_mlx.store import checkpoint
-from phi3_mlx.store.checkpoint import read_model, weight_bytes
+from phi3_mlx.store.checkpoint import model_size, read_model
 from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
 
 RAW = {**oracle.BASE, "num_hidden_layers": 2}  # plain rope, no window: what mlx-lm computes right
 TIED = {**RAW, "tie_word_embeddings": True}
 IDS = oracle.ids_of(24)
 MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
-READERS = [read_model, weight_bytes, DirectorySource]
+READERS = [read_model, model_size, DirectorySource]
 
 
 def write(directory: Path, raw=RAW, change=None, model=None, shards=1) -> Path:
@@ -464,12 +464,14 @@ def a_variant_alone(folder: Path) -> None:
 )
 def test_which_files_hold_the_weights(sharded, lay_out):
     right = oracle.make_ours(RAW)
-    size = weight_bytes(sharded, "float32")
+    size = model_size(sharded, "float32").weights
     lay_out(sharded)
     loaded = read_model(sharded, dtype="float32")
     assert same_weights(loaded, right)
     assert (
-        weight_bytes(sharded, "float32") == size == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
+        model_size(sharded, "float32").weights
+        == size
+        == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     )
     source = DirectorySource(sharded)
     assert mx.array_equal(source.read("model.norm.weight"), right.model.norm.weight)
@@ -501,7 +503,7 @@ def test_the_bytes_of_weights_are_those_that_are_loaded(tmp_path, dtype, mode):
 
     directory = write(tmp_path / "model", raw, change, model)
     loaded = read_model(directory, dtype=dtype)
-    assert weight_bytes(directory, dtype) == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
+    assert model_size(directory, dtype).weights == sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
 
 
 def test_a_plan_of_weights_that_do_not_fit_is_refused_as_the_model_is(tmp_path):
@@ -511,7 +513,7 @@ def test_a_plan_of_weights_that_do_not_fit_is_refused_as_the_model_is(tmp_path):
     ):
         directory = write(tmp_path / str(len(list(tmp_path.iterdir()))), change=change)
         with pytest.raises(CheckpointError) as caught:
-            weight_bytes(directory)
+            model_size(directory)
         assert str(caught.value) == refusal(directory)
 
 

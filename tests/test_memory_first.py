@@ -10,7 +10,7 @@ from tuning_models import facts, make_directory, write_jsonl
 from phi3_mlx import compare, convert, generate, load, load_model, memory_limit, tune
 from phi3_mlx.cli import main
 from phi3_mlx.errors import MemoryLimitError
-from phi3_mlx.store.checkpoint import weight_bytes
+from phi3_mlx.store.checkpoint import model_size
 
 BIG = {
     "num_hidden_layers": 1,
@@ -55,7 +55,7 @@ def test_a_model_that_does_not_fit_is_not_read(base):
 def test_loading_takes_what_was_planned(stored, tmp_path, base):
     model = tmp_path / "model"
     convert(base, model, dequantize=True, dtype=stored)
-    weights = weight_bytes(model)
+    weights = model_size(model).weights
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -74,7 +74,7 @@ def test_loading_takes_what_was_planned(stored, tmp_path, base):
 def test_an_adapter_counts_with_its_model(base, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", facts(10))
     tune(str(base), data, tmp_path / "adapter", steps=1, batch_size=1, rank=64)
-    needed = weight_bytes(base)
+    needed = model_size(base).weights
     assert (tmp_path / "adapter" / "adapters.safetensors").stat().st_size > 200_000
     with limit(needed + 100_000):
         load(base)

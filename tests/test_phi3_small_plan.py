@@ -14,7 +14,7 @@ from test_tuning_plan import CHECKPOINTED
 
 from phi3_mlx.engine import plan
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits
@@ -48,7 +48,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(bits, bits) if bits else None
-    run = Run(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
+    run = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
     predicted = weights + run.cache_bytes() + run.workspace(chunk)
     peak = 0
     for _ in range(5):  # on the CPU a peak depends on how far one of MLX's threads gets ahead of another
@@ -85,5 +85,5 @@ def test_a_training_plan_is_what_the_run_takes(case, tmp_path, monkeypatch):
 
 def test_keys_and_values_of_the_released_models():
     """131,072 bytes a token in 16 bits: 32 layers of 8 keys and values of 128."""
-    assert Run(MEMBERS["phi-3-small-8k"].shape, 0, 8192).cache_bytes() == 131_072 * 8192
-    assert Run(MEMBERS["phi-3-small-128k"].shape, 0, 131_072).cache_bytes() == 131_072 * 131_072
+    assert Workload(MEMBERS["phi-3-small-8k"].shape, 0, 8192).cache_bytes() == 131_072 * 8192
+    assert Workload(MEMBERS["phi-3-small-128k"].shape, 0, 131_072).cache_bytes() == 131_072 * 131_072

@@ -27,12 +27,12 @@ from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
 from phi3_mlx.engine import machine, plan
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import AdapterError, OptionError
-from phi3_mlx.models import build, decoder, experts, linear, parse_config, read_config
+from phi3_mlx.models import build, decoder, experts, linear, parse_config
 from phi3_mlx.models.cache import KVBits
-from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.store.checkpoint import model_size, read_model
 from phi3_mlx.store.safetensors import find_weights
 from phi3_mlx.tuning import Settings
 from phi3_mlx.tuning import run as runs
@@ -270,7 +270,7 @@ def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight
     )
     list(generation)
     peak = generation.statistics.peak_memory - others
-    run = Run(model.config, weights, length, 1, kv_bits, itemsize=4, fused=False)
+    run = Workload(model.config, weights, length, 1, kv_bits, itemsize=4, fused=False)
     predicted = weights + run.cache_bytes() + run.workspace(chunk)
     assert 0.88 * peak < predicted < 1.12 * peak
 
@@ -310,7 +310,7 @@ def test_plans_of_training_are_what_runs_take(tmp_path_factory):
         settings = Settings(data="-", output="-", batch_size=len(lengths), steps=2, **options)
         data = examples(lengths, trained=0.05)
         counts = [int(example.trained.sum()) for example in data]
-        planned = plan_memory(directory, read_config(directory), settings, [n - 1 for n in lengths], counts).total
+        planned = plan_memory(model_size(directory), settings, [n - 1 for n in lengths], counts).total
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory()
@@ -328,7 +328,7 @@ def test_the_released_model_is_planned():
     from phi3_mlx.store.hub import find_alias
 
     alias = find_alias("phi-3.5-moe-4bit")
-    run = Run(alias.shape, alias.bytes, 4096)
+    run = Workload(alias.shape, alias.bytes, 4096)
     assert 23e9 < alias.bytes < 24e9
     assert run.cache_bytes() == 4096 * 32 * 2 * 8 * 128 * 2
     assert dataclasses.replace(run, length=131_072).longest(machine.mac_working_set(64 << 30)) == 131_072

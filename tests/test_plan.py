@@ -20,14 +20,14 @@ from phi3_mlx.engine import machine
 from phi3_mlx.engine import plan as memory
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import MAX_DRAFT
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.generation.prompt_cache import PromptCache
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.store import hub
-from phi3_mlx.store.checkpoint import weight_bytes
+from phi3_mlx.store.checkpoint import model_size
 from phi3_mlx.store.family import MEMBERS
 
 GB = 10**9
@@ -109,7 +109,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(*bits) if bits else None
     prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
-    run = Run(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
+    run = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
     predicted = weights + run.cache_bytes() + run.workspace(chunk)
     peak = 0
     # On the CPU a peak depends on how far one of MLX's threads gets ahead of another; the plan is of the largest.
@@ -185,30 +185,31 @@ def test_a_prompt_cache_that_goes_back_over_the_boundary_is_planned(plans):
 def test_keys_and_values_of_the_released_models():
     """393,216 bytes a token of Phi-3-mini in 16 bits; 4 bits and a 16-bit scale and bias for 32 numbers are 5/16."""
     token = 393_216
-    assert Run(MINI_128K, 0, 131_072).cache_bytes() == token * 131_072
-    assert Run(MINI_128K, 0, 131_072, bits=KVBits(4, 4)).cache_bytes() == token * 131_072 * 5 // 16
-    assert Run(MINI_128K, 0, 1000).cache_bytes() == token * 1024  # slots come by the 256
-    assert Run(MINI_4K, 0, 4096).cache_bytes() == token * 2816  # 2,046, the spare ones and two steps, in whole steps
+    assert Workload(MINI_128K, 0, 131_072).cache_bytes() == token * 131_072
+    assert Workload(MINI_128K, 0, 131_072, bits=KVBits(4, 4)).cache_bytes() == token * 131_072 * 5 // 16
+    assert Workload(MINI_128K, 0, 1000).cache_bytes() == token * 1024  # slots come by the 256
+    # 2,046, the spare ones and two steps, in whole steps
+    assert Workload(MINI_4K, 0, 4096).cache_bytes() == token * 2816
 
 
 def test_drafts_are_planned():
     assert memory.VERIFIED == MAX_DRAFT + 1
     scores = 32 * memory.VERIFIED * 30_000 * (4 + 2)  # float32, and in 16 bits for the product with the values
-    grown = Run(MINI_128K, 0, 30_000 - KVCache.step, bits=KVBits(4, 4)).cache_bytes() // 32
-    assert Run(MINI_128K, 0, 30_000, bits=KVBits(4, 4)).workspace(64) == grown + scores
+    grown = Workload(MINI_128K, 0, 30_000 - KVCache.step, bits=KVBits(4, 4)).cache_bytes() // 32
+    assert Workload(MINI_128K, 0, 30_000, bits=KVBits(4, 4)).workspace(64) == grown + scores
 
 
 @pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)
 def test_the_longest_context_fits_and_one_slot_more_does_not(bits):
-    run = Run(MINI_128K, 2 * GB, 1, bits=bits)
+    run = Workload(MINI_128K, 2 * GB, 1, bits=bits)
     longest = run.longest(11 * GB)
     assert 10_000 < longest < 131_072
-    assert Run(MINI_128K, 2 * GB, longest, bits=bits).plan(11 * GB).total <= 11 * GB
-    assert Run(MINI_128K, 2 * GB, longest + KVCache.step, bits=bits).plan(11 * GB).total > 11 * GB
+    assert Workload(MINI_128K, 2 * GB, longest, bits=bits).plan(11 * GB).total <= 11 * GB
+    assert Workload(MINI_128K, 2 * GB, longest + KVCache.step, bits=bits).plan(11 * GB).total > 11 * GB
 
 
 def test_the_prefill_chunk_follows_the_room():
-    run = Run(MINI_128K, 0, 8192)
+    run = Workload(MINI_128K, 0, 8192)
     chunks = [run.plan(room).chunk for room in (100 * GB, 3.45 * GB, 3.35 * GB, 0)]
     assert chunks[0] == 2048
     assert chunks == sorted(chunks, reverse=True)
@@ -216,7 +217,7 @@ def test_the_prefill_chunk_follows_the_room():
 
 
 def test_a_refusal_says_the_numbers_and_every_way_out():
-    run = Run(MINI_128K, 2 * GB, 60_000)
+    run = Workload(MINI_128K, 2 * GB, 60_000)
     with pytest.raises(MemoryLimitError) as refusal:
         memory.check_fits(run, 11 * GB)
     text = str(refusal.value)
@@ -238,10 +239,10 @@ def test_a_refusal_says_the_numbers_and_every_way_out():
     with pytest.raises(MemoryLimitError, match="a cache made with kv_bits=4 needs"):
         memory.check_fits(run, 11 * GB, kept=True)
     with pytest.raises(MemoryLimitError, match=r"kv_bits=2 needs .* at a great loss of quality"):
-        memory.check_fits(Run(MINI_128K, 2 * GB, 110_000), 11 * GB)
+        memory.check_fits(Workload(MINI_128K, 2 * GB, 110_000), 11 * GB)
     with pytest.raises(MemoryLimitError, match="8 x 60,000 tokens need"):
-        memory.check_fits(Run(MINI_128K, 2 * GB, 60_000, 8), 11 * GB)
-    hopeless = Run(MINI_128K, 20 * GB, 60_000)
+        memory.check_fits(Workload(MINI_128K, 2 * GB, 60_000, 8), 11 * GB)
+    hopeless = Workload(MINI_128K, 20 * GB, 60_000)
     with pytest.raises(MemoryLimitError, match="fewer bits"):
         memory.check_fits(hopeless, 11 * GB)
 
@@ -279,7 +280,8 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
 
 def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
     model, _ = tiny
-    small, large = (Run(model.config, 0, 1010, itemsize=4, fused=False, chunk=chunk).plan(0) for chunk in (64, 1000))
+    workload = Workload(model.config, 0, 1010, itemsize=4, fused=False)
+    small, large = (dataclasses.replace(workload, chunk=chunk).plan(0) for chunk in (64, 1000))
     assert (small.chunk, large.chunk) == (64, 1000)
     assert small.total < large.total
     options = {"max_tokens": 10, "sampling": Sampling(), "room": large.total - 1}
@@ -304,18 +306,18 @@ def test_plans_on_cuda_are_what_was_measured_there(tokens, bits, chunk, peak, mo
     """Peaks beside 2.15 GB of weights on an NVIDIA H200, Phi-3-mini's shape, bfloat16 (bench/LOG.md, bench/results)."""
     for module in (attention, memory):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
-    run = Run(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
+    run = Workload(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
     assert run.plan(0).total == pytest.approx(peak + 2.15e9, rel=0.1)
 
 
 def test_a_plan_for_a_gpu_has_the_layers_of_its_queue():
     """64 MB of them, or one that is larger; no more than there are."""
-    small, large = (Run(MINI_128K, 0, 4096, chunk=chunk).workspace(chunk) for chunk in (64, 2048))
+    small, large = (Workload(MINI_128K, 0, 4096, chunk=chunk).workspace(chunk) for chunk in (64, 2048))
     layer = 64 * MINI_128K.numbers_in_work * 2
     assert decoder.QUEUED <= small <= decoder.QUEUED + layer
     assert large == 2048 * MINI_128K.numbers_in_work * 2
     tiny = dataclasses.replace(MINI_128K, num_hidden_layers=2)
-    assert Run(tiny, 0, 4096, chunk=64).workspace(64) < small
+    assert Workload(tiny, 0, 4096, chunk=64).workspace(64) < small
 
 
 def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
@@ -337,8 +339,8 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
 def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_the_advice_fits(tmp_path, capsys):
     """Where LongRoPE's factors change the prompt is recomputed, which may take more than everything else."""
     model = random_model(128, 256, 4, 2, 2, vocab=4032, **LONGROPE)
-    run = Run(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
-    crossing = dataclasses.replace(run, rereads=memory.reread_at_boundary(model.config))
+    run = Workload(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
+    crossing = run.crossing()
     assert crossing.plan(0).total > run.plan(0).total
     assert crossing.longest(run.plan(0).total) == LONGROPE["original_max_position_embeddings"]
     room = run.plan(0).total
@@ -476,7 +478,7 @@ MINI_128K_SMALL = parse_config(
 def test_weights_are_counted_as_they_will_lie_in_memory(tiny):
     model, _ = tiny
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert weight_bytes(hub.resolve("tiny")) == held
+    assert model_size(hub.resolve("tiny")).weights == held
 
 
 @pytest.mark.parametrize(
@@ -541,7 +543,7 @@ def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkey
     facts = json.loads(out)
     (machine,) = facts["machines"]
     assert machine["memory"] == 16 * 2**30  # as memory is sold
-    run = Run(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
+    run = Workload(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
     assert machine["longest"]["4"] == run.longest(machine["room"])
     assert list(machine["longest"].values()) == sorted(machine["longest"].values())
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
@@ -572,14 +574,15 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     longest = int(line.split()[-6].replace(",", ""))
     fused = attention.fused_attention()
     model, _ = load("tiny")
-    run = Run(model.config, weight_bytes(hub.resolve("tiny")), 1, itemsize=2 if fused else 4, fused=fused)
+    weights = model_size(hub.resolve("tiny")).weights
+    run = Workload(model.config, weights, 1, itemsize=2 if fused else 4, fused=fused)
     assert longest == run.longest(20_000_000) < 4096
     assert "4,096 tokens fit with --kv-bits" in out
     monkeypatch.setattr(hub, "on_disk", lambda *_: None)
     monkeypatch.setattr(machine, "room", lambda: 16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")
-    run = Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
+    run = Workload(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
     assert json.loads(out)["machines"][0]["longest"][str(8 * run.itemsize)] == run.longest(16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "2GB")
     assert code == 0

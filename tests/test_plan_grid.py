@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from phi3_mlx.engine import plan as memory
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import Run
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits
@@ -136,6 +136,6 @@ def test_above_fifty_megabytes_no_plan_is_twice_what_is_taken(monkeypatch):
     generation = Generation(model, [[1 + i % 400 for i in range(300)]], max_tokens=2, sampling=Sampling())
     list(generation)
     taken = generation.statistics.peak_memory - others
-    plan = Run(model.config, weights, 302, itemsize=4, fused=False, chunk=512).plan(0)
+    plan = Workload(model.config, weights, 302, itemsize=4, fused=False, chunk=512).plan(0)
     assert taken > 50e6
     assert taken / 1.05 < plan.total < 2 * taken

@@ -1,6 +1,5 @@
 """Caches that outlive a run: the next answer is the one it would be without, or the cache is refused."""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.engine import machine, plan
 from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import run_of
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
 from phi3_mlx.generation import cache_file
@@ -356,8 +355,7 @@ def test_only_a_cache_is_replaced(built, capsys):
 
 def test_a_refusal_does_not_offer_bits_that_a_cache_cannot_change(built, capsys, monkeypatch):
     """One tells how to rebuild it; what is allowed is what 8 bits need."""
-    needed = run_of(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8))
-    needed = dataclasses.replace(needed, rereads=plan.reread_at_boundary(needed.config))
+    needed = Workload.of_directory(hub.resolve("tiny"), 1200, kv_bits=KVBits(8, 8)).crossing()
     monkeypatch.setattr(machine, "room", lambda: needed.plan(0).total)
     code, _, err = run(capsys, "generate", "--cache", str(built / "book.cache"), "-p", "Why?")
     assert code == 1

@@ -17,7 +17,7 @@ from phi3_mlx.adapters.targets import find_targets, names_of
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.decoder import Model
 from phi3_mlx.models.end_to_end import Packing
-from phi3_mlx.tuning.batches import Plan, make_part, split_parts
+from phi3_mlx.tuning.batches import Schedule, make_part, split_parts
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
 from phi3_mlx.tuning.settings import Settings
@@ -367,14 +367,14 @@ def test_dropout_hides_inputs_from_the_change_alone():
 def test_every_epoch_reads_every_example_once_and_repeats_by_seed():
     lengths = list(np.random.default_rng(0).integers(1, 50, 103))
     for order in ("shuffle", "bucket"):
-        plan = Plan(lengths, 8, steps=None, epochs=3, order=order, seed=5)
-        assert (plan.steps_per_epoch, plan.steps) == (13, 39)
-        epochs = [[plan.batch(13 * e + n) for n in range(13)] for e in range(3)]
+        schedule = Schedule(lengths, 8, steps=None, epochs=3, order=order, seed=5)
+        assert (schedule.steps_per_epoch, schedule.steps) == (13, 39)
+        epochs = [[schedule.batch(13 * e + n) for n in range(13)] for e in range(3)]
         assert all(sorted(i for batch in epoch for i in batch) == list(range(103)) for epoch in epochs)
         assert epochs[0] != epochs[1]
-        again = Plan(lengths, 8, steps=39, epochs=1, order=order, seed=5)
-        assert again.batch(30) == plan.batch(30)  # without having drawn the steps before
-        assert Plan(lengths, 8, steps=39, epochs=1, order=order, seed=6).batch(0) != plan.batch(0)
+        again = Schedule(lengths, 8, steps=39, epochs=1, order=order, seed=5)
+        assert again.batch(30) == schedule.batch(30)  # without having drawn the steps before
+        assert Schedule(lengths, 8, steps=39, epochs=1, order=order, seed=6).batch(0) != schedule.batch(0)
 
 
 def test_bucketing_puts_like_lengths_together():
@@ -382,8 +382,8 @@ def test_bucketing_puts_like_lengths_together():
     lengths = list(np.random.default_rng(0).integers(1, 1000, 512))
     waste = {}
     for order in ("shuffle", "bucket"):
-        plan = Plan(lengths, 8, steps=None, epochs=1, order=order, seed=0)
-        batches = [[lengths[i] for i in plan.batch(n)] for n in range(plan.steps)]
+        schedule = Schedule(lengths, 8, steps=None, epochs=1, order=order, seed=0)
+        batches = [[lengths[i] for i in schedule.batch(n)] for n in range(schedule.steps)]
         waste[order] = sum(max(b) * len(b) for b in batches) / sum(map(sum, batches))
         longest = [max(batch) for batch in batches]
         assert longest != sorted(longest)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tuning_models import examples, make_directory, write_jsonl
 
-from phi3_mlx.models import read_config
+from phi3_mlx.store.checkpoint import model_size
 from phi3_mlx.tuning import Settings
 from phi3_mlx.tuning import run as runs
-from phi3_mlx.tuning.batches import Plan
+from phi3_mlx.tuning.batches import Schedule
 from phi3_mlx.tuning.plan import plan_memory, training_dtype
 from phi3_mlx.tuning.trainer import Trainer
 
@@ -54,9 +54,9 @@ def ratio(folder, changes, lengths, trained, options) -> float:
     """The planned over the measured peak of two steps."""
     directory = make_directory(folder / "model", **{**SHAPE, **changes})
     settings = Settings(data="-", output="-", batch_size=len(lengths), steps=2, **options)
-    config, data = read_config(directory), examples(lengths, trained=trained)
+    size, data = model_size(directory, training_dtype(settings)), examples(lengths, trained=trained)
     counts = [int(example.trained.sum()) for example in data]
-    planned = plan_memory(directory, config, settings, [len(example) - 1 for example in data], counts).total
+    planned = plan_memory(size, settings, [len(example) - 1 for example in data], counts).total
     gc.collect()  # what earlier tests have left
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -122,7 +122,7 @@ def test_shorter_examples_are_planned_as_they_would_be_cut(tmp_path):
     settings = Settings(model=str(base), data=str(path), output=str(tmp_path / "out"), steps=1, holdout=0.0)
     whole = runs.prepare(settings)
     short = dataclasses.replace(whole.settings, max_length=40, overflow="truncate")
-    planned = plan_memory(base, read_config(base), short, *runs.sizes(whole.train, short))
+    planned = plan_memory(model_size(base), short, *runs.sizes(whole.train, short))
     assert planned == runs.prepare(short).plan
     assert planned.total < 0.5 * whole.plan.total
 
@@ -131,9 +131,9 @@ def test_the_largest_part_is_found_over_whole_epochs():
     """Not guessed from a mean."""
     data = examples([10] * 30 + [400])
     lengths, trained = [len(example) - 1 for example in data], [int(example.trained.sum()) for example in data]
-    plan = Plan(lengths, 4, steps=None, epochs=2, order="shuffle", seed=0)
-    assert plan.largest_part(1, [0] * 30 + [200]) == (399 + 3 * 9, 399**2 + 3 * 9**2, 200)
-    assert plan.largest_part(4, trained)[:2] == (399, 399**2)
+    schedule = Schedule(lengths, 4, steps=None, epochs=2, order="shuffle", seed=0)
+    assert schedule.largest_part(1, [0] * 30 + [200]) == (399 + 3 * 9, 399**2 + 3 * 9**2, 200)
+    assert schedule.largest_part(4, trained)[:2] == (399, 399**2)
 
 
 def test_weights_are_trained_in_float32_when_all_of_them_are():

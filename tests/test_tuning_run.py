@@ -294,7 +294,7 @@ def test_no_number_stops_at_the_last_good_state(base, data, tmp_path):
     trainer = Trainer(
         model, prepared.train.examples, [], prepared.settings, tmp_path / "checkpoints", {}, Listener(poison)
     )
-    batch = [prepared.train.examples[i].source for i in trainer.plan.batch(4)]
+    batch = [prepared.train.examples[i].source for i in trainer.schedule.batch(4)]
     with pytest.raises(TrainingError, match="at step 5 are not finite") as caught:
         trainer.run()
     assert all(source in str(caught.value) for source in batch)

@@ -71,7 +71,7 @@ def compare(
     from ..conversion.opening import open_source
     from ..conversion.sources import weights_of
     from ..conversion.texts import bundled
-    from ..evaluation.quality import check_fits
+    from ..evaluation.quality import check_comparison
     from ..evaluation.quality import compare as compare_models
     from ..generation.loading import load
     from ..store.atomic import new_directory
@@ -84,7 +84,7 @@ def compare(
     loaded = []
     for model, directory in zip((a, b), places, strict=True):  # one is planned when the other is in memory
         if not force:
-            check_fits(directory, model, window, dtype)
+            check_comparison(directory, model, window, dtype)
         loaded.append(load(directory, dtype=dtype, force=True))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:

@@ -11,7 +11,7 @@ from .options import revision_option
 from .terminal import show, show_json
 
 if TYPE_CHECKING:
-    from ..engine.plan import Run
+    from ..engine.plan import Workload
 
 _MACS = (8, 16, 24, 32, 64, 128)  # GiB, which are sold as GB
 _BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
@@ -87,31 +87,27 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         show(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
 
 
-def _run(model: str, revision: str | None, here: bool) -> Run:
+def _run(model: str, revision: str | None, here: bool) -> Workload:
     """What is known of the model: its files where they are on this disk, else the released shape of its name.
 
     On a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any length, so that an
     answer may begin on this side of LongRoPE's boundary and end beyond it.
     """
-    from ..engine.plan import Run, reread_at_boundary
+    from ..engine.plan import Workload
     from ..models import read_config
     from ..models.attention import fused_attention
     from ..store import hub
-    from ..store.checkpoint import computed_size, weight_bytes
 
     fused = not here or fused_attention()
     alias = hub.find_alias(model)
     if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
-        again = reread_at_boundary(alias.shape)
-        return Run(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused, rereads=again)
+        return Workload.of_release(alias.shape, alias.bytes, fused=fused).crossing()
     directory = hub.resolve(model, revision)
-    config = read_config(directory)
-    dtype = "float32" if config.dtype == "float32" or not fused else "bfloat16"
-    weights, itemsize = weight_bytes(directory, dtype), computed_size(config, dtype)
-    return Run(config, weights, 1, itemsize=itemsize, fused=fused, rereads=reread_at_boundary(config))
+    dtype = "float32" if read_config(directory).dtype == "float32" or not fused else "bfloat16"
+    return Workload.of_directory(directory, 1, dtype=dtype, fused=fused).crossing()
 
 
-def _packed(run: Run, bits: int, length: int = 1) -> Run:
+def _packed(run: Workload, bits: int, length: int = 1) -> Workload:
     from dataclasses import replace
 
     from ..models.cache import KVBits

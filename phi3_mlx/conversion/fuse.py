@@ -134,14 +134,14 @@ def _check_room(
     measures: bool,
 ) -> None:
     """MemoryLimitError if making the model, or measuring it, needs more memory than there is. Only headers are read."""
-    from ..engine.plan import run_of
+    from ..engine.plan import Workload
 
     held = {"the adapter": sum(array.nbytes for array in tensors.values())}
     written = {**held, "a matrix at a time": source.work(planned)}
     if not measures:
         plan.check_room(f"fusing {folder}", written, "free some")
         return
-    run = run_of(directory, _TOKENS)
+    run = Workload.of_directory(directory, _TOKENS)
     fused = sum(math.prod(one.shape) * run.itemsize if one.dtype in FLOATS else one.nbytes for one in planned.values())
     parts = {
         "weights": max(run.weights, fused),

@@ -129,10 +129,10 @@ def convert(
     read = CheckedSource(opened, dtype=choice.dtype, allow_nan=options.allow_nan)
     ids = _calibration_ids(read, options.calibration) if options.reads_text else []
     if not options.force:
-        from .planning import check_room
+        from .planning import check_conversion
 
         written = planned(read.tensors, packings(choice.recipe, read.tensors, choice.name))
-        check_room(opened, read, written, ids, measures=options.has_target)
+        check_conversion(opened, read, written, ids, measures=options.has_target)
     chosen, packed, total = _write(read, destination, choice, ids, options, progress)
     made, why_none = _report(destination, opened, total, options, progress)
     matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) > 1]

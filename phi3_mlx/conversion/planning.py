@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..engine import plan
-from ..engine.plan import Run
+from ..engine.plan import Workload
 from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models import parse_config
 from ..models.attention import fused_attention
@@ -17,7 +17,7 @@ from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .sources import Source
 
 
-def check_room(
+def check_conversion(
     source: Source, read: Source, written: Mapping[str, Tensor], ids: Sequence[int], *, measures: bool
 ) -> None:
     """MemoryLimitError unless `source`, which is cast as `read` says, can become `written`.
@@ -51,7 +51,7 @@ def _layer(source: Source) -> tuple[int, int]:
 
 def _work(source: Source, window: int, tokens: int) -> int:
     config = parse_config(source.config, source.name)
-    run = Run(config, 0, window, max(1, tokens // window), itemsize=4, fused=fused_attention())
+    run = Workload(config, 0, window, max(1, tokens // window), itemsize=4, fused=fused_attention())
     return run.workspace(window)
 
 

@@ -154,16 +154,15 @@ def _memory(machine: Machine) -> list[Finding]:
 
 def _models(machine: Machine, room: int) -> Finding:
     """What of the family fits, and the longest context of the largest that does."""
-    from ..engine import plan
+    from ..engine.plan import Workload
     from ..store import hub
 
     assert machine.mlx is not None
     gpu = machine.mlx["backend"] != "CPU"
     fits = {}
     for alias in hub.ALIASES:
-        again = plan.reread_at_boundary(alias.shape)
-        run = plan.Run(alias.shape, alias.bytes, 1, itemsize=2 if gpu else 4, fused=gpu, rereads=again)
-        if longest := run.longest(room):
+        workload = Workload.of_release(alias.shape, alias.bytes, fused=gpu)
+        if longest := workload.crossing().longest(room):
             fits[alias] = longest
     if not fits:
         return Finding("models", "note", "none of the released models fits; the bundled one does", "phi3-mlx models")

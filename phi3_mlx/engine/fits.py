@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..sizes import size_text
 from ..store.family import MEMBERS, packed_bytes
 from .machine import mac_working_set
-from .plan import Run
+from .plan import Workload
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def family_rows(macs: Sequence[int] = (16, 32)) -> list[FamilyRow]:
     for name, member in MEMBERS.items():
         shape, parameters = member.shape, member.parameters
         size = packed_bytes(parameters, 4)
-        longest = {gb: Run(shape, size, 1).longest(mac_working_set(gb * 2**30)) for gb in macs}
+        longest = {gb: Workload.of_release(shape, size).longest(mac_working_set(gb * 2**30)) for gb in macs}
         rows.append(
             FamilyRow(
                 name,

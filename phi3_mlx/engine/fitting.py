@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mlx.utils import tree_flatten
-
-from ..models.attention import fused_attention
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from . import machine
 from . import plan as memory
-from .plan import Run
+from .plan import Workload, reread_at_boundary
 from .rows import Row
 
 
@@ -41,31 +38,24 @@ def fit(
     `cache`: one that has read the first `shared` tokens of the one prompt. `room`, `force` and `kept` are those of
     `Generation`. Raises MemoryLimitError if the run does not fit.
     """
-    run = run_of_rows(model, rows, bits, chunk, _rereads(model, rows, cache, shared))
-    room = (machine.room() if room is None or force else room) + _held(run, cache, shared)
+    workload = workload_of(model, rows, bits, chunk, _rereads(model, rows, cache, shared))
+    room = (machine.room() if room is None or force else room) + _held(workload, cache, shared)
     if force:
-        plan = run.plan(room)
+        plan = workload.plan(room)
     else:
         longest = max(len(row.prompt) for row in rows)
-        plan = memory.check_fits(run, room, prompt=longest, kept=kept or cache is not None)
+        plan = memory.check_fits(workload, room, prompt=longest, kept=kept or cache is not None)
     return Fit(plan.chunk, max(room - plan.total, 0))
 
 
-def run_of_rows(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: int | None, rereads: int) -> Run:
+def workload_of(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: int | None, rereads: int) -> Workload:
     """What the memory of these rows depends on."""
     lengths = [len(row.prompt) for row in rows]
-    return Run(
-        model.config,
-        sum(array.nbytes for _, array in tree_flatten(model.parameters())),
-        max(lengths) + max(row.budget for row in rows),  # shorter rows are padded in front: all answers begin together
-        len(rows),
-        bits,
-        model.dtype.size,
-        fused_attention(),
-        chunk,
-        rereads,
-        len(set(lengths)) > 1,
-    )
+    length = max(lengths) + max(
+        row.budget for row in rows
+    )  # shorter rows are padded in front: all answers begin together
+    workload = Workload.of_model(model, length, len(rows), kv_bits=bits)
+    return replace(workload, chunk=chunk, rereads=rereads, ragged=len(set(lengths)) > 1)
 
 
 def _rereads(model: Model, rows: Sequence[Row], cache: list[KVCache] | None, shared: int) -> int:
@@ -76,11 +66,11 @@ def _rereads(model: Model, rows: Sequence[Row], cache: list[KVCache] | None, sha
     if cache is not None and (cache[0].lost_at(shared) or cache[0].sequence.long != tuple(begins_long)):
         rereads = shared
     if not all(begins_long) and is_long(max(len(row.prompt) + row.budget for row in rows)):
-        rereads = max(rereads, memory.reread_at_boundary(model.config))
+        rereads = max(rereads, reread_at_boundary(model.config))
     return rereads
 
 
-def _held(run: Run, cache: list[KVCache] | None, shared: int) -> int:
+def _held(workload: Workload, cache: list[KVCache] | None, shared: int) -> int:
     """Bytes that are taken already, and that the run uses or lets go of."""
     held = sum(layer.nbytes for layer in cache or ())
-    return run.weights + (min(held, run.cache_bytes()) if shared else held)
+    return workload.weights + (min(held, workload.cache_bytes()) if shared else held)

@@ -8,19 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx.utils import tree_flatten
+
 from ..config import BlockPattern, Config
 from ..errors import MemoryLimitError, PromptError
-from ..models.attention import BLOCK, block_of, heads_at_once, on_cuda, unpacked_at_once
+from ..models.attention import BLOCK, block_of, fused_attention, heads_at_once, on_cuda, unpacked_at_once
 from ..models.blocksparse import tile_size
 from ..models.cache import REREAD_CHUNK, KVBits, KVCache
 from ..models.decoder import QUEUED
 from ..models.linear import SLICE, unpacking_bytes, unpacking_pays
 from ..sizes import size_text
+from ..store.checkpoint import model_size
 from . import machine
 
 if TYPE_CHECKING:
     from ..models.cache import KVBits
-    from ..models.decoder import LongRopeRule
+    from ..models.decoder import LongRopeRule, Model
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
@@ -45,8 +48,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
+class Workload:
+    """What a run's memory depends on: the model, its weights' bytes, the sequence's length in the end, the batch.
+
+    `of_model`, `of_directory` and `of_release` make one for a model in memory, on disk, or not downloaded.
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
@@ -65,6 +70,41 @@ class Run:
     chunk: int | None = None
     rereads: int = 0
     ragged: bool = False
+
+    @classmethod
+    def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
+        """For a model in memory, in the dtype and on the device that it is computed in."""
+        weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        return cls(model.config, weights, length, rows, kv_bits, model.dtype.size, fused_attention())
+
+    @classmethod
+    def of_directory(
+        cls,
+        directory: Path,
+        length: int,
+        *,
+        dtype: str | None = None,
+        kv_bits: KVBits | None = None,
+        fused: bool | None = None,
+    ) -> Workload:
+        """For a model on disk, as `load_model` would load it; only headers are read.
+
+        A `length` beyond the model's context is cut to it. `fused`: on a GPU or not, this machine's way without it.
+        Raises CheckpointError and ConfigError as `load_model` does.
+        """
+        size = model_size(directory, dtype)
+        length = min(length, size.config.max_position_embeddings)
+        fused = fused_attention() if fused is None else fused
+        return cls(size.config, size.weights, length, bits=kv_bits, itemsize=size.itemsize, fused=fused)
+
+    @classmethod
+    def of_release(cls, shape: Config, weights: int, *, fused: bool = True) -> Workload:
+        """For a released model with so many bytes of weights, one token long; on a GPU, or on the CPU in float32."""
+        return cls(shape, weights, 1, itemsize=2 if fused else 4, fused=fused)
+
+    def crossing(self) -> Workload:
+        """The same for a prompt that LongRoPE reads with the short factors and an answer that may need the long."""
+        return replace(self, rereads=reread_at_boundary(self.config))
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
@@ -287,39 +327,41 @@ class Run:
 
 
 def reread_at_boundary(config: Config) -> int:
-    """The `rereads` of a run whose prompt LongRoPE reads with the short factors and whose answer may need the long."""
+    """How many tokens are recomputed where an answer crosses LongRoPE's boundary, 0 without LongRoPE."""
     return 0 if config.longrope is None else config.original_max_position_embeddings + 1
 
 
-def check_fits(run: Run, room: float, *, prompt: int = 0, kept: bool = False) -> Plan:
-    """The plan of a run. Raises MemoryLimitError, with the numbers and what would fit, if it exceeds `room` bytes.
+def check_fits(workload: Workload, room: float, *, prompt: int = 0, kept: bool = False) -> Plan:
+    """The plan of a workload.
 
-    `prompt`: how many of the tokens are the prompt's, the others are an answer's. `kept`: the cache outlives the run,
-    so its bits are not this run's to choose. The message has Python's names: `kv_bits=4`.
+    Raises MemoryLimitError, with the numbers and what would fit, if it exceeds `room` bytes. `prompt`: how many of the
+    tokens are the prompt's, the others are an answer's. `kept`: the cache outlives the run, so its bits are not this
+    run's to choose. The message has Python's names: `kv_bits=4`.
     """
-    plan = run.plan(room)
+    plan = workload.plan(room)
     if plan.total <= room:
         return plan
     ways = []
     for bits in _OFFERED_BITS:
-        packed = replace(run, bits=KVBits(bits, bits))
-        if run.bits is not None and bits >= min(run.bits.keys, run.bits.values):
+        packed = replace(workload, bits=KVBits(bits, bits))
+        if workload.bits is not None and bits >= min(workload.bits.keys, workload.bits.values):
             continue
         if (total := packed.plan(room).total) <= room:
             quality = "" if bits >= _GOOD_BITS else " at a great loss of quality"
             ways.append(f"{'a cache made with ' if kept else ''}kv_bits={bits} needs {size_text(total)}{quality}")
             break
-    longest = run.longest(room)
+    longest = workload.longest(room)
     if 0 < prompt < longest:
         ways.append(f"max_tokens={longest - prompt} fits")
     elif longest:
         ways.append(f"up to {longest:,} tokens fit")
     elif not ways:
-        packed_already = (run.config.quantization or {}).get("bits", 16) <= 4
+        packed_already = (workload.config.quantization or {}).get("bits", 16) <= 4
         ways.append("take a smaller model" if packed_already else "take a model of fewer bits")
-    tokens = f"{run.rows} x {run.length:,} tokens" if run.rows > 1 else f"{run.length:,} tokens"
-    parts = f" ({prompt:,} of the prompt, {run.length - prompt:,} for the answer)" if 0 < prompt < run.length else ""
-    again = f" to recompute {run.rereads:,} tokens" if run.reads_again_at_its_peak else ""
+    rows, length = workload.rows, workload.length
+    tokens = f"{rows} x {length:,} tokens" if rows > 1 else f"{length:,} tokens"
+    parts = f" ({prompt:,} of the prompt, {length - prompt:,} for the answer)" if 0 < prompt < length else ""
+    again = f" to recompute {workload.rereads:,} tokens" if workload.reads_again_at_its_peak else ""
     raise MemoryLimitError(
         f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
         f"{size_text(plan.cache)}, work{again} {size_text(plan.workspace)}), and {size_text(room)} may be used: "
@@ -364,25 +406,8 @@ def plan_run(
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
     the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
     """
-    run = run_of(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
-    check_length(run.config, prompt)
-    if longrope == "auto" and prompt <= run.config.original_max_position_embeddings:
-        run = replace(run, rereads=reread_at_boundary(run.config))
-    check_fits(run, math.inf if force else machine.room(), prompt=prompt, kept=kept)
-
-
-def run_of(directory: Path, length: int, *, dtype: str | None = None, kv_bits: KVBits | None = None) -> Run:
-    """What memory depends on, of the model of `directory` on this machine; only headers are read."""
-    from ..models import read_config
-    from ..models.attention import fused_attention
-    from ..store import checkpoint
-
-    config = read_config(directory)
-    return Run(
-        config,
-        checkpoint.weight_bytes(directory, dtype),
-        min(length, config.max_position_embeddings),
-        bits=kv_bits,
-        itemsize=checkpoint.computed_size(config, dtype),
-        fused=fused_attention(),
-    )
+    workload = Workload.of_directory(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+    check_length(workload.config, prompt)
+    if longrope == "auto" and prompt <= workload.config.original_max_position_embeddings:
+        workload = workload.crossing()
+    check_fits(workload, math.inf if force else machine.room(), prompt=prompt, kept=kept)

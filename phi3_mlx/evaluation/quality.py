@@ -15,9 +15,8 @@ import numpy as np
 
 from .. import values
 from ..engine import plan
-from ..engine.plan import Run
+from ..engine.plan import Workload
 from ..errors import OptionError, PromptError
-from ..models.attention import fused_attention
 from ..threads import turn
 
 if TYPE_CHECKING:
@@ -96,9 +95,7 @@ def compare(
         check_window(window, model.config.max_position_embeddings)
     if not values.flag(force, "force"):
         for model in (model_a, model_b):
-            _check_room(
-                "comparing them", Run(model.config, 0, window, itemsize=model.dtype.size, fused=fused_attention())
-            )
+            _check_work("comparing them", replace(Workload.of_model(model, window), weights=0))  # which are loaded
     ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)
     sizes = model_a.config.vocab_size, model_b.config.vocab_size
     note = None
@@ -122,18 +119,17 @@ def compare(
     return difference.result(_characters(tokenizer_a, text, ids_a))
 
 
-def check_fits(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
+def check_comparison(directory: Path, name: str, window: int, dtype: str | None = None) -> None:
     """MemoryLimitError unless the model `name` of `directory` can be loaded and read windows. Only headers are read."""
-    from ..engine.plan import run_of
-
-    _check_room(f"comparing {name}", run_of(directory, window, dtype=dtype))
+    _check_work(f"comparing {name}", Workload.of_directory(directory, window, dtype=dtype))
 
 
-def _check_room(what: str, run: Run) -> None:
-    """The same for the model of a `run` as long as a window."""
-    run = replace(run, rows=max(1, _TOKENS_AT_ONCE // run.length))
-    logits = 4 * 4 * min(LOGITS_AT_ONCE, run.rows * run.length * run.config.vocab_size)  # of two models, and copies
-    parts = {"weights": run.weights, "work": run.workspace(run.length) + logits}
+def _check_work(what: str, window: Workload) -> None:
+    """The same for a model and a `window`, of which some are read together."""
+    windows = replace(window, rows=max(1, _TOKENS_AT_ONCE // window.length))
+    numbers = min(LOGITS_AT_ONCE, windows.rows * windows.length * windows.config.vocab_size)
+    logits = 4 * 4 * numbers  # of two models, and copies
+    parts = {"weights": windows.weights, "work": windows.workspace(windows.length) + logits}
     plan.check_room(what, parts, "take models of fewer bits")
 
 

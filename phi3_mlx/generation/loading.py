@@ -104,11 +104,11 @@ def plan_loading(
 
     if flag(force, "force"):
         return
-    weights, cast = checkpoint.weight_bytes(directory, dtype), checkpoint.cast_bytes(directory, dtype)
-    weights += sum(
+    size = checkpoint.model_size(directory, dtype)
+    adapted = sum(
         file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
     )
-    parts = {"weights": weights, "one of them as it is stored": cast}
+    parts = {"weights": size.weights + adapted, "one of them as it is stored": size.largest_cast}
     plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
 
 

@@ -21,6 +21,7 @@ from .quantization import FLOATS, pack_like, packed_layout
 from .safetensors import Weights, find_weights, lacks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # in headers of safetensors
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 
 
@@ -72,30 +73,35 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def weight_bytes(directory: Path, dtype: str | None = None) -> int:
-    """Bytes the weights of a model directory take in memory once `read_model` has read them.
+@dataclass(frozen=True)
+class ModelSize:
+    """What the memory of a model depends on, as the headers of its directory say."""
+
+    config: Config
+    weights: int  # bytes in memory
+    largest_cast: int  # bytes of the largest stored tensor that is cast: `read_model` holds it in both types
+    itemsize: int  # bytes of a number in computation
+    numbers: int  # that are stored
+
+
+def model_size(directory: Path, dtype: str | None = None) -> ModelSize:
+    """The size of the model that `read_model` would read with this dtype; its headers are read once.
 
     Raises what `read_model` does for a directory that it would not read.
     """
     target, checked = _target(dtype), _check(directory)
-    return sum(
-        math.prod(tensor.shape) * target.size if target and tensor.dtype in FLOATS else tensor.nbytes
-        for tensor in (checked.view.tensors[name] for name in checked.needed)
+    stored = checked.weights.tensors.values()
+    cast = set() if target is None else {*FLOATS} - {_STORED_AS[target]}
+    return ModelSize(
+        checked.config,
+        sum(
+            math.prod(tensor.shape) * target.size if target and tensor.dtype in FLOATS else tensor.nbytes
+            for tensor in (checked.view.tensors[name] for name in checked.needed)
+        ),
+        max((tensor.nbytes for tensor in stored if tensor.dtype in cast), default=0),
+        target.size if target else 4 if checked.config.dtype == "float32" else 2,
+        sum(math.prod(tensor.shape) for tensor in stored),
     )
-
-
-def cast_bytes(directory: Path, dtype: str | None = None) -> int:
-    """Bytes of the largest tensor that `read_model` casts, which it has in memory in both types."""
-    if (target := _target(dtype)) is None:
-        return 0
-    cast = {"BF16", "F16", "F32"} - {{mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}[target]}
-    return max((one.nbytes for one in find_weights(directory).tensors.values() if one.dtype in cast), default=0)
-
-
-def computed_size(config: Config, dtype: str | None = None) -> int:
-    """Bytes of a number in the computation of a model that `read_model` has read."""
-    target = _target(dtype)
-    return target.size if target else 4 if config.dtype == "float32" else 2
 
 
 def _target(dtype: str | None) -> mx.Dtype | None:

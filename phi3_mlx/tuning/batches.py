@@ -25,7 +25,7 @@ class PartSize(NamedTuple):
     trained: int
 
 
-class Plan:
+class Schedule:
     """The batches of a whole run. The step's number and the seed give its examples, so nothing else need be stored.
 
     `order`: "shuffle" shuffles every epoch; "bucket" does too, but puts examples of about one length into a batch.
@@ -41,7 +41,7 @@ class Plan:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     @classmethod
-    def of(cls, lengths: Sequence[int], settings: Settings) -> Plan:
+    def of(cls, lengths: Sequence[int], settings: Settings) -> Schedule:
         """The batches of a run with these settings over examples of these lengths."""
         return cls(
             lengths,

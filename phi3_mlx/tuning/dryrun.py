@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from ..sizes import size_text
-from .batches import Plan, make_part, split_parts
+from .batches import Schedule, make_part, split_parts
 from .examples import Example, histogram
 from .gradients import Gradients
-from .plan import memory_limit
+from .plan import allowed_bytes
 from .run import Prepared, load_for_training
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ def describe_run(prepared: Prepared, *, color: bool = False, measure: bool = Tru
     """
     settings, train, valid = prepared.settings, prepared.train, prepared.valid
     lengths = [len(example) - 1 for example in train.examples]
-    plan = Plan.of(lengths, settings)
+    schedule = Schedule.of(lengths, settings)
     lines = [
         f"Data      {len(train.lengths):,} training example{'' if len(train.lengths) == 1 else 's'}, "
         f"{len(valid.lengths):,} to validate on",
         f"          {sum(lengths):,} tokens an epoch, {train.trained_tokens:,} of them learnt; "
-        f"{plan.steps:,} steps, {plan.steps_per_epoch:,} an epoch",
+        f"{schedule.steps:,} steps, {schedule.steps_per_epoch:,} an epoch",
     ]
     lines += [f"          {note}" for note in prepared.notes]
     lines += ["", "Lengths   tokens        examples", *_bars(train.lengths, settings.max_length), ""]
     for example in train.examples[:_SHOWN]:
         lines += [f"Example   {example.source}", _rendered(example, prepared.tokenizer, color), ""]
     memory = prepared.plan
-    limit = size_text(memory_limit(settings, prepared.available))
+    limit = size_text(allowed_bytes(settings, prepared.available))
     verdict = f"does NOT fit in {limit}; {prepared.way_out}" if prepared.way_out else f"fits in {limit}"
     lines += [
         f"Memory    about {size_text(memory.total)}: weights {size_text(memory.weights)}, training "
@@ -47,9 +47,9 @@ def describe_run(prepared: Prepared, *, color: bool = False, measure: bool = Tru
         f"          {verdict}",
     ]
     if measure and (force or not prepared.way_out):
-        seconds, tokens = _time_a_batch(prepared, plan)
-        epochs, rest = divmod(plan.steps, plan.steps_per_epoch)
-        total = epochs * sum(lengths) + sum(lengths[i] for step in range(rest) for i in plan.batch(step))
+        seconds, tokens = _time_a_batch(prepared, schedule)
+        epochs, rest = divmod(schedule.steps, schedule.steps_per_epoch)
+        total = epochs * sum(lengths) + sum(lengths[i] for step in range(rest) for i in schedule.batch(step))
         lines.append(
             f"Time      about {duration_text(seconds / tokens * total)} of training; "
             f"{tokens / seconds:,.0f} tok/s in one batch"
@@ -82,14 +82,14 @@ def _rendered(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     return "".join(pieces) + (f" … {len(example) - shown:,} more tokens" if shown < len(example) else "")
 
 
-def _time_a_batch(prepared: Prepared, plan: Plan) -> tuple[float, int]:
+def _time_a_batch(prepared: Prepared, schedule: Schedule) -> tuple[float, int]:
     """(seconds, tokens) of one batch of middle size, forward and backward, after one that warms up."""
     settings, examples = prepared.settings, prepared.train.examples
     model, _ = load_for_training(prepared)
     model.train()
     lengths = [len(example) - 1 for example in examples]
     batches = sorted(
-        (plan.batch(step) for step in range(min(plan.steps, plan.steps_per_epoch))),
+        (schedule.batch(step) for step in range(min(schedule.steps, schedule.steps_per_epoch))),
         key=lambda b: sum(lengths[i] for i in b),
     )
     parts = [part for part in split_parts(batches[len(batches) // 2], lengths, settings.accumulate) if part]

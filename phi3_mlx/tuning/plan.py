@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..adapters.targets import Target, find_targets
 from ..config import Config
@@ -15,9 +14,8 @@ from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
 from ..models.linear import SLICE, unpacking_pays
 from ..sizes import parse_size, size_text
-from ..store.checkpoint import computed_size, weight_bytes
-from ..store.safetensors import Tensor, find_weights
-from .batches import PartSize, Plan
+from ..store.checkpoint import ModelSize
+from .batches import PartSize, Schedule
 from .loss import places_at_once
 from .settings import Settings
 
@@ -36,7 +34,7 @@ _UPDATE = 1.25  # new parameters and what they are computed from, beside gradien
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class TrainingPlan:
     """Bytes of a training run at its largest step."""
 
     weights: int
@@ -49,10 +47,8 @@ class MemoryPlan:
         return self.weights + self.trained + self.activations
 
 
-def trained_numbers(config: Config, settings: Settings, tensors: dict[str, Tensor]) -> int:
-    """How many numbers a run with these settings trains."""
-    if settings.method == "full":
-        return sum(math.prod(tensor.shape) for tensor in tensors.values())
+def adapter_numbers(config: Config, settings: Settings) -> int:
+    """How many numbers the adapter of a run with these settings has."""
 
     def size(target: Target) -> int:
         magnitudes = target.rows if settings.method == "dora" else 0
@@ -62,31 +58,30 @@ def trained_numbers(config: Config, settings: Settings, tensors: dict[str, Tenso
 
 
 def plan_memory(
-    directory: Path,
-    config: Config,
+    size: ModelSize,
     settings: Settings,
     lengths: Sequence[int],
     trained: Sequence[int],
     ranks: int = 1,
     *,
     numbers: int | None = None,
-) -> MemoryPlan:
+) -> TrainingPlan:
     """The plan of a run over examples of these lengths (tokens read of each), of which `trained` are trained.
 
-    `numbers`: how many numbers of the model or an adapter are trained, if `settings` do not say so.
+    `size`: of the model in `training_dtype(settings)`. `numbers`: how many numbers of the model or an adapter are
+    trained, if `settings` do not say so.
     """
     full = settings.method == "full"
-    dtype = training_dtype(settings)
-    item = computed_size(config, dtype)
+    config, item = size.config, size.itemsize
     if numbers is None:
-        numbers = trained_numbers(config, settings, find_weights(directory).tensors)
+        numbers = size.numbers if full else adapter_numbers(config, settings)
     kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
     own = numbers * (item if full else 4)
     gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before
     # Full fine-tuning trains the weights themselves, which are counted already.
     training = own * (kept if full else 1 + kept) + gradients
-    plan = Plan.of(lengths, settings)
-    part = plan.largest_part(settings.accumulate * ranks, trained)
+    schedule = Schedule.of(lengths, settings)
+    part = schedule.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
     scores = item * part.scores * config.num_attention_heads
     one, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
@@ -111,7 +106,7 @@ def plan_memory(
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
     activations = int(max(kept_by_layers + work, _UPDATE * own))
-    return MemoryPlan(weight_bytes(directory, dtype), training, activations, part.tokens)
+    return TrainingPlan(size.weights, training, activations, part.tokens)
 
 
 def _widest_part(config: Config, settings: Settings) -> int:
@@ -156,12 +151,12 @@ def training_dtype(settings: Settings) -> str | None:
     return settings.dtype
 
 
-def memory_limit(settings: Settings, available: int) -> int:
+def allowed_bytes(settings: Settings, available: int) -> int:
     """Bytes that a run may use: what is `available`, or less if its settings say so."""
     return available if settings.memory is None else min(available, parse_size(settings.memory))
 
 
-def refusal(needed: MemoryPlan, limit: int, way_out: str) -> MemoryLimitError:
+def does_not_fit(needed: TrainingPlan, limit: int, way_out: str) -> MemoryLimitError:
     """The numbers, and what would make the run fit."""
     parts = (("weights", needed.weights), ("training", needed.trained), ("activations", needed.activations))
     return MemoryLimitError(
@@ -171,7 +166,7 @@ def refusal(needed: MemoryPlan, limit: int, way_out: str) -> MemoryLimitError:
     )
 
 
-def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], MemoryPlan]) -> str:
+def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], TrainingPlan]) -> str:
     """The arguments of the first milder settings that fit; how far they get where none does.
 
     `replan` gives the plan of changed settings.

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
 from ..fields import Fields
 from ..models import read_config
 from ..store import hub
+from ..store.checkpoint import model_size
 from ..threads import refuse_fork
 from .checkpoints import newest_checkpoint
 from .data import Splits, hold_out, read_data
@@ -31,7 +32,7 @@ from .examples import Encoded, encode_records
 from .folder import CHECKPOINTS, RUN, RunFolder, check_folder, taken
 from .log import check_tensorboard
 from .onward import Start, attach_start, read_start
-from .plan import MemoryPlan, find_way_out, memory_limit, plan_memory, refusal, training_dtype
+from .plan import TrainingPlan, allowed_bytes, does_not_fit, find_way_out, plan_memory, training_dtype
 from .settings import HOLDOUT, Settings, from_stored, no_effect
 from .signals import stop_on_signal
 from .trainer import Listener, StepReport, Trainer
@@ -81,7 +82,7 @@ class Prepared:
     tokenizer: Tokenizer
     train: Encoded
     valid: Encoded
-    plan: MemoryPlan
+    plan: TrainingPlan
     available: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]  # those of the notes that say what is not trained on as it stands
@@ -172,9 +173,11 @@ def prepare(
                 raise no_effect(name, getattr(settings, name), why)
     _check_samples(settings, words, config)
     numbers = None if start is None else start.numbers
-    replan = lambda changed: plan_memory(  # noqa: E731
-        directory, config, changed, *sizes(train, changed), ranks, numbers=numbers
-    )
+    size = model_size(directory, training_dtype(settings))
+
+    def replan(changed: Settings) -> TrainingPlan:
+        return plan_memory(size, changed, *sizes(train, changed), ranks, numbers=numbers)
+
     gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
     warned = (
@@ -184,14 +187,14 @@ def prepare(
         *_losses(valid, "validation", settings),
     )
     notes = (*splits.notes, *warned)
-    limit = memory_limit(settings, available)
+    limit = allowed_bytes(settings, available)
     way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
     prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, warned, way_out, start)
     for note in notes:
         if notify:
             notify(note)
     if fits and way_out:
-        raise refusal(plan, limit, way_out)
+        raise does_not_fit(plan, limit, way_out)
     return prepared
 
 

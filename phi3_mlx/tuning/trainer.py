@@ -21,7 +21,7 @@ from ..models.decoder import Model
 from ..models.dropout import token_keys
 from ..threads import turn
 from . import optimizers
-from .batches import Part, Plan, make_part, split_parts
+from .batches import Part, Schedule, make_part, split_parts
 from .checkpoints import read_checkpoint, save_checkpoint
 from .examples import Example
 from .gradients import Gradients
@@ -109,8 +109,8 @@ class Trainer:
         self._group = group or mx.distributed.init()
         self.rank, self._ranks = self._group.rank(), self._group.size()
         self._lengths = [len(example) - 1 for example in train]
-        self.plan = Plan.of(self._lengths, settings)
-        default = min(100, self.plan.steps_per_epoch)
+        self.schedule = Schedule.of(self._lengths, settings)
+        default = min(100, self.schedule.steps_per_epoch)
         self.validate_every = settings.validate_every or default
         self.save_every = settings.save_every or self.validate_every
         self.progress = TrainingProgress()
@@ -181,12 +181,12 @@ class Trainer:
 
         Raises TrainingError where loss or gradient is not finite, after saving the last good state.
         """
-        while self.progress.step < self.plan.steps and not self._is_exhausted():
+        while self.progress.step < self.schedule.steps and not self._is_exhausted():
             with turn():
                 report = self._step()
             self._listener.step(report)
             step = self.progress.step
-            last = step == self.plan.steps
+            last = step == self.schedule.steps
             if self.valid and (last or step % self.validate_every == 0):
                 self._validate()
             stop = self._sum(float(self._listener.stop()))[0] > 0
@@ -194,7 +194,7 @@ class Trainer:
                 self.save()
             if stop:
                 break
-        return self.progress.step == self.plan.steps
+        return self.progress.step == self.schedule.steps
 
     def _is_exhausted(self) -> bool:
         """Whether as many validations as `patience` allows were not better."""
@@ -204,7 +204,7 @@ class Trainer:
         started = time.perf_counter()
         settings, step = self.settings, self.progress.step
         self.model.train()
-        batch = self.plan.batch(step)
+        batch = self.schedule.batch(step)
         total = sum(int(self.train[i].trained.sum()) for i in batch)
         loss, gradients = self.gradients(step)
         if self._ranks > 1:
@@ -215,7 +215,7 @@ class Trainer:
             self._diverged(batch, value, norm)
         factor = min(1.0, settings.clip / norm if settings.clip and norm else 1.0) / total
         gradients = tree_map(lambda g, a: (g * factor).astype(a.dtype), gradients, self.model.trainable_parameters())
-        rate = optimizers.learning_rate(settings, step, self.plan.steps)
+        rate = optimizers.learning_rate(settings, step, self.schedule.steps)
         self._optimizer.learning_rate = rate
         self._optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self._optimizer.state)
@@ -225,8 +225,8 @@ class Trainer:
         self.progress.trained_tokens += total
         return StepReport(
             self.progress.step,
-            self.plan.steps,
-            self.progress.step / self.plan.steps_per_epoch,
+            self.schedule.steps,
+            self.progress.step / self.schedule.steps_per_epoch,
             value,
             rate,
             norm,
@@ -238,7 +238,7 @@ class Trainer:
 
     def gradients(self, step: int) -> tuple[float, Any]:
         """Loss and gradients, summed over the trained tokens of this rank's parts of a step's batch."""
-        parts = split_parts(self.plan.batch(step), self._lengths, self.settings.accumulate * self._ranks)
+        parts = split_parts(self.schedule.batch(step), self._lengths, self.settings.accumulate * self._ranks)
         return self._gradients.of_parts(
             self._part(members, step) for members in parts[self.rank :: self._ranks] if members
         )
