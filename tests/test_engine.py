@@ -135,6 +135,20 @@ def test_a_given_cache_is_extended_and_only_the_rest_is_read(model):
         Generation(model, [prompt] * 2, max_tokens=1, sampling=GREEDY, cache=third.cache)
 
 
+def test_a_given_cache_that_the_prompt_takes_over_the_boundary_is_read_again_at_once(model, monkeypatch):
+    """The whole prompt's length says its regime before its first chunk, so no chunk is read in both."""
+    prompt = prompt_of(ORIGINAL + 30)
+    _, first = run(model, [prompt[: ORIGINAL - 20]], 1)
+    chunks, read = [], decoder.Decoder._read
+    monkeypatch.setattr(
+        decoder.Decoder, "_read", lambda self, ids, *rest: chunks.append(ids.shape[1]) or read(self, ids, *rest)
+    )
+    (tokens,), _ = run(model, [prompt], 3, cache=first.cache, prefill_chunk=8)
+    assert sum(chunks) == len(prompt) + 2
+    monkeypatch.undo()
+    assert ids(tokens) == plain_greedy(model, prompt, 3)
+
+
 def test_the_last_token_of_a_long_prompt_is_read_alone(model):
     prompts, seen = [prompt_of(600), prompt_of(550, seed=1)], []
     answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
@@ -179,6 +193,17 @@ def test_finish_stops_one_row_and_leaves_the_others(model):
         if token.row == 0 and len(rows[0]) == 2:
             generation.finish(0)
     assert rows == [plain_greedy(model, prompt_of(5), 2), plain_greedy(model, prompt_of(8), 6)]
+
+
+def test_a_row_that_is_finished_amid_a_step_says_nothing_more_of_it(model):
+    generation = Generation(model, [prompt_of(5), prompt_of(8)], max_tokens=4, sampling=GREEDY)
+    rows = [[], []]
+    for token in generation:
+        rows[token.row].append(token.id)
+        if len(rows[0]) == 2:
+            generation.finish(1)
+    assert rows == [plain_greedy(model, prompt_of(5), 4), plain_greedy(model, prompt_of(8), 1)]
+    assert generation.statistics.generated_tokens == 5
 
 
 def test_no_room_for_an_answer_yields_nothing(model):

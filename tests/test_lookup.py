@@ -166,6 +166,12 @@ def test_a_stop_string_inside_a_draft_ends_the_answer_there(monkeypatch):
     assert generation.statistics.accepted_tokens > 17 - generation.statistics.decode_steps  # it was inside a draft
 
 
+def test_no_step_is_begun_behind_the_last_token():
+    _, generation = run(MODELS["mini-4k"], PHRASE, 5, lookup=9)
+    assert generation.statistics.generated_tokens == 5
+    assert generation.cache[0].offset == len(PHRASE) + 4  # the last token is said, and not read
+
+
 def test_guesses_that_never_hold_do_not_go_on_untimed():
     drafter = Drafter([1, 2, 3] * 20, 16)
     lengths = []
