@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from phi3_mlx.errors import Phi3Error
+from phi3_mlx import Phi3Error
 
 from . import record
 

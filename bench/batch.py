@@ -16,8 +16,7 @@ from typing import Any
 
 import click
 
-from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx import Generation, Sampling
 
 from . import record
 from .contenders import alike, in_turn, rows_of

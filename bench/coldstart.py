@@ -12,7 +12,7 @@ import time
 
 import click
 
-from phi3_mlx.store.hub import resolve
+from phi3_mlx import resolve
 
 from . import record
 

@@ -32,10 +32,10 @@ def make_checkpoint(directory: Path, layers: int) -> None:
     """A bfloat16 checkpoint of Phi-3-mini's shapes, with the bundled model's tokenizer (mlx-lm asks for one)."""
     import mlx.core as mx
 
+    from phi3_mlx import resolve
     from phi3_mlx.conversion.sources import tensor_of
     from phi3_mlx.conversion.writer import write_weights
     from phi3_mlx.models import parse_config, shapes
-    from phi3_mlx.store.hub import resolve
 
     config = {**PHI_3_MINI, "num_hidden_layers": layers}
     tensors = {name: tensor_of("BF16", shape) for name, shape in shapes(parse_config(config)).items()}

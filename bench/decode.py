@@ -18,8 +18,7 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx import Generation, Sampling
 
 from . import record
 from .contenders import in_turn, rows_of

@@ -25,11 +25,9 @@ from typing import Any
 import click
 import mlx.core as mx
 
+from phi3_mlx import KVBits, encode_prompt, resolve
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine.plan import Workload
-from phi3_mlx.generation.answers import encode_prompt
-from phi3_mlx.models.cache import KVBits
-from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 from . import record

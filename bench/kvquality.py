@@ -16,17 +16,14 @@ from typing import Any
 import click
 import mlx.core as mx
 
+from phi3_mlx import Generation, KVBits, Sampling, resolve
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.prefill import common_length
-from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
 from phi3_mlx.evaluation.quality import Difference, blocks
-from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Model
 from phi3_mlx.store.checkpoint import read_model
-from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import read_tokenizer
 
 from . import record

@@ -25,10 +25,10 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 
+from phi3_mlx import KVBits
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.models.attention import fused_attention
-from phi3_mlx.models.cache import KVBits
 
 from . import plots, record
 from .models import DTYPE, LAYERS, PHI_3_MINI

@@ -27,14 +27,10 @@ from typing import Any, NamedTuple
 import click
 import mlx.core as mx
 
-from phi3_mlx import generate, load
+from phi3_mlx import Generation, Sampling, Statistics, encode_prompt, generate, load, resolve
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.lookup import MAX_DRAFT
-from phi3_mlx.engine.sampling import Sampling
-from phi3_mlx.engine.tokens import Statistics
-from phi3_mlx.generation.answers import Prompt, encode_prompt
-from phi3_mlx.store.hub import resolve
+from phi3_mlx.generation.answers import Prompt
 
 from . import record
 from .contenders import alike

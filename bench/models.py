@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from phi3_mlx import resolve
 from phi3_mlx.engine.machine import room
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.store.checkpoint import read_model
-from phi3_mlx.store.hub import resolve
 from phi3_mlx.store.quantization import DEFAULTS
 
 from . import record

@@ -20,6 +20,7 @@ from typing import Any
 import click
 import mlx.core as mx
 
+from phi3_mlx import compare, resolve
 from phi3_mlx.conversion.gptq import calibrated
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
@@ -27,9 +28,7 @@ from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, 
 from phi3_mlx.conversion.sources import Source, weights_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import write_json, write_weights
-from phi3_mlx.evaluation.quality import compare
 from phi3_mlx.store.checkpoint import read_model
-from phi3_mlx.store.hub import resolve
 from phi3_mlx.text.tokenizer import read_tokenizer
 
 from . import plots, record

@@ -20,12 +20,18 @@ _blas.preload()  # before anything imports MLX
 _PUBLIC = {
     "Chunk": "generation.answers",
     "Conversation": "generation.conversation",
+    "Generation": "engine.batch",
+    "KVBits": "models.cache",
     "Phi3Error": "errors",
     "ProgressBar": "display",
     "PromptCache": "generation.prompt_cache",
+    "Sampling": "engine.sampling",
+    "Statistics": "engine.tokens",
+    "Token": "engine.tokens",
     "batch_generate": "generation.answers",
     "compare": "evaluation.quality",
     "convert": "conversion",
+    "encode_prompt": "generation.answers",
     "export_peft": "adapters.peft",
     "fuse": "conversion.fuse",
     "generate": "generation.answers",
@@ -34,6 +40,7 @@ _PUBLIC = {
     "load_model": "generation.loading",
     "load_tokenizer": "generation.loading",
     "memory_limit": "engine.machine",
+    "resolve": "store.hub",
     "stream_generate": "generation.answers",
     "tune": "tuning",
     "unload": "generation.loading",
@@ -45,11 +52,16 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .conversion.fuse import fuse as fuse
     from .display import ProgressBar as ProgressBar
+    from .engine.batch import Generation as Generation
     from .engine.machine import memory_limit as memory_limit
+    from .engine.sampling import Sampling as Sampling
+    from .engine.tokens import Statistics as Statistics
+    from .engine.tokens import Token as Token
     from .errors import Phi3Error as Phi3Error
     from .evaluation.quality import compare as compare
     from .generation.answers import Chunk as Chunk
     from .generation.answers import batch_generate as batch_generate
+    from .generation.answers import encode_prompt as encode_prompt
     from .generation.answers import generate as generate
     from .generation.answers import stream_generate as stream_generate
     from .generation.conversation import Conversation as Conversation
@@ -58,6 +70,8 @@ if TYPE_CHECKING:
     from .generation.loading import load_tokenizer as load_tokenizer
     from .generation.loading import unload as unload
     from .generation.prompt_cache import PromptCache as PromptCache
+    from .models.cache import KVBits as KVBits
+    from .store.hub import resolve as resolve
     from .tuning import tune as tune
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

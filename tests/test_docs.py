@@ -142,6 +142,38 @@ def test_the_reference_lists_the_public_names_and_where_they_live():
         assert f"{home}.{name}" in listed, name
 
 
+def test_pages_import_public_names_alone():
+    blocks = [
+        block
+        for text in [*PAGES.values(), (ROOT / "README.md").read_text(encoding="utf-8")]
+        for kind, block in BLOCKS.findall(text)
+        if kind == "python"
+    ]
+    assert len(blocks) >= 3
+    for code in blocks:
+        assert not_public(code) == [], code
+    lines = ("from phi3_mlx.store import hub", "import phi3_mlx.engine", "from phi3_mlx import hidden_thing")
+    assert all(not_public(line) for line in lines)
+
+
+def not_public(code):
+    """What code imports of the package beside its public names."""
+    wrong = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            wrong += [alias.name for alias in node.names if alias.name.startswith("phi3_mlx.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "phi3_mlx":
+            names = [alias.name for alias in node.names]
+            wrong += names if node.module != "phi3_mlx" else [name for name in names if name not in phi3_mlx.__all__]
+    return wrong
+
+
+def test_public_names_are_typed_as_they_are_imported():
+    tree = ast.parse((ROOT / "phi3_mlx" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert {line.names[0].asname: line.module for line in block.body} == phi3_mlx._PUBLIC
+
+
 def test_the_command_page_is_what_help_prints():
     text = PAGES["commands.md"]
     assert text.split() == with_help(text).split(), "out of date; run python docs/_commands.py"

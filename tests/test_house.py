@@ -1,6 +1,7 @@
 """The plan of the house in CONTRIBUTING.md against the imports that there are."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -58,6 +59,24 @@ ARROWS = {name: {target for target in imports_of(name) if target != name} for na
 
 def room_of(name):
     return name.split(".")[1]
+
+
+OUTSIDE = [*(ROOT / "bench").glob("*.py"), *(ROOT / "weights" / "training").glob("*.py")]
+
+
+def private_names(code):
+    """Names with a leading underscore that code takes from the package or from an object that is not its own."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "phi3_mlx":
+            found += [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute) and not (
+            isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        ):
+            found.append(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
+            found += [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+    return [name for name in found if re.match("_(?!_)", name)]
 
 
 def test_every_room_has_a_line():
@@ -138,3 +157,40 @@ def test_a_strangers_questions_are_answered_by_a_file_and_a_name():
     for file, name in answers:
         tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
         assert name in defined_in(tree), f"{name} is not in {file}"
+
+
+def test_outside_the_package_nothing_reaches_for_a_name_with_an_underscore():
+    for path in OUTSIDE:
+        assert private_names(path.read_text(encoding="utf-8")) == [], path.name
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            code = "".join(cell["source"])
+            if cell["cell_type"] == "code" and not code.startswith("!"):
+                assert private_names(code) == [], notebook.name
+
+
+def test_a_private_name_would_be_found():
+    lines = {
+        "from phi3_mlx.engine.plan import _OFFERED_BITS": "_OFFERED_BITS",
+        "from phi3_mlx._hidden import shown": "_hidden",
+        "from phi3_mlx import blas as b; b._load()": "_load",
+        "model.model._read(ids, None, True)": "_read",
+        "getattr(cache, '_keys')": "_keys",
+    }
+    for line, name in lines.items():
+        assert private_names(line) == [name]
+    assert private_names("self._data; cls._made; x.__dict__; from . import record") == []
+
+
+def test_benches_and_training_import_modules_that_are_public_or_named_for_them():
+    public = re.findall(r"^::: (?:phi3_mlx\.)?([\w.]+)$", (ROOT / "docs" / "reference.md").read_text("utf-8"), re.M)
+    deeper = CONTRIBUTING.split("`weights/training` may reach deeper")[1].split("\n\n")[0]
+    named = {name.replace("/", ".") for name in re.findall(r"`([\w/]+)`", deeper)}
+    used = set()
+    for path in OUTSIDE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("phi3_mlx."):
+                used.add(node.module.removeprefix("phi3_mlx."))
+    known = {*named, *GROUND, *(name.rpartition(".")[0] for name in public), *public}
+    assert used <= known, f"name them in CONTRIBUTING.md: {used - known}"
+    assert named <= used, f"CONTRIBUTING.md names them for nobody: {named - used}"

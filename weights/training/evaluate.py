@@ -13,10 +13,7 @@ import mlx.core as mx
 import sentencepiece as spm
 import vocab
 
-from phi3_mlx import batch_generate, load
-from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.sampling import Sampling
-from phi3_mlx.generation.answers import encode_prompt
+from phi3_mlx import Generation, Sampling, batch_generate, encode_prompt, load
 
 LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
