@@ -89,13 +89,13 @@ def _packaged() -> str | None:
 
 def _load(library: str) -> None:
     """Put the functions of `library` before those of libraries loaded later. Raises OSError if it is none for MLX."""
-    found = ctypes.CDLL(library)
-    missing = [name for name in _NEEDED if not hasattr(found, name)]
+    functions = ctypes.CDLL(library)
+    missing = [name for name in _NEEDED if not hasattr(functions, name)]
     if missing:
         raise OSError(f"{library} has no {missing[0]}")
-    if hasattr(found, "openblas_get_config"):
-        found.openblas_get_config.restype = ctypes.c_char_p
-        if b"USE64BITINT" in found.openblas_get_config():
+    if hasattr(functions, "openblas_get_config"):
+        functions.openblas_get_config.restype = ctypes.c_char_p
+        if b"USE64BITINT" in functions.openblas_get_config():
             raise OSError(f"{library} takes sizes of 64 bits, MLX gives 32")
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     _loaded.append(library)

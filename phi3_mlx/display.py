@@ -46,10 +46,10 @@ class ProgressBar:
         """(label, done, total, what else there is to say)"""
         if len(report) == 2:
             return self._label, report[0], report[1], ""
-        (one,) = report
-        if hasattr(one, "steps"):
-            return self._label, one.step, one.steps, f", loss {one.loss:.3f}"
-        return self._label or one.stage, one.done, one.total, f" {one.unit}"
+        (progress,) = report
+        if hasattr(progress, "steps"):
+            return self._label, progress.step, progress.steps, f", loss {progress.loss:.3f}"
+        return self._label or progress.stage, progress.done, progress.total, f" {progress.unit}"
 
     def _display(self, text: str, done: int, total: int) -> None:
         from IPython.display import HTML, display

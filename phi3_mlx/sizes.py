@@ -25,13 +25,13 @@ def parse_size(size: int | str, *, sold: bool = False) -> int:
     size = plain(size)
     text = size if isinstance(size, str) else shown(size)
     # Numbers of more digits are infinite.
-    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if found and float(found[1]):
-        if isinstance(size, str) and size.strip() == found[1]:
-            number = float(found[1])
-            units = f"{number / 1e9:g}GB" if number >= 1e6 else f"{found[1]}GB or {found[1]}MB"
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match and float(match[1]):
+        if isinstance(size, str) and size.strip() == match[1]:
+            number = float(match[1])
+            units = f"{number / 1e9:g}GB" if number >= 1e6 else f"{match[1]}GB or {match[1]}MB"
             raise OptionError(f"{shown(size)} has no unit; write {units}")
-        unit = (1024 if found[3] or sold else 1000) ** " KMGT".index(found[2].upper() or " ")
-        if count := int(float(found[1]) * unit):
+        unit = (1024 if match[3] or sold else 1000) ** " KMGT".index(match[2].upper() or " ")
+        if count := int(float(match[1]) * unit):
             return count
     raise OptionError(f"{shown(size)} is not a size; give one such as 16GB or 800MB")

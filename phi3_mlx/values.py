@@ -21,20 +21,20 @@ _SHOWN = 60  # characters of a value that a message repeats
 
 def whole(value: Any, name: str) -> int:
     """A whole number that 64 bits hold; True and False are none."""
-    found = plain(value)
-    if isinstance(found, int) and not isinstance(found, bool):
-        if found.bit_length() <= _BITS:
-            return int(found)
+    python_value = plain(value)
+    if isinstance(python_value, int) and not isinstance(python_value, bool):
+        if python_value.bit_length() <= _BITS:
+            return int(python_value)
         raise refusal(value, name, f"a whole number of at most {_BITS} bits")
     raise refusal(value, name, "a whole number")
 
 
 def number(value: Any, name: str) -> float:
     """A number, which may be infinite or NaN."""
-    found = plain(value)
-    if isinstance(found, int | float) and not isinstance(found, bool):
+    python_value = plain(value)
+    if isinstance(python_value, int | float) and not isinstance(python_value, bool):
         try:
-            return float(found)
+            return float(python_value)
         except OverflowError:
             pass
     raise refusal(value, name, "a number")
@@ -42,9 +42,9 @@ def number(value: Any, name: str) -> float:
 
 def flag(value: Any, name: str) -> bool:
     """True or False; 0, 1 and "false" are neither."""
-    found = plain(value)
-    if isinstance(found, bool):
-        return found
+    python_value = plain(value)
+    if isinstance(python_value, bool):
+        return python_value
     raise refusal(value, name, "true or false")
 
 
@@ -92,18 +92,18 @@ def listed(value: Any) -> list[Any] | None:
 
 def path(value: Any, name: str, expected: str = "a path") -> str:
     """The name of a file or directory: a text or a Path."""
-    found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(found, str):
+    text_of_path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text_of_path, str):
         raise refusal(value, name, expected)
-    if "\0" in found:
+    if "\0" in text_of_path:
         raise refusal(value, name, f"{expected}, without a null character")
     try:
-        parts = os.fsencode(found).split(os.fsencode(os.sep))
+        parts = os.fsencode(text_of_path).split(os.fsencode(os.sep))
     except UnicodeEncodeError as error:  # a half that stands for no byte
         raise refusal(value, name, f"{expected}, without half a character") from error
     if max(map(len, parts)) > _NAME_BYTES or sum(map(len, parts)) + len(parts) > _PATH_BYTES:
         raise refusal(value, name, f"{expected}; no file has so long a name")
-    return str(found)
+    return str(text_of_path)
 
 
 def choice(value: Any, name: str, choices: Collection[str]) -> str:

@@ -34,8 +34,8 @@ from phi3_mlx.tuning.checkpoints import read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.examples import encode_records
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
-from phi3_mlx.tuning.run import stored_settings
 from phi3_mlx.tuning.settings import Settings, read_settings
+from phi3_mlx.tuning.stored import stored_settings
 from phi3_mlx.tuning.trainer import TrainingProgress
 
 LONGEST = 30  # seconds for one file; each takes some milliseconds

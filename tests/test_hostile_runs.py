@@ -11,8 +11,8 @@ from phi3_mlx.errors import OptionError, TrainingError
 from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
 from phi3_mlx.tuning.optimizers import make_optimizer, optimizer_arrays, restore_optimizer
-from phi3_mlx.tuning.run import stored_settings
 from phi3_mlx.tuning.settings import OPTIMIZERS, Settings
+from phi3_mlx.tuning.stored import stored_settings
 from phi3_mlx.tuning.trainer import TrainingProgress
 
 PROGRESS = TrainingProgress(step=4, tokens=100, trained_tokens=50, best_loss=1.5, best_step=2, last_loss=2.0, worse=1)

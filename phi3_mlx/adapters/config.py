@@ -68,8 +68,8 @@ def scale_in(directory: Path, config: Mapping[str, Any]) -> float:
 
 def is_rslora(directory: Path, config: Mapping[str, Any]) -> bool:
     """Whether `tune` made the scale of alpha by rsLoRA's rule; 0.1.0 wrote a flag of its command line as a text."""
-    own = _fields(directory, config).fields("phi3_mlx")
-    return own.raw.get("rslora") == "True" or own.flag("rslora", False)
+    settings = _fields(directory, config).fields("phi3_mlx")
+    return settings.raw.get("rslora") == "True" or settings.flag("rslora", False)
 
 
 def _fields(directory: Path, config: Mapping[str, Any]) -> Fields:

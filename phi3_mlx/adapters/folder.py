@@ -111,7 +111,7 @@ def _places(paths: list[str], layers: int) -> dict[str, Any]:
             _, _, number, name = path.split(".", 3)
             within.setdefault(int(number), set()).add(name)
     names = max(within.values(), key=len, default=set())
-    regular = sum(map(len, within.values())) == len(paths) and all(own == names for own in within.values())
+    regular = sum(map(len, within.values())) == len(paths) and all(adapted == names for adapted in within.values())
     if regular and sorted(within) == list(range(layers - len(within), layers)):
         return {"num_layers": len(within), "lora_parameters": {"keys": sorted(names)}}
     return {"num_layers": layers, "lora_parameters": {"keys": paths}}
@@ -236,9 +236,9 @@ class Adapters:
             raise AdapterError(
                 f"{directory} holds whole weights (full fine-tuning): phi3-mlx fuse makes a model of them"
             )
-        found = make_adapters(directory, tensors, config, self._model)
+        made = make_adapters(directory, tensors, config, self._model)
         self.remove(name)
-        for path, adapter in found.items():
+        for path, adapter in made.items():
             adapter.freeze()
             adapter.eval()
             layer = get_layer(self._model, path)
@@ -247,7 +247,7 @@ class Adapters:
                 layer.eval()
                 set_layer(self._model, path, layer)
             layer.adapters[name] = adapter
-        self._paths[name], self._folders[name] = list(found), directory
+        self._paths[name], self._folders[name] = list(made), directory
 
     def use(self, chosen: str | Mapping[str, float] | None) -> None:
         """Put these adapters in use with these weights (a name alone has weight 1), and no other."""
@@ -323,29 +323,8 @@ def make_adapters(
     known = {path.removesuffix(".linear"): layer for path, layer in model.named_modules() if "weight" in layer}
     adapters = {}
     for path, leaves in layers.items():
-        linear = known.get(path)
-        if isinstance(linear, (nn.Embedding, nn.QuantizedEmbedding)):
-            _refuse(directory, f"it changes {path}, and adapters of the embedding are not supported; train without it")
-        if linear is not None and not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
-            what = "of experts" if linear.weight.ndim > 2 else "of what is no linear layer"
-            _refuse(directory, f"it changes {path}, and {what} adapters are not supported; train one of attention")
-        if linear is None:
-            tied = ": its output layer is its embedding" if path == "lm_head" else ""
-            _refuse(directory, f"it changes {path}, which this model does not have{tied}")
-        rows, columns = layer_shape(linear)
-        a, b, m = leaves.get("lora_a"), leaves.get("lora_b"), leaves.get("m")
-        if a is None or b is None:
-            _refuse(directory, f"{path} has no {'lora_a' if a is None else 'lora_b'}")
-        if (m is not None) != dora:
-            kind, has = ("dora", "no") if dora else ("lora", "an")
-            _refuse(directory, f"fine_tune_type is {kind}, and {path} has {has} m")
-        if b.ndim != 2 or not b.shape[0] or a.shape != (columns, b.shape[0]) or b.shape[1:] != (rows,):
-            _refuse(
-                directory,
-                f"{path} has lora_a {a.shape} and lora_b {b.shape}, but the layer turns {columns} into {rows}",
-            )
-        if m is not None and m.shape != (rows,):
-            _refuse(directory, f"{path} has m {m.shape}, but the layer has {rows} outputs")
+        rows, columns = layer_shape(_linear(directory, path, known.get(path)))
+        a, b, m = _checked_leaves(directory, path, leaves, rows, columns, dora=dora)
         adapters[path] = Adapter(a, b, scale, m=m)
         if not adapters[path].largest <= mx.finfo(model.dtype).max:
             _refuse(
@@ -358,6 +337,39 @@ def make_adapters(
     return adapters
 
 
+def _linear(directory: Path, path: str, layer: nn.Module | None) -> nn.Module:
+    """The model's layer at `path`, if it is one that adapters can change. Raises AdapterError."""
+    if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
+        _refuse(directory, f"it changes {path}, and adapters of the embedding are not supported; train without it")
+    if layer is None:
+        tied = ": its output layer is its embedding" if path == "lm_head" else ""
+        _refuse(directory, f"it changes {path}, which this model does not have{tied}")
+    if not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
+        what = "of experts" if layer.weight.ndim > 2 else "of what is no linear layer"
+        _refuse(directory, f"it changes {path}, and {what} adapters are not supported; train one of attention")
+    return layer
+
+
+def _checked_leaves(
+    directory: Path, path: str, leaves: Mapping[str, mx.array], rows: int, columns: int, *, dora: bool
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """`lora_a` (columns, rank), `lora_b` (rank, rows) and, for DoRA alone, `m` (rows,). Raises AdapterError."""
+    a, b, m = leaves.get("lora_a"), leaves.get("lora_b"), leaves.get("m")
+    if a is None or b is None:
+        _refuse(directory, f"{path} has no {'lora_a' if a is None else 'lora_b'}")
+    if (m is not None) != dora:
+        kind, has = ("dora", "no") if dora else ("lora", "an")
+        _refuse(directory, f"fine_tune_type is {kind}, and {path} has {has} m")
+    if b.ndim != 2 or not b.shape[0] or a.shape != (columns, b.shape[0]) or b.shape[1:] != (rows,):
+        _refuse(
+            directory,
+            f"{path} has lora_a {a.shape} and lora_b {b.shape}, but the layer turns {columns} into {rows}",
+        )
+    if m is not None and m.shape != (rows,):
+        _refuse(directory, f"{path} has m {m.shape}, but the layer has {rows} outputs")
+    return a, b, m
+
+
 def layer_shape(linear: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, packed or not."""
     rows, columns = linear.weight.shape
@@ -366,13 +378,13 @@ def layer_shape(linear: nn.Module) -> tuple[int, int]:
 
 def load_full(model: Model, directory: Path, tensors: Mapping[str, mx.array]) -> None:
     """Put the whole weights of a full fine-tuning in place. Raises AdapterError."""
-    own = dict(tree_flatten(model.parameters()))
+    parameters = dict(tree_flatten(model.parameters()))
     for name, array in tensors.items():
-        if name not in own or own[name].shape != array.shape:
+        if name not in parameters or parameters[name].shape != array.shape:
             _refuse(directory, f"it has {name} {array.shape}, which this model does not have in that shape")
-        if not is_finite(array.astype(own[name].dtype)):
-            _refuse(directory, f"{name} has values that are not finite in {_spelled(own[name].dtype)}")
-    model.load_weights([(name, array.astype(own[name].dtype)) for name, array in tensors.items()], strict=False)
+        if not is_finite(array.astype(parameters[name].dtype)):
+            _refuse(directory, f"{name} has values that are not finite in {_spelled(parameters[name].dtype)}")
+    model.load_weights([(name, array.astype(parameters[name].dtype)) for name, array in tensors.items()], strict=False)
 
 
 def _spelled(dtype: mx.Dtype) -> str:

@@ -204,5 +204,5 @@ def changed_lengths(linear: nn.Module, a: mx.array, b: mx.array) -> mx.array:
     weight = float_weight(linear)
     squares = mx.sum(weight * weight, axis=1)
     crossed = mx.sum((weight @ a) * b.T, axis=1)
-    own = mx.sum(b * ((a.T @ a) @ b), axis=0)
-    return mx.sqrt(mx.maximum(squares + 2 * crossed + own, 1e-30))
+    changes = mx.sum(b * ((a.T @ a) @ b), axis=0)
+    return mx.sqrt(mx.maximum(squares + 2 * crossed + changes, 1e-30))

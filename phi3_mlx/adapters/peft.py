@@ -85,32 +85,15 @@ def adapters_of_peft(
 
     `model` may be an outline; weights that are needed are those of `base`.
     """
-    found: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
+    layers: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
     for name, array in tensors.items():
         saved = _SAVED.fullmatch(name)
         if saved is not None:
             _check_saved(source, name, array, model, base, saved["path"])
             continue
-        match = _KEY.fullmatch(name)
-        if match is None:
-            of_embedding = "; adapters of the embedding are not supported" if "embed" in name else ""
-            refuse(
-                source,
-                f"it has {shorten(name, quote=False)}, which is no LoRA or DoRA tensor of a linear layer{of_embedding}",
-            )
-        if match["layer"] is None:
-            path, part = match["path"], match["path"]
-        else:
-            place, part = fused(model.config, match["name"]), match["name"]
-            if place is None or place.rpartition(".")[0] != match["home"]:
-                refuse(
-                    source,
-                    f"it has {shorten(name, quote=False)}, which is of no linear layer of {model.config.model_type} "
-                    "that adapts",
-                )
-            path = f"{match['layer']}.{place}"
-        found.setdefault(path, {}).setdefault(part, {})[match["leaf"]] = array
-    if not found:
+        path, part, leaf = _place(source, name, model.config)
+        layers.setdefault(path, {}).setdefault(part, {})[leaf] = array
+    if not layers:
         refuse(source, f"{_WEIGHTS} is empty")
     if config.principal and model.config.quantization is not None:
         refuse(
@@ -118,7 +101,7 @@ def adapters_of_peft(
             f"init_lora_weights is {config.principal!r}, which takes a part out of the base, and this one is rounded; "
             "import it for the model in floats that it was trained on, and fuse and convert that",
         )
-    scales = (config.scale_of(_sibling(path, part)) for path, parts in found.items() for part in parts)
+    scales = (config.scale_of(_sibling(path, part)) for path, parts in layers.items() for part in parts)
     common = next(iter(scales))  # one for all, as mlx-lm has it; B takes the difference
     order = list(model.config.adaptable)
 
@@ -129,12 +112,32 @@ def adapters_of_peft(
         return int(number), order.index(name)
 
     adapters = {}
-    for path in sorted(found, key=place_in_model):
-        adapters[path] = adapter = _joined(source, path, found[path], config, common, model, base)
+    for path in sorted(layers, key=place_in_model):
+        adapters[path] = adapter = _joined(source, path, layers[path], config, common, model, base)
         mx.eval(adapter.parameters())  # else they would keep the base's weights
         if not adapter.largest <= mx.finfo(mx.float32).max:
             refuse(source, f"{path} has numbers beyond what float32 holds once alpha is in them")
     return adapters
+
+
+def _place(source: Path, name: str, config: Config) -> tuple[str, str, str]:
+    """(layer path in the model, part of that layer, leaf) that a tensor's name says. Raises AdapterError."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        of_embedding = "; adapters of the embedding are not supported" if "embed" in name else ""
+        refuse(
+            source,
+            f"it has {shorten(name, quote=False)}, which is no LoRA or DoRA tensor of a linear layer{of_embedding}",
+        )
+    if match["layer"] is None:
+        return match["path"], match["path"], match["leaf"]
+    place = fused(config, match["name"])
+    if place is None or place.rpartition(".")[0] != match["home"]:
+        refuse(
+            source,
+            f"it has {shorten(name, quote=False)}, which is of no linear layer of {config.model_type} that adapts",
+        )
+    return f"{match['layer']}.{place}", match["name"], match["leaf"]
 
 
 def _sibling(path: str, name: str) -> str:
@@ -146,8 +149,8 @@ def _sibling(path: str, name: str) -> str:
 def _check_saved(source: Path, name: str, array: mx.array, model: Model, base: StoredLayers, path: str) -> None:
     """AdapterError unless weights that were saved beside an adapter are the base's own."""
     tied = path == "lm_head" and model.config.tie_word_embeddings
-    own = float_weight(base.layer("model.embed_tokens" if tied else path)).astype(array.dtype)
-    if own.shape != array.shape or not mx.array_equal(own, array):
+    weight = float_weight(base.layer("model.embed_tokens" if tied else path)).astype(array.dtype)
+    if weight.shape != array.shape or not mx.array_equal(weight, array):
         refuse(
             source,
             f"it has {shorten(name, quote=False)}, which differs from the base's, and an adapter has no place for "
@@ -181,32 +184,47 @@ def _joined(
     for part, leaves in parts.items():
         first, end = spans[part]
         rank, scale = config.rank_of(_sibling(path, part)), config.scale_of(_sibling(path, part))
-        for leaf in _LEAVES if config.dora else _LEAVES[:2]:
-            if leaf not in leaves:
-                refuse(source, f"{path}: {part} has no {leaf}")
-        if "lora_magnitude_vector" in leaves and not config.dora:
-            refuse(source, f"{path}: {part} has a lora_magnitude_vector, and use_dora is false")
-        part_a, part_b = leaves["lora_A"].astype(mx.float32), leaves["lora_B"].astype(mx.float32)
-        if part_a.shape[1:] != (width,):
-            refuse(source, f"{path}: lora_A of {part} is {part_a.shape}, and the layer reads {width} inputs")
-        if part_b.shape != (end - first, part_a.shape[0]):
-            refuse(source, f"{path}: lora_B of {part} is {part_b.shape}, and the layer has {end - first} rows there")
-        if part_a.shape[0] != min(rank, *(part_b.shape[:1] if config.principal else (rank,))):
-            refuse(source, f"{path}: {part} has {part_a.shape[0]} components, and {CONFIG} says {rank}")
-        pieces = [(part_a, part_b * (scale / common))]
+        part_a, part_b = _checked_factors(source, path, part, leaves, config, (end - first, width), rank)
+        components = [(part_a, part_b * (scale / common))]
         if config.principal:
             taken_b, taken_a = taken_out(
                 config.principal, np.array(float_weight(base.layer(path))[first:end]), rank, scale
             )
-            pieces.append((mx.array(taken_a.astype(np.float32)), mx.array((-taken_b / common).astype(np.float32))))
-        for one_a, one_b in pieces:
-            a.append(one_a.T)
-            b.append(mx.pad(one_b.T, [(0, 0), (first, rows - end)]))
+            components.append((mx.array(taken_a.astype(np.float32)), mx.array((-taken_b / common).astype(np.float32))))
+        for factor_a, factor_b in components:
+            a.append(factor_a.T)
+            b.append(mx.pad(factor_b.T, [(0, 0), (first, rows - end)]))
         if config.dora:
             # Rows that no part changes keep their length.
             m = row_lengths(base.layer(path)) if m is None else m
             m[first:end] = leaves["lora_magnitude_vector"].astype(mx.float32).reshape(-1)
     return Adapter(mx.concatenate(a, axis=1), mx.concatenate(b, axis=0), common, m=m)
+
+
+def _checked_factors(
+    source: Path,
+    path: str,
+    part: str,
+    leaves: Mapping[str, mx.array],
+    config: PeftConfig,
+    shape: tuple[int, int],
+    rank: int,
+) -> tuple[mx.array, mx.array]:
+    """A (rank, inputs) and B (outputs, rank) in float32 of a part whose `shape` is (outputs, inputs). AdapterError."""
+    for leaf in _LEAVES if config.dora else _LEAVES[:2]:
+        if leaf not in leaves:
+            refuse(source, f"{path}: {part} has no {leaf}")
+    if "lora_magnitude_vector" in leaves and not config.dora:
+        refuse(source, f"{path}: {part} has a lora_magnitude_vector, and use_dora is false")
+    rows, width = shape
+    a, b = leaves["lora_A"].astype(mx.float32), leaves["lora_B"].astype(mx.float32)
+    if a.shape[1:] != (width,):
+        refuse(source, f"{path}: lora_A of {part} is {a.shape}, and the layer reads {width} inputs")
+    if b.shape != (rows, a.shape[0]):
+        refuse(source, f"{path}: lora_B of {part} is {b.shape}, and the layer has {rows} rows there")
+    if a.shape[0] != min(rank, *(b.shape[:1] if config.principal else (rank,))):
+        refuse(source, f"{path}: {part} has {a.shape[0]} components, and {CONFIG} says {rank}")
+    return a, b
 
 
 def export_peft(
@@ -278,7 +296,7 @@ def peft_tensors(
         for part, (first, end) in spans.items():
             b = adapter.lora_b[:, first:end]
             used = mx.any(b != 0, axis=1) & mx.any(adapter.lora_a != 0, axis=0)
-            kept = [i for i, one in enumerate(used.tolist()) if one] or [0]  # type: ignore[arg-type]
+            kept = [i for i, is_used in enumerate(used.tolist()) if is_used] or [0]  # type: ignore[arg-type]
             if not any(used.tolist()) and not adapter.is_dora and len(spans) > 1:  # type: ignore[arg-type]
                 continue  # a part that was not adapted
             stem = f"{_STEM}{_sibling(path, part)}"

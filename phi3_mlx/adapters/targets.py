@@ -60,15 +60,15 @@ def find_targets(config: Config, names: Sequence[str] = (), layers: str | None =
             raise OptionError(f"target {parts[0]!r} is a part of {name!r}, which is named too; leave one of them out")
         if not names or name in names or parts:
             chosen.append((path, parts))
-    found = []
+    targets = []
     for layer in layer_range(layers, config.num_hidden_layers):
         for path, parts in chosen:
             rows, columns = config.adaptable[path]
             name = _name(path)
             spans = part_rows(config, name)
             cut = tuple((part, *spans[part]) for part in parts) or ((name, 0, rows),)
-            found.append(Target(f"model.layers.{layer}.{path}", name, rows, columns, cut))
-    return found
+            targets.append(Target(f"model.layers.{layer}.{path}", name, rows, columns, cut))
+    return targets
 
 
 def _name(path: str) -> str:

@@ -66,7 +66,7 @@ def compare(
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
     if output is not None and os.path.lexists(output):
         raise CheckpointError(f"{output} exists already; name another directory")
-    words = None if text is None else read_input(text)
+    content = None if text is None else read_input(text)
     from ..conversion import report
     from ..conversion.opening import open_source
     from ..conversion.sources import weights_of
@@ -78,7 +78,7 @@ def compare(
     from ..store.hub import resolve
     from ..store.safetensors import find_weights
 
-    words = bundled("sample") if words is None else words
+    content = bundled("sample") if content is None else content
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text
     places = [resolve(a), resolve(b)]
     loaded = []
@@ -88,8 +88,8 @@ def compare(
         loaded.append(load(directory, dtype=dtype, force=True))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
     with _Bar() as bar:
-        found = compare_models(
-            model_a, tokenizer_a, model_b, tokenizer_b, words, window=window, force=True, progress=bar.update
+        comparison = compare_models(
+            model_a, tokenizer_a, model_b, tokenizer_b, content, window=window, force=True, progress=bar.update
         )
     del loaded, model_a, model_b
     sources = [open_source(directory) for directory in places]
@@ -103,7 +103,7 @@ def compare(
             made = report.make_report(
                 places[1],
                 sources[0],
-                text=words,
+                text=content,
                 text_name=name,
                 fitted=False,
                 window=window,
@@ -111,18 +111,18 @@ def compare(
             )
             report.save(replace(made, result=Path(b).name if os.path.isabs(b) else b), folder)
     if as_json:
-        facts = {"a": a, "b": b, "text": name, "window": window, **_figures(found)}
+        facts = {"a": a, "b": b, "text": name, "window": window, **_figures(comparison)}
         for side, (size, weights) in zip("ab", sizes, strict=True):
             facts[f"quality_{side}"] |= {"bytes": size, "bits_per_weight": 8 * size / weights}
         show_json(facts)
         return
-    for line in _lines(a, b, name, found, sizes):
+    for line in _lines(a, b, name, comparison, sizes):
         show(line)
     if output is not None:
         show(f"\nlayer by layer: {os.path.join(output, 'REPORT.md')}")
 
 
-def _figures(found: Comparison) -> dict[str, Any]:
+def _figures(comparison: Comparison) -> dict[str, Any]:
     """What --json adds to the names."""
 
     def of(side: Quality) -> dict[str, Any]:
@@ -133,33 +133,33 @@ def _figures(found: Comparison) -> dict[str, Any]:
         }
 
     return {
-        "characters": found.a.characters,
-        "quality_a": of(found.a),
-        "quality_b": of(found.b),
-        "kl": found.kl,
-        "top1": found.top1,
-        "note": found.note,
+        "characters": comparison.a.characters,
+        "quality_a": of(comparison.a),
+        "quality_b": of(comparison.b),
+        "kl": comparison.kl,
+        "top1": comparison.top1,
+        "note": comparison.note,
     }
 
 
-def _lines(a: str, b: str, text: str, found: Comparison, sizes: Sequence[tuple[int, int]]) -> list[str]:
+def _lines(a: str, b: str, text: str, comparison: Comparison, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """A small table, and below it what belongs to both."""
     rows = [("", "A", "B")]
-    if found.kl is not None:
-        rows.append(("perplexity", f"{found.a.perplexity:.3f}", f"{found.b.perplexity:.3f}"))
-    per_character = [f"{side.perplexity_per_character:.4f}" for side in (found.a, found.b)]
+    if comparison.kl is not None:
+        rows.append(("perplexity", f"{comparison.a.perplexity:.3f}", f"{comparison.b.perplexity:.3f}"))
+    per_character = [f"{side.perplexity_per_character:.4f}" for side in (comparison.a, comparison.b)]
     rows.append(("perplexity per character", per_character[0], per_character[1]))
-    rows.append(("tokens predicted", f"{found.a.tokens:,}", f"{found.b.tokens:,}"))
-    if found.kl is not None and found.top1 is not None:
-        rows.append(("mean KL(A || B), nats a token", "", f"{found.kl:.5f}"))
-        rows.append(("same likeliest token", "", f"{100 * found.top1:.2f} %"))
+    rows.append(("tokens predicted", f"{comparison.a.tokens:,}", f"{comparison.b.tokens:,}"))
+    if comparison.kl is not None and comparison.top1 is not None:
+        rows.append(("mean KL(A || B), nats a token", "", f"{comparison.kl:.5f}"))
+        rows.append(("same likeliest token", "", f"{100 * comparison.top1:.2f} %"))
     (size_a, weights_a), (size_b, weights_b) = sizes
     rows.append(("bits per weight", f"{8 * size_a / weights_a:.3f}", f"{8 * size_b / weights_b:.3f}"))
     rows.append(("bytes", f"{size_a:,}", f"{size_b:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"A: {a}", f"B: {b}", f"text: {text}, {found.a.characters:,} characters", ""]
+    lines = [f"A: {a}", f"B: {b}", f"text: {text}, {comparison.a.characters:,} characters", ""]
     lines += [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
-    return lines if found.note is None else [*lines, "", f"note: {found.note}"]
+    return lines if comparison.note is None else [*lines, "", f"note: {comparison.note}"]
 
 
 class _Bar:

@@ -40,8 +40,8 @@ def fuse(adapter: str, output: str, bits: str | None, text: str | None, **option
     """
     from ..conversion import fuse as work
 
-    words = read_input(text) if text else None
-    done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=words, **options)
+    sample = read_input(text) if text else None
+    done = work.fuse(adapter, output, bits=int(bits) if bits else None, text=sample, **options)
     kind = "packed" if done.packed else "in floats"
     say(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}")
     if done.survived is not None:

@@ -27,7 +27,7 @@ _CLEAR_LINE = "\r\033[K"
 
 def escape(text: str) -> str:
     """`text` with its control characters spelled out; a line end of Windows is a line end."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def show(text: str = "", end: str = "\n", *, styles: Collection[str] = ()) -> None:

@@ -94,6 +94,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     from ..tuning import run
     from ..tuning.settings import Settings, read_settings
     from ..tuning.signals import pass_on
+    from ..tuning.stored import comparable, stored_settings
     from ..values import shown
 
     file: dict[str, Any] = read_settings(Path(config)) if config else {}
@@ -102,12 +103,10 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
     if resume:
         if not chosen.get("output"):
             raise click.UsageError("--resume needs -o, the folder of the run to continue")
-        stored = run.stored_settings(Path(chosen["output"]))
+        stored = stored_settings(Path(chosen["output"]))
         settings = dataclasses.replace(stored, **chosen)
         changed = [
-            name
-            for name in chosen
-            if name not in run.FREE and run.comparable(settings, name) != run.comparable(stored, name)
+            name for name in chosen if name not in run.FREE and comparable(settings, name) != comparable(stored, name)
         ]
         if changed:
             raise OptionError(

@@ -254,15 +254,15 @@ def _characters(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
     return len(text) if _bos(tokenizer) is not None else max(1, len(text) - len(tokenizer.decode(ids[:1])))
 
 
-def comparison_markdown(found: Comparison) -> str:
+def comparison_markdown(comparison: Comparison) -> str:
     """Both models' figures as a table."""
     lines = ["| | A | B |", "|---|--:|--:|"]
-    if found.kl is not None:
-        lines.append(f"| perplexity | {found.a.perplexity:.3f} | {found.b.perplexity:.3f} |")
-    a, b = found.a.perplexity_per_character, found.b.perplexity_per_character
+    if comparison.kl is not None:
+        lines.append(f"| perplexity | {comparison.a.perplexity:.3f} | {comparison.b.perplexity:.3f} |")
+    a, b = comparison.a.perplexity_per_character, comparison.b.perplexity_per_character
     lines.append(f"| perplexity per character | {a:.4f} | {b:.4f} |")
-    lines.append(f"| tokens predicted | {found.a.tokens:,} | {found.b.tokens:,} |")
-    if found.kl is not None and found.top1 is not None:
-        lines.append(f"| mean KL(A ‖ B), nats a token | | {found.kl:.5f} |")
-        lines.append(f"| same likeliest token | | {found.top1:.2%} |")
-    return "\n".join(lines if found.note is None else [*lines, "", found.note])
+    lines.append(f"| tokens predicted | {comparison.a.tokens:,} | {comparison.b.tokens:,} |")
+    if comparison.kl is not None and comparison.top1 is not None:
+        lines.append(f"| mean KL(A ‖ B), nats a token | | {comparison.kl:.5f} |")
+        lines.append(f"| same likeliest token | | {comparison.top1:.2%} |")
+    return "\n".join(lines if comparison.note is None else [*lines, "", comparison.note])

@@ -41,11 +41,11 @@ def load(
 
     folder = "an adapter's folder, or several with their weights"
     given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
-    weights = {path(one, "adapter", folder): number(weight, "an adapter's weight") for one, weight in given}
+    weights = {path(source, "adapter", folder): number(weight, "an adapter's weight") for source, weight in given}
     directory = hub.resolve(name, revision)
-    words = tokenizer.read_tokenizer(directory)  # first: it reads little and fails fast
+    vocabulary = tokenizer.read_tokenizer(directory)  # first: it reads little and fails fast
     plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
-    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), words
+    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), vocabulary
 
 
 def load_adapted(

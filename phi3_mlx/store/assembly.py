@@ -49,10 +49,10 @@ def assemble(
     elif len(shape) == 3:
         array = mx.array(0.0)
         for i, name in enumerate(names):
-            one = read(name)
-            array = array if i else mx.zeros(shape, one.dtype)
-            array[i] = one
-            del one
+            matrix = read(name)
+            array = array if i else mx.zeros(shape, matrix.dtype)
+            array[i] = matrix
+            del matrix
             mx.eval(array)
     else:
         array = mx.concatenate([read(name) for name in names])
@@ -92,21 +92,21 @@ def view(config: Config, shapes: Mapping[str, Shape], stored: Mapping[str, Tenso
         for kind in (leaf, "scales", "biases"):
             target = f"{path}.{kind}"
             names = origin(config, target, stored)
-            found = [stored[name] for name in names if name in stored]
-            if not found:
+            sources = [stored[name] for name in names if name in stored]
+            if not sources:
                 continue
             faults += [f"missing {name}" for name in names if name not in stored]
-            faults += [f"{name} is not like {names[0]}" for name in names if stored.get(name, found[0]) != found[0]]
+            faults += [f"{name} is not like {names[0]}" for name in names if stored.get(name, sources[0]) != sources[0]]
             for name in names:
                 tensors.pop(name, None)
-            one = found[0]
+            tensor = sources[0]
             if _cut(config, target, names) is not None:
                 count = 1
-                if part_shapes(config, target, shape, names) == [one.shape]:
-                    one = Tensor(one.dtype, shape, one.nbytes * shape[-2] // one.shape[-2])
+                if part_shapes(config, target, shape, names) == [tensor.shape]:
+                    tensor = Tensor(tensor.dtype, shape, tensor.nbytes * shape[-2] // tensor.shape[-2])
             else:
                 count = len(names)
-            own = one.shape if count == 1 else (count, *one.shape)
-            tensors[target] = Tensor(one.dtype, own, one.nbytes * count)
+            whole = tensor.shape if count == 1 else (count, *tensor.shape)
+            tensors[target] = Tensor(tensor.dtype, whole, tensor.nbytes * count)
             origins[target] = names
     return View(tensors, origins, tuple(faults))

@@ -143,26 +143,26 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
     check_layers(config, weights.tensors, str(directory))
     layout = shapes(config)
     seen = view(config, layout, weights.tensors)
-    found = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
-    split = next((name for name in found if ".q_proj." in name or ".gate_proj." in name), None)
+    present = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
+    split = next((name for name in present if ".q_proj." in name or ".gate_proj." in name), None)
     if split is not None and config.parts:
         raise CheckpointError(
             f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
             f"`phi3-mlx convert {directory} -o NEW_DIRECTORY`"
         )
-    packed = next((name for name in found if name.endswith(".scales")), None)
+    packed = next((name for name in present if name.endswith(".scales")), None)
     if packed is not None and config.quantization is None:
         raise CheckpointError(
             f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
         )
     needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
-    missing = [f"missing {name}" for name in needed if name not in found]
-    unexpected = [f"unexpected {name}" for name in found if name not in needed]
+    missing = [f"missing {name}" for name in needed if name not in present]
+    unexpected = [f"unexpected {name}" for name in present if name not in needed]
     wrong_shapes, types = [], []
     for name, (shape, dtypes) in needed.items():
-        if name not in found:
+        if name not in present:
             continue
-        tensor = found[name]
+        tensor = present[name]
         if tensor.shape != shape:
             wrong_shapes.append(f"{name}: shape {tensor.shape}, expected {shape}")
         if tensor.dtype not in dtypes:

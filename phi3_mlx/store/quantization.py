@@ -75,16 +75,16 @@ def find_packing(
 
     The rule and the error are `pack_like`'s.
     """
-    own = quantization.get(path, f"{path}.scales" in tensors)
-    if own is False:
+    given = quantization.get(path, f"{path}.scales" in tensors)
+    if given is False:
         return None
-    if own is True:
+    if given is True:
         stored = None if path in quantization else _as_stored(width, path, tensors)
-        own = stored or {key: quantization[key] for key in _KEYS if key in quantization}
-    if not isinstance(own, Mapping) or set(own) - _KEYS:
-        raise ConfigError(f"{source}: quantization of {path} is {shorten(own)}, expected false or {sorted(_KEYS)}")
+        given = stored or {key: quantization[key] for key in _KEYS if key in quantization}
+    if not isinstance(given, Mapping) or set(given) - _KEYS:
+        raise ConfigError(f"{source}: quantization of {path} is {shorten(given)}, expected false or {sorted(_KEYS)}")
     try:
-        return complete(width, **own)
+        return complete(width, **given)
     except ValueError as error:
         raise ConfigError(f"{source}: quantization of {path} cannot be honoured: {error}") from error
 
@@ -96,7 +96,7 @@ def _as_stored(width: int, path: str, tensors: Mapping[str, Tensor]) -> dict[str
         return None
     group_size, bits = width // scales.shape[-1], weight.shape[-1] * 32 // width
     # Only affine keeps its scales as floats; each other mode has one group size and width.
-    modes = [mode for mode, own in DEFAULTS.items() if mode != "affine" and own == (group_size, bits)]
+    modes = [mode for mode, settings in DEFAULTS.items() if mode != "affine" and settings == (group_size, bits)]
     modes = modes if scales.dtype == "U8" else ["affine"]
     try:
         return complete(width, group_size, bits, modes[0]) if modes else None

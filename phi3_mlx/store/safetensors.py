@@ -82,8 +82,8 @@ def weight_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
     if whole.exists():
         return [whole], ()
     named = set(read_index(directory / INDEX).values()) if (directory / INDEX).exists() else set()
-    found = named | {path.name for path in directory.glob("model*.safetensors")}
-    here = {name for name in found if (directory / name).exists()}  # a link whose target was deleted is no file
+    listed = named | {path.name for path in directory.glob("model*.safetensors")}
+    here = {name for name in listed if (directory / name).exists()}  # a link whose target was deleted is no file
     if not (named <= here or here <= named):
         named = set()
     wanted = named or here | {sibling for name in here for sibling in _siblings(name)}
@@ -92,8 +92,8 @@ def weight_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 def _siblings(name: str) -> list[str]:
     """The names of all shards of a set, by one of them: `...-00001-of-00003.safetensors`."""
-    found = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
-    return [f"{found[1]}{i:05d}-of-{found[2]}{found[3]}" for i in range(1, int(found[2]) + 1)] if found else []
+    match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
+    return [f"{match[1]}{i:05d}-of-{match[2]}{match[3]}" for i in range(1, int(match[2]) + 1)] if match else []
 
 
 def lacks(directory: Path, absent: Sequence[str]) -> str:

@@ -57,8 +57,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _all(folder: Path) -> list[Path]:
-    found = folder.glob("step-*") if folder.is_dir() else ()
-    return [path for path in found if _NAME.fullmatch(path.name)]
+    folders = folder.glob("step-*") if folder.is_dir() else ()
+    return [path for path in folders if _NAME.fullmatch(path.name)]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], Fields]:

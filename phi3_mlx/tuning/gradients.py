@@ -35,21 +35,21 @@ class Gradients:
     def of(self, part: Part, keys: mx.array | None = None) -> tuple[float, Any]:
         """(loss, gradients in float32), computed. `keys`: what dropout draws for every token, see `Decoder.packed`."""
         for scale in self._scales:
-            value, found = self._function(part, keys, scale)
-            found = _divided(found, scale)
-            mx.eval(value, found)
+            value, gradients = self._function(part, keys, scale)
+            gradients = _divided(gradients, scale)
+            mx.eval(value, gradients)
             loss = float(value) / scale
-            if not math.isfinite(loss) or math.isfinite(float(gradient_length(found))):
+            if not math.isfinite(loss) or math.isfinite(float(gradient_length(gradients))):
                 break  # NaN stays NaN
-        return loss, found
+        return loss, gradients
 
     def of_parts(self, parts: Iterable[tuple[Part, mx.array | None]]) -> tuple[float, Any]:
         """The sums over parts, each with its keys; zeros without any."""
         loss, total = 0.0, None
         for part, keys in parts:
-            value, found = self.of(part, keys)
-            loss, total = loss + value, found if total is None else tree_map(mx.add, total, found)
-            del found  # else it would be kept beside the next one
+            value, gradients = self.of(part, keys)
+            loss, total = loss + value, gradients if total is None else tree_map(mx.add, total, gradients)
+            del gradients  # else it would be kept beside the next one
             mx.eval(total)
         return loss, total or tree_map(lambda a: mx.zeros(a.shape), self._model.trainable_parameters())
 

@@ -137,5 +137,5 @@ def plot_losses(directory: Path) -> bool:
 
 def _points(lines: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
     """(step, loss) of the lines of a kind whose loss was a number."""
-    found = [(line["step"], line.get("loss")) for line in lines if line["kind"] == kind]
-    return [(step, loss) for step, loss in found if isinstance(loss, (int, float)) and math.isfinite(loss)]
+    pairs = [(line["step"], line.get("loss")) for line in lines if line["kind"] == kind]
+    return [(step, loss) for step, loss in pairs if isinstance(loss, (int, float)) and math.isfinite(loss)]

@@ -57,8 +57,8 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array, keys: mx.arra
             before = by_rows[-1] if by_rows and model.training else total
             (rows,) = mx.depends([hidden[span]], [before])
             draws = Draws(None if keys is None else keys[span])  # the same in both passes
-            one, gradients = _piece(partial(logits_of, draws), [rows, *parameters], targets[span])
-            total = total + one
+            part, gradients = _piece(partial(logits_of, draws), [rows, *parameters], targets[span])
+            total = total + part
             by_rows.append(gradients[0])
             sums = [sum_ + more for sum_, more in zip(sums, gradients[1:], strict=True)]
         return total, mx.concatenate(by_rows) if by_rows else mx.zeros_like(hidden), *sums
@@ -81,9 +81,9 @@ def places_at_once(vocab_size: int) -> int:
 
 def _piece(logits_of: Callable[..., mx.array], inputs: list[mx.array], targets: mx.array) -> Any:
     """(sum of -log p, its gradients by `inputs`: rows and parameters)"""
-    found = logits_of(*inputs)
-    logits, places = found.astype(mx.float32), mx.arange(targets.size)
+    computed = logits_of(*inputs)
+    logits, places = computed.astype(mx.float32), mx.arange(targets.size)
     loss = mx.sum(mx.logsumexp(logits, axis=-1) - logits[places, targets])
     (logits,) = mx.depends([logits], [loss])
     slopes = mx.softmax(logits, axis=-1).at[places, targets].add(-1.0)
-    return loss, mx.vjp(logits_of, inputs, [slopes.astype(found.dtype)])[1]
+    return loss, mx.vjp(logits_of, inputs, [slopes.astype(computed.dtype)])[1]

@@ -43,9 +43,9 @@ def decided_by(directory: Path) -> dict[str, Any]:
     if method == "full":
         return {"method": method}
     fields, scale = Fields(config, directory / CONFIG, AdapterError), scale_in(directory, config)
-    parameters, own = fields.fields("lora_parameters"), fields.fields("phi3_mlx")
+    parameters, ours = fields.fields("lora_parameters"), fields.fields("phi3_mlx")
     # mlx-lm writes rank and scale. How they came about is ours: parts of fused layers add their ranks up.
-    rank, alpha = own.whole("rank", 0), own.number("alpha", 0.0)
+    rank, alpha = ours.whole("rank", 0), ours.number("alpha", 0.0)
     rslora = is_rslora(directory, config)
     if not rank or not math.isclose(scale_of(alpha, rank, rslora), scale, rel_tol=1e-6):
         rank = parameters.whole("rank", least=1)
@@ -88,9 +88,9 @@ def attach_start(model: Model, directory: Path, dropout: float) -> dict[str, Ada
         model.unfreeze()
         return {}
     adapters = {}
-    found = make_adapters(directory, tensors, config, model)
+    stored = make_adapters(directory, tensors, config, model)
     model.freeze()
-    for path, read in found.items():
+    for path, read in stored.items():
         linear = get_layer(model, path)
         parts = model.config.parts.get(path.rpartition(".")[2], {})
         adapters[path] = Adapter(

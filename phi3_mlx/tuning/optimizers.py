@@ -56,9 +56,14 @@ def restore_optimizer(optimizer: optim.Optimizer, arrays: dict[str, mx.array]) -
 
     Raises ValueError for arrays of another optimizer or of other parameters.
     """
-    own = optimizer_arrays(optimizer)
+    present = optimizer_arrays(optimizer)
     odd = next(
-        (n for n in {**own, **arrays} if n not in own or n not in arrays or own[n].shape != arrays[n].shape), None
+        (
+            n
+            for n in {**present, **arrays}
+            if n not in present or n not in arrays or present[n].shape != arrays[n].shape
+        ),
+        None,
     )
     if odd is not None:
         raise ValueError(f"{odd} is not of this optimizer and these parameters")

@@ -65,15 +65,15 @@ def read_row(value: Any, source: str, unused: dict[str, str]) -> Record:
     if not isinstance(value, dict):
         raise DataError(f"is {kind_of(value)}; expected a JSON object")
     row = {key: part for key, part in value.items() if part is not None}
-    found = [key for key in _FORMS if key in row]
-    if not found:
-        found = [key for key in _FORMS if key in value][:1]
-        raise DataError(f"{found[0]!r} is null; {_EXPECTED}" if found else _no_form(value))
-    record = _of_text(row, source) if found == ["text"] else _of_conversation(row, found, source)
+    forms = [key for key in _FORMS if key in row]
+    if not forms:
+        forms = [key for key in _FORMS if key in value][:1]
+        raise DataError(f"{forms[0]!r} is null; {_EXPECTED}" if forms else _no_form(value))
+    record = _of_text(row, source) if forms == ["text"] else _of_conversation(row, forms, source)
     for key in row:
         if key not in (*_FORMS, "system", "tools"):
             if key in _NOT_HONOURED and row[key] not in ("", [], {}):
-                raise DataError(f"{key!r} beside {found[0]!r} is not honoured; leave it out, or say it in the messages")
+                raise DataError(f"{key!r} beside {forms[0]!r} is not honoured; leave it out, or say it in the messages")
             unused.setdefault(key, source)
     return record
 
@@ -98,17 +98,17 @@ def _of_text(row: dict[str, Any], source: str) -> Record:
     return Record(source, None, row["text"])
 
 
-def _of_conversation(row: dict[str, Any], found: list[str], source: str) -> Record:
-    name = found[0]
+def _of_conversation(row: dict[str, Any], forms: list[str], source: str) -> Record:
+    name = forms[0]
     if name in ("messages", "conversations"):
-        for other in found[1:]:
+        for other in forms[1:]:
             if other != "prompt":
                 raise _several(name, other)
         messages = _messages(row[name], name)
         said = [message["content"].strip() for message in messages if message["role"] == "user"]
-        if "prompt" in found and (not isinstance(row["prompt"], str) or row["prompt"].strip() not in said):
+        if "prompt" in forms and (not isinstance(row["prompt"], str) or row["prompt"].strip() not in said):
             raise DataError(f"has both {name!r} and a 'prompt' that no user says there; leave one of them out")
-    elif "text" in found:
+    elif "text" in forms:
         raise _several(name, "text")
     else:
         messages = _prompt_and_completion(row)
@@ -143,8 +143,8 @@ def _prompt_and_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _several(one: str, other: str) -> DataError:
-    return DataError(f"has both {one!r} and {other!r}; expected one form, to know which of them to train on")
+def _several(form: str, other: str) -> DataError:
+    return DataError(f"has both {form!r} and {other!r}; expected one form, to know which of them to train on")
 
 
 def _messages(given: Any, name: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import os
 import time
@@ -15,30 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..adapters.folder import WEIGHTS, Base, base_of
+from ..adapters.folder import Base, base_of
 from ..adapters.lora import Adapter, attach
 from ..adapters.targets import find_targets
-from ..config import read_json
 from ..engine.machine import bounded_run, room
-from ..errors import CheckpointError, OptionError, Phi3Error, TrainingError
-from ..fields import Fields
 from ..models import read_config
 from ..store import hub
 from ..store.checkpoint import model_size
 from ..threads import refuse_fork
 from .checkpoints import newest_checkpoint
-from .data import Splits, hold_out, read_data
+from .checks import check_examples, check_is_model, check_method, check_samples, with_length, with_validation
+from .data import Splits, read_data
 from .examples import Encoded, encode_records
-from .folder import CHECKPOINTS, RUN, RunFolder, check_folder, taken
+from .folder import CHECKPOINTS, RunFolder, check_folder, taken
 from .log import check_tensorboard
 from .onward import Start, attach_start, read_start
 from .plan import TrainingPlan, allowed_bytes, does_not_fit, find_way_out, plan_memory, training_dtype
-from .settings import HOLDOUT, Settings, from_stored, no_effect
+from .settings import Settings
 from .signals import stop_on_signal
+from .stored import absolute, at_its_commit, check_paths
 from .trainer import Listener, StepReport, Trainer
 
 if TYPE_CHECKING:
-    from ..config import Config
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
 
@@ -46,7 +43,6 @@ Notify = Callable[[str], None]
 _LOST_UPDATES = (
     "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for float32",
 )
-_MAX_LENGTH = 2048  # tokens of an example where nothing is said: most chats are shorter, and memory grows with it
 
 
 @dataclass(frozen=True)
@@ -121,57 +117,26 @@ def prepare(
     """
     from ..text import tokenizer
 
-    settings = _absolute(settings.check())
+    settings = absolute(settings.check())
     if settings.tensorboard:
         check_tensorboard()
     splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
     directory = hub.resolve(settings.model, settings.revision)
-    if (directory / WEIGHTS).is_file() and not (directory / "config.json").exists():
-        raise OptionError(
-            f"{settings.model} is an adapter; to train on from it give from_adapter={str(directory)!r}, and the model "
-            "that it was trained on"
-        )
+    check_is_model(settings, directory)
     config = read_config(directory)
-    if settings.method == "full" and config.quantization is not None:
-        raise OptionError(
-            f"{settings.model} is quantized, and packed weights cannot be trained; take method='lora', or "
-            "unpack it first with phi3-mlx convert --dequantize"
-        )
-    if settings.method == "full" and settings.dtype == "float16":
-        raise OptionError(
-            "dtype float16 cannot train whole weights: squares of their gradients are below what it holds, and "
-            "optimizers divide by them; leave dtype out, which trains in float32"
-        )
-    context = config.max_position_embeddings
-    if settings.max_length is None:
-        settings = dataclasses.replace(settings, max_length=min(_MAX_LENGTH, context))
-    elif settings.max_length > context:
-        raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
+    check_method(settings, config)
+    settings = with_length(settings, config)
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
     base = base_of(directory, settings.model, settings.revision)
     start = None
     if settings.from_adapter is not None:
         begun = Path(settings.from_adapter)
         start = read_start(begun, config, base, targets=settings.targets, layers=settings.layers)
-    if splits.valid and settings.valid is None and settings.holdout not in (0, HOLDOUT) and not resume:
-        raise no_effect("holdout", settings.holdout, f"since {settings.data} has valid.jsonl")
-    if not splits.valid and settings.holdout:
-        held = hold_out(splits.train, settings.holdout, settings.seed)
-        splits = dataclasses.replace(held, notes=(*splits.notes, *held.notes))
-    words = tokenizer.read_tokenizer(directory)
-    train, valid = _encode(splits, words, settings)
-    if not train.examples:
-        raise OptionError(
-            f"no example of {settings.data} is left to train on: {len(train.dropped):,} are longer than max_length "
-            f"{settings.max_length} or have nothing to learn; give max_length={max(train.lengths)} or "
-            "overflow='truncate'"
-        )
-    if not valid.examples and not resume:
-        for name in ("patience", "samples"):
-            if getattr(settings, name):
-                why = "without validation: no examples are left for it, so give more, or some in valid=FILE"
-                raise no_effect(name, getattr(settings, name), why)
-    _check_samples(settings, words, config)
+    splits = with_validation(splits, settings, resume=resume)
+    vocabulary = tokenizer.read_tokenizer(directory)
+    train, valid = _encode(splits, vocabulary, settings)
+    check_examples(settings, train, valid, resume=resume)
+    check_samples(settings, vocabulary, config)
     numbers = None if start is None else start.numbers
     size = model_size(directory, training_dtype(settings))
 
@@ -189,57 +154,15 @@ def prepare(
     notes = (*splits.notes, *warned)
     limit = allowed_bytes(settings, available)
     way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
-    prepared = Prepared(settings, directory, base, words, train, valid, plan, available, notes, warned, way_out, start)
+    prepared = Prepared(
+        settings, directory, base, vocabulary, train, valid, plan, available, notes, warned, way_out, start
+    )
     for note in notes:
         if notify:
             notify(note)
     if fits and way_out:
         raise does_not_fit(plan, limit, way_out)
     return prepared
-
-
-def _check_samples(settings: Settings, tokenizer: Tokenizer, config: Config) -> None:
-    """OptionError for a sample that could not be answered."""
-    from ..engine.plan import check_length
-    from ..generation.answers import encode_prompt
-
-    for prompt in settings.samples:
-        try:
-            check_length(config, len(encode_prompt(tokenizer, prompt)))
-        except Phi3Error as error:
-            raise OptionError(f"samples: {error}") from error
-
-
-def _check_paths(settings: Settings) -> None:
-    """TrainingError for a path of a run that was moved since, or whose model or data were."""
-    for name in ("model", "data", "valid", "from_adapter"):
-        path = getattr(settings, name)
-        if path and os.path.isabs(path) and not os.path.exists(path):
-            raise TrainingError(f"{path}, the {name} of this run, is not there; say where it is now with {name}=PATH")
-
-
-def _at_its_commit(settings: Settings, output: Path) -> Settings:
-    """The settings of a run that goes on, its repository at the commit with which it began: a branch may move on."""
-    if settings.revision is not None or not hub.is_repository(settings.model):
-        return settings
-    began = Fields(read_json(output / RUN), output / RUN, TrainingError).fields("base_model").raw
-    name, commit = began.get("name"), began.get("revision")
-    if not isinstance(name, str) or hub.repository_of(name) != hub.repository_of(settings.model):
-        return settings
-    return dataclasses.replace(settings, revision=commit) if isinstance(commit, str) else settings
-
-
-def _absolute(settings: Settings) -> Settings:
-    """Paths made independent of the working folder, so that a run can be resumed from another."""
-    paths = {
-        name: os.path.abspath(os.path.expanduser(v))
-        for name in ("data", "valid", "output", "from_adapter")
-        if (v := getattr(settings, name))
-    }
-    model = settings.model
-    if os.path.isdir(os.path.expanduser(model)) and model.lower() != "tiny" and not hub.is_repository(model):
-        paths["model"] = os.path.abspath(os.path.expanduser(settings.model))
-    return dataclasses.replace(settings, **paths)
 
 
 def _encode(splits: Splits, tokenizer: Tokenizer, settings: Settings) -> tuple[Encoded, Encoded]:
@@ -319,8 +242,8 @@ def start(
     if settings.output and first:
         check_folder(output, resume)
     if resume:
-        _check_paths(settings)
-        settings = _at_its_commit(settings, output)
+        check_paths(settings)
+        settings = at_its_commit(settings, output)
     prepared = prepare(settings, notify if first else None, group.size(), fits=not force, resume=resume)
     if notify is None and first:
         for note in prepared.warnings:
@@ -378,21 +301,6 @@ def start(
         (*prepared.notes, *folder.notes),
         stop.signal,
     )
-
-
-def stored_settings(output: Path) -> Settings:
-    """The settings of the run in a folder. Raises TrainingError."""
-    try:
-        stored = Fields(read_json(output / RUN), output / RUN, TrainingError)
-        return from_stored(stored.fields("settings").raw, str(output / RUN))
-    except CheckpointError as error:
-        why = f" ({error})" if (output / RUN).is_file() else ""
-        raise TrainingError(f"{output} holds no run to go on with{why}; begin one without resume=True") from error
-
-
-def comparable(settings: Settings, name: str) -> Any:
-    """A setting in the form in which run.json keeps it."""
-    return getattr(_absolute(settings), name)
 
 
 def result_markdown(result: Result) -> str:

@@ -224,10 +224,10 @@ def _decided(said: Settings, given: Collection[str]) -> dict[str, Any]:
     decided = decided_by(directory)
     if "dropout" in given:  # of the arrays it says nothing
         decided.pop("dropout", None)
-    for name, own in decided.items():
+    for name, fixed in decided.items():
         value = getattr(said, name)
-        if name in given and value != own:
-            raise OptionError(f"{name} {shown(value)} is not that of {directory}, {shown(own)}; leave it out")
+        if name in given and value != fixed:
+            raise OptionError(f"{name} {shown(value)} is not that of {directory}, {shown(fixed)}; leave it out")
     if "model" not in given:
         decided["model"], decided["revision"] = trained_on(directory, read_config_of(directory), said.revision)
     return decided

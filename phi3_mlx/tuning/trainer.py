@@ -315,16 +315,16 @@ class Trainer:
 
     def _no_numbers(self) -> str:
         """The validation examples whose loss is not finite, as a part of a sentence."""
-        found = []
+        named = []
         for example in self.valid:
             with turn():
                 loss = float(part_loss(self.model, make_part([example])))
             if not math.isfinite(loss):
-                found.append(example.source)
-            if len(found) > _NAMED:
+                named.append(example.source)
+            if len(named) > _NAMED:
                 break
-        more = ", ..." if len(found) > _NAMED else ""
-        return f" for {', '.join(found[:_NAMED])}{more}" if found else ""
+        more = ", ..." if len(named) > _NAMED else ""
+        return f" for {', '.join(named[:_NAMED])}{more}" if named else ""
 
 
 def _within(members: Iterable[int], lengths: Mapping[int, int], limit: int) -> list[list[int]]:
