@@ -179,7 +179,7 @@ def test_weights_are_checked_at_the_terminal_too(base, tmp_path):
     for given, match in (
         (f"{folder}=nan", "give a finite number"),
         (f"{folder}=1e39", "beyond what float32 holds"),
-        (f"{folder}=much", "is no weight"),
+        (f"{folder}=much", "is not an adapter's weight"),
         (f"{folder}=0.5 --adapter {folder}=2", "is given twice"),
     ):
         words = ["generate", "-m", str(base), "-p", "hi", "--adapter", *given.split(" ")]
