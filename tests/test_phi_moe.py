@@ -281,7 +281,7 @@ def test_sequences_end_to_end_are_each_alone():
     model, lengths = moe_models.make_ours(RAW), (30, ORIGINAL + 3, 12)
     model.train()
     ids = ids_of(sum(lengths))
-    hidden = np.array(model.model.packed(mx.array(ids), lengths))[0]
+    hidden = np.array(model.model.end_to_end(mx.array(ids), lengths))[0]
     start = 0
     for length in lengths:
         alone = model.model(mx.array(ids[:, start : start + length]))[0]

@@ -90,7 +90,7 @@ def test_the_output_layers_adapter_hides_the_same_for_loss_and_gradient(monkeypa
 
     def plain():
         """The same masks, the loss of all places at once, and MLX's own gradient of it."""
-        hidden = model.model.packed(part.ids, part.lengths, keys=keys)[0][part.places]
+        hidden = model.model.end_to_end(part.ids, part.lengths, keys=keys)[0][part.places]
         logits = []
         for i in range(0, len(part.places), 8):
             with Draws(keys[part.places[i : i + 8]]).within(model.config.num_hidden_layers):

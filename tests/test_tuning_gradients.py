@@ -16,7 +16,7 @@ from phi3_mlx.adapters.lora import AdaptedLinear, attach, set_layer
 from phi3_mlx.adapters.targets import find_targets, names_of
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.decoder import Model
-from phi3_mlx.models.end_to_end import Packing
+from phi3_mlx.models.end_to_end import EndToEnd
 from phi3_mlx.tuning.batches import Schedule, make_part, split_parts
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer
@@ -74,13 +74,13 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", ["mini-4k", "3.5-mini", "phi-4-mini", "long-and-window"])
-def test_packed_batch_equals_sequences_alone(name):
+def test_a_batch_end_to_end_equals_sequences_alone(name):
     """One row without padding: block-diagonal attention, positions from 0, each sequence in its own regime."""
     model, _ = make(name)
     data = examples(LENGTHS)
-    packed, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data)) / count(data))
+    together, ours = loss_and_gradients(model, lambda: part_loss(model, make_part(data)) / count(data))
     alone, theirs = loss_and_gradients(model, lambda: plain_loss(model, data))
-    assert packed == pytest.approx(alone, abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
     assert_close(ours, theirs)
 
 
@@ -102,17 +102,17 @@ def test_a_neighbour_in_the_row_is_never_seen():
     alone = model.model(mx.array(one[1].ids[:-1])[None])
     for first in (one[0], other[0]):
         row = mx.array(np.concatenate([first.ids[:-1], one[1].ids[:-1]]))[None]
-        assert mx.allclose(model.model.packed(row, lengths)[:, 11:], alone, atol=1e-5)
+        assert mx.allclose(model.model.end_to_end(row, lengths)[:, 11:], alone, atol=1e-5)
 
 
 def test_blocks_hold_every_token_once_and_little_padding():
     lengths = [int(n) for n in np.random.default_rng(0).integers(1, 300, 40)]
-    packing = Packing(lengths, [False] * 40, None)
+    joined = EndToEnd(lengths, [False] * 40, None)
     row = mx.arange(sum(lengths)).astype(mx.float32)[None, :, None]
-    assert mx.array_equal(packing.scatter([block.gather(row) for block in packing.blocks]), row)
-    places = sum(block.gather(row).size for block in packing.blocks)
+    assert mx.array_equal(joined.scatter([block.gather(row) for block in joined.blocks]), row)
+    places = sum(block.gather(row).size for block in joined.blocks)
     assert places < 1.3 * sum(lengths)
-    assert len(packing.blocks) < 12
+    assert len(joined.blocks) < 12
 
 
 def test_checkpointed_gradients_are_the_same():

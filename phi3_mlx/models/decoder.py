@@ -22,7 +22,7 @@ from ..errors import OptionError
 from .attention import Mask, attend, fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 from .dropout import Draws
-from .end_to_end import Packing
+from .end_to_end import EndToEnd
 from .linear import Embedding, Linear, unpacking_pays
 from .rope import Regime, Rope
 
@@ -82,11 +82,11 @@ class Attention(nn.Module):
     ) -> mx.array:
         return self.output(self._mix(self.rows(x), mask, cache, offset, long))
 
-    def packed(self, x: mx.array, packing: Packing) -> mx.array:
+    def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
         """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
         rows = self.rows(x)
-        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in packing.blocks]
-        return self.output(packing.scatter(blocks))
+        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in joined.blocks]
+        return self.output(joined.scatter(blocks))
 
     def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
         q, k, v = self.split(rows, lambda x: self._rope.rotate(x, offset, long))
@@ -112,8 +112,8 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
-    def packed(self, x: mx.array, packing: Packing) -> mx.array:
-        x = x + self.self_attn.packed(self.input_layernorm(x), packing)
+    def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
+        x = x + self.self_attn.end_to_end(self.input_layernorm(x), joined)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
 
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
                 layer.trim(layer.offset - offset)
             raise
 
-    def packed(
+    def end_to_end(
         self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False, keys: mx.array | None = None
     ) -> mx.array:
         """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
@@ -187,12 +187,12 @@ class Decoder(nn.Module):
         LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
         `keys` (sum(lengths), 2) say what dropout draws for every token; None: they are drawn from MLX's random state.
         """
-        packing = Packing(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
+        joined = EndToEnd(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
         draws = Draws(keys)
 
         def read(x: mx.array, index: int) -> mx.array:
             with draws.within(index):
-                return self.layers[index].packed(x, packing)
+                return self.layers[index].end_to_end(x, joined)
 
         x = self.embed(ids)
         for index, layer in enumerate(self.layers):

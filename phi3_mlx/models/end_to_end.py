@@ -34,7 +34,7 @@ class Block:
         return row[0][self._index].reshape(*self._shape, row.shape[-1])
 
 
-class Packing:
+class EndToEnd:
     """How a row of tokens is taken apart for attention and put together again.
 
     `lengths` of the sequences in the order they stand in the row; `long`, the LongRoPE regime of each.

@@ -33,7 +33,7 @@ class Gradients:
         self._function = nn.value_and_grad(model, scaled)
 
     def of(self, part: Part, keys: mx.array | None = None) -> tuple[float, Any]:
-        """(loss, gradients in float32), computed. `keys`: what dropout draws for every token, see `Decoder.packed`."""
+        """(loss, gradients in float32), computed. `keys`: what dropout draws, see `Decoder.end_to_end`."""
         for scale in self._scales:
             value, gradients = self._function(part, keys, scale)
             gradients = _divided(gradients, scale)

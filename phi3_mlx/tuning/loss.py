@@ -24,19 +24,19 @@ _ROWS = 64  # at least, since a packed output layer may be unpacked for every pi
 
 
 def part_loss(model: Model, part: Part, *, checkpoint: bool = False, keys: mx.array | None = None) -> mx.array:
-    """The sum of -log p over the part's trained tokens, float32; `checkpoint` and `keys` as `Decoder.packed` has them.
+    """The sum of -log p over the part's trained tokens, float32; `checkpoint` and `keys`: see `Decoder.end_to_end`.
 
     The mean over a batch is taken behind the backward pass: 1 / tokens in front of it would push gradients of 16 bits
     below what float16 can hold.
     """
-    hidden = model.model.packed(part.ids, part.lengths, checkpoint=checkpoint, keys=keys)[0]
+    hidden = model.model.end_to_end(part.ids, part.lengths, checkpoint=checkpoint, keys=keys)[0]
     return summed_loss(model, hidden[part.places], part.targets, None if keys is None else keys[part.places])
 
 
 def summed_loss(model: Model, hidden: mx.array, targets: mx.array, keys: mx.array | None = None) -> mx.array:
     """The sum of -log p of `targets` (N,) after hidden states (N, hidden_size), float32.
 
-    `keys` (N, 2) say what dropout of an adapter on the output layer draws, as `Decoder.packed` has them.
+    `keys` (N, 2) say what dropout of an adapter on the output layer draws, as `Decoder.end_to_end` has them.
     """
     step = places_at_once(model.config.vocab_size)
     pieces = [slice(i, i + step) for i in range(0, targets.size, step)]
