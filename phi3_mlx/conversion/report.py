@@ -282,7 +282,7 @@ def markdown(report: Report, plot: str | None) -> str:
         title, model = f"{report.result} beside {report.source}", f"`{report.result}`"
     lines = [f"# {title}", ""]
     lines += [f"`{report.source}`, and {model}, read {report.text} in windows of {report.window} tokens."]
-    lines += ["", f"| | source | {report.result or 'this model'} |", "|---|---:|---:|"]
+    lines += ["", f"| measured | source | {report.result or 'this model'} |", "|---|---:|---:|"]
     lines += [f"| {name} | {a} | {b} |" for name, a, b in _summary(report)]
     lines += ["", *(f"{note}\n" for note in report.notes)]
     if plot:

@@ -256,7 +256,7 @@ def _characters(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Both models' figures as a table."""
-    lines = ["| | A | B |", "|---|--:|--:|"]
+    lines = ["| measured | A | B |", "|---|--:|--:|"]
     if comparison.kl is not None:
         lines.append(f"| perplexity | {comparison.a.perplexity:.3f} | {comparison.b.perplexity:.3f} |")
     a, b = comparison.a.perplexity_per_character, comparison.b.perplexity_per_character
