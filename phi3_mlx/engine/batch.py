@@ -24,8 +24,8 @@ from .tokens import Statistics, Token, check_prompt
 class Generation:
     """Some prompts decoded together; iterate once for their tokens, a step of all rows after another.
 
-    Every row gives what it would give alone. `cache`, if given, has read something: what the one prompt begins with is
-    used, the rest is forgotten when the run is sure to fit, and it is extended.
+    Every row gives what it would give alone. `cache`: reuse the part that matches the prompt, drop the rest once the
+    run is sure to fit, and extend it.
     `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of a new cache.
     `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
     `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
@@ -125,7 +125,7 @@ class Generation:
         for step in self._steps(first):
             self._count(step, time.perf_counter() - started)
             for row, token, logprob in step.tokens:
-                if not row.finished:  # the caller may end it before its turn in the step comes, or amid a draft
+                if not row.finished:  # the caller may end it before its turn in the step comes, or inside a draft
                     said = row.say(token, logprob)
                     self.statistics.generated_tokens += 1
                     yield said

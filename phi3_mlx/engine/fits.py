@@ -46,7 +46,7 @@ class FamilyRow:
 
 
 def family_rows(macs: Sequence[int] = (16, 32)) -> list[FamilyRow]:
-    """The family, as `phi3-mlx models` shows it, with the longest contexts on Macs of so many gigabytes."""
+    """The family, as `phi3-mlx models` shows it, with the longest contexts on Macs of these sizes in gigabytes."""
     rows = []
     for name, member in MEMBERS.items():
         shape, parameters = member.shape, member.parameters

@@ -59,7 +59,7 @@ def workload_of(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: i
 
 
 def _rereads(model: Model, rows: Sequence[Row], cache: list[KVCache] | None, shared: int) -> int:
-    """The most tokens of a row that are read again, into keys and values of their own."""
+    """The most tokens of a row that are recomputed, into a second cache."""
     is_long = model.model.is_long
     begins_long = [is_long(len(row.prompt)) for row in rows]
     rereads = 0

@@ -67,7 +67,7 @@ class Drafter:
             self._extra = _faded(self._extra, max(0.0, seconds / self._plain - 1) / drafted)
 
     def _length(self, most: int) -> int:
-        """The draft length with the most tokens a second, as far as one can tell; 0 if a plain step is as good.
+        """The draft length with the most tokens a second, estimated; 0 if a plain step is as good.
 
         Of k guesses that each hold with probability p, (p - p^(k+1)) / (1 - p) are expected to.
         """

@@ -59,7 +59,7 @@ def _set_limits(buffers: int) -> None:
 
 @contextmanager
 def memory_limit(size: int | str) -> Iterator[None]:
-    """Runs planned meanwhile keep what MLX holds, weights included, within `size` ("16GB"), and within the machine's.
+    """Runs inside keep what MLX holds, weights included, within `size` ("16GB"), and within the machine's.
 
         with memory_limit("12GB"):
             model, tokenizer = load("phi-3.5-mini-4bit")

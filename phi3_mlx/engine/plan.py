@@ -56,8 +56,7 @@ class Workload:
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
     read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `rereads`: how many tokens
-    of a row are read again, where its LongRoPE regime changes, into keys and values of their own, if the sequence
-    becomes as long.
+    of a row are recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
     """
 
     config: Config
@@ -99,7 +98,7 @@ class Workload:
 
     @classmethod
     def of_release(cls, shape: Config, weights: int, *, fused: bool = True) -> Workload:
-        """For a released model with so many bytes of weights, one token long; on a GPU, or on the CPU in float32."""
+        """For a released model with `weights` bytes of weights, one token long; on a GPU, or on the CPU in float32."""
         return cls(shape, weights, 1, itemsize=2 if fused else 4, fused=fused)
 
     def crossing(self) -> Workload:
@@ -122,7 +121,7 @@ class Workload:
         return self.config.num_hidden_layers * self._layer_bytes(self.length)
 
     def _rereading(self, chunk: int) -> int:
-        """Bytes beside the weights while a row is read again, so many tokens at once or `REREAD_CHUNK`."""
+        """Bytes beside the weights while a row is recomputed, at most `REREAD_CHUNK` tokens at once."""
         if not 0 < self.rereads <= self.length:
             return 0
         row = replace(self, length=self.rereads, rows=1, rereads=0, ragged=False)
@@ -131,7 +130,7 @@ class Workload:
 
     @property
     def reads_again_at_its_peak(self) -> bool:
-        """Whether nothing takes as much as reading a row again."""
+        """Whether recomputing a row takes the most memory."""
         chunk = self.chunk or CHUNKS[-1]
         return self._rereading(chunk) > self.cache_bytes() + self.workspace(chunk)
 
@@ -194,9 +193,9 @@ class Workload:
             numbers = max(numbers, self._turning())
             return max(tokens * numbers * self.itemsize + attention, wide, grown, logits)
         if self._in_blocks(chunk, seen):  # attention is computed before the MLP is begun
-            meanwhile = tokens * (numbers - inner) * self.itemsize + attention
+            inside = tokens * (numbers - inner) * self.itemsize + attention
             whole = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
-            return max(whole + self._scores_at_once(chunk, seen), meanwhile, grown, logits)
+            return max(whole + self._scores_at_once(chunk, seen), inside, grown, logits)
         layer = tokens * max(numbers, self._turning_amid_layers()) * self.itemsize
         if self.fused:
             layer = min(config.num_hidden_layers, QUEUED // layer + 1) * layer
@@ -228,7 +227,7 @@ class Workload:
         return 0 if self.bits else self.itemsize * a_key * keys * (2 if self._is_masked(keys) else 1)
 
     def _is_masked(self, seen: int) -> bool:
-        """Whether the mask of so many keys is an array: where a window or padding hides some."""
+        """Whether the mask of this many keys is an array: where a window or padding hides some."""
         window = self.config.sliding_window
         return self.ragged or (window is not None and seen > window)
 
@@ -381,7 +380,7 @@ def check_room(what: str, parts: Mapping[str, int], way_out: str) -> None:
 
 
 def check_length(config: Config, prompt: int) -> None:
-    """PromptError unless a prompt of so many tokens leaves room for an answer in the model's context."""
+    """PromptError unless a prompt of this many tokens leaves room for an answer in the model's context."""
     context = config.max_position_embeddings
     if prompt >= context:
         raise PromptError(
@@ -401,7 +400,7 @@ def plan_run(
     kept: bool = False,
     force: bool = False,
 ) -> None:
-    """Raise MemoryLimitError if the model of `directory`, a prompt of so many tokens and its answer do not fit.
+    """Raise MemoryLimitError if the model of `directory`, a prompt of this many tokens and its answer do not fit.
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
     the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.

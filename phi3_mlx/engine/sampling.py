@@ -16,7 +16,7 @@ class Sampling:
     - `top_k`: only the k likeliest tokens (0: all). `top_p`: only the likeliest that together reach p (1: all).
     - `min_p`: only tokens at least this fraction as likely as the likeliest (0: all).
     - `repetition_penalty`: above 1 makes tokens of the prompt and the answer so far less likely (arXiv 1909.05858).
-    - `seed`: the same seed gives the same tokens; None draws anew each time.
+    - `seed`: the same seed gives the same tokens; None: different each time.
 
     Raises OptionError for a value of another type or outside its range.
     """
