@@ -37,8 +37,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..engine.machine import mac_working_set, room
-    from ..sizes import parse_size, size_text
+    from ..sizes import size_text
     from .tables import print_table
 
     if here and memory is not None:
@@ -47,44 +46,66 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     longest = run.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
-    if here:
-        now = room()
-        rooms = {now: now}
-    else:
-        sizes = [gb * 2**30 for gb in _MACS] if memory is None else [parse_size(memory, sold=True)]
-        rooms = {size: mac_working_set(size) for size in sizes}
     widths = {bits: bits or 8 * run.itemsize for bits in _BITS}
-    rows: list[dict[str, Any]] = []
-    for size, within in rooms.items():
+    machines: list[dict[str, Any]] = []
+    for size, within in _rooms(here, memory).items():
         fits = {widths[bits]: _packed(run, bits).longest(within) for bits in _BITS}
-        rows.append({"memory": size, "room": within, "longest": fits})
-    needs = {widths[bits]: _packed(run, bits, context or longest).plan(0).total for bits in _BITS}
+        machines.append({"memory": size, "room": within, "longest": fits})
+    facts = {
+        "model": model,
+        "weights": run.weights,
+        "context": context or longest,
+        "needs": {widths[bits]: _packed(run, bits, context or longest).plan(0).total for bits in _BITS},
+        "machines": machines,
+    }
     if as_json:
-        facts = {
-            "model": model,
-            "weights": run.weights,
-            "context": context or longest,
-            "needs": needs,
-            "machines": rows,
-        }
         show_json(facts, indent=2)
         return
     show(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens")
     show("The most tokens that fit, by the bits of keys and values:\n")
-    table = [["", *(f"{bits} BITS" for bits in needs)]]
-    table.append([f"{context or longest:,} tokens need", *map(size_text, needs.values())])
-    for row in rows:
-        name = "this machine" if here else memory or f"{row['memory'] >> 30} GB Mac"
-        lengths = [f"{length:,}" if length else "-" for length in row["longest"].values()]
-        within = row["room"]
-        table.append([f"{name} ({f'{within / 1e9:.3g} GB' if within >= 1e9 else size_text(within)})", *lengths])
-    print_table(table, right=range(1, len(table[0])))
-    if len(rows) == 1 and run.weights > rows[0]["room"]:
-        show(f"\nThe weights alone, {size_text(run.weights)}, do not fit.")
-    elif context is not None and len(rows) == 1:
-        enough = [bits for bits in _BITS if rows[0]["longest"][widths[bits]] >= context]
-        flag = f" with --kv-bits {enough[0]}" if enough and enough[0] else ""
-        show(f"\n{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}.")
+    print_table(_table(facts, "this machine" if here else memory), right=range(1, len(widths) + 1))
+    if len(machines) == 1 and (answer := _answer(run.weights, context, machines[0], widths)):
+        show(f"\n{answer}")
+
+
+def _rooms(here: bool, memory: str | None) -> dict[int, int]:
+    """Bytes of each machine -> those that a run may take there."""
+    from ..engine.machine import mac_working_set, room
+    from ..sizes import parse_size
+
+    if here:
+        now = room()
+        return {now: now}
+    sizes = [gb * 2**30 for gb in _MACS] if memory is None else [parse_size(memory, sold=True)]
+    return {size: mac_working_set(size) for size in sizes}
+
+
+def _table(facts: dict[str, Any], name: str | None) -> list[list[str]]:
+    """A row for what the context needs and one a machine, `name` if it is not one of the usual Macs."""
+    from ..sizes import size_text
+
+    rows = [["", *(f"{bits} BITS" for bits in facts["needs"])]]
+    rows.append([f"{facts['context']:,} tokens need", *map(size_text, facts["needs"].values())])
+    for machine in facts["machines"]:
+        room = machine["room"]
+        size = f"{room / 1e9:.3g} GB" if room >= 1e9 else size_text(room)
+        lengths = [f"{length:,}" if length else "-" for length in machine["longest"].values()]
+        called = name or f"{machine['memory'] >> 30} GB Mac"
+        rows.append([f"{called} ({size})", *lengths])
+    return rows
+
+
+def _answer(weights: int, context: int | None, machine: dict[str, Any], widths: dict[int, int]) -> str | None:
+    """Whether the context that was asked for fits on the one machine, and by which option."""
+    from ..sizes import size_text
+
+    if weights > machine["room"]:
+        return f"The weights alone, {size_text(weights)}, do not fit."
+    if context is None:
+        return None
+    enough = [bits for bits, width in widths.items() if machine["longest"][width] >= context]
+    flag = f" with --kv-bits {enough[0]}" if enough and enough[0] else ""
+    return f"{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}."
 
 
 def _run(model: str, revision: str | None, here: bool) -> Workload:

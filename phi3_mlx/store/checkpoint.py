@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -18,7 +19,7 @@ from ..threads import refuse_fork
 from ..values import choice
 from .assembly import View, assemble, view
 from .quantization import FLOATS, pack_like, packed_layout
-from .safetensors import Weights, find_weights, lacks
+from .safetensors import Tensor, Weights, find_weights, lacks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # in headers of safetensors
@@ -144,8 +145,17 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
     layout = shapes(config)
     seen = view(config, layout, weights.tensors)
     present = {name: tensor for name, tensor in seen.tensors.items() if not config.is_unused(name)}
-    split = next((name for name in present if ".q_proj." in name or ".gate_proj." in name), None)
-    if split is not None and config.parts:
+    _refuse_other_formats(directory, config, present)
+    needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
+    _refuse_differences(directory, {"among parts": list(seen.faults), **_differences(needed, present)})
+    if not any(name.endswith(".scales") for name in present):  # the config has kept what a tool has unpacked
+        config = replace(config, quantization=None)
+    return _Checked(config, weights, seen, tuple(needed))
+
+
+def _refuse_other_formats(directory: Path, config: Config, present: Mapping[str, Tensor]) -> None:
+    """Projections that are split, and packed weights of which the config says nothing."""
+    if config.parts and any(".q_proj." in name or ".gate_proj." in name for name in present):
         raise CheckpointError(
             f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
             f"`phi3-mlx convert {directory} -o NEW_DIRECTORY`"
@@ -155,35 +165,38 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
         raise CheckpointError(
             f"{directory} holds packed weights ({packed}), but its config.json has no quantization; download it again"
         )
-    needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
-    missing = [f"missing {name}" for name in needed if name not in present]
-    unexpected = [f"unexpected {name}" for name in present if name not in needed]
-    wrong_shapes, types = [], []
-    for name, (shape, dtypes) in needed.items():
-        if name not in present:
-            continue
-        tensor = present[name]
-        if tensor.shape != shape:
-            wrong_shapes.append(f"{name}: shape {tensor.shape}, expected {shape}")
-        if tensor.dtype not in dtypes:
-            types.append(f"{name}: dtype {tensor.dtype}, expected {' or '.join(dtypes)}")
-    kinds = {
-        "among parts": seen.faults,
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": wrong_shapes,
-        "of another dtype": types,
+
+
+def _differences(
+    needed: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], present: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """Kind -> lines that say what is not as it is needed: shapes, and dtypes as safetensors' headers name them."""
+    both = [(name, present[name], *needed[name]) for name in needed if name in present]
+    return {
+        "missing": [f"missing {name}" for name in needed if name not in present],
+        "unexpected": [f"unexpected {name}" for name in present if name not in needed],
+        "of another shape": [
+            f"{name}: shape {tensor.shape}, expected {shape}"
+            for name, tensor, shape, _ in both
+            if tensor.shape != shape
+        ],
+        "of another dtype": [
+            f"{name}: dtype {tensor.dtype}, expected {' or '.join(dtypes)}"
+            for name, tensor, _, dtypes in both
+            if tensor.dtype not in dtypes
+        ],
     }
+
+
+def _refuse_differences(directory: Path, kinds: Mapping[str, list[str]]) -> None:
     lines = [line for kind in kinds.values() for line in kind]
-    if lines:
-        counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
-        more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-        raise CheckpointError(
-            "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
-        )
-    if packed is None:  # the config has kept what a tool has unpacked
-        config = replace(config, quantization=None)
-    return _Checked(config, weights, seen, tuple(needed))
+    if not lines:
+        return
+    counts = ", ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
+    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    raise CheckpointError(
+        "\n".join([f"{directory}: the weights do not fit config.json ({counts}).", *lines[:_LISTED], *more])
+    )
 
 
 def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | None) -> None:
@@ -207,16 +220,22 @@ def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | N
             mx.eval(array)
         model.load_weights([(name, array)], strict=False)
         del array
-    head = arrays.get("lm_head.weight")
-    if head is not None and target is not None and mx.issubdtype(head.dtype, mx.floating):
+    if "lm_head.weight" in arrays:
+        _check_tied(directory, model, arrays.pop("lm_head.weight"), target)
+    arrays.clear()
+    mx.clear_cache()  # what the casts left behind
+
+
+def _check_tied(directory: Path, model: Model, head: mx.array, target: mx.Dtype | None) -> None:
+    """CheckpointError for a head that the config ties to the embedding, and that differs from it.
+
+    There the reference overrules the config and unties the two.
+    """
+    if target is not None and mx.issubdtype(head.dtype, mx.floating):
         head = head.astype(target)
     embedding = model.model.embed_tokens.weight
-    # Where the two differ the reference overrules the config and unties them.
-    if head is not None and mx.issubdtype(embedding.dtype, mx.floating) and not mx.array_equal(head, embedding):
+    if mx.issubdtype(embedding.dtype, mx.floating) and not mx.array_equal(head, embedding):
         raise CheckpointError(
             f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
             "set tie_word_embeddings to false in config.json"
         )
-    del head, embedding
-    arrays.clear()
-    mx.clear_cache()  # what the casts left behind
