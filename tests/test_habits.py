@@ -151,9 +151,9 @@ def test_mutants_are_made_of_modules_that_there_are_and_guarded_by_tests_that_th
 
 
 def test_functions_are_simple():
-    """ruff's C901 holds it, but for three files."""
+    """ruff's C901 holds it; nothing is let off."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '"C901"' in re.search(r"^select = (.*)$", text, re.M)[1]
     assert re.search(r"^\[tool\.ruff\.lint\.mccabe\]\nmax-complexity = 12$", text, re.M)
-    assert text.count("C901") <= 2
+    assert text.count("C901") == 1
     assert not re.search(r"noqa:.*C901", "".join(path.read_text() for path in (ROOT / "phi3_mlx").rglob("*.py")))
