@@ -51,9 +51,8 @@ def fit(
 def workload_of(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: int | None, rereads: int) -> Workload:
     """What the memory of these rows depends on."""
     lengths = [len(row.prompt) for row in rows]
-    length = max(lengths) + max(
-        row.budget for row in rows
-    )  # shorter rows are padded in front: all answers begin together
+    # Shorter rows are padded in front: all answers begin together.
+    length = max(lengths) + max(row.budget for row in rows)
     workload = Workload.of_model(model, length, len(rows), kv_bits=bits)
     return replace(workload, chunk=chunk, rereads=rereads, ragged=len(set(lengths)) > 1)
 
