@@ -125,7 +125,7 @@ def compare(
 def _figures(comparison: Comparison) -> dict[str, Any]:
     """What --json adds to the names."""
 
-    def of(side: Quality) -> dict[str, Any]:
+    def side_figures(side: Quality) -> dict[str, Any]:
         return {
             "tokens": side.tokens,
             "perplexity": side.perplexity,
@@ -134,8 +134,8 @@ def _figures(comparison: Comparison) -> dict[str, Any]:
 
     return {
         "characters": comparison.a.characters,
-        "quality_a": of(comparison.a),
-        "quality_b": of(comparison.b),
+        "quality_a": side_figures(comparison.a),
+        "quality_b": side_figures(comparison.b),
         "kl": comparison.kl,
         "top1": comparison.top1,
         "note": comparison.note,
