@@ -152,12 +152,12 @@ class _KVBitsType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            found = [int(part) for part in value.split(",")]
+            bits = [int(part) for part in value.split(",")]
         except ValueError:
-            found = []
-        if len(found) not in (1, 2):
+            bits = []
+        if len(bits) not in (1, 2):
             self.fail(f"{value!r} is not a number of bits such as 4, or two such as 8,4 for keys and values")
-        return found[0], found[-1]
+        return bits[0], bits[-1]
 
 
 def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -262,10 +262,10 @@ def in_options(text: str, command: click.Command) -> str:
     """A text with the options of a command for Python's arguments: `kv_bits=4`, `resume=True`, `method='lora'`."""
     options = dict(_options(command))
 
-    def option(found: re.Match[str]) -> str:
-        name, quoted, plain = found.groups()
+    def option(match: re.Match[str]) -> str:
+        name, quoted, plain = match.groups()
         if name not in options:
-            return found[0]
+            return match[0]
         return options[name] if plain == "True" else f"{options[name]} {shlex.quote(quoted) if quoted else plain}"
 
     # Not in names of files: folders of a series of runs are called runs/rank=8.

@@ -93,8 +93,8 @@ def available_ram() -> int:
     """What the system would give without swapping, within the limit of this process's control group."""
     if not MEMINFO.is_file():  # macOS, computing on the CPU
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
-    available = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    match = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
+    available = int(match[1]) * 1024 if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit, used = (CONTROL_GROUP / "memory.max").read_text().strip(), (CONTROL_GROUP / "memory.current").read_text()
         if limit != "max":

@@ -44,7 +44,9 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
         # Written for old software and new. Each alone must give the same numbers, since of some the one is read alone.
         old, new = (parse_config({**raw, other: None}, source) for other in ROPE_KEYS)
         if old != new:
-            differ = ", ".join(one.name for one in fields(old) if getattr(old, one.name) != getattr(new, one.name))
+            differ = ", ".join(
+                field.name for field in fields(old) if getattr(old, field.name) != getattr(new, field.name)
+            )
             Reader({}, source).fail(
                 f"rope_scaling and rope_parameters are both given, and differ in what they make of {differ}; remove one"
             )
@@ -76,7 +78,10 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
             result[name] = array.shape
         elif name not in result:
             for i in range(config.num_hidden_layers):
-                result |= {f"{_LAYERS}{i}.{own.removeprefix(_FIRST)}": shape for own, shape in layer.items()}
+                result |= {
+                    f"{_LAYERS}{i}.{name_in_layer.removeprefix(_FIRST)}": shape
+                    for name_in_layer, shape in layer.items()
+                }
     return result
 
 

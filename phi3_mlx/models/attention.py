@@ -74,15 +74,15 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
     parts: list[mx.array] = []
     at_once = heads_at_once(batch * heads // kv_heads * length, slots, fused_attention())
     for head in range(0, kv_heads, at_once):
-        own = seen if at_once >= kv_heads else [array[:, head : head + at_once] for array in seen]
+        cached = seen if at_once >= kv_heads else [array[:, head : head + at_once] for array in seen]
         queries = q[:, head : head + at_once]
         if parts:
             (queries,) = mx.depends([queries], parts[-1:])
-        scores = scores_of(queries, own[:3], bits).astype(mx.float32)  # (B, H, G * L, S)
+        scores = scores_of(queries, cached[:3], bits).astype(mx.float32)  # (B, H, G * L, S)
         if mask is not None:
             apart = mx.unflatten(scores, 2, (-1, length))
             scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], apart, -mx.inf).flatten(2, 3)
-        parts.append(weighted(mx.softmax(scores, axis=-1).astype(q.dtype), own[3:], bits))
+        parts.append(weighted(mx.softmax(scores, axis=-1).astype(q.dtype), cached[3:], bits))
     return mx.concatenate(parts, axis=1).reshape(batch, heads, length, dim)
 
 
@@ -131,10 +131,10 @@ def _attend_some_heads(
     wait = compute if batch * kv_heads * slots * dim > UNPACKED else _later
     parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
-        own = [array[:, head : head + at_once] for array in seen]
+        cached = [array[:, head : head + at_once] for array in seen]
         if parts:
-            own = mx.depends(own, parts[-1:])
-        k, v = unpack(own, bits)
+            cached = mx.depends(cached, parts[-1:])
+        k, v = unpack(cached, bits)
         queries = q[:, head * group : (head + at_once) * group]
         parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask))
         wait(parts[-1])
@@ -166,12 +166,14 @@ def _attend_in_blocks(
         for first in range(0, length, rows):
             last = min(first + rows, length)
             # The last of these queries sees no further.
-            own = [array[b : b + 1, head : head + at_once, : slots - (length - last)] for array in seen]
+            cached = [array[b : b + 1, head : head + at_once, : slots - (length - last)] for array in seen]
             if before := tiles or parts:  # MLX would else be free to compute all of them at once
-                own = mx.depends(own, before[-1:])
+                cached = mx.depends(cached, before[-1:])
             queries = q[b : b + 1, head * group : (head + at_once) * group, first:last] * (scale * math.log2(math.e))
             visible = partial(_visible, mask, b, slice(first, last), slots - length)
-            tile = _over_blocks(queries.reshape(1, -1, group * (last - first), dim), own, bits, visible, keys, compute)
+            tile = _over_blocks(
+                queries.reshape(1, -1, group * (last - first), dim), cached, bits, visible, keys, compute
+            )
             tiles.append(tile.astype(q.dtype).reshape(1, -1, last - first, dim))
         parts.append(mx.concatenate(tiles, axis=2))
     return mx.concatenate(parts, axis=1).reshape(q.shape)
@@ -189,17 +191,17 @@ def _over_blocks(
     state: list[mx.array] = []
     for first in range(0, seen[0].shape[2], keys):
         block = slice(first, min(first + keys, seen[0].shape[2]))
-        own = [array[:, :, block] for array in seen]
+        cached = [array[:, :, block] for array in seen]
         if state:
-            own = mx.depends(own, state[-1:])
-        k, v = (own[0], own[1]) if bits is None else unpack(own, bits, compute)
+            cached = mx.depends(cached, state[-1:])
+        k, v = (cached[0], cached[1]) if bits is None else unpack(cached, bits, compute)
         scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
         mask = visible(block)
         if mask is not None:
             # Of a block that a query sees nothing of the weights are 1, and vanish when it sees something.
             scores = mx.where(mx.tile(mask, (scores.shape[2] // len(mask), 1)), scores, _HIDDEN)
         state = _joined(state, scores, v)
-        del own, k, v, scores
+        del cached, k, v, scores
         compute(state)
     _, total, out = state
     return out / total

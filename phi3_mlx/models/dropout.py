@@ -17,11 +17,11 @@ import numpy as np
 
 def token_keys(seed: int, step: int, examples: Sequence[int], lengths: Sequence[int]) -> mx.array:
     """A key for every token of these examples (places in the data) of `lengths` in a step: (sum(lengths), 2) uint32."""
-    words = [
+    keys = [
         np.random.SeedSequence([seed, step, example]).generate_state(2 * length)
         for example, length in zip(examples, lengths, strict=True)
     ]
-    return mx.array(np.concatenate(words).reshape(-1, 2))
+    return mx.array(np.concatenate(keys).reshape(-1, 2))
 
 
 class Draws:
@@ -45,9 +45,9 @@ class Draws:
         """Which of `width` numbers of every token are kept: (tokens, width) bool, about `share` of them True."""
         if self._keys is None:
             self._keys = mx.random.split(mx.random.randint(0, 1 << 31, (2,)).astype(mx.uint32), tokens)
-        own = np.random.SeedSequence([self._layer, self._uses]).generate_state(2)
+        module_key = np.random.SeedSequence([self._layer, self._uses]).generate_state(2)
         self._uses += 1  # modules of a layer are always computed in the same order
-        return mx.vmap(lambda key: mx.random.bernoulli(share, (width,), key=key))(self._keys ^ mx.array(own))
+        return mx.vmap(lambda key: mx.random.bernoulli(share, (width,), key=key))(self._keys ^ mx.array(module_key))
 
 
 _current: ContextVar[Draws | None] = ContextVar("draws", default=None)

@@ -96,24 +96,24 @@ class Config(config.Config):
 
     def made_of(self, name: str) -> tuple[str, ...]:
         for ours, theirs in _NAMES.items():
-            before, found, leaf = name.partition(f".{_EXPERTS}.{ours}.")
-            if found:
+            before, marker, leaf = name.partition(f".{_EXPERTS}.{ours}.")
+            if marker:
                 stem = f"{before}.block_sparse_moe.experts"
                 return tuple(f"{stem}.{expert}.{theirs}.{leaf}" for expert in range(self.num_local_experts))
         return (name,)
 
     def cut_from(self, name: str) -> Cut | None:
         # transformers 5's own layout, which it saves if told to (save_original_format=False).
-        found = re.fullmatch(r"(model\.layers\.\d+)\.block_sparse_moe\.(?:switch_mlp\.)?(\w+)\.weight", name)
-        if found is None:
+        match = re.fullmatch(r"(model\.layers\.\d+)\.block_sparse_moe\.(?:switch_mlp\.)?(\w+)\.weight", name)
+        if match is None:
             return None
-        stem, inner = f"{found[1]}.mlp", self.intermediate_size
+        stem, inner = f"{match[1]}.mlp", self.intermediate_size
         return {
             "gate": Cut(f"{stem}.router.weight", 0, self.num_local_experts, self.num_local_experts),
             "gate_proj": Cut(f"{stem}.experts.gate_up_proj", 0, inner, 2 * inner),
             "up_proj": Cut(f"{stem}.experts.gate_up_proj", inner, 2 * inner, 2 * inner),
             "down_proj": Cut(f"{stem}.experts.down_proj", 0, self.hidden_size, self.hidden_size),
-        }.get(found[2])
+        }.get(match[2])
 
     @property
     def experts_per_token(self) -> int:

@@ -76,21 +76,21 @@ def plan_memory(
     if numbers is None:
         numbers = size.numbers if full else adapter_numbers(config, settings)
     kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
-    own = numbers * (item if full else 4)
+    weights = numbers * (item if full else 4)
     gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before
     # Full fine-tuning trains the weights themselves, which are counted already.
-    training = own * (kept if full else 1 + kept) + gradients
+    training = weights * (kept if full else 1 + kept) + gradients
     schedule = Schedule.of(lengths, settings)
     part = schedule.largest_part(settings.accumulate * ranks, trained)
     layer = item * part.tokens * _layer_numbers(config, settings)
     scores = item * part.scores * config.num_attention_heads
-    one, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
+    layer_kept, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
     # The backward pass begins at the output layer, when all layers keep what they need.
     kept_by_layers = config.num_hidden_layers * between
     if not settings.gradient_checkpointing:
         dense = sum(map(config.is_dense, range(config.num_hidden_layers)))
         fewer = layer + item * _sparse_scores(config, part) * config.num_attention_heads
-        kept_by_layers += dense * one + (config.num_hidden_layers - dense) * fewer
+        kept_by_layers += dense * layer_kept + (config.num_hidden_layers - dense) * fewer
     routed = config.experts_per_token > 1
     in_blocks = not fused_attention() and scores > BLOCK * item
     in_work = _WORK * layer + (_AGAIN[routed] * layer if settings.gradient_checkpointing else 0)
@@ -105,7 +105,7 @@ def plan_memory(
         in_work += item * (unpacked if routed else min(unpacked, _SLICES * SLICE))
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
     work = max(in_work, logits) + _BOTH * min(in_work, logits)
-    activations = int(max(kept_by_layers + work, _UPDATE * own))
+    activations = int(max(kept_by_layers + work, _UPDATE * weights))
     return TrainingPlan(size.weights, training, activations, part.tokens)
 
 
