@@ -53,6 +53,12 @@ def preload() -> str | None:
     return "no BLAS was found"
 
 
+@functools.cache
+def is_fast() -> bool:
+    """Whether float32 products of MLX's CPU backend are computed by another than the reference BLAS."""
+    return sys.platform != "linux" or not _reference_blas() or hasattr(ctypes.CDLL(None), _NEEDED[0])
+
+
 def describe() -> str | None:
     """Name, version, kernels and threads of the OpenBLAS in this process, None without one."""
     process = ctypes.CDLL(None)

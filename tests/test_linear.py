@@ -1,10 +1,15 @@
-"""The two ways to multiply by packed weights give the same numbers, and the choice follows what was timed."""
+"""The two ways to multiply by packed weights give the same numbers, and the choice follows rows, device and BLAS."""
+
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from phi3_mlx import blas as mlx_blas
 from phi3_mlx import load
 from phi3_mlx.models import linear
 
@@ -52,15 +57,45 @@ def test_the_output_embedding_too(monkeypatch):
     assert np.abs(np.array(packed.as_linear(x)) - slow).max() < 1e-5
 
 
-def test_the_choice_follows_the_clock(monkeypatch):
-    def timed(*seconds):
-        it = iter(seconds)
-        monkeypatch.setattr(linear, "_seconds", lambda function: next(it))
-        return linear._measured.__wrapped__()
+CHOICE = """
+import time
+import phi3_mlx
+from phi3_mlx.models import linear
+for clock in ("time", "perf_counter", "monotonic", "process_time"):
+    setattr(time, clock, None)  # whoever reads one fails
+print(linear.unpacking_pays())
+"""
 
-    assert timed(32.0, 3.2, 9.0) == 10  # a packed row 1.0, a plain row 0.1, unpacking 9.0
-    assert timed(1.0, 2.0, 0.1) > 10**6  # a BLAS slower than the packed product is never used
-    assert timed(32.0, 3.2, 0.001) == 2  # one row is always multiplied as it is
+
+def chosen(**environment):
+    command = [sys.executable, "-c", CHOICE]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+
+
+def test_two_processes_choose_alike_and_read_no_clock():
+    assert chosen() == chosen() == f"{linear.unpacking_pays()}\n"
+
+
+def test_the_choice_follows_the_blas(monkeypatch):
+    monkeypatch.setattr(linear.blas, "is_fast", lambda: True)
+    assert linear.unpacking_pays() == linear.UNPACKED_ROWS
+    monkeypatch.setattr(linear.blas, "is_fast", lambda: False)
+    assert linear.unpacking_pays() > 10**6
+
+
+@pytest.mark.skipif(not mlx_blas._reference_blas(), reason="MLX has another BLAS here")
+def test_without_a_fast_blas_weights_stay_packed():
+    assert int(chosen(PHI3_MLX_BLAS="off", LD_PRELOAD="")) > 10**6
+
+
+def test_from_those_rows_on_a_layer_unpacks(monkeypatch):
+    monkeypatch.setattr(linear, "unpacking_pays", lambda: linear.UNPACKED_ROWS)
+    unpacked = []
+    monkeypatch.setattr(linear, "unpacked_product", lambda weight, *a, **k: lambda x: unpacked.append(len(x)) or x)
+    packed = linear.Linear(64, 64, bias=False).to_quantized(32, 4)
+    for rows in (1, linear.UNPACKED_ROWS - 1, linear.UNPACKED_ROWS):
+        packed(mx.zeros((rows, 64)))
+    assert unpacked == [linear.UNPACKED_ROWS]
 
 
 def test_on_a_gpu_weights_stay_packed(monkeypatch):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import blas
+
 SLICE = 1 << 19  # numbers of a packed weight that are unpacked at a time
+# The rows from which on unpacking is no slower at 3, 4 and 8 bits, whatever the matrix: `python -m bench.unpacking`,
+# 2026-11-29 in bench/LOG.md.
+UNPACKED_ROWS = 8
 _NEVER = 1 << 30
 
 
@@ -137,29 +140,9 @@ def unpacked_product(
 def unpacking_pays() -> int:
     """From how many rows on `x @ unpacked.T` is faster than MLX's packed product.
 
-    On a GPU never. On the CPU MLX's packed product takes as long for each row as for the first, a BLAS does not, and
-    how good the BLAS is depends on the machine: so both are timed, once.
+    On a GPU never, and on a CPU with the reference BLAS neither. With a fast BLAS from `UNPACKED_ROWS` on: a packed
+    product takes as long for each row as for the first, and the others add little once a weight is unpacked. No clock
+    is read, so that two processes choose alike and a plan says what a run does.
     """
-    return _NEVER if mx.default_device().type == mx.DeviceType.gpu else _measured()
-
-
-@functools.cache
-def _measured() -> int:
-    width, rows = 512, 32
-    packed = mx.quantize(mx.random.normal((width, width), key=mx.random.key(0)), 32, 4)
-    unpacked = mx.dequantize(*packed, 32, 4)
-    x = mx.random.normal((rows, width), key=mx.random.key(1))
-    mx.eval(packed, unpacked, x)
-    row = _seconds(lambda: mx.quantized_matmul(x, *packed, True, 32, 4)) / rows
-    plain_row = _seconds(lambda: x @ unpacked.T) / rows
-    unpack = _seconds(lambda: mx.dequantize(*packed, 32, 4))
-    return max(2, round(unpack / (row - plain_row))) if row > plain_row else _NEVER
-
-
-def _seconds(function: Callable[[], mx.array], times: int = 3) -> float:
-    best = float("inf")
-    for _ in range(times):
-        started = time.perf_counter()
-        mx.eval(function())
-        best = min(best, time.perf_counter() - started)
-    return best
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return _NEVER if on_gpu or not blas.is_fast() else UNPACKED_ROWS

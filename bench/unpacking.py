@@ -1,0 +1,59 @@
+"""From how many rows on unpacked weights are multiplied faster than packed ones: `python -m bench.unpacking`.
+
+The rows that `phi3_mlx.models.linear.UNPACKED_ROWS` names come from here. Every figure is the least of several runs, so
+that a busy machine changes little.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import click
+
+import phi3_mlx  # noqa: F401  (puts a fast BLAS in MLX's place)
+
+SHAPES = (512, 512), (3072, 3072), (8192, 3072), (32064, 3072)  # outputs, inputs
+BITS = 4, 8, 3
+ROWS = 1, 2, 4, 8, 12, 16, 24, 32, 64
+
+
+def least(function: Callable[[], object], runs: int) -> float:
+    """Seconds of the fastest of some runs."""
+    import mlx.core as mx
+
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        mx.eval(function())
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@click.command()
+@click.option("--runs", type=int, default=5, show_default=True, help="Runs of which the fastest counts.")
+@click.option("--large", is_flag=True, help="The output layer of Phi-3-mini as well, which takes minutes.")
+def main(runs: int, large: bool) -> None:
+    """Milliseconds of a packed product and of an unpacked one, by rows; and from how many on the second is faster."""
+    import mlx.core as mx
+
+    from phi3_mlx.models.linear import unpacked_product
+
+    for (outputs, inputs), bits in itertools.product(SHAPES if large else SHAPES[:-1], BITS):
+        packed = mx.quantize(mx.random.normal((outputs, inputs), key=mx.random.key(0)), 32, bits)
+        product = unpacked_product(*packed, group_size=32, bits=bits)
+        mx.eval(packed)
+        cells, faster = [], None
+        for rows in ROWS:
+            x = mx.random.normal((rows, inputs), key=mx.random.key(1))
+            mx.eval(x)
+            as_packed = least(lambda: mx.quantized_matmul(x, *packed, True, 32, bits), runs)  # noqa: B023
+            unpacked = least(lambda: product(x), runs)  # noqa: B023
+            faster = faster or (rows if unpacked < as_packed else None)
+            cells.append(f"{rows}: {as_packed * 1e3:.1f}/{unpacked * 1e3:.1f}")
+        click.echo(f"{outputs} x {inputs}, {bits} bits: from {faster} rows on; {'  '.join(cells)} ms")
+
+
+if __name__ == "__main__":
+    main()
