@@ -23,6 +23,7 @@ _PUBLIC = {
     "Generation": "engine.batch",
     "KVBits": "models.cache",
     "Phi3Error": "errors",
+    "Plan": "engine.plan",
     "ProgressBar": "display",
     "PromptCache": "generation.prompt_cache",
     "Sampling": "engine.sampling",
@@ -39,7 +40,10 @@ _PUBLIC = {
     "load": "generation.loading",
     "load_model": "generation.loading",
     "load_tokenizer": "generation.loading",
+    "longest_context": "engine.fits",
+    "mac_working_set": "engine.machine",
     "memory_limit": "engine.machine",
+    "memory_plan": "engine.fits",
     "resolve": "store.hub",
     "stream_generate": "generation.answers",
     "tune": "tuning",
@@ -53,7 +57,11 @@ if TYPE_CHECKING:
     from .conversion.fuse import fuse as fuse
     from .display import ProgressBar as ProgressBar
     from .engine.batch import Generation as Generation
+    from .engine.fits import longest_context as longest_context
+    from .engine.fits import memory_plan as memory_plan
+    from .engine.machine import mac_working_set as mac_working_set
     from .engine.machine import memory_limit as memory_limit
+    from .engine.plan import Plan as Plan
     from .engine.sampling import Sampling as Sampling
     from .engine.tokens import Statistics as Statistics
     from .engine.tokens import Token as Token

@@ -1,6 +1,7 @@
 """The documentation is true to the code: commands parse, quoted messages exist, public names are all there."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -154,6 +155,14 @@ def test_pages_import_public_names_alone():
         assert not_public(code) == [], code
     lines = ("from phi3_mlx.store import hub", "import phi3_mlx.engine", "from phi3_mlx import hidden_thing")
     assert all(not_public(line) for line in lines)
+
+
+def test_notebooks_import_public_names_alone():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        assert len(cells) >= 5
+        for code in ("".join(cell["source"]) for cell in cells):
+            assert code.startswith("!") or not_public(code) == [], f"{path.name}: {code}"
 
 
 def not_public(code):

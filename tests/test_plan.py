@@ -12,7 +12,18 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx import Conversation, Phi3Error, batch_generate, generate, load, memory_limit, sizes, stream_generate
+from phi3_mlx import (
+    Conversation,
+    Phi3Error,
+    batch_generate,
+    generate,
+    load,
+    longest_context,
+    memory_limit,
+    memory_plan,
+    sizes,
+    stream_generate,
+)
 from phi3_mlx.cli import main
 from phi3_mlx.cli.tables import print_table
 from phi3_mlx.conversion.texts import bundled
@@ -609,3 +620,26 @@ def test_tables_leave_out_what_a_narrow_terminal_cannot_hold(capsys, monkeypatch
 
 def test_memory_errors_are_faults_of_the_run():
     assert issubclass(MemoryLimitError, Phi3Error)
+
+
+def test_python_plans_what_the_command_line_says(capsys):
+    name = "phi-3.5-mini-4bit"
+    with pytest.raises(SystemExit):
+        main(["plan", "-m", name, "--context", "32768", "--memory", "16GB", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    for bits in (16, 8, 4, 2):
+        kv_bits = None if bits == 16 else bits
+        assert memory_plan(name, 32768, kv_bits=kv_bits).total == said["needs"][str(bits)]
+        assert longest_context(name, "16GB", kv_bits=kv_bits) == said["machines"][0]["longest"][str(bits)]
+    assert memory_plan(name, 32768, kv_bits=(8, 4)).cache < memory_plan(name, 32768, kv_bits=8).cache
+    assert longest_context(name, "1GB") == 0
+
+
+def test_a_plan_of_a_directory_on_this_machine_has_its_weights():
+    tiny = hub.resolve("tiny")
+    assert memory_plan(tiny, 100, here=True).weights == model_size(tiny).weights
+    for tokens in (0, 4097):
+        with pytest.raises(OptionError, match=f"tokens={tokens:,} is outside 1 to 4,096"):
+            memory_plan("tiny", tokens)
+    with pytest.raises(OptionError, match="tokens"):
+        memory_plan("tiny", "many")

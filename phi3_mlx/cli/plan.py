@@ -37,12 +37,13 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
+    from ..engine.fits import workload_named
     from ..sizes import size_text
     from .tables import print_table
 
     if here and memory is not None:
         raise click.UsageError("--here and --memory name two machines; give one of them")
-    run = _run(model, revision, here)
+    run = workload_named(model, revision, here=here)
     longest = run.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
@@ -106,26 +107,6 @@ def _answer(weights: int, context: int | None, machine: dict[str, Any], widths: 
     enough = [bits for bits, width in widths.items() if machine["longest"][width] >= context]
     flag = f" with --kv-bits {enough[0]}" if enough and enough[0] else ""
     return f"{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}."
-
-
-def _run(model: str, revision: str | None, here: bool) -> Workload:
-    """What is known of the model: its files where they are on this disk, else the released shape of its name.
-
-    On a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any length, so that an
-    answer may begin on this side of LongRoPE's boundary and end beyond it.
-    """
-    from ..engine.plan import Workload
-    from ..models import read_config
-    from ..models.attention import fused_attention
-    from ..store import hub
-
-    fused = not here or fused_attention()
-    alias = hub.find_alias(model)
-    if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
-        return Workload.of_release(alias.shape, alias.bytes, fused=fused).crossing()
-    directory = hub.resolve(model, revision)
-    dtype = "float32" if read_config(directory).dtype == "float32" or not fused else "bfloat16"
-    return Workload.of_directory(directory, 1, dtype=dtype, fused=fused).crossing()
 
 
 def _packed(run: Workload, bits: int, length: int = 1) -> Workload:

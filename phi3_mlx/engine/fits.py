@@ -1,14 +1,76 @@
-"""The family's table: the released models, and the longest context of each on a Mac."""
+"""What fits: the memory that a model's run takes, the longest context on a Mac, and the family's table of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ..sizes import size_text
+from ..errors import OptionError
+from ..models import read_config
+from ..models.attention import fused_attention
+from ..models.cache import make_kv_bits
+from ..sizes import parse_size, size_text
+from ..store import hub
 from ..store.family import MEMBERS, packed_bytes
+from ..values import whole
 from .machine import mac_working_set
-from .plan import Workload
+from .plan import Plan, Workload
+
+
+def workload_named(name: str | Path, revision: str | None = None, *, here: bool = False) -> Workload:
+    """What is known of a model: its files where they are on this disk, else the released shape of its name.
+
+    One token long, on a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any
+    length, so that an answer may begin on this side of LongRoPE's boundary and end beyond it.
+    """
+    fused = not here or fused_attention()
+    alias = hub.find_alias(str(name))
+    if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
+        return Workload.of_release(alias.shape, alias.bytes, fused=fused).crossing()
+    directory = hub.resolve(name, revision)
+    dtype = "float32" if read_config(directory).dtype == "float32" or not fused else "bfloat16"
+    return Workload.of_directory(directory, 1, dtype=dtype, fused=fused).crossing()
+
+
+def memory_plan(
+    name: str | Path,
+    tokens: int,
+    *,
+    revision: str | None = None,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int | None = None,
+    here: bool = False,
+) -> Plan:
+    """The bytes that a run takes at its peak, before anything is loaded; a released model need not be on this disk.
+
+        memory_plan("phi-3.5-mini-4bit", 32_000, kv_bits=4).total
+
+    `tokens`: prompt and answer together. `kv_bits` and `kv_group_size` as for `generate`. The plan is that of a Mac's
+    GPU, with the smallest prefill chunk; of this machine if `here`. Raises ModelNotFoundError, CheckpointError,
+    ConfigError, and OptionError for a value of another type or outside its range.
+    """
+    workload = workload_named(name, revision, here=here)
+    longest, tokens = workload.config.max_position_embeddings, whole(tokens, "tokens")
+    if not 0 < tokens <= longest:
+        raise OptionError(f"tokens={tokens:,} is outside 1 to {longest:,}, the model's context; give one inside")
+    return replace(workload, length=tokens, bits=make_kv_bits(kv_bits, kv_group_size)).plan(0)
+
+
+def longest_context(
+    name: str | Path,
+    memory: int | str,
+    *,
+    revision: str | None = None,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int | None = None,
+) -> int:
+    """The most tokens, prompt and answer together, that fit a Mac sold with `memory` ("16GB"); 0 if none do.
+
+    Within what Metal recommends to use, as `phi3-mlx plan` shows it. Raises what `memory_plan` raises.
+    """
+    within = mac_working_set(parse_size(memory, sold=True))
+    return replace(workload_named(name, revision), bits=make_kv_bits(kv_bits, kv_group_size)).longest(within)
 
 
 @dataclass(frozen=True)
