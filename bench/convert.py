@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,19 +32,20 @@ def make_checkpoint(directory: Path, layers: int) -> None:
     import mlx.core as mx
 
     from phi3_mlx import resolve
+    from phi3_mlx.conversion.layout import Entry, Layout
     from phi3_mlx.conversion.sources import tensor_of
-    from phi3_mlx.conversion.writer import write_weights
+    from phi3_mlx.conversion.writer import DirectorySink
     from phi3_mlx.models import parse_config, shapes
 
     config = {**PHI_3_MINI, "num_hidden_layers": layers}
-    tensors = {name: tensor_of("BF16", shape) for name, shape in shapes(parse_config(config)).items()}
+    entries = (Entry(name, tensor_of("BF16", shape)) for name, shape in shapes(parse_config(config)).items())
 
-    def arrays() -> Iterator[tuple[str, mx.array]]:
-        for name, tensor in tensors.items():
-            yield name, (mx.random.normal(tensor.shape, scale=0.02) + (len(tensor.shape) == 1)).astype(mx.bfloat16)
+    def random(entry: Entry) -> list[mx.array]:
+        shape = entry.tensor.shape
+        return [(mx.random.normal(shape, scale=0.02) + (len(shape) == 1)).astype(mx.bfloat16)]
 
     directory.mkdir()
-    write_weights(directory, tensors, arrays())
+    DirectorySink(directory).write(Layout(tuple(entries), None), random)
     (directory / "config.json").write_text(json.dumps(config))
     for file in resolve("tiny").glob("tokenizer*"):
         shutil.copy(file, directory)

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 
 from phi3_mlx import compare, resolve
 from phi3_mlx.conversion.gptq import calibrated
+from phi3_mlx.conversion.layout import Layout, Rounder
 from phi3_mlx.conversion.opening import open_source
-from phi3_mlx.conversion.rounding import Recipe, packings, planned, rounded, uniform
+from phi3_mlx.conversion.recipes import Recipe, uniform
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
 from phi3_mlx.conversion.sources import Source, weights_of
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.conversion.writer import write_json, write_weights
+from phi3_mlx.conversion.writer import DirectorySink, write_json
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.text.tokenizer import read_tokenizer
 
@@ -36,14 +36,13 @@ from . import plots, record
 _MIXED = (2.75, 3.0, 3.25, 3.75, 4.0, 4.25, 4.75, 5.0, 5.25, 6.0, 7.0, 8.0)  # beside uniform's own sizes
 
 
-def _write(directory: Path, source: Source, recipe: Recipe | None, arrays: Iterator[tuple[str, mx.array]]) -> float:
+def _write(directory: Path, source: Source, layout: Layout, arrays: Rounder) -> float:
     """A model directory without a tokenizer; returns its bits per weight."""
     directory.mkdir()
-    tensors = planned(source.tensors, packings(recipe, source.tensors, source.name))
-    write_weights(directory, tensors, arrays)
-    write_json(directory / "config.json", source.config | ({"quantization": recipe} if recipe else {}))
-    weights = weights_of(source)
-    return 8 * sum(tensor.nbytes for tensor in tensors.values()) / weights
+    sink = DirectorySink(directory)
+    sink.write(layout, arrays)
+    sink.write_config(source.config, layout)
+    return 8 * layout.nbytes / weights_of(source)
 
 
 @click.command(help=__doc__)
@@ -79,15 +78,16 @@ def main(
         read = tokenizer.encode(text.read() if text else bundled("sample"))[:tokens]
         words = tokenizer.decode(read)
         ids = tokenizer.encode(calibration.read() if calibration else bundled("calibration"))[:calibration_tokens]
-        _write(Path(folder, "reference"), source, None, rounded(source, None))
+        _write(Path(folder, "reference"), source, Layout.of(source, None), rounded(source))
         reference = read_model(Path(folder, "reference"))
         rows: list[dict[str, Any]] = []
 
         def point(method: str, recipe: Recipe, gptq: bool) -> None:
             directory = Path(folder, str(len(rows)))
             start = time.perf_counter()
-            arrays = calibrated(source, recipe, ids) if gptq else rounded(source, recipe)
-            size = _write(directory, source, recipe, arrays)
+            layout = Layout.of(source, recipe)
+            arrays = calibrated(source, layout, ids) if gptq else rounded(source)
+            size = _write(directory, source, layout, arrays)
             seconds = time.perf_counter() - start
             found = compare(reference, tokenizer, read_model(directory), tokenizer, words)
             assert found.kl is not None

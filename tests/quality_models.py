@@ -10,11 +10,11 @@ import oracle
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
+from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
-from phi3_mlx.conversion.rounding import packings, planned
 from phi3_mlx.conversion.sources import tensor_of
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.conversion.writer import write_weights
+from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.evaluation.quality import compare
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
@@ -72,11 +72,15 @@ def random_ids(count, size=oracle.BASE["vocab_size"], seed=0):
     return np.random.default_rng(seed).integers(0, size, count).tolist()
 
 
-def write_model(directory, source, recipe, arrays):
-    """A model directory of `arrays`, which come as `recipe` plans them."""
+def arrays_of(layout, rounder):
+    """What a rounder makes of a layout, by name."""
+    return {name: array for entry in layout.entries for name, array in zip(entry.stored, rounder(entry), strict=True)}
+
+
+def write_model(directory, source, recipe, rounder):
+    """A model directory of what `rounder` makes of the layout that `recipe` gives the source."""
     directory.mkdir()
-    found = packings(recipe, source.tensors, source.name)
-    write_weights(directory, planned(source.tensors, found), arrays)
+    DirectorySink(directory).write(Layout.of(source, recipe), rounder)
     source.write_extras(directory)
     config = source.config if recipe is None else {**source.config, "quantization": recipe}
     (directory / "config.json").write_text(json.dumps(config))

@@ -11,7 +11,7 @@ import pytest
 
 from phi3_mlx import ProgressBar, display, load
 from phi3_mlx.conversion import Conversion
-from phi3_mlx.conversion.writer import Progress
+from phi3_mlx.conversion.sinks import Progress
 from phi3_mlx.evaluation.quality import Comparison, Quality
 from phi3_mlx.generation.conversation import Conversation
 from phi3_mlx.tuning.run import Result

@@ -7,11 +7,13 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
+from quality_models import RandomSource, arrays_of, divergence, random_ids, stories, trained, write_model
 
 from phi3_mlx.conversion import gptq
 from phi3_mlx.conversion.gptq import calibrated, hessian_of, pack_codes
-from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
+from phi3_mlx.conversion.layout import Layout
+from phi3_mlx.conversion.recipes import uniform
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
 from phi3_mlx.store.checkpoint import read_model
@@ -133,14 +135,15 @@ def test_what_comes_is_what_was_planned(tmp_path, name):
         f"{layers}.1.mlp.down_proj": uniform(8, 64),
         f"{layers}.2.mlp.gate_up_proj": False,
     }
-    plan = planned(source.tensors, packings(recipe, source.tensors, "test"))
-    arrays = dict(calibrated(source, recipe, random_ids(200), window=32))
+    layout = Layout.of(source, recipe)
+    plan = layout.stored
+    arrays = arrays_of(layout, calibrated(source, layout, random_ids(200), window=32))
     assert list(arrays) == list(plan)
     assert all((a.shape, a.dtype) == (plan[n].shape, to_mlx(plan[n].dtype)) for n, a in arrays.items())
     for name in set(arrays) & set(source.tensors):
         if arrays[name].dtype != mx.uint32:
             assert mx.array_equal(arrays[name], source.read(name)), name
-    model = read_model(write_model(tmp_path / "model", source, recipe, arrays.items()))
+    model = read_model(write_model(tmp_path / "model", source, recipe, lambda entry: [arrays[n] for n in entry.stored]))
     assert model.layers[0].self_attn.qkv_proj.bits == 3
 
 
@@ -156,11 +159,12 @@ def test_inputs_are_those_of_the_packed_layers(monkeypatch):
         return original(weight, hessian, packing, dtype)
 
     monkeypatch.setattr(gptq, "gptq", spy)
-    arrays = dict(calibrated(source, recipe, ids, window=32))
+    layout = Layout.of(source, recipe)
+    arrays = arrays_of(layout, calibrated(source, layout, ids, window=32))
     model = oracle.make_ours(source.config)
     for name in source.tensors:
         path = name.removesuffix(".weight")
-        if name in packings(recipe, source.tensors, "test"):
+        if name in Layout.of(source, recipe).packings:
             weight = mx.dequantize(*(arrays[f"{path}.{part}"] for part in ("weight", "scales", "biases")), **recipe)
         else:
             weight = source.read(name)
@@ -179,9 +183,11 @@ def test_gptq_beats_rounding_on_trained_weights(tmp_path):
     source, tokenizer = trained()
     recipe = uniform(3, 64)
     ids = tokenizer.encode(stories("calibration"))
-    reference = read_model(write_model(tmp_path / "reference", source, None, rounded(source, None)))
-    plain = write_model(tmp_path / "round", source, recipe, rounded(source, recipe))
-    better = write_model(tmp_path / "gptq", source, recipe, calibrated(source, recipe, ids, window=128))
+    reference = read_model(write_model(tmp_path / "reference", source, None, rounded(source)))
+    plain = write_model(tmp_path / "round", source, recipe, rounded(source))
+    better = write_model(
+        tmp_path / "gptq", source, recipe, calibrated(source, Layout.of(source, recipe), ids, window=128)
+    )
     kl = [divergence(reference, path, tokenizer, stories("sample")) for path in (plain, better)]
     assert kl[1] < 0.9 * kl[0]
 
@@ -193,7 +199,10 @@ def test_memory_is_that_of_a_layer_not_of_the_model():
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in calibrated(source, uniform(4, 64), ids, window=64):
+    layout = Layout.of(source, uniform(4, 64))
+    rounder = calibrated(source, layout, ids, window=64)
+    for entry in layout.entries:
+        rounder(entry)
         mx.clear_cache()
     peak = mx.get_peak_memory() - before
     assert source.float_bytes > 10 * source.layer_bytes
@@ -207,13 +216,15 @@ def test_a_model_that_is_not_finite_is_refused():
             weight = super().read(name)
             return weight * math.inf if name.endswith("0.self_attn.o_proj.weight") else weight
 
+    source = Broken(num_hidden_layers=1)
+    layout = Layout.of(source, uniform(4, 64))
     with pytest.raises(CheckpointError, match="not finite"):
-        list(calibrated(Broken(num_hidden_layers=1), uniform(4, 64), random_ids(64), window=64))
+        arrays_of(layout, calibrated(source, layout, random_ids(64), window=64))
 
 
 def test_what_cannot_be_calibrated_is_refused_at_once():
     source = RandomSource(num_hidden_layers=1)
     with pytest.raises(OptionError, match="mxfp4"):
-        calibrated(source, uniform(None, None, "mxfp4"), random_ids(300))
+        calibrated(source, Layout.of(source, uniform(None, None, "mxfp4")), random_ids(300))
     with pytest.raises(PromptError, match="255 tokens, and 256 are needed"):
-        calibrated(source, uniform(4, 64), random_ids(255))
+        calibrated(source, Layout.of(source, uniform(4, 64)), random_ids(255))

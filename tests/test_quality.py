@@ -12,7 +12,8 @@ from quality_models import TRAINED, Letters, RandomSource, stories, write_model
 from test_cli import one_line, run  # noqa: F401
 from tuning_models import make_directory
 
-from phi3_mlx.conversion.rounding import rounded, uniform
+from phi3_mlx.conversion.recipes import uniform
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.errors import OptionError, PromptError
 from phi3_mlx.evaluation.quality import compare, log_softmax
 from phi3_mlx.store.checkpoint import read_model
@@ -25,8 +26,8 @@ def pair(tmp_path_factory):
     """A random model and its 4-bit rounding, both loaded."""
     source, folder = RandomSource(num_hidden_layers=2, scale=0.2), tmp_path_factory.mktemp("pair")
     recipe = uniform(4, 64)
-    a = write_model(folder / "a", source, None, rounded(source, None))
-    b = write_model(folder / "b", source, recipe, rounded(source, recipe))
+    a = write_model(folder / "a", source, None, rounded(source))
+    b = write_model(folder / "b", source, recipe, rounded(source))
     return read_model(a), read_model(b)
 
 
@@ -101,7 +102,7 @@ def test_other_tokens_leave_perplexity_per_character(pair):
 
 def test_another_vocabulary_leaves_perplexities(pair, tmp_path):
     source = RandomSource(num_hidden_layers=1, vocab_size=192)
-    other = read_model(write_model(tmp_path / "other", source, None, rounded(source, None)))
+    other = read_model(write_model(tmp_path / "other", source, None, rounded(source)))
     found = compare(pair[0], Letters(), other, Letters(), TEXT)
     assert found.kl is None
     assert "160 and 192" in found.note

@@ -10,8 +10,9 @@ import pytest
 from quality_models import stories, trained, write_model
 
 from phi3_mlx import load
+from phi3_mlx.conversion.recipes import uniform
 from phi3_mlx.conversion.report import memory_needed, table, write_report
-from phi3_mlx.conversion.rounding import rounded, uniform
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.errors import PromptError
 from phi3_mlx.evaluation.quality import compare
 from phi3_mlx.store.checkpoint import read_model
@@ -24,7 +25,7 @@ MIXED = {**uniform(4, 64), "model.layers.2.mlp.down_proj": uniform(2, 32), "mode
 def converted(tmp_path_factory):
     """(source, directory, report) of the bundled weights after a conversion."""
     source, _ = trained()
-    directory = write_model(tmp_path_factory.mktemp("report") / "model", source, MIXED, rounded(source, MIXED))
+    directory = write_model(tmp_path_factory.mktemp("report") / "model", source, MIXED, rounded(source))
     done = []
     report = write_report(
         directory, source, text=TEXT, text_name="a story", window=64, progress=lambda *n: done.append(n)
@@ -35,7 +36,7 @@ def converted(tmp_path_factory):
 
 def test_it_finds_what_comparing_the_whole_models_finds(converted, tmp_path):
     source, directory, report = converted
-    original, tokenizer = read_model(write_model(tmp_path / "a", source, None, rounded(source, None))), trained()[1]
+    original, tokenizer = read_model(write_model(tmp_path / "a", source, None, rounded(source))), trained()[1]
     found = compare(original, tokenizer, read_model(directory), tokenizer, TEXT, window=64)
     assert report.comparison.a.nats == pytest.approx(found.a.nats, rel=1e-5)
     assert report.comparison.b.nats == pytest.approx(found.b.nats, rel=1e-5)
@@ -97,7 +98,7 @@ def test_its_files_say_the_same(converted):
 
 def test_without_matplotlib_there_is_a_line_in_the_place_of_the_plot(tmp_path, monkeypatch):
     source, _ = trained()
-    directory = write_model(tmp_path / "model", source, None, rounded(source, None))
+    directory = write_model(tmp_path / "model", source, None, rounded(source))
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -11,14 +11,16 @@ import pytest
 from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
 
 from phi3_mlx.conversion import sensitivity
-from phi3_mlx.conversion.rounding import packings, planned, rounded, uniform
+from phi3_mlx.conversion.layout import Layout
+from phi3_mlx.conversion.recipes import uniform
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, choose_recipe, measure, sizes_of
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
 from phi3_mlx.store.checkpoint import read_model
 
 
 def size_of(source, recipe):
-    return sum(part.nbytes for part in planned(source.tensors, packings(recipe, source.tensors, "test")).values())
+    return Layout.of(source, recipe).nbytes
 
 
 def weights_of(source):
@@ -36,7 +38,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def reference(tiny, tmp_path_factory):
     source = tiny[0]
-    return read_model(write_model(tmp_path_factory.mktemp("tiny") / "model", source, None, rounded(source, None)))
+    return read_model(write_model(tmp_path_factory.mktemp("tiny") / "model", source, None, rounded(source)))
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -72,7 +74,7 @@ def test_costs_are_kl_divergences_of_whole_models(tied):
 def test_costs_of_trained_tensors_add_up(tiny, reference, tmp_path):
     source, tokenizer, costs = tiny
     recipe = uniform(4, 64)
-    path = write_model(tmp_path / "all", source, recipe, rounded(source, recipe))
+    path = write_model(tmp_path / "all", source, recipe, rounded(source))
     together = divergence(reference, path, tokenizer, stories("calibration")[:900])
     assert together == pytest.approx(sum(of[4] for of in costs.values()), rel=0.5)
 
@@ -167,7 +169,7 @@ def test_a_size_is_met_within_a_tensors_step(tiny, monkeypatch, bpw):
     for how in ({"target_bpw": bpw}, {"target_bytes": int(target)}):
         recipe = choose_recipe(source, **how, ids=[])
         sizes, _ = sizes_of(source, 64, BITS)
-        found = packings(recipe, source.tensors, "test")
+        found = Layout.of(source, recipe).packings
         steps = [of[w] - of[found[n]["bits"]] for n, of in sizes.items() for w in BITS if w > found[n]["bits"]]
         assert 0 <= target - size_of(source, recipe) < min(steps)
 
@@ -180,10 +182,10 @@ def test_the_recipe_as_json_makes_the_same_model_again(tiny, tmp_path):
     recipe = choose_recipe(source, **options, progress=lambda *count: done.append(count))
     assert done == [*((i, 12) for i in range(7)), *((i, 12) for i in range(6, 13))]
     assert recipe == choose_recipe(source, **options) == json.loads(json.dumps(recipe))
-    widths = {of["bits"] for of in packings(recipe, source.tensors, "test").values()}
+    widths = {of["bits"] for of in Layout.of(source, recipe).packings.values()}
     assert widths <= {3, 4, 6}
     assert len(widths) > 1
-    model = read_model(write_model(tmp_path / "model", source, recipe, rounded(source, recipe)))
+    model = read_model(write_model(tmp_path / "model", source, recipe, rounded(source)))
     for path, own in recipe.items():
         if "." in path:
             layer = model.layers[int(path.split(".")[2])] if "layers" in path else model.model
@@ -202,7 +204,7 @@ def test_mixed_bits_beat_uniform_at_equal_size(tiny, reference, tmp_path, bits):
     mixed = as_recipe(allocate(costs, sizes, size_of(source, plain) - fixed), sizes, 64)
     assert size_of(source, mixed) <= size_of(source, plain)
     paths = [
-        write_model(tmp_path / name, source, recipe, rounded(source, recipe))
+        write_model(tmp_path / name, source, recipe, rounded(source))
         for name, recipe in (("uniform", plain), ("mixed", mixed))
     ]
     kl = [divergence(reference, path, tokenizer, stories("sample")[:1500]) for path in paths]
@@ -212,7 +214,7 @@ def test_mixed_bits_beat_uniform_at_equal_size(tiny, reference, tmp_path, bits):
 def test_widths_that_no_group_divides_stay_unpacked():
     source = RandomSource(num_hidden_layers=1, intermediate_size=288)
     recipe = choose_recipe(source, target_bpw=9.0, ids=random_ids(128), bits=(2, 4, 8))
-    found = packings(recipe, source.tensors, "test")
+    found = Layout.of(source, recipe).packings
     assert "model.layers.0.mlp.down_proj.weight" not in found
     assert len(found) == 5
     assert size_of(source, recipe) <= 9.0 * weights_of(source) / 8

@@ -11,7 +11,7 @@ from tuning_models import make_directory
 from phi3_mlx import memory_limit
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
-from phi3_mlx.conversion import fuse as fusing
+from phi3_mlx.conversion import effect
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.engine import plan
 from phi3_mlx.errors import MemoryLimitError
@@ -61,7 +61,7 @@ def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp
 def test_a_fusion_that_does_not_fit_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):
     """In Python and at the terminal, each in its words; in floats it needs little; `force` tries all the same."""
     make_adapter(models[4], tmp_path / "a")
-    monkeypatch.setattr(fusing, "read_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr(effect, "read_model", lambda *a, **k: pytest.fail("was loaded"))
     refused = pytest.raises(
         MemoryLimitError,
         match=r"measuring what is left of .* needs .* \(weights .*, work .*\), and .* may be used: dequantize=True "

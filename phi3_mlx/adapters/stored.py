@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,22 @@ class StoredLayers:
 
     def layer(self, path: str) -> nn.Module:
         """A linear layer's arrays, read when they are used; scales in float32."""
-        layer = nn.Module()
-        layer.weight = self.read(f"{path}.weight")
-        packed = self.packing(path)
-        if packed is not None:
-            scales = self.read(f"{path}.scales")
-            layer.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
-            if f"{path}.biases" in self.tensors:
-                layer.biases = self.read(f"{path}.biases").astype(mx.float32)
-            layer.group_size, layer.bits, layer.mode = packed["group_size"], packed["bits"], packed["mode"]
-        return layer
+        return read_layer(path, self.packing(path), self.read)
 
     def read(self, name: str) -> mx.array:
         """A tensor, read when it is used."""
         # Opened for each: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
+
+
+def read_layer(path: str, packing: Mapping[str, Any] | None, read: Callable[[str], mx.array]) -> nn.Module:
+    """The linear layer `path`, packed so or not, of the arrays that `read` gives by name; scales in float32."""
+    layer = nn.Module()
+    layer.weight = read(f"{path}.weight")
+    if packing is not None:
+        scales = read(f"{path}.scales")
+        layer.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
+        if packing["mode"] == "affine":
+            layer.biases = read(f"{path}.biases").astype(mx.float32)
+        layer.group_size, layer.bits, layer.mode = packing["group_size"], packing["bits"], packing["mode"]
+    return layer

@@ -14,7 +14,7 @@ from .terminal import escape, note, progress_bar, say, show_rich
 
 if TYPE_CHECKING:
     from ..conversion import Conversion
-    from ..conversion.writer import Progress
+    from ..conversion.sinks import Progress
 
 
 @click.command()

@@ -12,7 +12,7 @@ from ..config import read_json
 from ..errors import OptionError
 from ..store.checkpoint import DTYPES
 from .options import Options
-from .rounding import Recipe, left_alone
+from .recipes import Recipe, left_alone
 from .sources import Source
 
 

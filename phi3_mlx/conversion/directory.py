@@ -27,7 +27,11 @@ _FLOATS = ("BF16", "F16", "F32")  # each fits the last
 
 
 class DirectorySource:
-    """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split."""
+    """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split.
+
+    By the names of its files, `stored` are the tensors there, `unpacked` the same without scales and biases and as they
+    are when unpacked, and `packings` says how a weight is packed.
+    """
 
     blocks: Mapping[str, Blocks] = {}
 
@@ -39,16 +43,17 @@ class DirectorySource:
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")
         weights = find_weights(directory)
-        self._stored, self._homes = weights.tensors, weights.homes
+        self.stored, self._homes = weights.tensors, weights.homes
         self.quantization = raw.pop("quantization", None)
         if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
             del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
         if self.quantization is not None and not isinstance(self.quantization, Mapping):
             raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
-        self._packings = self._find_packings(raw, where)
-        if not self._packings:  # the config has kept what a tool has unpacked
+        self.packings = self._find_packings(raw, where)
+        if not self.packings:  # the config has kept what a tool has unpacked
             self.quantization = None
-        unpacked = {name: self._unpacked(name, raw) for name in self._stored if not self._belongs_to_packed(name)}
+        unpacked = {name: self._unpacked(name, raw) for name in self.stored if not self._belongs_to_packed(name)}
+        self.unpacked = unpacked
         try:
             self.config, self._parts = plan(raw, unpacked, self.name)
         except CheckpointError as error:
@@ -83,22 +88,23 @@ class DirectorySource:
                 shutil.copyfile(_own(file, self._directory), copy)
 
     def _part(self, name: str) -> mx.array:
-        packing = self._packings.get(name)
+        packing = self.packings.get(name)
         if packing is None:
-            return self._load(name)
+            return self.load(name)
         path = name.removesuffix(".weight")
-        biases = self._load(f"{path}.biases") if packing["mode"] == "affine" else None
+        biases = self.load(f"{path}.biases") if packing["mode"] == "affine" else None
         dtype = to_mlx(self._unpacked(name, self.config).dtype)
-        return mx.dequantize(self._load(name), self._load(f"{path}.scales"), biases, **packing, dtype=dtype)
+        return mx.dequantize(self.load(name), self.load(f"{path}.scales"), biases, **packing, dtype=dtype)
 
-    def _load(self, name: str) -> mx.array:
+    def load(self, name: str) -> mx.array:
+        """A tensor of `stored` as it is there, read when it is used."""
         # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
 
     def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
         """Group size, bits and mode of every packed weight, by its name."""
         packings = {}
-        paths = [name.removesuffix(".scales") for name in self._stored if name.endswith(".scales")]
+        paths = [name.removesuffix(".scales") for name in self.stored if name.endswith(".scales")]
         if paths and self.quantization is None:
             raise CheckpointError(
                 f"{self.name} holds packed weights ({paths[0]}.scales), but its config.json has no quantization; "
@@ -106,9 +112,9 @@ class DirectorySource:
             )
         for path in paths:
             assert self.quantization is not None
-            packing = find_packing(path, _width(path, raw), self.quantization, self._stored, where)
+            packing = find_packing(path, _width(path, raw), self.quantization, self.stored, where)
             parts = ("weight", "scales", "biases") if packing and packing["mode"] == "affine" else ("weight", "scales")
-            missing = next((part for part in parts if f"{path}.{part}" not in self._stored), None)
+            missing = next((part for part in parts if f"{path}.{part}" not in self.stored), None)
             if packing is None or missing is not None:
                 why = f"{path}.{missing} is missing" if packing else f"config.json says {path} is not packed"
                 raise CheckpointError(f"{self.name} holds {path}.scales, but {why}; download it again")
@@ -118,8 +124,8 @@ class DirectorySource:
 
     def _check_packed(self, path: str, packing: Mapping[str, Any]) -> None:
         """CheckpointError unless the shapes of a packed layer belong together."""
-        weight, scales = self._stored[f"{path}.weight"], self._stored[f"{path}.scales"]
-        biases = self._stored.get(f"{path}.biases")
+        weight, scales = self.stored[f"{path}.weight"], self.stored[f"{path}.scales"]
+        biases = self.stored.get(f"{path}.biases")
         width = scales.shape[-1] * packing["group_size"] if len(scales.shape) in (2, 3) else 0
         expected = (*scales.shape[:-1], width * packing["bits"] // 32)
         affine = packing["mode"] == "affine"
@@ -136,14 +142,14 @@ class DirectorySource:
 
     def _belongs_to_packed(self, name: str) -> bool:
         path, _, kind = name.rpartition(".")
-        return kind in ("scales", "biases") and f"{path}.weight" in self._packings
+        return kind in ("scales", "biases") and f"{path}.weight" in self.packings
 
     def _unpacked(self, name: str, raw: Mapping[str, Any]) -> Tensor:
         """What a stored tensor is once it is unpacked."""
-        packing = self._packings.get(name)
+        packing = self.packings.get(name)
         if packing is None:
-            return self._stored[name]
-        scales = self._stored[f"{name.removesuffix('.weight')}.scales"]
+            return self.stored[name]
+        scales = self.stored[f"{name.removesuffix('.weight')}.scales"]
         own = SPELLING.get(raw.get("torch_dtype") or raw.get("dtype") or "", "BF16")
         dtype = scales.dtype if packing["mode"] == "affine" else own
         return tensor_of(dtype, (*scales.shape[:-1], scales.shape[-1] * packing["group_size"]))
@@ -151,7 +157,7 @@ class DirectorySource:
     def _check_tied(self) -> None:
         """CheckpointError where the head is tied to the embedding, and a different one is stored nonetheless."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if head in self.tensors or head not in self._stored:
+        if head in self.tensors or head not in self.stored:
             return
         if not mx.array_equal(self._part(head), self._part(embedding)):
             raise CheckpointError(

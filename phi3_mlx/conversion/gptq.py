@@ -8,7 +8,7 @@ will really get: they went through the layers packed before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import CheckpointError, OptionError
 from ..store.finite import is_finite
 from .layerwise import EMBEDDING, LayerStream, layer_of, linear
-from .rounding import packings
+from .layout import Entry, Layout, Rounder
 from .sources import Source, to_mlx
 from .texts import windows
 
@@ -27,76 +27,75 @@ _ROWS = 8192  # of a weight at a time: they do not depend on each other
 _SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
 
 
-def calibrated(
-    source: Source, recipe: Mapping[str, Any], ids: Sequence[int], *, window: int = GPTQ_WINDOW
-) -> Iterator[tuple[str, mx.array]]:
-    """Every tensor of `source` as `recipe` wants it: the names, shapes, dtypes and order of `rounding.rounded`.
+def calibrated(source: Source, layout: Layout, ids: Sequence[int], *, window: int = GPTQ_WINDOW) -> Rounder:
+    """The rounder of `source` whose errors change its outputs on a text least.
 
-    `ids`: the token ids of a text, read in windows of `window`. The more of it, and the more like what the model will
+    `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
     read, the better. In memory: one layer in float32, the text's activations, and for a layer of n inputs three
     matrices of n x n. An embedding that is also the head is rounded for both its tasks, and for that the unpacked
     model is run first; one that is only looked up has no outputs to mend, and gets grids of least error.
 
-    Raises OptionError for a recipe that is not affine throughout, PromptError for a text shorter than one window, and
+    Raises OptionError for a layout that is not affine throughout, PromptError for a text shorter than one window, and
     while it runs CheckpointError for weights or activations that are not finite.
     """
-    found = packings(recipe, source.tensors, source.name)
-    mode = next((packing["mode"] for packing in found.values() if packing["mode"] != "affine"), None)
+    mode = next((packing["mode"] for packing in layout.packings.values() if packing["mode"] != "affine"), None)
     if mode is not None:
         raise OptionError(f"method gptq rounds to affine grids, not {mode}; leave out one of the two")
-    return _calibrated(LayerStream(source), found, windows(ids, window))
+    return _Calibration(LayerStream(source), layout, windows(ids, window))
 
 
-def _calibrated(
-    stream: LayerStream, found: Mapping[str, Mapping[str, Any]], ids: mx.array
-) -> Iterator[tuple[str, mx.array]]:
-    source = stream.source
-    hidden, layer = mx.array(0.0), -1
-    done: dict[str, list[mx.array]] = {}
-    for name in source.tensors:
-        path = name.removesuffix(".weight")
-        here = layer_of(name)
-        if here is not None and here != layer:
-            layer = here
-            hidden, done = _pack_layer(stream, layer, found, hidden)
-        if name in done:
-            parts = done.pop(name)
-        elif name not in found:
-            parts = [source.read(name)]
+class _Calibration:
+    """Goes through the model with the entries: a layer is packed, all of it, when its first tensor is asked for."""
+
+    def __init__(self, stream: LayerStream, layout: Layout, ids: mx.array):
+        self._stream, self._packings, self._ids = stream, layout.packings, ids
+        self._layer = -1
+        self._hidden = mx.array(0.0)  # the text's activations before the next layer
+        self._made: dict[str, list[mx.array]] = {}  # of this layer, not yet asked for
+
+    def __call__(self, entry: Entry) -> list[mx.array]:
+        layer = layer_of(entry.name)
+        if layer is not None and layer != self._layer:
+            self._layer = layer
+            self._pack_layer(layer)
+        parts = self._made.pop(entry.name) if entry.name in self._made else self._outside_layers(entry)
+        if entry.path == EMBEDDING:
+            self._hidden = self._stream.embedded(unpacked_matrix(parts, entry.packing)[self._ids])
+        return parts
+
+    def _outside_layers(self, entry: Entry) -> list[mx.array]:
+        """The parts of the embedding or the head, or of what is not packed."""
+        weight = self._stream.source.read(entry.name)
+        if entry.packing is None:
+            return [weight]
+        if entry.path == EMBEDDING:
+            hessian = _hessian_of_embedding(self._stream, self._ids)
         else:
-            hessian = _hessian_of_embedding(stream, ids) if path == EMBEDDING else _hessian_of_head(stream, hidden)
-            parts = gptq(source.read(name), hessian, found[name], to_mlx(source.tensors[name].dtype))
-        if path == EMBEDDING:
-            hidden = stream.embedded(unpacked_matrix(parts, found.get(name))[ids])
-        if name not in found:
-            yield name, parts.pop()
-        for part in ("weight", "scales", "biases")[: len(parts)]:
-            yield f"{path}.{part}", parts.pop(0)
+            hessian = _hessian_of_head(self._stream, self._hidden)
+        return gptq(weight, hessian, entry.packing, to_mlx(entry.tensor.dtype))
 
-
-def _pack_layer(
-    stream: LayerStream, i: int, found: Mapping[str, Mapping[str, Any]], hidden: mx.array
-) -> tuple[mx.array, dict[str, list[mx.array]]]:
-    """The activations after layer `i`, packed, and the parts of its packed weights by their names."""
-    layer = stream.layer(i)
-    done = {}
-    for path in stream.linears:
-        name = f"model.layers.{i}.{path}.weight"
-        if name not in found:
-            continue
-        dtype = to_mlx(stream.source.tensors[name].dtype)
-        weight = linear(layer, path).weight
-        hessians = hessians_of(stream.inputs(layer, path, hidden))
-        if weight.ndim == 2:
-            done[name] = gptq(weight, hessians[0], found[name], dtype)
-        else:
-            # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
-            pieces = [gptq(weight[i], hessian, found[name], dtype) for i, hessian in enumerate(hessians)]
-            done[name] = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
-        linear(layer, path).weight = unpacked_matrix(done[name], found[name])
-        mx.eval(layer.parameters())
-        mx.clear_cache()
-    return stream.run(layer, hidden), done
+    def _pack_layer(self, i: int) -> None:
+        """Packs the linear layers of layer `i`, and takes the activations through it."""
+        stream, layer = self._stream, self._stream.layer(i)
+        self._made = {}
+        for path in stream.linears:
+            name = f"model.layers.{i}.{path}.weight"
+            if name not in self._packings:
+                continue
+            packing, dtype = self._packings[name], to_mlx(stream.source.tensors[name].dtype)
+            weight = linear(layer, path).weight
+            hessians = hessians_of(stream.inputs(layer, path, self._hidden))
+            if weight.ndim == 2:
+                made = gptq(weight, hessians[0], packing, dtype)
+            else:
+                # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
+                pieces = [gptq(weight[i], hessian, packing, dtype) for i, hessian in enumerate(hessians)]
+                made = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
+            linear(layer, path).weight = unpacked_matrix(made, packing)
+            self._made[name] = made
+            mx.eval(layer.parameters())
+            mx.clear_cache()
+        self._hidden = stream.run(layer, self._hidden)
 
 
 def hessian_of(inputs: Iterable[mx.array]) -> mx.array:

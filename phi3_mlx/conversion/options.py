@@ -12,7 +12,7 @@ from .. import values
 from ..errors import OptionError
 from ..sizes import parse_size
 from ..store.checkpoint import DTYPES
-from .rounding import Recipe, uniform
+from .recipes import Recipe, uniform
 
 
 def _recipe(value: Any, name: str) -> Any:

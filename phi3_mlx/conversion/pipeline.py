@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import mlx.core as mx
 
 from .. import values
 from ..engine.machine import room
@@ -22,12 +20,15 @@ from ..store.atomic import check_destination, new_directory
 from ..store.hub import find_alias, resolve
 from ..threads import refuse_fork
 from .checked import CheckedSource
-from .choosing import Choice, choose
+from .choosing import choose
+from .layout import Layout, Rounder
 from .opening import open_source
 from .options import Options
-from .rounding import Recipe, packings, planned, rounded
+from .recipes import Recipe
+from .rounding import rounded
+from .sinks import Progress
 from .sources import Source, weights_of
-from .writer import Progress, check_space, write_json, write_weights
+from .writer import DirectorySink, check_space, write_json
 
 if TYPE_CHECKING:
     from .report import Report
@@ -128,21 +129,19 @@ def convert(
     choice = choose(opened, options)
     read = CheckedSource(opened, dtype=choice.dtype, allow_nan=options.allow_nan)
     ids = _calibration_ids(read, options.calibration) if options.reads_text else []
+    layout = Layout.of(read, choice.recipe, choice.name)
     if not options.force:
         from .planning import check_conversion
 
-        written = planned(read.tensors, packings(choice.recipe, read.tensors, choice.name))
-        check_conversion(opened, read, written, ids, measures=options.has_target)
-    chosen, packed, total = _write(read, destination, choice, ids, options, progress)
-    made, why_none = _report(destination, opened, total, options, progress)
-    matrices = [name for name, tensor in read.tensors.items() if len(tensor.shape) > 1]
-    excluded = {name for name in matrices if (chosen or {}).get(name.removesuffix(".weight")) is False}
+        check_conversion(opened, read, layout, ids, measures=options.has_target)
+    layout = _write(read, destination, layout, ids, options, progress)
+    made, why_none = _report(destination, opened, layout.nbytes, options, progress)
     return Conversion(
         path=Path(os.path.abspath(destination)),
-        recipe=chosen,
-        bytes=total,
-        bits_per_weight=8 * total / weights_of(read),
-        kept=tuple(name for name in matrices if chosen and name not in packed and name not in excluded),
+        recipe=layout.recipe,
+        bytes=layout.nbytes,
+        bits_per_weight=8 * layout.nbytes / weights_of(read),
+        kept=_kept(layout),
         notes=(*choice.notes, *why_none),
         report=made,
     )
@@ -151,36 +150,34 @@ def convert(
 def _write(
     read: Source,
     destination: Path,
-    choice: Choice,
+    layout: Layout,
     ids: Sequence[int],
     options: Options,
     progress: Callable[[Progress], None] | None,
-) -> tuple[Recipe | None, Mapping[str, Any], int]:
-    """Write the model; returns its recipe, how each packed tensor is packed, and the bytes of its weights."""
+) -> Layout:
+    """Write the model; returns its layout, which is another where bits are chosen by a measurement."""
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=options.force) as folder:
-        read.write_extras(folder)  # first, for it may refuse
-        recipe = choice.recipe
+        sink = DirectorySink(folder)
+        sink.write_extras(read)
         if options.has_target:
-            recipe = _fitted_recipe(read, disk, ids, options, progress)
-        packed = packings(recipe, read.tensors, choice.name)
-        if recipe is not None and not packed:
-            raise OptionError(
-                f"{choice.name}: groups of {recipe['group_size']} divide no layer's width; choose a smaller group"
-            )
-        tensors = planned(read.tensors, packed)
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        check_space(disk, total)
-        write_weights(folder, tensors, _arrays(read, recipe, ids, options), progress)
-        config = dict(read.config)
-        if recipe is not None:
-            # Twice because tools of the Hugging Face hub look for the second name.
-            config |= {"quantization": recipe, "quantization_config": recipe}
-            if options.has_target or options.recipe is not None:
-                write_json(folder / RECIPE, recipe)
-        write_json(folder / "config.json", config)
-    return recipe, packed, total
+            layout = Layout.of(read, _fitted_recipe(read, disk, ids, options, progress))
+        check_space(disk, layout.nbytes)
+        sink.write(layout, _rounder(read, layout, ids, options), progress)
+        if options.has_target or options.recipe is not None:
+            write_json(folder / RECIPE, layout.recipe or {})
+        sink.write_config(read.config, layout)
+    return layout
+
+
+def _kept(layout: Layout) -> tuple[str, ...]:
+    """The matrices that are not packed though the recipe does not exclude them: its groups do not divide them."""
+    recipe = layout.recipe
+    if recipe is None:
+        return ()
+    matrices = [entry for entry in layout.entries if len(entry.tensor.shape) > 1 and entry.packing is None]
+    return tuple(entry.name for entry in matrices if recipe.get(entry.path) is not False)
 
 
 def _fitted_recipe(
@@ -201,15 +198,13 @@ def _fitted_recipe(
     )
 
 
-def _arrays(
-    read: Source, recipe: Recipe | None, ids: Sequence[int], options: Options
-) -> Iterator[tuple[str, mx.array]]:
-    """The arrays to write, rounded by the method that the options name."""
-    if recipe is None or options.method == "round":
-        return rounded(read, recipe)
+def _rounder(read: Source, layout: Layout, ids: Sequence[int], options: Options) -> Rounder:
+    """The method that the options name."""
+    if layout.recipe is None or options.method == "round":
+        return rounded(read)
     from .gptq import calibrated
 
-    return calibrated(read, recipe, ids)
+    return calibrated(read, layout, ids)
 
 
 def _report(

@@ -1,9 +1,10 @@
-"""What a conversion takes of memory, reckoned from headers before a weight is read."""
+"""The memory that converting and fusing take, computed from headers before a weight is read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from ..engine import plan
 from ..engine.plan import Workload
@@ -11,22 +12,28 @@ from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models import parse_config
 from ..models.attention import fused_attention
 from ..models.linear import unpacking_bytes
-from ..store.safetensors import Tensor
+from ..sizes import size_text
+from ..store.quantization import FLOATS
 from . import gptq, sensitivity
+from .adapted import AdaptedSource
+from .effect import EFFECT_LOGITS, EFFECT_TOKENS
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
+from .layout import Entry, Layout
 from .sources import Source
 
+# Copies, float32, of a changed matrix that are alive at once, as measured: without DoRA and with it.
+_COPIES = (3.3, 5.7)
+_MAKING_FLOAT32 = 1.0  # of them; a matrix that is stored in float32 does without
 
-def check_conversion(
-    source: Source, read: Source, written: Mapping[str, Tensor], ids: Sequence[int], *, measures: bool
-) -> None:
-    """MemoryLimitError unless `source`, which is cast as `read` says, can become `written`.
+
+def check_conversion(source: Source, read: Source, layout: Layout, ids: Sequence[int], *, measures: bool) -> None:
+    """MemoryLimitError unless `source`, which is cast as `read` says, can be written in `layout`.
 
     `ids`: of the text that bits or weights are fitted to, if they are; `measures`: bits are chosen by its help.
     """
-    one = max(_one_tensor(source, read, written, name) for name in source.tensors)
+    tensor = max(_one_tensor(source, read, entry) for entry in layout.entries)
     fitting = (_measuring(source, len(ids)) if measures else _gptq(source, len(ids))) if ids else 0
-    parts = {"a tensor at a time": one, "a layer and a text": fitting}
+    parts = {"a tensor at a time": tensor, "a layer and a text": fitting}
     plan.check_room(
         f"converting {source.name}",
         parts,
@@ -34,13 +41,54 @@ def check_conversion(
     )
 
 
-def _one_tensor(source: Source, read: Source, written: Mapping[str, Tensor], name: str) -> int:
+def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: Layout, adapter_bytes: int) -> None:
+    """MemoryLimitError unless `source` can be written in `layout`, and what is left of its adapters be measured.
+
+    `folder`: of the adapter, whose tensors take `adapter_bytes`; `directory`: of the base.
+    """
+    writing = {"the adapter": adapter_bytes, "a matrix at a time": _one_matrix(source, layout)}
+    if not source.rounds_adapters:
+        plan.check_room(f"fusing {folder}", writing, "free some")
+        return
+    run = Workload.of_directory(directory, EFFECT_TOKENS)
+    fused = sum(
+        math.prod(tensor.shape) * run.itemsize if tensor.dtype in FLOATS else tensor.nbytes
+        for tensor in layout.stored.values()
+    )
+    measuring = {
+        "weights": max(run.weights, fused),
+        "work": max(run.workspace(run.length), int(EFFECT_LOGITS * 4 * run.length * run.config.vocab_size)),
+        "the adapter": 2 * adapter_bytes,  # what is written, and what is measured
+    }
+    least = size_text(sum(writing.values()))
+    plan.check_room(
+        f"measuring what is left of {folder}",
+        max(measuring, writing, key=lambda parts: sum(parts.values())),
+        f"dequantize=True measures nothing and needs {least}",
+    )
+
+
+def _one_matrix(source: AdaptedSource, layout: Layout) -> int:
+    """Bytes that making the largest tensor of a fused model takes: changed, or copied and perhaps cast."""
+    changed = []
+    for path, adapter in source.adapters.items():
+        name = f"{path}.weight"
+        plain = source.base.stored[name].dtype == "F32"
+        copies = _COPIES[adapter.is_dora] - (_MAKING_FLOAT32 if plain else 0)
+        changed.append(int(copies * 4 * math.prod(source.tensors[name].shape)))
+    stored = source.base.stored
+    copied = [
+        tensor.nbytes + (stored[name].nbytes if tensor != stored[name] else 0) for name, tensor in layout.stored.items()
+    ]
+    return max(changed + copied)
+
+
+def _one_tensor(source: Source, read: Source, entry: Entry) -> int:
     """Bytes of a tensor's parts and itself, unpacked, cast and packed."""
-    stored, cast, path = source.tensors[name], read.tensors[name], name.removesuffix(".weight")
+    stored, cast = source.tensors[entry.name], read.tensors[entry.name]
     unpacking = unpacking_bytes((source.quantization or {}).get("bits", 4), 4) if source.quantization else 0
-    made = sum(written[own].nbytes for own in {name, f"{path}.scales", f"{path}.biases"} if own in written)
     held = max(2 * stored.nbytes, unpacking * math.prod(stored.shape))
-    return held + (cast.nbytes if cast.dtype != stored.dtype else 0) + (made if written.get(name) != cast else 0)
+    return held + (cast.nbytes if cast.dtype != stored.dtype else 0) + (entry.nbytes if entry.packing else 0)
 
 
 def _layer(source: Source) -> tuple[int, int]:

@@ -21,7 +21,9 @@ from ..evaluation.quality import chunks, divergence_from, log_softmax
 from ..sizes import size_text
 from .gptq import unpacked_matrix
 from .layerwise import EMBEDDING, LayerStream, linear
-from .rounding import Recipe, left_alone, pack, packings, planned, uniform
+from .layout import Layout
+from .recipes import Recipe, left_alone, uniform
+from .rounding import pack
 from .sources import Source, to_mlx, weights_of
 from .texts import windows
 
@@ -69,14 +71,11 @@ def sizes_of(source: Source, group_size: int, bits: Sequence[int]) -> tuple[Size
     sizes: Sizes = {}
     fixed = 0
     for width in bits:
-        found = packings(uniform(width, group_size) | left_alone(source.config), source.tensors, source.name)
-        if not found:
-            raise OptionError(f"{source.name}: groups of {group_size} divide no layer's width; choose a smaller group")
-        for name in found:
-            tensor = source.tensors[name]
-            parts = planned({name: tensor}, found)
-            sizes.setdefault(name, {})[width] = sum(part.nbytes for part in parts.values())
-        fixed = sum(tensor.nbytes for name, tensor in source.tensors.items() if name not in found)
+        layout = Layout.of(source, uniform(width, group_size) | left_alone(source.config))
+        for entry in layout.entries:
+            if entry.packing is not None:
+                sizes.setdefault(entry.name, {})[width] = entry.nbytes
+        fixed = sum(entry.nbytes for entry in layout.entries if entry.packing is None)
     return sizes, fixed
 
 
@@ -124,8 +123,8 @@ class _Measurement:
     def __init__(self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int]):
         self._source, self._stream, self._bits = source, LayerStream(source), bits
         recipe = uniform(bits[0], group_size) | left_alone(source.config)
-        self._found = packings(recipe, source.tensors, source.name)
-        row = len(self._found) * SENSITIVITY_WINDOW * self._stream.config.hidden_size * 4
+        self._packings = Layout.of(source, recipe).packings
+        row = len(self._packings) * SENSITIVITY_WINDOW * self._stream.config.hidden_size * 4
         rows = max(1, min(TOKENS // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
         self._ids = windows(ids, SENSITIVITY_WINDOW)[:rows]
         self._errors: Costs = {}  # squared output error of each tensor at each width
@@ -175,7 +174,7 @@ class _Measurement:
         rows = self._source.read(name)[self._ids.flatten()]
         shape = (*self._ids.shape, -1)
         self._clean = self._stream.embedded(rows.reshape(shape))
-        if name in self._found:
+        if name in self._packings:
             self._compare(name, rows.astype(mx.float32))
             self._moved[name] = self._stream.embedded(self._rounded(name, rows, width).reshape(shape))
 
@@ -186,7 +185,7 @@ class _Measurement:
         traced = list(self._stream.trace(layer, self._clean))
         for path in self._stream.linears:
             name, module = f"model.layers.{i}.{path}.weight", linear(layer, path)
-            if name not in self._found:
+            if name not in self._packings:
                 continue
             weight = module.weight
             by_matrix = zip(*(inputs[path] for inputs, _ in traced), strict=True)
@@ -202,7 +201,7 @@ class _Measurement:
         weight = self._source.read(name).astype(mx.float32)
         hidden = self._stream.norm(self._clean).flatten(0, 1)
         head = weight
-        if name in self._found:
+        if name in self._packings:
             self._compare(name, weight, [hidden])
             head = self._rounded(name, weight, width)
             self._moved.setdefault(name, self._clean)
@@ -236,7 +235,7 @@ class _Measurement:
             self._errors[name][width] = float(total)
 
     def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
-        packing = {**self._found[name], "bits": width}
+        packing = {**self._packings[name], "bits": width}
         return unpacked_matrix(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
 
 

@@ -1,4 +1,4 @@
-"""Writes safetensors shards tensor by tensor: the header first, from shapes known beforehand, then bytes as they come.
+"""A model directory as the sink of a conversion: safetensors shards, each header first, then bytes as they come.
 
 The format is `safetensors.py`'s; the shards, their names and the index are Hugging Face's and mlx-lm's.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +18,54 @@ from ..errors import CheckpointError
 from ..files import json_text
 from ..sizes import size_text
 from ..store.safetensors import INDEX, Tensor
-from .sources import to_mlx
+from .layout import Layout, Rounder
+from .sinks import Progress
+from .sources import Source, to_mlx
 
 _SHARD_BYTES = 5 * 10**9
 _SPARE = 10**7  # bytes for what goes along with the weights
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is: `done` of `total`, in `unit` ("layers", "tensors" or "tokens").
+class DirectorySink:
+    """A model directory, which is there and has no weights yet; shards take at most 5 GB."""
 
-    `stage` is "measuring", "writing" or "comparing"; only writing counts bytes.
-    """
+    def __init__(self, directory: Path):
+        self._directory = directory
 
-    stage: str
-    unit: str
-    done: int
-    total: int
-    bytes: int = 0
-    all_bytes: int = 0
+    def write_extras(self, source: Source) -> None:
+        source.write_extras(self._directory)
 
+    def write(self, layout: Layout, arrays: Rounder, progress: Callable[[Progress], None] | None = None) -> None:
+        shards = list(_shards(layout.stored))
+        coming = _one_by_one(layout, arrays)
+        weight_map = {}
+        written = count = 0
+        total = layout.nbytes
+        if progress is not None:
+            progress(Progress("writing", "tensors", 0, len(layout.stored), 0, total))
+        for i, tensors in enumerate(shards):
+            several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            file_name = several if len(shards) > 1 else "model.safetensors"
+            with (self._directory / file_name).open("wb") as file:
+                file.write(_header(tensors))
+                for name, tensor in tensors.items():
+                    array = next(coming)
+                    if (array.shape, array.dtype) != (tensor.shape, to_mlx(tensor.dtype)):
+                        raise AssertionError(f"{name} is {array.shape} {array.dtype}, and the header says {tensor}")
+                    file.write(_bytes(array))
+                    del array
+                    mx.clear_cache()
+                    written, count = written + tensor.nbytes, count + 1
+                    if progress is not None:
+                        progress(Progress("writing", "tensors", count, len(layout.stored), written, total))
+            weight_map.update(dict.fromkeys(tensors, file_name))
+        if len(shards) > 1:
+            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-def write_weights(
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    arrays: Iterable[tuple[str, mx.array]],
-    progress: Callable[[Progress], None] | None = None,
-) -> None:
-    """Write `arrays`, which come in the order of `tensors` and are as these say, into shards of at most 5 GB.
-
-    One array is in memory at a time, if `arrays` keeps none itself. `directory` is there, and has no weights yet.
-    """
-    shards = list(_shards(tensors))
-    coming = iter(arrays)
-    weight_map = {}
-    written = count = 0
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    if progress is not None:
-        progress(Progress("writing", "tensors", 0, len(tensors), 0, total))
-    for i, names in enumerate(shards):
-        several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        file_name = several if len(shards) > 1 else "model.safetensors"
-        with (directory / file_name).open("wb") as file:
-            file.write(_header({name: tensors[name] for name in names}))
-            for name in names:
-                given, array = next(coming)
-                planned = tensors[name]
-                if (given, array.shape, array.dtype) != (name, planned.shape, to_mlx(planned.dtype)):
-                    raise AssertionError(f"{given} {array.shape} {array.dtype} came where {name} {planned} was planned")
-                file.write(_bytes(array))
-                del array
-                mx.clear_cache()
-                written, count = written + planned.nbytes, count + 1
-                if progress is not None:
-                    progress(Progress("writing", "tensors", count, len(tensors), written, total))
-        weight_map.update(dict.fromkeys(names, file_name))
-    if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    def write_config(self, config: Mapping[str, Any], layout: Layout) -> None:
+        # Twice because tools of the Hugging Face hub look for the second name.
+        names = () if layout.recipe is None else ("quantization", "quantization_config")
+        write_json(self._directory / "config.json", {**config, **dict.fromkeys(names, layout.recipe)})
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -92,17 +82,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names in order, in runs that fit a shard; a tensor larger than a shard has one to itself."""
-    names: list[str] = []
+def _one_by_one(layout: Layout, arrays: Rounder) -> Iterator[mx.array]:
+    """The arrays of all entries; none is kept here once the next is asked for."""
+    for entry in layout.entries:
+        parts = arrays(entry)
+        while parts:
+            yield parts.pop(0)
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors in order, in runs that fit a shard; one larger than a shard has one to itself."""
+    shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > _SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
+        if shard and size + tensor.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
         size += tensor.nbytes
-    yield names
+    yield shard
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:

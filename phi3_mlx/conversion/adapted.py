@@ -1,0 +1,131 @@
+"""A base with an adapter in its weights, as the source of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..adapters.lora import Adapter, float_weight
+from ..adapters.stored import read_layer
+from ..errors import AdapterError, OptionError
+from ..store.checkpoint import DTYPES
+from ..store.finite import is_finite
+from ..store.quantization import complete
+from .directory import DirectorySource
+from .layout import Entry, Layout, Scheme
+from .recipes import Recipe
+from .sources import SPELLING, Blocks, tensor_of, to_mlx
+
+
+class AdaptedSource:
+    """`base`, changed by `adapters` (by layer path) or with the tensors of `replaced` in place of its own.
+
+    The tensors have the names and the order of the base's files. A packed base stays packed, unless `dequantize`:
+    what the adapter leaves alone is taken as it is stored, what it changes is packed again as it was, or in `bits`.
+    Changed weights are computed in float32. Floats are written in `dtype`, by default in the base's own.
+
+    Raises OptionError for `bits` where nothing is packed, or which the packing does not have, and for `dtype` where
+    the base stays packed.
+    """
+
+    def __init__(
+        self,
+        base: DirectorySource,
+        *,
+        dequantize: bool = False,
+        dtype: str | None = None,
+        bits: int | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        replaced: Mapping[str, mx.array] | None = None,
+    ):
+        self.base, self.name, self.quantization = base, base.name, base.quantization
+        self.adapters, self.replaced = adapters or {}, replaced or {}
+        self.stays_packed = base.quantization is not None and not dequantize
+        if bits is not None and not self.stays_packed:
+            raise OptionError("bits is for packed models, and this one is written in floats; leave it out")
+        if dtype is not None and self.stays_packed:
+            raise OptionError("dtype is for floats, and this model stays packed; give dequantize=True as well")
+        self._bits = bits
+        self.config = self._config(dtype)
+        self.tensors = {
+            name: tensor_of(self._dtype_of(name, dtype), tensor.shape) for name, tensor in base.unpacked.items()
+        }
+        self.blocks: Mapping[str, Blocks] = {
+            name: Blocks(packing, partial(self._as_stored, name))
+            for name, packing in base.packings.items()
+            if self.stays_packed and name.removesuffix(".weight") not in self.adapters
+        }
+
+    @property
+    def rounds_adapters(self) -> bool:
+        """Whether changed weights are packed again, so that some of the change may be rounded away."""
+        return self.stays_packed and bool(self.adapters)
+
+    def layout(self) -> Layout:
+        """The base's own layout, but for what it changes: the bits of adapted layers, or all packing left out."""
+        if not self.stays_packed:
+            return Layout(tuple(Entry(name, tensor) for name, tensor in self.tensors.items()), None)
+        packings = {name: self._packing(name) for name in self.base.packings}
+        recipe: Recipe = dict(self.quantization or {})
+        if self._bits is not None:
+            recipe |= {path: packings[f"{path}.weight"] for path in self.adapters}
+        return Layout(tuple(Entry(name, tensor, packings.get(name)) for name, tensor in self.tensors.items()), recipe)
+
+    def read(self, name: str) -> mx.array:
+        path, packing = name.removesuffix(".weight"), self.base.packings.get(name)
+        if path in self.adapters:
+            array = self.adapters[path].changed_weight(read_layer(path, packing, self.base.load))
+        elif packing is not None:
+            array = float_weight(read_layer(path, packing, self.base.load))
+        else:
+            array = self.replaced[name] if name in self.replaced else self.base.load(name)
+        return _as_type(name, array, to_mlx(self.tensors[name].dtype))
+
+    def write_extras(self, directory: Path) -> None:
+        self.base.write_extras(directory)
+
+    def _config(self, dtype: str | None) -> dict[str, Any]:
+        config = dict(self.base.config)
+        dtype = dtype or self._own_dtype()
+        if not self.stays_packed and dtype is not None:
+            config["torch_dtype"] = dtype
+            config.pop("dtype", None)
+        return config
+
+    def _own_dtype(self) -> str | None:
+        name = self.base.config.get("torch_dtype") or self.base.config.get("dtype")
+        return name if name in DTYPES else None
+
+    def _dtype_of(self, name: str, given: str | None) -> str:
+        """What a tensor is read in: packing rounds to values that scales of that type can spell."""
+        packing, stored = self.base.packings.get(name), self.base.unpacked[name].dtype
+        if not self.stays_packed:
+            return SPELLING[given or self._own_dtype() or "bfloat16"] if given or packing else stored
+        return "F32" if packing is not None and packing["mode"] != "affine" else stored
+
+    def _packing(self, name: str) -> Scheme:
+        packing = self.base.packings[name]
+        if self._bits is None or name.removesuffix(".weight") not in self.adapters:
+            return packing
+        try:
+            return complete(None, packing["group_size"], self._bits, packing["mode"])
+        except ValueError as error:
+            raise OptionError(f"bits {self._bits} cannot be honoured: {error}") from error
+
+    def _as_stored(self, name: str) -> list[mx.array]:
+        return [self.base.load(stored) for stored in Entry(name, self.tensors[name], self.base.packings[name]).stored]
+
+
+def _as_type(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """AdapterError if `dtype` cannot hold a value."""
+    result = array.astype(dtype)
+    if result.dtype == mx.float16 and array.dtype != mx.float16 and not is_finite(result):
+        raise AdapterError(
+            f"{name} has values beyond what float16 holds with the adapter in it; give dtype='bfloat16', with "
+            "dequantize=True if the model is packed"
+        )
+    return result

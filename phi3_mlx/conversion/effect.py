@@ -1,0 +1,58 @@
+"""How much of an adapter is left in a model that was fused and packed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..adapters.folder import Adapters, Base
+from ..errors import OptionError
+from ..models import read_config
+from ..models.decoder import Model
+from ..store.checkpoint import read_model
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
+
+EFFECT_TOKENS = 512  # of text that are read, at most
+EFFECT_LOGITS = 6.6  # copies of the text's logits, float32, that are alive at once, as measured
+
+
+class Effect:
+    """What the adapter does to the log-probabilities of a text, to find again in the fused model."""
+
+    def __init__(self, directory: Path, base: Base, folder: Path, text: str | None):
+        from ..text.tokenizer import read_tokenizer
+
+        self._ids = _ids(read_tokenizer(directory), text, read_config(directory).max_position_embeddings)
+        model = read_model(directory)
+        adapters = Adapters(model, base)
+        self._base = _log_probabilities(model, self._ids)
+        adapters.load("adapter", folder)
+        adapters.use("adapter")
+        self._adapted = _log_probabilities(model, self._ids)
+
+    def survived(self, fused: Model) -> float:
+        """1 - |fused - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
+        effect = float(mx.sum(mx.square(self._adapted - self._base)))
+        lost = float(mx.sum(mx.square(_log_probabilities(fused, self._ids) - self._adapted)))
+        return 1.0 if effect == 0 else 1 - lost / effect
+
+
+def _log_probabilities(model: Model, ids: mx.array) -> mx.array:
+    """(L, vocab_size) float32."""
+    logits = model(ids)[0].astype(mx.float32)
+    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(result)
+    return result
+
+
+def _ids(tokenizer: Tokenizer, text: str | None, context: int) -> mx.array:
+    from . import texts
+
+    ids = tokenizer.encode(texts.bundled("sample") if text is None else text)[: min(EFFECT_TOKENS, context)]
+    if not ids:
+        raise OptionError("the text to measure with is empty; give some, or leave it out")
+    return mx.array(ids)[None]

@@ -1,0 +1,100 @@
+"""A layout says what is written before it is made, and the sink asks for it in that order, one tensor in memory."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from quality_models import RandomSource, arrays_of
+from test_tuning_adapters import make_adapter
+from tuning_models import make_directory
+
+from phi3_mlx.adapters.lora import Adapter
+from phi3_mlx.conversion.adapted import AdaptedSource
+from phi3_mlx.conversion.directory import DirectorySource
+from phi3_mlx.conversion.fuse import fuse
+from phi3_mlx.conversion.layout import Layout
+from phi3_mlx.conversion.recipes import uniform
+from phi3_mlx.conversion.rounding import rounded
+from phi3_mlx.conversion.sources import to_mlx
+from phi3_mlx.conversion.writer import DirectorySink
+from phi3_mlx.errors import OptionError
+from phi3_mlx.store.safetensors import find_weights
+
+QKV, DOWN = "model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj"
+
+
+def change_of(shape):
+    return Adapter(mx.ones((shape[1], 1)) * 0.1, mx.ones((1, shape[0])) * 0.1, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+def test_what_is_made_has_the_names_shapes_and_types_of_the_layout(mode):
+    source = RandomSource("BF16", num_hidden_layers=1)
+    layout = Layout.of(source, uniform(mode=mode))
+    made = arrays_of(layout, rounded(source))
+    assert list(made) == list(layout.stored)
+    for name, tensor in layout.stored.items():
+        assert (made[name].shape, made[name].dtype, made[name].nbytes) == (
+            tensor.shape,
+            to_mlx(tensor.dtype),
+            tensor.nbytes,
+        ), name
+    assert layout.nbytes == sum(array.nbytes for array in made.values())
+
+
+def test_a_recipe_that_packs_nothing_is_refused_and_none_is_not():
+    source = RandomSource(num_hidden_layers=1)
+    off = {f"{name.removesuffix('.weight')}": False for name, t in source.tensors.items() if len(t.shape) > 1}
+    with pytest.raises(OptionError, match="mine: groups of 64 divide no layer's width"):
+        Layout.of(source, uniform() | off, "mine")
+    assert Layout.of(source, None).packings == {}
+
+
+def test_a_sink_asks_for_each_entry_once_in_order_and_writes_what_the_header_says(tmp_path):
+    source = RandomSource(num_hidden_layers=1)
+    layout = Layout.of(source, uniform())
+    asked = []
+
+    def watched(entry):
+        asked.append(entry.name)
+        return rounded(source)(entry)
+
+    sink = DirectorySink(tmp_path)
+    sink.write(layout, watched)
+    sink.write_config({"model_type": "phi3"}, layout)
+    assert asked == list(source.tensors)
+    assert find_weights(tmp_path).tensors == layout.stored
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == layout.recipe
+
+
+def test_an_array_that_is_not_the_layouts_ends_the_writing(tmp_path):
+    source = RandomSource(num_hidden_layers=1)
+    with pytest.raises(AssertionError, match=r"embed_tokens.weight is .* and the header says"):
+        DirectorySink(tmp_path).write(Layout.of(source, None), lambda entry: [source.read(entry.name)[:1]])
+
+
+def test_a_fusion_unpacks_the_layers_it_changes_and_no_others(tmp_path):
+    directory = make_directory(tmp_path / "base", bits=4)
+    base = DirectorySource(directory)
+    source = AdaptedSource(base, adapters={QKV: change_of(base.unpacked[f"{QKV}.weight"].shape)}, bits=8)
+    layout = source.layout()
+    assert layout.packings[f"{QKV}.weight"]["bits"] == layout.recipe[QKV]["bits"] == 8
+    assert layout.packings[f"{DOWN}.weight"]["bits"] == layout.recipe["bits"] == 4
+    unpacked = []
+    source.read = lambda name: unpacked.append(name) or AdaptedSource.read(source, name)
+    made = arrays_of(layout, rounded(source))
+    packed = [name for name in unpacked if name in base.packings]
+    assert packed == [f"{QKV}.weight"]
+    for part in ("weight", "scales", "biases"):
+        assert mx.array_equal(made[f"{DOWN}.{part}"], base.load(f"{DOWN}.{part}"))
+
+
+def test_a_fusion_keeps_the_names_and_the_order_of_the_bases_files(tmp_path):
+    base = make_directory(tmp_path / "base", bits=4)
+    make_adapter(base, tmp_path / "a")
+    fuse(tmp_path / "a", tmp_path / "fused")
+    before, after = (find_weights(path).tensors for path in (base, tmp_path / "fused"))
+    weights = [name for name in before if not name.endswith((".scales", ".biases"))]
+    assert [name for name in after if name in weights] == weights
+    assert after == before
