@@ -205,3 +205,33 @@ def test_citation_and_changelog_are_of_this_version():
     assert citation["version"] == phi3_mlx.__version__
     newest = re.findall(r"^## \[([\d.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
     assert newest == (phi3_mlx.__version__, str(citation["date-released"]))
+
+
+# Not plain English, or not the field's word: NaN, recompute, clip the gradient norm, estimate, this many, again.
+FORBIDDEN = re.compile(
+    r"\b(numbers that are none|(?:read|reads|reading) again|longest gradient|reckon\w*|amid|nonetheless|so many"
+    r"|as far as|otherwise than|for as many as|anew|for ever)\b",
+    re.I,
+)
+
+
+def forbidden(text):
+    """The forbidden phrases of a text, over the ends of lines, quotes and comments too."""
+    return FORBIDDEN.findall(re.sub(r"[\s#\"']+", " ", text))
+
+
+def test_no_page_help_message_docstring_or_comment_has_a_forbidden_phrase():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## [")[1]
+    texts = {f"docs/{page}": text for page, text in PAGES.items()} | {"CHANGELOG.md": changes}
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "phi3_mlx").rglob("*.py")]:
+        texts[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
+    texts |= {f"{name} -h": text for name, text in help_pages().items()}
+    assert changes.startswith("Unreleased]")
+    assert len(texts) > 100
+    assert {name: phrases for name, text in texts.items() if (phrases := forbidden(text))} == {}
+
+
+def test_a_forbidden_phrase_would_be_found():
+    assert forbidden("# as\n    # far as it goes") == ["as far as"]
+    assert forbidden('f"it was read "\n    "again; Reckoned"') == ["read again", "Reckoned"]
+    assert forbidden("a pyramid of many numbers, recomputed") == []

@@ -1,7 +1,7 @@
 """GPTQ: rounding that makes up for its own error (Frantar et al. 2023, arXiv 2210.17323), in MLX's affine format.
 
 A weight's columns are rounded one after another; what rounding a column does to the layer's outputs on a text is
-taken back, as far as possible, by changing the columns that are still to come. The inputs are those that the layer
+compensated by changing the columns that are still to come. The inputs are those that the layer
 will really get: they went through the layers packed before it.
 """
 

@@ -97,7 +97,7 @@ class Options:
 
     @property
     def names_packing(self) -> bool:
-        """Whether anything says how to pack, so that a packed source would be packed anew."""
+        """Whether anything says how to pack, so that a quantized source would be quantized again."""
         return any((self.bits, self.group_size, self.has_target, self.recipe)) or self.mode != "affine"
 
     @property

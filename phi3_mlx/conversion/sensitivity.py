@@ -240,7 +240,7 @@ class _Measurement:
 
 
 def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:
-    """The measured width that larger ones are reckoned from: the largest.
+    """The measured width that larger ones are extrapolated from: the largest.
 
     A lower one where the source lies on that width's own grid already, having been packed with it.
     """

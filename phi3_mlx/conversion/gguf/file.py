@@ -29,7 +29,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-# Types whose blocks mlx has too, as affine groups of 32 with so many bits.
+# Types whose blocks mlx has too, as affine groups of 32, by their bits.
 BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _CHUNK_BYTES = 1 << 20  # unpacked at a time: what fits a processor's cache is unpacked fastest
 

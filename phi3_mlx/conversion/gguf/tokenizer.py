@@ -149,7 +149,7 @@ class _Reader:
             "clean_up_tokenization_spaces": False,
             "eos_token": name(eos),
             "pad_token": name(pad),
-            # Reads tokenizer.json as it is, where a model's own class would build it anew.
+            # Reads tokenizer.json as it is, where a model's own class would rebuild it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": name(unknown),
         }
