@@ -98,7 +98,7 @@ class DirectorySource:
 
     def load(self, name: str) -> mx.array:
         """A tensor of `stored` as it is there, read when it is used."""
-        # Opened anew for each tensor: arrays kept from an earlier call would keep their memory.
+        # Opened for each tensor: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
 
     def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -155,7 +155,7 @@ class DirectorySource:
         return tensor_of(dtype, (*scales.shape[:-1], scales.shape[-1] * packing["group_size"]))
 
     def _check_tied(self) -> None:
-        """CheckpointError where the head is tied to the embedding, and a different one is stored nonetheless."""
+        """CheckpointError where the head is tied to the embedding, but a different head is stored."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if head in self.tensors or head not in self.stored:
             return

@@ -1,7 +1,7 @@
-"""One model of a model and its adapter, and how much of the adapter is left in it.
+"""Merges an adapter into its model, and measures how much of its effect is left.
 
-In floats the changed weight is computed in float32 and rounded once. Packed again it may not survive: an adapter's
-change is often smaller than half the step between two packed values, and rounding takes it away.
+In floats the changed weight is computed in float32 and rounded once. If the weight is quantized again the change may
+vanish: it is often smaller than half the step between two quantized values.
 """
 
 from __future__ import annotations
