@@ -73,7 +73,7 @@ SHAPES = [  # of the model; tokens of a chunk and in all, bits of the cache (key
     ((512, 1024, 2, 8, 8), 256, 768, (4, 4), 1),
     ((512, 3072, 1, 8, 2), 128, 256, None, 1),
     ((256, 512, 2, 4, 4, 32000), 64, 256, None, 1),
-    ((256, 512, 16, 4, 4), 256, 260, None, 1),  # the prompt fills its slots
+    ((256, 512, 20, 4, 4), 256, 260, None, 1),  # the prompt fills its slots
 ]
 
 
