@@ -27,6 +27,7 @@ from .directory import DirectorySource
 from .effect import Effect
 from .planning import check_fusion
 from .rounding import rounded
+from .sinks import Sink
 from .writer import DirectorySink, check_space
 
 ENOUGH = 0.9  # of an adapter's effect; below it the fused model is no longer what was trained
@@ -94,7 +95,7 @@ def fuse(
     gc.collect()
     mx.clear_cache()
     with new_directory(Path(output), force=force) as unfinished:
-        sink = DirectorySink(unfinished)
+        sink: Sink = DirectorySink(unfinished)
         sink.write_extras(source)
         check_space(Path(os.path.realpath(output)).parent, layout.nbytes)
         sink.write(layout, rounded(source))

@@ -26,7 +26,7 @@ from .opening import open_source
 from .options import Options
 from .recipes import Recipe
 from .rounding import rounded
-from .sinks import Progress
+from .sinks import Progress, Sink
 from .sources import Source, weights_of
 from .writer import DirectorySink, check_space, write_json
 
@@ -159,7 +159,7 @@ def _write(
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
     disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=options.force) as folder:
-        sink = DirectorySink(folder)
+        sink: Sink = DirectorySink(folder)
         sink.write_extras(read)
         if options.has_target:
             layout = Layout.of(read, _fitted_recipe(read, disk, ids, options, progress))
