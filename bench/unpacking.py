@@ -1,7 +1,7 @@
 """From how many rows on unpacked weights are multiplied faster than packed ones: `python -m bench.unpacking`.
 
-The rows that `phi3_mlx.models.linear.UNPACKED_ROWS` names come from here. Every figure is the least of several runs, so
-that a busy machine changes little.
+`phi3_mlx.models.linear.DEQUANTIZED_ROWS` comes from here. Every figure is the least of several runs, so that a busy
+machine changes little.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main(runs: int, large: bool) -> None:
     """Milliseconds of a packed product and of an unpacked one, by rows; and from how many on the second is faster."""
     import mlx.core as mx
 
-    from phi3_mlx.models.linear import unpacked_product
+    from phi3_mlx.models.linear import dequantized_product
 
     for (outputs, inputs), bits in itertools.product(SHAPES if large else SHAPES[:-1], BITS):
         packed = mx.quantize(mx.random.normal((outputs, inputs), key=mx.random.key(0)), 32, bits)
-        product = unpacked_product(*packed, group_size=32, bits=bits)
+        product = dequantized_product(*packed, group_size=32, bits=bits)
         mx.eval(packed)
         cells, faster = [], None
         for rows in ROWS:

@@ -28,17 +28,17 @@ def rounded(x, group_size, bits):
 
 LIMITS = {
     "as shipped": {},
-    "tiny blocks": {"_FEW": 0, "BLOCK": 20, "_KEYS": 4, "UNPACKED": 300},
+    "tiny blocks": {"_FEW": 0, "BLOCK": 20, "_KEYS": 4, "DEQUANTIZED": 300},
     "head by head": {"LONG": 6},
     "as on Metal": {
         "fused_attention": lambda: True,
         "on_cuda": lambda: False,
         "_FEW": 4,
-        "UNPACKED": 2000,
+        "DEQUANTIZED": 2000,
         "SCORES": 200,
     },
-    "as on CUDA": {"fused_attention": lambda: True, "on_cuda": lambda: True, "UNPACKED": 2000},
-    "some heads": {"_FEW": 0, "BLOCK": 400, "_ROWS": 5, "_KEYS": 8, "UNPACKED": 2000},
+    "as on CUDA": {"fused_attention": lambda: True, "on_cuda": lambda: True, "DEQUANTIZED": 2000},
+    "some heads": {"_FEW": 0, "BLOCK": 400, "_ROWS": 5, "_KEYS": 8, "DEQUANTIZED": 2000},
 }
 
 
@@ -124,9 +124,11 @@ def test_rows_of_a_packed_batch_are_what_they_are_alone():
 
 def test_attention_of_the_last_layer_is_computed_at_the_end_of_a_prompt_alone(monkeypatch):
     """On the CPU, where each step of the other layers is computed when it is asked for."""
-    computed, original = [], attention.unpack
+    computed, original = [], attention.dequantize_kv
     monkeypatch.setattr(attention, "_FEW", 0)
-    monkeypatch.setattr(attention, "unpack", lambda *args: computed.append(args[2] is mx.eval) or original(*args))
+    monkeypatch.setattr(
+        attention, "dequantize_kv", lambda *args: computed.append(args[2] is mx.eval) or original(*args)
+    )
     model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
     ids = ids_of(30)
     cache = model.make_cache(prompt_length=30, bits=KVBits(8, 8))

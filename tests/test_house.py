@@ -146,6 +146,37 @@ def test_a_public_name_means_one_thing():
     assert len(homes) > 500
 
 
+# Words that say nothing of what a variable holds.
+EMPTY_WORDS = {"words", "of", "one", "found", "own"}
+
+
+def variables_of(tree):
+    """The names that code assigns or takes as arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+def test_a_variables_name_says_what_it_holds():
+    rooms_to_do = {"conversion", "engine"}
+    for module, path in MODULES.items():
+        used = EMPTY_WORDS.intersection(variables_of(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not used or room_of(module) in rooms_to_do, f"{module} has variables called {used}"
+
+
+def test_a_variable_that_says_nothing_would_be_noticed():
+    code = """
+own = 1
+for of in ():
+    pass
+def f(words, *, one=1):
+    return [found for found in words if (it := found)]
+"""
+    assert {*variables_of(ast.parse(code))} == {*EMPTY_WORDS, "it"}
+
+
 def defined_in(tree):
     """Names of functions and classes at a module's head, and `Class.method`."""
     kinds = (ast.FunctionDef, ast.ClassDef)

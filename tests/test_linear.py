@@ -28,7 +28,7 @@ def test_both_ways_give_the_dequantized_product(bits, mode, bias, slice_, monkey
         np.array(layer.bias) if bias else 0
     )
     for threshold in (1, 10**9):
-        monkeypatch.setattr(linear, "unpacking_pays", lambda threshold=threshold: threshold)
+        monkeypatch.setattr(linear, "dequantizing_pays", lambda threshold=threshold: threshold)
         assert np.abs(np.array(packed(x)) - expected).max() < 1e-4
         gradient = mx.grad(lambda x: mx.sum(mx.square(packed(x))))(x)
         assert np.abs(np.array(gradient) - 2 * expected @ np.array(weight.astype(mx.float32))).max() < 1e-3
@@ -36,7 +36,7 @@ def test_both_ways_give_the_dequantized_product(bits, mode, bias, slice_, monkey
 
 def test_a_large_weight_is_unpacked_slice_by_slice(monkeypatch):
     """Forward and backward in memory of some slices, which a whole unpacked weight would exceed."""
-    monkeypatch.setattr(linear, "unpacking_pays", lambda: 1)
+    monkeypatch.setattr(linear, "dequantizing_pays", lambda: 1)
     packed = linear.Linear(1024, 8192, bias=False).to_quantized(64, 4)  # 33.6 MB unpacked
     x = mx.random.normal((4, 1024))
     mx.eval(packed.parameters(), x)
@@ -45,15 +45,15 @@ def test_a_large_weight_is_unpacked_slice_by_slice(monkeypatch):
         mx.reset_peak_memory()
         held = mx.get_active_memory()
         mx.eval(product(x))
-        assert mx.get_peak_memory() - held < 5 * linear.SLICE * linear.unpacking_bytes(4, 4)
+        assert mx.get_peak_memory() - held < 5 * linear.SLICE * linear.dequantizing_bytes(4, 4)
 
 
 def test_the_output_embedding_too(monkeypatch):
     packed = linear.Embedding(50, 64).to_quantized(32, 4)
     x = mx.random.normal((20, 64), key=mx.random.key(0))
-    monkeypatch.setattr(linear, "unpacking_pays", lambda: 10**9)
+    monkeypatch.setattr(linear, "dequantizing_pays", lambda: 10**9)
     slow = np.array(packed.as_linear(x))
-    monkeypatch.setattr(linear, "unpacking_pays", lambda: 1)
+    monkeypatch.setattr(linear, "dequantizing_pays", lambda: 1)
     assert np.abs(np.array(packed.as_linear(x)) - slow).max() < 1e-5
 
 
@@ -63,7 +63,7 @@ import phi3_mlx
 from phi3_mlx.models import linear
 for clock in ("time", "perf_counter", "monotonic", "process_time"):
     setattr(time, clock, None)  # whoever reads one fails
-print(linear.unpacking_pays())
+print(linear.dequantizing_pays())
 """
 
 
@@ -73,14 +73,14 @@ def chosen(**environment):
 
 
 def test_two_processes_choose_alike_and_read_no_clock():
-    assert chosen() == chosen() == f"{linear.unpacking_pays()}\n"
+    assert chosen() == chosen() == f"{linear.dequantizing_pays()}\n"
 
 
 def test_the_choice_follows_the_blas(monkeypatch):
     monkeypatch.setattr(linear.blas, "is_fast", lambda: True)
-    assert linear.unpacking_pays() == linear.UNPACKED_ROWS
+    assert linear.dequantizing_pays() == linear.DEQUANTIZED_ROWS
     monkeypatch.setattr(linear.blas, "is_fast", lambda: False)
-    assert linear.unpacking_pays() > 10**6
+    assert linear.dequantizing_pays() > 10**6
 
 
 @pytest.mark.skipif(not mlx_blas._reference_blas(), reason="MLX has another BLAS here")
@@ -89,18 +89,18 @@ def test_without_a_fast_blas_weights_stay_packed():
 
 
 def test_from_those_rows_on_a_layer_unpacks(monkeypatch):
-    monkeypatch.setattr(linear, "unpacking_pays", lambda: linear.UNPACKED_ROWS)
+    monkeypatch.setattr(linear, "dequantizing_pays", lambda: linear.DEQUANTIZED_ROWS)
     unpacked = []
-    monkeypatch.setattr(linear, "unpacked_product", lambda weight, *a, **k: lambda x: unpacked.append(len(x)) or x)
+    monkeypatch.setattr(linear, "dequantized_product", lambda weight, *a, **k: lambda x: unpacked.append(len(x)) or x)
     packed = linear.Linear(64, 64, bias=False).to_quantized(32, 4)
-    for rows in (1, linear.UNPACKED_ROWS - 1, linear.UNPACKED_ROWS):
+    for rows in (1, linear.DEQUANTIZED_ROWS - 1, linear.DEQUANTIZED_ROWS):
         packed(mx.zeros((rows, 64)))
-    assert unpacked == [linear.UNPACKED_ROWS]
+    assert unpacked == [linear.DEQUANTIZED_ROWS]
 
 
 def test_on_a_gpu_weights_stay_packed(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert linear.unpacking_pays() > 10**6
+    assert linear.dequantizing_pays() > 10**6
 
 
 def test_a_loaded_model_has_these_layers():

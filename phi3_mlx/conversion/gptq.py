@@ -60,7 +60,7 @@ class _Calibration:
             self._pack_layer(layer)
         parts = self._made.pop(entry.name) if entry.name in self._made else self._outside_layers(entry)
         if entry.path == EMBEDDING:
-            self._hidden = self._stream.embedded(unpacked_matrix(parts, entry.packing)[self._ids])
+            self._hidden = self._stream.embedded(dequantized_matrix(parts, entry.packing)[self._ids])
         return parts
 
     def _outside_layers(self, entry: Entry) -> list[mx.array]:
@@ -91,7 +91,7 @@ class _Calibration:
                 # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
                 pieces = [gptq(weight[i], hessian, packing, dtype) for i, hessian in enumerate(hessians)]
                 made = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
-            linear(layer, path).weight = unpacked_matrix(made, packing)
+            linear(layer, path).weight = dequantized_matrix(made, packing)
             self._made[name] = made
             mx.eval(layer.parameters())
             mx.clear_cache()
@@ -216,7 +216,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.stack(rows).view(np.uint32)
 
 
-def unpacked_matrix(parts: Sequence[mx.array], packing: Mapping[str, Any] | None) -> mx.array:
+def dequantized_matrix(parts: Sequence[mx.array], packing: Mapping[str, Any] | None) -> mx.array:
     """The matrix that a packed weight stands for, in float32."""
     if packing is None:
         return parts[0].astype(mx.float32)

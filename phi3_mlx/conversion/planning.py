@@ -11,7 +11,7 @@ from ..engine.plan import Workload
 from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models import parse_config
 from ..models.attention import fused_attention
-from ..models.linear import unpacking_bytes
+from ..models.linear import dequantizing_bytes
 from ..sizes import size_text
 from ..store.quantization import FLOATS
 from . import gptq, sensitivity
@@ -86,7 +86,7 @@ def _one_matrix(source: AdaptedSource, layout: Layout) -> int:
 def _one_tensor(source: Source, read: Source, entry: Entry) -> int:
     """Bytes of a tensor's parts and itself, unpacked, cast and packed."""
     stored, cast = source.tensors[entry.name], read.tensors[entry.name]
-    unpacking = unpacking_bytes((source.quantization or {}).get("bits", 4), 4) if source.quantization else 0
+    unpacking = dequantizing_bytes((source.quantization or {}).get("bits", 4), 4) if source.quantization else 0
     held = max(2 * stored.nbytes, unpacking * math.prod(stored.shape))
     return held + (cast.nbytes if cast.dtype != stored.dtype else 0) + (entry.nbytes if entry.packing else 0)
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import CheckpointError, OptionError
 from ..evaluation.quality import chunks, divergence_from, log_softmax
 from ..sizes import size_text
-from .gptq import unpacked_matrix
+from .gptq import dequantized_matrix
 from .layerwise import EMBEDDING, LayerStream, linear
 from .layout import Layout
 from .recipes import Recipe, left_alone, uniform
@@ -236,7 +236,7 @@ class _Measurement:
 
     def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
         packing = {**self._packings[name], "bits": width}
-        return unpacked_matrix(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
+        return dequantized_matrix(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
 
 
 def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:

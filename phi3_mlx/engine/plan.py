@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 
 from ..config import BlockPattern, Config
 from ..errors import MemoryLimitError, PromptError
-from ..models.attention import BLOCK, block_of, fused_attention, heads_at_once, on_cuda, unpacked_at_once
+from ..models.attention import BLOCK, block_of, dequantized_at_once, fused_attention, heads_at_once, on_cuda
 from ..models.blocksparse import tile_size
 from ..models.cache import REREAD_CHUNK, KVBits, KVCache
 from ..models.decoder import QUEUED
-from ..models.linear import SLICE, unpacking_bytes, unpacking_pays
+from ..models.linear import SLICE, dequantizing_bytes, dequantizing_pays
 from ..sizes import size_text
 from ..store.checkpoint import model_size
 from . import machine
@@ -279,7 +279,7 @@ class Workload:
     def _some_heads(self, seen: int) -> int:
         """Heads of a packed cache unpacked on a GPU, from a copy: a part of an array is not in one piece."""
         head, kv_heads = self.rows * seen * self.config.head_dim, self.config.num_key_value_heads
-        numbers = min(kv_heads * head, max(head, unpacked_at_once()))
+        numbers = min(kv_heads * head, max(head, dequantized_at_once()))
         return 2 * numbers * self.itemsize + self._layer_bytes(seen) * numbers // (kv_heads * head)
 
     def _decoding(self, seen: int) -> int:
@@ -312,17 +312,17 @@ class Workload:
         """Bytes for a number of packed keys and one of values while they are unpacked."""
         if self.bits is None or self.fused:
             return self.itemsize, self.itemsize
-        return unpacking_bytes(self.bits.keys, self.itemsize), unpacking_bytes(self.bits.values, self.itemsize)
+        return dequantizing_bytes(self.bits.keys, self.itemsize), dequantizing_bytes(self.bits.values, self.itemsize)
 
     def _unpacking_weights(self) -> int:
         """The same for the packed weights that take most."""
         packed = self.config.quantization or {}
         each = [packed, *(own for own in packed.values() if isinstance(own, Mapping))]
-        return max(unpacking_bytes(own.get("bits", 4), self.itemsize) for own in each)
+        return max(dequantizing_bytes(own.get("bits", 4), self.itemsize) for own in each)
 
     def _unpacks(self, tokens: int) -> bool:
         """Whether packed weights are multiplied as floats."""
-        return not self.fused and self.config.quantization is not None and tokens >= unpacking_pays()
+        return not self.fused and self.config.quantization is not None and tokens >= dequantizing_pays()
 
 
 def reread_at_boundary(config: Config) -> int:

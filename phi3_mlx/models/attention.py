@@ -14,7 +14,7 @@ from .cache import KVBits, KVCache
 
 # Limits of what one attention call writes to memory beside its result, in numbers.
 SCORES = 1 << 24  # of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
-UNPACKED = 1 << 24  # keys, and as many values, of a packed cache on a GPU; on CUDA `_CUDA` times as many
+DEQUANTIZED = 1 << 24  # keys, and as many values, of a packed cache on a GPU; on CUDA `_CUDA` times as many
 _CUDA = 8  # a server's GPU has room for it, and with a head or two only a few of its processors had work
 BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
 LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
@@ -59,9 +59,9 @@ def on_cuda() -> bool:
     return fused_attention() and not mx.metal.is_available()
 
 
-def unpacked_at_once() -> int:
+def dequantized_at_once() -> int:
     """How many keys, and as many values, of a packed cache are unpacked at once on this GPU."""
-    return UNPACKED * (_CUDA if on_cuda() else 1)
+    return DEQUANTIZED * (_CUDA if on_cuda() else 1)
 
 
 def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
@@ -127,14 +127,14 @@ def _attend_some_heads(
     """
     batch, heads, _, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
-    group, at_once = heads // kv_heads, max(1, unpacked_at_once() // (batch * slots * dim))
-    wait = compute if batch * kv_heads * slots * dim > UNPACKED else _later
+    group, at_once = heads // kv_heads, max(1, dequantized_at_once() // (batch * slots * dim))
+    wait = compute if batch * kv_heads * slots * dim > DEQUANTIZED else _later
     parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
         cached = [array[:, head : head + at_once] for array in seen]
         if parts:
             cached = mx.depends(cached, parts[-1:])
-        k, v = unpack(cached, bits)
+        k, v = dequantize_kv(cached, bits)
         queries = q[:, head * group : (head + at_once) * group]
         parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask))
         wait(parts[-1])
@@ -194,7 +194,7 @@ def _over_blocks(
         cached = [array[:, :, block] for array in seen]
         if state:
             cached = mx.depends(cached, state[-1:])
-        k, v = (cached[0], cached[1]) if bits is None else unpack(cached, bits, compute)
+        k, v = (cached[0], cached[1]) if bits is None else dequantize_kv(cached, bits, compute)
         scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
         mask = visible(block)
         if mask is not None:
@@ -233,7 +233,7 @@ def _later(_: mx.array | list[mx.array]) -> None:
     """A `Compute` that leaves it to MLX when."""
 
 
-def unpack(arrays: list[mx.array], bits: KVBits, compute: Compute = _later) -> tuple[mx.array, mx.array]:
+def dequantize_kv(arrays: list[mx.array], bits: KVBits, compute: Compute = _later) -> tuple[mx.array, mx.array]:
     (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
     k = mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys)
     compute(k)

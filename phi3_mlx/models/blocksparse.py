@@ -13,7 +13,7 @@ queries x all keys. Source: arXiv 2404.14219, section 2; `modeling_phi3_small` o
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -100,7 +100,7 @@ def _attend_in_tiles(
             if parts or tiles:
                 stored = mx.depends(seen, (parts or tiles)[-1:])
             keys = [_gather(_pick(array, heads_.kv), vertical, near, pattern.block_size) for array in stored]
-            key, value = (keys[0], keys[1]) if bits is None else attention.unpack(keys, bits)
+            key, value = (keys[0], keys[1]) if bits is None else attention.dequantize_kv(keys, bits)
             positions = np.concatenate([_tokens(range(old)[vertical], pattern.block_size), np.arange(near.start, last)])
             parts.append(
                 mx.fast.scaled_dot_product_attention(
@@ -162,7 +162,7 @@ def _gather(array: mx.array, vertical: slice, near: slice, block: int) -> mx.arr
     return mx.concatenate([mx.flatten(old, 2, 3), array[:, :, near]], axis=2)
 
 
-def _tokens(blocks: Rows[int], block: int) -> np.ndarray:
+def _tokens(blocks: Sequence[int], block: int) -> np.ndarray:
     """The positions in these blocks."""
     return (np.array(blocks, dtype=np.int64)[:, None] * block + np.arange(block)).reshape(-1)
 

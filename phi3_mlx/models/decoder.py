@@ -9,8 +9,7 @@ A member's file derives from `Attention`, `DecoderLayer`, `Decoder` and `Model`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from .attention import Mask, attend, fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 from .dropout import Draws
 from .end_to_end import EndToEnd
-from .linear import Embedding, Linear, unpacking_pays
+from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
 
 _TOGETHER = 32  # tokens at most whose queries and keys are turned in one call
@@ -179,7 +178,7 @@ class Decoder(nn.Module):
             raise
 
     def end_to_end(
-        self, ids: mx.array, lengths: Rows[int], *, checkpoint: bool = False, keys: mx.array | None = None
+        self, ids: mx.array, lengths: Sequence[int], *, checkpoint: bool = False, keys: mx.array | None = None
     ) -> mx.array:
         """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
 
@@ -223,7 +222,7 @@ class Decoder(nn.Module):
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
         x = self.embed(ids)
-        unpacks = self._config.quantization is not None and ids.size >= unpacking_pays()
+        unpacks = self._config.quantization is not None and ids.size >= dequantizing_pays()
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)
@@ -305,8 +304,8 @@ class Model(nn.Module):
 
     def make_cache(
         self,
-        prompt_length: int | Rows[int] | None = None,
-        left_padding: Rows[int] | None = None,
+        prompt_length: int | Sequence[int] | None = None,
+        left_padding: Sequence[int] | None = None,
         bits: KVBits | None = None,
     ) -> list[KVCache]:
         """An empty cache, one entry a layer.

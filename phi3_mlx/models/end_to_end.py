@@ -7,7 +7,7 @@ where no causal query sees it, and nothing of it is taken back, so neither numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from itertools import accumulate
 
 import mlx.core as mx
@@ -40,7 +40,7 @@ class EndToEnd:
     `lengths` of the sequences in the order they stand in the row; `long`, the LongRoPE regime of each.
     """
 
-    def __init__(self, lengths: Rows[int], long: Rows[bool], window: int | None):
+    def __init__(self, lengths: Sequence[int], long: Sequence[bool], window: int | None):
         starts = [0, *accumulate(lengths)]
         place = np.empty(starts[-1], dtype=np.int32)  # place among all blocks' places, for each token of the row
         self.blocks: list[Block] = []
@@ -55,13 +55,13 @@ class EndToEnd:
             before += index.size
         self._place = mx.array(place)
 
-    def scatter(self, blocks: Rows[mx.array]) -> mx.array:
+    def scatter(self, blocks: Sequence[mx.array]) -> mx.array:
         """What `Block.gather` gave, one array (B, longest, width) a block -> (1, L, width)."""
         flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
         return (flat[0] if len(flat) == 1 else mx.concatenate(flat))[self._place][None]
 
 
-def _blocks(lengths: Rows[int]) -> list[list[int]]:
+def _blocks(lengths: Sequence[int]) -> list[list[int]]:
     """Indexes of the sequences, longest first, in groups of about one length."""
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):

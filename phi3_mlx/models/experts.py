@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import one_of, packing_of, plain_weight, unpacked_product, unpacking_pays
+from .linear import dequantized_product, dequantizing_pays, one_of, packing_of, plain_weight
 
 _MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
 
@@ -157,7 +157,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.gathers or (self.training and groups.rows_each < unpacking_pays()):
+        if groups.gathers or (self.training and groups.rows_each < dequantizing_pays()):
             product = mx.gather_qmm(
                 rows[:, None],
                 self.weight,
@@ -172,12 +172,12 @@ class QuantizedSwitchLinear(nn.Module):
             )
             return product[:, 0]
         if self.training:
-            return groups.in_blocks(rows, self._unpacked_blocks)
+            return groups.in_blocks(rows, self._dequantized_blocks)
         return mx.concatenate(
             [self._one(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
         )
 
-    def _unpacked_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
+    def _dequantized_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
         """All matrices unpacked for the moment, forward and backward."""
 
         @mx.custom_function
@@ -195,8 +195,8 @@ class QuantizedSwitchLinear(nn.Module):
         """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None
-        if len(rows) < unpacking_pays():
+        if len(rows) < dequantizing_pays():
             return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **packing_of(self))
-        product = unpacked_product(weight, scales, biases, **packing_of(self))(rows)
+        product = dequantized_product(weight, scales, biases, **packing_of(self))(rows)
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
         return product

@@ -13,7 +13,7 @@ from .. import blas
 SLICE = 1 << 19  # numbers of a packed weight that are unpacked at a time
 # The rows from which on unpacking is no slower at 3, 4 and 8 bits, whatever the matrix: `python -m bench.unpacking`,
 # 2026-11-29 in bench/LOG.md.
-UNPACKED_ROWS = 8
+DEQUANTIZED_ROWS = 8
 _NEVER = 1 << 30
 
 
@@ -43,9 +43,9 @@ class QuantizedLinear(nn.QuantizedLinear):
     """`nn.QuantizedLinear` that unpacks its weight for a plain product where that is faster."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < unpacking_pays():
+        if x.size // x.shape[-1] < dequantizing_pays():
             return super().__call__(x)
-        product = unpacked_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
+        product = dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
         return product + self.bias if "bias" in self else product
 
 
@@ -53,9 +53,9 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < unpacking_pays():
+        if x.size // x.shape[-1] < dequantizing_pays():
             return super().as_linear(x)
-        return unpacked_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
+        return dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
 
 
 def packing_of(layer: nn.Module) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def plain_weight(layer: nn.Module) -> mx.array:
     return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing_of(layer))
 
 
-def unpacking_bytes(bits: int, itemsize: int) -> int:
+def dequantizing_bytes(bits: int, itemsize: int) -> int:
     """Bytes for each number that `mx.dequantize` holds at its peak on the CPU, the result of `itemsize` among them.
 
     Codes are taken apart in arrays of 32-bit integers, bit by bit if 32 is no multiple of `bits`. As measured, for
@@ -97,7 +97,7 @@ def one_of(array: mx.array, i: int) -> mx.array:
     return array[i : i + 1].squeeze(0)
 
 
-def unpacked_product(
+def dequantized_product(
     weight: mx.array, scales: mx.array, biases: mx.array | None, **packing: Any
 ) -> Callable[[mx.array], mx.array]:
     """x @ weight.T of a packed weight (outputs, inputs), forward and backward, with `SLICE` numbers unpacked at a time.
@@ -106,12 +106,12 @@ def unpacked_product(
     would keep it from one pass to the other.
     """
     outputs, groups = scales.shape
-    words = weight.shape[1] // groups
+    group_words = weight.shape[1] // groups  # 32-bit words that hold the codes of a group
 
-    def unpacked(rows: slice, columns: slice, dtype: mx.Dtype, before: list[mx.array]) -> mx.array:
+    def dequantized(rows: slice, columns: slice, dtype: mx.Dtype, before: list[mx.array]) -> mx.array:
         """The weight's part of some rows and some groups of columns."""
         first, last, _ = columns.indices(groups)
-        part = [weight[rows, first * words : last * words], scales[rows, columns]]
+        part = [weight[rows, first * group_words : last * group_words], scales[rows, columns]]
         part += [] if biases is None else [biases[rows, columns]]
         if before:  # MLX would else be free to unpack all of them first
             part = mx.depends(part, before[-1:])
@@ -123,7 +123,7 @@ def unpacked_product(
         step = max(1, SLICE // x.shape[-1])
         parts: list[mx.array] = []
         for first in range(0, outputs, step):
-            parts.append(x @ unpacked(slice(first, first + step), slice(None), x.dtype, parts).T)
+            parts.append(x @ dequantized(slice(first, first + step), slice(None), x.dtype, parts).T)
         return mx.concatenate(parts, axis=-1)
 
     @product.vjp
@@ -131,18 +131,18 @@ def unpacked_product(
         step = max(1, SLICE * groups // (outputs * x.shape[-1]))
         parts: list[mx.array] = []
         for first in range(0, groups, step):
-            parts.append(cotangent @ unpacked(slice(None), slice(first, first + step), x.dtype, parts))
+            parts.append(cotangent @ dequantized(slice(None), slice(first, first + step), x.dtype, parts))
         return mx.concatenate(parts, axis=-1)
 
     return product  # type: ignore[return-value]
 
 
-def unpacking_pays() -> int:
+def dequantizing_pays() -> int:
     """From how many rows on `x @ unpacked.T` is faster than MLX's packed product.
 
-    On a GPU never, and on a CPU with the reference BLAS neither. With a fast BLAS from `UNPACKED_ROWS` on: a packed
+    On a GPU never, and on a CPU with the reference BLAS neither. With a fast BLAS from `DEQUANTIZED_ROWS` on: a packed
     product takes as long for each row as for the first, and the others add little once a weight is unpacked. No clock
     is read, so that two processes choose alike and a plan says what a run does.
     """
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return _NEVER if on_gpu or not blas.is_fast() else UNPACKED_ROWS
+    return _NEVER if on_gpu or not blas.is_fast() else DEQUANTIZED_ROWS

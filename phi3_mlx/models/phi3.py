@@ -77,9 +77,9 @@ class Config(config.Config):
         }
 
     def made_of(self, name: str) -> tuple[str, ...]:
-        for fused, parts in self.parts.items():
-            if f".{fused}." in name:
-                return tuple(name.replace(fused, part) for part in parts)
+        for layer, parts in self.parts.items():
+            if f".{layer}." in name:
+                return tuple(name.replace(layer, part) for part in parts)
         return (name,)
 
 

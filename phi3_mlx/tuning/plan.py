@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import MemoryLimitError
 from ..models.attention import BLOCK, fused_attention
 from ..models.blocksparse import TILE
-from ..models.linear import SLICE, unpacking_pays
+from ..models.linear import SLICE, dequantizing_pays
 from ..sizes import parse_size, size_text
 from ..store.checkpoint import ModelSize
 from .batches import PartSize, Schedule
@@ -100,7 +100,7 @@ def plan_memory(
     in_work += (_WORK_SCORES[in_blocks] + settings.gradient_checkpointing) * scores
     stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack
-    if config.quantization is not None and rows >= unpacking_pays():
+    if config.quantization is not None and rows >= dequantizing_pays():
         unpacked = _UNPACKED[routed] * stack
         in_work += item * (unpacked if routed else min(unpacked, _SLICES * SLICE))
     logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
