@@ -18,6 +18,7 @@ from phi3_mlx.cli import cli
 
 sys.path.insert(0, str(ROOT / "docs"))
 from _commands import help_pages, with_help
+from _site import linked, on_page_content
 
 DOCS = ROOT / "docs"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -205,6 +206,32 @@ def test_citation_and_changelog_are_of_this_version():
     assert citation["version"] == phi3_mlx.__version__
     newest = re.findall(r"^## \[([\d.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
     assert newest == (phi3_mlx.__version__, str(citation["date-released"]))
+
+
+def test_the_site_breaks_the_lines_of_messages_and_answers_and_no_others():
+    def block(kind, text):
+        return f'<div class="language-{kind} highlight"><pre><span></span><code>{text}\n</code></pre></div>'
+
+    columns = block("text", "&lt;" + "x" * 79)  # 80 of them
+    sentence = block("text", "short\n" + "word " * 20)
+    code = block("python", "x" * 100)
+    assert on_page_content(columns + sentence + code) == columns + sentence.replace("light", "light wrapped") + code
+    for page in ("commands.md", "how-it-works.md", "memory.md"):  # set in columns
+        for kind, text in BLOCKS.findall(PAGES[page]):
+            assert kind != "text" or max(map(len, text.splitlines())) <= 80, f"{page}: {text}"
+
+
+def test_the_site_leads_links_to_its_own_pages():
+    for link, place in {
+        "../notebooks/longrope.ipynb": "notebooks/longrope.md",
+        "../weights/tiny/README.md": "tiny.md",
+        "../bench/results/longcontext.png": "files/longcontext.png",
+        "memory.md": "memory.md",
+        "https://arxiv.org/abs/2404.14219": "https://arxiv.org/abs/2404.14219",
+    }.items():
+        assert linked(f"[x]({link})", "docs/index.md", "index.md") == f"[x]({place})"
+    link = "[x](../docs/how-it-works.md)"
+    assert linked(link, "notebooks/longrope.ipynb", "notebooks/longrope.md") == link.replace("docs/", "")
 
 
 # Not plain English, or not the field's word: NaN, recompute, clip the gradient norm, estimate, this many, again.
