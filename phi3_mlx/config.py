@@ -17,6 +17,8 @@ from .fields import kind_of, shorten
 
 # transformers 5 writes `rope_parameters` with theta and friends inside, older files `rope_scaling`.
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
+# Arrays of a token that are alive in a decoder layer at once: hidden states, and queries, keys and values side by side.
+_HIDDEN_ARRAYS, _QKV_ARRAYS = 7, 3
 _MOST_OF_ALL = 2**31 - 1  # MLX counts in 32 bits
 # Ten times and more what any model has: what is made before the weights are looked at stays small.
 _MOST = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "num_local_experts": 1024} | dict.fromkeys(
@@ -161,12 +163,23 @@ class Config:
 
     @property
     def numbers_in_work(self) -> int:
-        """How many numbers a token takes in a layer at its peak, measured on a CPU.
+        """Numbers of a token that are alive in a decoder layer at its peak, three terms."""
+        return _HIDDEN_ARRAYS * self.hidden_size + self.mixing_in_work + self.inner_in_work
 
-        7 of the hidden width, of the MLP's one more than it keeps for training (a copy), 3 of queries, keys and values.
-        """
-        mixing = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        return 7 * self.hidden_size + (self.mlp_kept + 1) * self.mlp_width + 3 * mixing
+    @property
+    def qkv_width(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    @property
+    def mixing_in_work(self) -> int:
+        """Of `numbers_in_work`, those of attention: queries, keys and values."""
+        return _QKV_ARRAYS * self.qkv_width
+
+    @property
+    def inner_in_work(self) -> int:
+        """Of `numbers_in_work`, those inside the feed-forward part: what training keeps, and a copy."""
+        return (self.mlp_kept + 1) * self.mlp_width
 
     @property
     def mlp_kept(self) -> int:

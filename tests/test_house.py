@@ -109,7 +109,7 @@ def test_rooms_import_what_their_lines_name_which_stands_below():
 
 def test_no_file_is_long():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    assert {name for name, length in lengths.items() if length > 400} <= {"phi3_mlx.engine.plan"}
+    assert not [name for name, length in lengths.items() if length > 400]
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -12,7 +12,6 @@ import test_tuning_plan
 from mlx.utils import tree_flatten
 from test_tuning_plan import CHECKPOINTED
 
-from phi3_mlx.engine import plan
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
@@ -37,7 +36,7 @@ ALL_SPARSE = {"dense_attention_every_n_layers": None, "blocksparse_block_size": 
     ids=str,
 )
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, length, bits, rows, pays, monkeypatch):
-    for module in (linear, decoder, plan):
+    for module in (linear, decoder):
         monkeypatch.setattr(module, "dequantizing_pays", lambda: pays)
     names = ("hidden_size", "ff_intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     packed = {"group_size": 32, "bits": 8} if pays else None

@@ -25,7 +25,7 @@ from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
-from phi3_mlx.engine import machine, plan
+from phi3_mlx.engine import machine
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
@@ -249,7 +249,7 @@ def test_an_adapter_of_experts_is_refused(source, tmp_path):
     ],
 )
 def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight_bits, dequantizing_pays, monkeypatch):
-    for module in (linear, decoder, plan, experts):
+    for module in (linear, decoder, experts):
         monkeypatch.setattr(module, "dequantizing_pays", lambda: dequantizing_pays)
     quantization = {"group_size": 32, "bits": weight_bits} if weight_bits else None
     raw = {**RAW, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": hidden // 128}

@@ -94,8 +94,7 @@ LONG = [  # the same, where attention's work is most
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_so_it_is_for_long_prompts(case, small, monkeypatch):
     if small:
-        for module in (attention, memory):
-            monkeypatch.setattr(module, "BLOCK", 1 << 17)
+        monkeypatch.setattr(attention, "BLOCK", 1 << 17)
     test_the_prediction_is_what_mlx_takes_within_a_tenth(*case, None, 8, monkeypatch)
 
 
@@ -111,7 +110,7 @@ def test_so_it_is_for_long_prompts(case, small, monkeypatch):
 )
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, pays, packing, monkeypatch):
     packed = {"group_size": 32, "bits": packing} if pays else None
-    for module in (linear, decoder, memory):
+    for module in (linear, decoder):
         monkeypatch.setattr(module, "dequantizing_pays", lambda: pays)
     model = random_model(*shape, quantization=packed)
     if packed:
@@ -315,8 +314,7 @@ def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
 )
 def test_plans_on_cuda_are_what_was_measured_there(tokens, bits, chunk, peak, monkeypatch):
     """Peaks beside 2.15 GB of weights on an NVIDIA H200, Phi-3-mini's shape, bfloat16 (bench/LOG.md, bench/results)."""
-    for module in (attention, memory):
-        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    monkeypatch.setattr(attention, "on_cuda", lambda: True)
     run = Workload(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
     assert run.plan(0).total == pytest.approx(peak + 2.15e9, rel=0.1)
 

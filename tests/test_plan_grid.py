@@ -89,14 +89,13 @@ def test_no_plan_is_short_where_one_part_is_much_wider_than_others(name, monkeyp
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_no_plan_is_five_percent_short_or_much_too_large(seed, monkeypatch):
-    for module in (attention, memory):
-        monkeypatch.setattr(module, "BLOCK", 1 << 17)  # blocks where prompts are short
+    monkeypatch.setattr(attention, "BLOCK", 1 << 17)  # blocks where prompts are short
     check(drawn(seed), SLACK, monkeypatch)
 
 
 def check(case, slack, monkeypatch):
     """A run's peak against its plan."""
-    for module in (linear, decoder, memory):
+    for module in (linear, decoder):
         monkeypatch.setattr(module, "dequantizing_pays", lambda: case["unpacks"])
     model = model_of(case["raw"], case["dtype"], case["weight_bits"])
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))

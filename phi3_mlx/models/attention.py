@@ -10,7 +10,9 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from .cache import KVBits, KVCache
+from .cache import KVBits, KVCache, kv_bytes
+from .linear import dequantizing_bytes
+from .pass_shape import PassShape
 
 # Limits of what one attention call writes to memory beside its result, in numbers.
 SCORES = 1 << 24  # of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
@@ -21,6 +23,10 @@ LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a
 _FEW = 32  # queries at most that read a quantized cache directly
 _ROWS, _KEYS = 512, 1024  # of a block: queries at most, keys at least
 _HIDDEN = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
+
+# Bytes of a score of a block, by the bytes of a number: scores and weights in float32, and what is beside them where
+# the products before and after are in 16 bits.
+_SCORE_BYTES = {4: 8, 2: 14}
 
 Mask = mx.array | str | None
 Compute = Callable[[mx.array | list[mx.array]], None]
@@ -47,6 +53,37 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
             seen = [mx.contiguous(array) for array in seen]
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def attention_bytes(shape: PassShape, keys: int) -> int:
+    """Bytes that a call of `attend` writes beside its result, where the queries of `shape` see `keys` keys of a row."""
+    if shape.fused:
+        return _fused_bytes(shape, keys) if shape.bits is None else _some_heads_bytes(shape, keys)
+    written = unblocked_bytes(shape, keys)
+    if attends_in_blocks(shape, keys):
+        written = max(written, _block_bytes(shape, keys))
+    return written + (shape.tokens * keys if shape.is_masked(keys) else 0)  # a mask has a byte each
+
+
+def _fused_bytes(shape: PassShape, keys: int) -> int:
+    """Of MLX's own kernel: nothing; on CUDA the scores (B, H, L, S) of a chunk behind others, not of the first.
+
+    So it was measured on an H200 (bench/LOG.md, 2026-11-26).
+    """
+    behind = on_cuda() and 1 < shape.queries < keys
+    return shape.config.num_attention_heads * shape.tokens * keys * shape.itemsize if behind else 0
+
+
+def unblocked_bytes(shape: PassShape, keys: int) -> int:
+    """Of MLX's own kernel on the CPU: scores (B, H, L, S), up to as many as are computed without blocks.
+
+    They are in the type of computation, and there twice where a mask has hidden some.
+    """
+    if shape.bits:
+        return 0
+    a_key = shape.config.num_attention_heads * shape.tokens
+    keys = min(keys, BLOCK // a_key // shape.queries * shape.queries)  # chunk after chunk
+    return shape.itemsize * a_key * keys * (2 if shape.is_masked(keys) else 1)
 
 
 def fused_attention() -> bool:
@@ -92,6 +129,20 @@ def heads_at_once(queries: int, slots: int, fused: bool) -> int:
     MLX's CPU backend copies arrays that are not in one piece; the slots in use are, of a single head.
     """
     return 1 if slots >= LONG and not fused else max(1, SCORES // (queries * slots))
+
+
+def decoding_bytes(shape: PassShape, step: int) -> int:
+    """Bytes that attention writes while `step` tokens of all rows are generated, or drafted and verified, at once.
+
+    Their scores (H, step, S), in float32, of a packed cache also in the type of computation, of a call's heads.
+    """
+    keys, kv_heads = shape.keys, shape.config.num_key_value_heads
+    queries = step * (shape.config.num_attention_heads // kv_heads)  # of a key head
+    if shape.bits is None:
+        return 0 if shape.fused else 4 * queries * kv_heads * keys
+    if shape.fused and on_cuda():
+        return _some_heads_bytes(shape, keys)
+    return (4 + shape.itemsize) * queries * min(kv_heads, heads_at_once(queries, keys, shape.fused)) * keys
 
 
 def scores_of(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.array:
@@ -141,6 +192,17 @@ def _attend_some_heads(
     return mx.concatenate(parts, axis=1)
 
 
+def _some_heads_bytes(shape: PassShape, keys: int) -> int:
+    """Bytes of `_attend_some_heads`: heads dequantized, keys and values (B, heads, S, D), from a copy of their codes.
+
+    A part of an array is not in one piece.
+    """
+    head, kv_heads = shape.rows * keys * shape.config.head_dim, shape.config.num_key_value_heads
+    numbers = min(kv_heads * head, max(head, dequantized_at_once()))
+    packed = shape.rows * kv_bytes(shape.config, keys, shape.bits, shape.itemsize)
+    return 2 * numbers * shape.itemsize + packed * numbers // (kv_heads * head)
+
+
 def block_of(group: int) -> tuple[int, int]:
     """What a block has on the CPU: at most this many queries, each in a `group` of heads, and keys of all key heads."""
     rows = max(1, min(_ROWS, BLOCK // (group * _KEYS)))
@@ -177,6 +239,33 @@ def _attend_in_blocks(
             tiles.append(tile.astype(q.dtype).reshape(1, -1, last - first, dim))
         parts.append(mx.concatenate(tiles, axis=2))
     return mx.concatenate(parts, axis=1).reshape(q.shape)
+
+
+def attends_in_blocks(shape: PassShape, keys: int) -> bool:
+    """Whether a pass is computed by `_attend_in_blocks`, each block before the next is asked for."""
+    scores = shape.config.num_attention_heads * shape.tokens * keys
+    return not shape.fused and (shape.bits is not None or scores > BLOCK)
+
+
+def _block_bytes(shape: PassShape, keys: int) -> int:
+    """Bytes of a block of `_over_blocks`: dequantized keys, values beside them, or scores beside both.
+
+    Scores (group, L, slots), keys and values (slots, D) each, with the slots of all key heads.
+    """
+    group = shape.config.num_attention_heads // shape.config.num_key_value_heads
+    rows, slots = block_of(group)
+    rows, slots = min(rows, shape.queries), min(slots, shape.config.num_key_value_heads * keys)
+    numbers = slots * shape.config.head_dim if shape.bits else 0  # of the keys; those of others lie in the cache
+    of_key, of_value = kv_dequantizing_bytes(shape)
+    scored = _SCORE_BYTES[shape.itemsize] * group * rows * slots
+    return max(numbers * of_key, numbers * (shape.itemsize + of_value), 2 * numbers * shape.itemsize + scored)
+
+
+def kv_dequantizing_bytes(shape: PassShape) -> tuple[int, int]:
+    """Bytes for a number of packed keys, and one of values, while they are dequantized on the CPU."""
+    if shape.bits is None or shape.fused:
+        return shape.itemsize, shape.itemsize
+    return dequantizing_bytes(shape.bits.keys, shape.itemsize), dequantizing_bytes(shape.bits.values, shape.itemsize)
 
 
 def _over_blocks(

@@ -25,9 +25,11 @@ from ..config import BlockPattern
 from . import attention
 from .attention import SCORES, Mask, scores_of, weighted
 from .cache import KVBits, KVCache
+from .pass_shape import PassShape
 
 _FEW = 32  # queries at most that read the cache where it lies
 TILE = 256  # queries at most that share their copied keys; the fewer, the fewer local keys they do not see
+_TILES_ALIVE = 4  # whose copied keys and values, and on the CPU scores, are alive at once
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,20 @@ def tile_size(
     blocks = _tile_blocks(batch, heads, first, pattern)
     here = _at_once(heads, pattern)
     return min(chunk, blocks * pattern.block_size), _keys(first, blocks, pattern), here, min(here, kv_heads)
+
+
+def tile_bytes(shape: PassShape, pattern: BlockPattern) -> int:
+    """Bytes that a call of `attend_in_blocks` writes: of tiles alive keys and values (B, Hkv, keys, D), and scores.
+
+    Scores (B, H, queries, keys) are float32, on the CPU alone. A packed cache's tile is dequantized.
+    """
+    heads, kv_heads = shape.config.num_attention_heads, shape.config.num_key_value_heads
+    queries, keys, heads, kv_heads = tile_size(shape.rows, heads, kv_heads, shape.chunk, shape.length, pattern)
+    of_key_and_value = 2 * _TILES_ALIVE * shape.itemsize
+    if shape.bits is not None:
+        of_key_and_value = max(of_key_and_value, sum(attention.kv_dequantizing_bytes(shape)))
+    scores = 0 if shape.fused else 4 * _TILES_ALIVE * shape.rows * heads * queries * keys
+    return shape.rows * kv_heads * keys * shape.config.head_dim * of_key_and_value + scores
 
 
 def _visible(pattern: BlockPattern, residue: int, first: int, last: int, keys: np.ndarray) -> mx.array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..config import Config
 from ..errors import OptionError
 from ..values import shown, whole
 
@@ -256,6 +257,23 @@ class QuantizedKVCache(KVCache):
     def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         group_size = self.bits.group_size
         return [*mx.quantize(keys, group_size, self.bits.keys), *mx.quantize(values, group_size, self.bits.values)]
+
+
+def kv_bytes(config: Config, length: int, bits: KVBits | None, itemsize: int) -> int:
+    """Bytes that a layer's cache has of one row of `length` tokens, with `itemsize` bytes a number.
+
+    Keys and values (Hkv, slots, D) each, slots by the `step`; behind a window as many as `KVCache` keeps at most.
+    Packed: their codes, and a scale and a bias for every group.
+    """
+    slots = length
+    if config.sliding_window is not None:
+        slots = min(length, config.sliding_window - 1 + KVCache.spare + 2 * KVCache.step)
+    slots = -(-slots // KVCache.step) * KVCache.step
+    numbers = slots * config.num_key_value_heads * config.head_dim  # of the keys, and as many of the values
+    if bits is None:
+        return 2 * numbers * itemsize
+    codes = numbers * (bits.keys + bits.values) // 8
+    return codes + 2 * 2 * numbers // bits.group_size * itemsize
 
 
 def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None = None) -> KVBits | None:

@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import dequantized_product, dequantizing_pays, one_of, packing_of, plain_weight
+from .linear import SLICES_ALIVE, dequantized_product, dequantizing_pays, one_of, packing_of, plain_weight
 
 _MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
+_ROW_ARRAYS = 7  # of a mixture's rows that are alive at once, each as wide as a token
 
 
 class Groups:
@@ -200,3 +201,16 @@ class QuantizedSwitchLinear(nn.Module):
         product = dequantized_product(weight, scales, biases, **packing_of(self))(rows)
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
         return product
+
+
+def rows_bytes(tokens: int, experts_per_token: int, width: int, itemsize: int) -> int:
+    """Bytes of `Groups.rows` of this many tokens, their products and their sums: rows (tokens * experts, width)."""
+    return _ROW_ARRAYS * tokens * experts_per_token * width * itemsize
+
+
+def expert_bytes(numbers: int, dequantizing: int, itemsize: int) -> int:
+    """Bytes that dequantizing an expert's matrix of `numbers` takes, `dequantizing` bytes for each.
+
+    One expert at a time is dequantized, where the one before it was, or slices of it.
+    """
+    return min(numbers * (dequantizing - itemsize), SLICES_ALIVE * dequantizing)

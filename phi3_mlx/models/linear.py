@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,8 @@ SLICE = 1 << 19  # numbers of a packed weight that are unpacked at a time
 # 2026-11-29 in bench/LOG.md.
 DEQUANTIZED_ROWS = 8
 _NEVER = 1 << 30
+# Numbers of slices that are alive at once in `dequantized_product`, with MLX's CPU backend ten operations ahead.
+SLICES_ALIVE = SLICE * 17 // 5
 
 
 class Linear(nn.Linear):
@@ -79,6 +81,13 @@ def dequantizing_bytes(bits: int, itemsize: int) -> int:
     return (8 if 32 % bits == 0 else 4 * bits + 4) + itemsize % 4
 
 
+def most_dequantizing_bytes(quantization: Mapping[str, Any] | None, itemsize: int) -> int:
+    """`dequantizing_bytes` of the layers that take most; a config's `quantization` may give a layer its own bits."""
+    packings = [{}] if quantization is None else [quantization]
+    packings += [value for value in packings[0].values() if isinstance(value, Mapping)]
+    return max(dequantizing_bytes(packing.get("bits", 4), itemsize) for packing in packings)
+
+
 def matrices(layer: nn.Module) -> Iterator[mx.array]:
     """The same matrix by matrix (outputs, inputs): one, or that of each expert; each unpacked when it is asked for."""
     if layer.weight.ndim == 2:
@@ -135,6 +144,19 @@ def dequantized_product(
         return mx.concatenate(parts, axis=-1)
 
     return product  # type: ignore[return-value]
+
+
+def slices_bytes(numbers: int, dequantizing: int) -> int:
+    """Bytes that `dequantized_product` holds of a matrix of `numbers` at its peak, `dequantizing` bytes for each.
+
+    Of a small matrix twice itself, of a large one the slices that are alive; between them two slices and half of it.
+    """
+    return min(2 * numbers, 2 * SLICE + numbers // 2, SLICES_ALIVE) * dequantizing
+
+
+def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, fused: bool) -> bool:
+    """Whether packed weights are dequantized for this many tokens; never where attention is fused, on a GPU."""
+    return not fused and quantization is not None and tokens >= dequantizing_pays()
 
 
 def dequantizing_pays() -> int:

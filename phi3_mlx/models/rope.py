@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import Config
 
+_HALVES = 11  # of queries that are alive at once on the CPU, where MLX rotates them in ten operations on their halves
 # One regime for every row, or one a row.
 Regime = bool | tuple[bool, ...]
 
@@ -71,3 +72,8 @@ class Rope:
         return mx.fast.rope(
             x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs[long]
         )
+
+
+def rotation_numbers(width: int) -> int:
+    """Numbers of a token that rotating `width` numbers of queries holds on the CPU, beside the queries themselves."""
+    return _HALVES * width // 2
