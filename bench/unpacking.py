@@ -16,7 +16,7 @@ import phi3_mlx  # noqa: F401  (puts a fast BLAS in MLX's place)
 
 SHAPES = (512, 512), (3072, 3072), (8192, 3072), (32064, 3072)  # outputs, inputs
 BITS = 4, 8, 3
-ROWS = 1, 2, 4, 8, 12, 16, 24, 32, 64
+ROWS = 1, 2, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64
 
 
 def least(function: Callable[[], object], runs: int) -> float:
@@ -34,19 +34,23 @@ def least(function: Callable[[], object], runs: int) -> float:
 @click.command()
 @click.option("--runs", type=int, default=5, show_default=True, help="Runs of which the fastest counts.")
 @click.option("--large", is_flag=True, help="The output layer of Phi-3-mini as well, which takes minutes.")
-def main(runs: int, large: bool) -> None:
+@click.option("--rows", "counts", type=int, multiple=True, default=ROWS, show_default=True, help="May be repeated.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+def main(runs: int, large: bool, counts: tuple[int, ...], dtype: str) -> None:
     """Milliseconds of a packed product and of an unpacked one, by rows; and from how many on the second is faster."""
     import mlx.core as mx
 
     from phi3_mlx.models.linear import dequantized_product
 
     for (outputs, inputs), bits in itertools.product(SHAPES if large else SHAPES[:-1], BITS):
-        packed = mx.quantize(mx.random.normal((outputs, inputs), key=mx.random.key(0)), 32, bits)
+        weight = mx.random.normal((outputs, inputs), getattr(mx, dtype), key=mx.random.key(0))
+        packed = mx.quantize(weight, 32, bits)
         product = dequantized_product(*packed, group_size=32, bits=bits)
         mx.eval(packed)
+        del weight
         cells, faster = [], None
-        for rows in ROWS:
-            x = mx.random.normal((rows, inputs), key=mx.random.key(1))
+        for rows in counts:
+            x = mx.random.normal((rows, inputs), getattr(mx, dtype), key=mx.random.key(1))
             mx.eval(x)
             as_packed = least(lambda: mx.quantized_matmul(x, *packed, True, 32, bits), runs)  # noqa: B023
             unpacked = least(lambda: product(x), runs)  # noqa: B023

@@ -28,17 +28,23 @@ def rounded(x, group_size, bits):
 
 LIMITS = {
     "as shipped": {},
-    "tiny blocks": {"_FEW": 0, "BLOCK": 20, "_KEYS": 4, "DEQUANTIZED": 300},
-    "head by head": {"LONG": 6},
+    "tiny blocks": {"_DIRECT_QUERIES": 0, "BLOCK": 20, "_BLOCK_KEYS": 4, "_DEQUANTIZED_AT_ONCE": 300},
+    "head by head": {"_ONE_HEAD_SLOTS": 6},
     "as on Metal": {
         "fused_attention": lambda: True,
         "on_cuda": lambda: False,
-        "_FEW": 4,
-        "DEQUANTIZED": 2000,
-        "SCORES": 200,
+        "_DIRECT_QUERIES": 4,
+        "_DEQUANTIZED_AT_ONCE": 2000,
+        "SCORES_AT_ONCE": 200,
     },
-    "as on CUDA": {"fused_attention": lambda: True, "on_cuda": lambda: True, "DEQUANTIZED": 2000},
-    "some heads": {"_FEW": 0, "BLOCK": 400, "_ROWS": 5, "_KEYS": 8, "DEQUANTIZED": 2000},
+    "as on CUDA": {"fused_attention": lambda: True, "on_cuda": lambda: True, "_DEQUANTIZED_AT_ONCE": 2000},
+    "some heads": {
+        "_DIRECT_QUERIES": 0,
+        "BLOCK": 400,
+        "_BLOCK_QUERIES": 5,
+        "_BLOCK_KEYS": 8,
+        "_DEQUANTIZED_AT_ONCE": 2000,
+    },
 }
 
 
@@ -125,7 +131,7 @@ def test_rows_of_a_packed_batch_are_what_they_are_alone():
 def test_attention_of_the_last_layer_is_computed_at_the_end_of_a_prompt_alone(monkeypatch):
     """On the CPU, where each step of the other layers is computed when it is asked for."""
     computed, original = [], attention.dequantize_kv
-    monkeypatch.setattr(attention, "_FEW", 0)
+    monkeypatch.setattr(attention, "_DIRECT_QUERIES", 0)
     monkeypatch.setattr(
         attention, "dequantize_kv", lambda *args: computed.append(args[2] is mx.eval) or original(*args)
     )
@@ -173,6 +179,6 @@ def test_gradients_in_blocks_are_those_of_all_scores_at_once(monkeypatch):
 
     whole = gradients(q, k, v)
     monkeypatch.setattr(attention, "BLOCK", 400)
-    monkeypatch.setattr(attention, "_KEYS", 16)
+    monkeypatch.setattr(attention, "_BLOCK_KEYS", 16)
     for ours, expected in zip(gradients(q, k, v), whole, strict=True):
         assert mx.abs(ours - expected).max() < 1e-4

@@ -77,7 +77,7 @@ def test_any_pattern_in_any_pieces_is_the_oracle(case, seed):
     arrays = random(heads, kv_heads, length, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocksparse, "TILE", tile)
-        patch.setattr(blocksparse, "_FEW", few)
+        patch.setattr(blocksparse, "_FEW_QUERIES", few)
         found = read(arrays, pattern, edges)[0]
     assert np.abs(found - expected(*(array[0] for array in arrays), pattern)).max() < 1e-4
 
@@ -90,7 +90,7 @@ def test_rows_of_any_padding_are_as_alone(case, padding):
     arrays = random(heads, kv_heads, length, len(padding))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocksparse, "TILE", tile)
-        patch.setattr(blocksparse, "_FEW", few)
+        patch.setattr(blocksparse, "_FEW_QUERIES", few)
         found = read(arrays, pattern, edges, tuple(padding))
     assert np.isfinite(found).all(), "padding that were NaN would poison its row"
     for row, before in enumerate(padding):
@@ -106,7 +106,7 @@ def test_a_packed_cache_is_the_oracle_on_what_it_unpacks_to(case, bits, padding)
     arrays = random(heads, kv_heads, length, len(padding or (0,)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocksparse, "TILE", tile)
-        patch.setattr(blocksparse, "_FEW", few)
+        patch.setattr(blocksparse, "_FEW_QUERIES", few)
         # Sequences that see everything take the road of all models, which has its own tests.
         found = read(arrays, pattern, edges, padding, bits)
     for array, width in ((arrays[1], bits.keys), (arrays[2], bits.values)):
@@ -151,7 +151,7 @@ def test_only_blocks_that_a_group_sees_are_read(queries):
 
 @pytest.mark.parametrize("few", [0, 32])
 def test_gradients_are_those_of_a_dense_mask(few, monkeypatch):
-    monkeypatch.setattr(blocksparse, "_FEW", few)
+    monkeypatch.setattr(blocksparse, "_FEW_QUERIES", few)
     monkeypatch.setattr(blocksparse, "TILE", 6)
     pattern, heads = BlockPattern(3, 2, 3, 1), 4
     q, k, v = (mx.array(array) for array in random(heads, 2, 29))

@@ -236,7 +236,7 @@ def test_all_ways_to_multiply_agree(mode, rows_unpacked, monkeypatch):
     tokens = mx.array(rng.standard_normal((100, 32)).astype(np.float32))
 
     def total(tokens, many, training):
-        monkeypatch.setattr(experts, "_MANY", many)
+        monkeypatch.setattr(experts, "_ROWS_TO_SORT", many)
         layer.train(training)
         groups = experts.Groups(chosen, 5)
         return (groups.summed(layer(groups.rows(tokens), groups)) ** 2).sum()

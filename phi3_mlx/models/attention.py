@@ -14,15 +14,18 @@ from .cache import KVBits, KVCache, kv_bytes
 from .linear import dequantizing_bytes
 from .pass_shape import PassShape
 
-# Limits of what one attention call writes to memory beside its result, in numbers.
-SCORES = 1 << 24  # of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
-DEQUANTIZED = 1 << 24  # keys, and as many values, of a packed cache on a GPU; on CUDA `_CUDA` times as many
-_CUDA = 8  # a server's GPU has room for it, and with a head or two only a few of its processors had work
-BLOCK = 1 << 20  # queries x keys on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay near
-LONG = 1024  # slots of a packed cache from which on the CPU reads one head at a time
-_FEW = 32  # queries at most that read a quantized cache directly
-_ROWS, _KEYS = 512, 1024  # of a block: queries at most, keys at least
-_HIDDEN = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
+# What one attention call may write to memory beside its result, in numbers.
+SCORES_AT_ONCE = 1 << 24  # scores of a few queries on a GPU, and of block-sparse tiles anywhere: 64 MB of float32
+_DEQUANTIZED_AT_ONCE = 1 << 24  # keys of a packed cache on a GPU, and as many values
+_CUDA_FACTOR = 8  # times as many on CUDA: a server's GPU has the memory, and a head or two would leave most of it idle
+BLOCK = (
+    1 << 20
+)  # scores on the CPU, where MLX has no fused kernel: 4 MB of float32, which stay in the processor's cache
+_BLOCK_QUERIES, _BLOCK_KEYS = 512, 1024  # a block on the CPU has at most 512 queries and at least 1,024 keys
+
+_ONE_HEAD_SLOTS = 1024  # a packed cache with at least this many slots is read one head at a time on the CPU
+_DIRECT_QUERIES = 32  # at most this many queries are multiplied by a packed cache as it is
+_MASKED = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
 
 # Bytes of a score of a block, by the bytes of a number: scores and weights in float32, and what is beside them where
 # the products before and after are in 16 bits.
@@ -38,18 +41,18 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     bits = None if cache is None else cache.bits
     batch, heads, length, _ = q.shape
     numbers = batch * heads * length * seen[0].shape[2]
-    # Computed before more is asked for; not without a cache: this may be training, whose graph is computed as a whole.
-    compute = mx.eval if cache is not None and cache.awaited else _later
-    if bits is not None and length <= _FEW and not on_cuda():
+    # Each part is computed before the next is queued. Not without a cache: this may be training, whose graph is one.
+    compute = mx.eval if cache is not None and cache.awaited else _leave_to_mlx
+    if bits is not None and length <= _DIRECT_QUERIES and not on_cuda():
         out = _attend_packed(q, seen, bits, scale, mask)
-    elif not fused_attention() and (bits is not None or (length > _FEW and numbers > BLOCK)):
-        # On the CPU MLX makes room for ten operations ahead, so each block is computed before the next is asked for.
+    elif not fused_attention() and (bits is not None or (length > _DIRECT_QUERIES and numbers > BLOCK)):
+        # On the CPU MLX allocates for ten operations ahead, so each block is computed before the next is queued.
         out = _attend_in_blocks(q, seen, bits, scale, mask, compute)
     elif bits is not None:
         out = _attend_some_heads(q, seen, bits, scale, mask, compute)
     else:
         if length == 1 and cache is not None and cache.window is not None and on_cuda():
-            # MLX's CUDA kernel for one query goes back to the array that a part was cut from, and to its first slot.
+            # MLX's CUDA kernel for one query ignores where a view begins and reads the whole array from its first slot.
             seen = [mx.contiguous(array) for array in seen]
         out = mx.fast.scaled_dot_product_attention(q, seen[0], seen[1], scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
@@ -92,17 +95,17 @@ def fused_attention() -> bool:
 
 
 def on_cuda() -> bool:
-    """Whether this is CUDA, whose packed products know no heads of 96 and no arrays that were cut from others."""
+    """Whether this is CUDA, whose quantized products take neither heads of 96 nor views of larger arrays."""
     return fused_attention() and not mx.metal.is_available()
 
 
 def dequantized_at_once() -> int:
-    """How many keys, and as many values, of a packed cache are unpacked at once on this GPU."""
-    return DEQUANTIZED * (_CUDA if on_cuda() else 1)
+    """How many numbers of the keys of a packed cache, and as many of the values, are dequantized at once on a GPU."""
+    return _DEQUANTIZED_AT_ONCE * (_CUDA_FACTOR if on_cuda() else 1)
 
 
 def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask) -> mx.array:
-    """A few queries against packed keys and values, which are read as they are, some heads at a time."""
+    """A few queries against packed keys and values, which are multiplied as they are, some heads at a time."""
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     q = (q * scale).reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G * L, D)
@@ -124,11 +127,12 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
 
 
 def heads_at_once(queries: int, slots: int, fused: bool) -> int:
-    """How many key heads a few queries of each read at once in a packed cache.
+    """How many kv heads of a packed cache, with `queries` queries each, are read at once; `fused`: on a GPU.
 
-    MLX's CPU backend copies arrays that are not in one piece; the slots in use are, of a single head.
+    MLX's CPU backend copies arrays that are not contiguous. The slots in use are contiguous within one head alone, so a
+    long cache is read head by head there.
     """
-    return 1 if slots >= LONG and not fused else max(1, SCORES // (queries * slots))
+    return 1 if slots >= _ONE_HEAD_SLOTS and not fused else max(1, SCORES_AT_ONCE // (queries * slots))
 
 
 def decoding_bytes(shape: PassShape, step: int) -> int:
@@ -171,15 +175,15 @@ def weighted(weights: mx.array, values: list[mx.array], bits: KVBits | None) -> 
 def _attend_some_heads(
     q: mx.array, seen: list[mx.array], bits: KVBits, scale: float, mask: Mask, compute: Compute
 ) -> mx.array:
-    """MLX's fused attention over a packed cache, of which some heads are unpacked at a time.
+    """MLX's fused attention over a packed cache, with some heads dequantized at a time.
 
-    Where they are many they are computed before others are unpacked: a GPU frees nothing that is still in its
-    queue of many operations.
+    If the cache is large, each group of heads is computed before the next is dequantized, because a GPU frees nothing
+    that is still in its queue.
     """
     batch, heads, _, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
     group, at_once = heads // kv_heads, max(1, dequantized_at_once() // (batch * slots * dim))
-    wait = compute if batch * kv_heads * slots * dim > DEQUANTIZED else _later
+    wait = compute if batch * kv_heads * slots * dim > _DEQUANTIZED_AT_ONCE else _leave_to_mlx
     parts: list[mx.array] = []
     for head in range(0, kv_heads, at_once):
         cached = [array[:, head : head + at_once] for array in seen]
@@ -204,18 +208,18 @@ def _some_heads_bytes(shape: PassShape, keys: int) -> int:
 
 
 def block_of(group: int) -> tuple[int, int]:
-    """What a block has on the CPU: at most this many queries, each in a `group` of heads, and keys of all key heads."""
-    rows = max(1, min(_ROWS, BLOCK // (group * _KEYS)))
+    """The most that a block on the CPU has: (queries of each of `group` query heads, keys of all its kv heads)."""
+    rows = max(1, min(_BLOCK_QUERIES, BLOCK // (group * _BLOCK_KEYS)))
     return rows, max(1, BLOCK // (group * rows))
 
 
 def _attend_in_blocks(
     q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, mask: Mask, compute: Compute
 ) -> mx.array:
-    """Some heads and queries at a time, over block after block of the keys: memory does not grow with their number.
+    """Some heads and queries at a time, over the keys block by block, so that memory does not grow with the keys.
 
-    Sums and results of the blocks so far are rescaled when a larger score appears (arXiv 2112.05682). Weights are
-    powers of 2 of scores times log2(e): here MLX's `power` takes less than half the time of its `exp`.
+    The running sums are rescaled when a larger score appears (arXiv 2112.05682). exp(x) is computed as 2^(x log2(e)),
+    because on the CPU MLX's `power` takes less than half the time of its `exp`.
     """
     batch, heads, length, dim = q.shape
     kv_heads, slots = seen[0].shape[1], seen[0].shape[2]
@@ -227,9 +231,9 @@ def _attend_in_blocks(
         tiles: list[mx.array] = []
         for first in range(0, length, rows):
             last = min(first + rows, length)
-            # The last of these queries sees no further.
+            # No query of this tile sees a later key.
             cached = [array[b : b + 1, head : head + at_once, : slots - (length - last)] for array in seen]
-            if before := tiles or parts:  # MLX would else be free to compute all of them at once
+            if before := tiles or parts:  # keeps MLX from computing all of them at once
                 cached = mx.depends(cached, before[-1:])
             queries = q[b : b + 1, head * group : (head + at_once) * group, first:last] * (scale * math.log2(math.e))
             visible = partial(_visible, mask, b, slice(first, last), slots - length)
@@ -287,9 +291,9 @@ def _over_blocks(
         scores = (queries @ k.swapaxes(-1, -2)).astype(mx.float32)
         mask = visible(block)
         if mask is not None:
-            # Of a block that a query sees nothing of the weights are 1, and vanish when it sees something.
-            scores = mx.where(mx.tile(mask, (scores.shape[2] // len(mask), 1)), scores, _HIDDEN)
-        state = _joined(state, scores, v)
+            # Where a query sees no key of a block its weights are 1 for now; its first visible key rescales them to 0.
+            scores = mx.where(mx.tile(mask, (scores.shape[2] // len(mask), 1)), scores, _MASKED)
+        state = _with_block(state, scores, v)
         del cached, k, v, scores
         compute(state)
     _, total, out = state
@@ -297,7 +301,7 @@ def _over_blocks(
 
 
 def _visible(mask: Mask, row: int, queries: slice, offset: int, keys: slice) -> mx.array | None:
-    """The part of a mask for some queries of a row, the first of which follows `offset` keys, if it hides any key."""
+    """The part (queries, keys) of a mask for one row, None if it hides no key; query 0 follows `offset` keys."""
     if isinstance(mask, mx.array):
         return mask[queries, keys] if mask.ndim == 2 else mask[row, 0, queries, keys]
     if mask is None or keys.stop <= offset + queries.start + 1:
@@ -305,24 +309,29 @@ def _visible(mask: Mask, row: int, queries: slice, offset: int, keys: slice) -> 
     return mx.arange(keys.start, keys.stop) <= mx.arange(offset + queries.start, offset + queries.stop)[:, None]
 
 
-def _joined(state: list[mx.array], scores: mx.array, v: mx.array) -> list[mx.array]:
-    """Greatest score, sum of weights, weighted values, each (1, H, G * L, 1 or D): of the keys so far and a block's."""
-    most = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # any value works: it cancels out
+def _with_block(state: list[mx.array], scores: mx.array, v: mx.array) -> list[mx.array]:
+    """The running softmax after one more block of keys, whose `scores` are (1, H, G * L, S).
+
+    Its state is empty before the first block, then largest score, sum of weights (1, H, G * L, 1 each) and weighted
+    values (1, H, G * L, D).
+    """
+    largest = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # any value works: it cancels out
     if state:
-        most = mx.maximum(most, state[0])
-    weights = mx.power(2.0, scores - most)
+        largest = mx.maximum(largest, state[0])
+    weights = mx.power(2.0, scores - largest)
     total, out = weights.sum(axis=-1, keepdims=True), (weights.astype(v.dtype) @ v).astype(mx.float32)
     if state:
-        less = mx.power(2.0, state[0] - most)
-        total, out = total + less * state[1], out + less * state[2]
-    return [most, total, out]
+        rescale = mx.power(2.0, state[0] - largest)
+        total, out = total + rescale * state[1], out + rescale * state[2]
+    return [largest, total, out]
 
 
-def _later(_: mx.array | list[mx.array]) -> None:
-    """A `Compute` that leaves it to MLX when."""
+def _leave_to_mlx(_: mx.array | list[mx.array]) -> None:
+    """A `Compute` that does nothing: MLX decides when."""
 
 
-def dequantize_kv(arrays: list[mx.array], bits: KVBits, compute: Compute = _later) -> tuple[mx.array, mx.array]:
+def dequantize_kv(arrays: list[mx.array], bits: KVBits, compute: Compute = _leave_to_mlx) -> tuple[mx.array, mx.array]:
+    """Keys and values (B, Hkv, S, D) as floats from the six arrays of a packed cache; each is passed to `compute`."""
     (k, k_scales, k_biases), (v, v_scales, v_biases) = arrays[:3], arrays[3:]
     k = mx.dequantize(k, k_scales, k_biases, group_size=bits.group_size, bits=bits.keys)
     compute(k)

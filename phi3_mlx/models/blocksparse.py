@@ -23,11 +23,11 @@ import numpy as np
 
 from ..config import BlockPattern
 from . import attention
-from .attention import SCORES, Mask, scores_of, weighted
+from .attention import SCORES_AT_ONCE, Mask, scores_of, weighted
 from .cache import KVBits, KVCache
 from .pass_shape import PassShape
 
-_FEW = 32  # queries at most that read the cache where it lies
+_FEW_QUERIES = 32  # queries at most that read the cache where it lies
 TILE = 256  # queries at most that share their copied keys; the fewer, the fewer local keys they do not see
 _TILES_ALIVE = 4  # whose copied keys and values, and on the CPU scores, are alive at once
 
@@ -78,7 +78,7 @@ def _attend_unpadded(
         rest = _attend_unpadded(q[:, :, -start:], seen, bits, scale, pattern, padding)
         return mx.concatenate([mx.zeros((batch, heads, -start, dim), rest.dtype), rest], axis=2)
     seen = [array[:, :, padding:] for array in seen]
-    few = length <= _FEW and batch * heads * length * (start + length) <= SCORES
+    few = length <= _FEW_QUERIES and batch * heads * length * (start + length) <= SCORES_AT_ONCE
     return (_attend_few if few else _attend_in_tiles)(q, seen, bits, scale, pattern, start)
 
 
@@ -123,7 +123,7 @@ def _attend_in_tiles(
 def _tile_blocks(batch: int, heads: int, first: int, pattern: BlockPattern) -> int:
     """How many blocks of queries to take at once from position `first` on, so that their scores stay bounded."""
     block, most = pattern.block_size, max(1, TILE // pattern.block_size)
-    return max(1, min(most, SCORES // (batch * _at_once(heads, pattern) * _keys(first, most, pattern) * block)))
+    return max(1, min(most, SCORES_AT_ONCE // (batch * _at_once(heads, pattern) * _keys(first, most, pattern) * block)))
 
 
 def _at_once(heads: int, pattern: BlockPattern) -> int:

@@ -1,4 +1,4 @@
-"""Keys and values of what was read, and what all layers share about it.
+"""The key-value cache: keys and values of the tokens read so far, layer by layer, and what the layers share.
 
 The layers of one cache share a `SequenceState`: the token ids read so far, so that a model can recompute the cache when
 what is stored is no longer valid (a LongRoPE regime that changed, a window that was trimmed into).
@@ -18,11 +18,11 @@ from ..values import shown, whole
 KV_BITS = (2, 3, 4, 6, 8)
 KV_GROUP_SIZES = (32, 64)
 REREAD_CHUNK = 512
-_PIECES = 64  # ids arrive one array a call; join them this often
+_MOST_PIECES = 64  # arrays of ids, one a call, that are kept before they are joined
 
 
 class SequenceState:
-    """The token ids a cache has read, its rows' left padding and LongRoPE regimes."""
+    """The token ids that a cache has read, the left padding of its rows and their LongRoPE regimes."""
 
     def __init__(self, left_padding: tuple[int, ...] | None = None, prompt_length: tuple[int, ...] | None = None):
         self.left_padding = left_padding
@@ -43,24 +43,37 @@ class SequenceState:
 
     @property
     def kept(self) -> list[mx.array]:
-        """The arrays to evaluate where a call was broken off."""
+        """The arrays to evaluate after a call that was interrupted."""
         return self._pieces
 
     def _keep(self, ids: mx.array) -> None:
-        mx.async_eval(ids)  # behind the step that is queued, without waiting; another thread could not compute them
+        mx.async_eval(ids)  # queued, without waiting: another thread cannot compute this thread's lazy arrays
         self._pieces = [ids]
 
     def read(self, ids: mx.array, offset: int) -> None:
-        """Note that `ids` (B, L) follow the first `offset` ids; what was trimmed since is forgotten."""
+        """Append `ids` (B, L) after the first `offset` ids; any ids behind those were trimmed, and are forgotten."""
         length = sum(piece.shape[1] for piece in self._pieces)
         if offset < length:
             if offset:
                 self._keep(self.ids[:, :offset])
             else:
                 self._pieces = []
-        if len(self._pieces) > _PIECES:
+        if len(self._pieces) > _MOST_PIECES:
             self._keep(mx.concatenate(self._pieces, axis=1))
         self._pieces.append(ids)
+
+    def lengths_after(self, total: int, batch: int) -> list[int]:
+        """How many tokens, without padding, each of `batch` rows has once the cache has read `total` in all.
+
+        Call it before they are read. A declared prompt counts in full from the beginning.
+        """
+        lengths = [total - padding for padding in self.left_padding or (0,) * batch]
+        if self.prompt_length is None:
+            return lengths
+        declared = self.prompt_length * batch if len(self.prompt_length) == 1 else self.prompt_length
+        if all(length >= n for length, n in zip(lengths, declared, strict=True)):
+            self.prompt_length = None  # read in full: from here on the cache's own length counts
+        return [max(length, n) for length, n in zip(lengths, declared, strict=True)]
 
     @property
     def expected(self) -> int:
@@ -106,9 +119,9 @@ class KVBits:
 class KVCache:
     """Keys and values of one layer, each (B, Hkv, slots, D).
 
-    Without `window` every token keeps its slot. With it only the last `window - 1` do (a query sees itself and
-    `window - 1` before it), with room for at most two `step`s more so that old ones are dropped in bulk, and `spare`
-    older ones so that as many new tokens can be trimmed again without a loss.
+    Without `window` every token keeps its slot. With it only the last `window - 1` do, because a query sees itself and
+    the `window - 1` tokens before it. There is room for up to two `step`s more, so that old tokens are dropped in bulk,
+    and `spare` older tokens stay, so that as many new ones can be trimmed again.
     """
 
     step = 256
@@ -129,7 +142,7 @@ class KVCache:
         used, end = self.offset - self.start, self.offset - self.start + keys.shape[2]
         self._reserve(end, new)
         for array, part in zip(self.state, new, strict=True):
-            # Where it fills all slots MLX would keep the part itself: keys that are cut from queries, keys and values.
+            # Where it fills all slots MLX would store the part itself: a view that keeps all of `qkv` in memory.
             array[..., used:end, :] = part if part.shape[2] < array.shape[2] else mx.contiguous(part)
         first = self.first_visible - self.start
         self.offset += keys.shape[2]
@@ -154,31 +167,31 @@ class KVCache:
 
     @property
     def lost(self) -> bool:
-        """True if a trim reached behind what the window kept: the cache must be recomputed."""
+        """True if a trim went further back than the window's tokens: the cache must be recomputed."""
         return self.lost_at(self.offset)
 
     def lost_at(self, offset: int) -> bool:
-        """Whether a trim to `offset` tokens reaches behind what the window kept."""
+        """Whether a trim to `offset` tokens goes further back than the window's tokens."""
         return self.window is not None and self.start > max(0, offset - (self.window - 1))
 
     def _reserve(self, slots: int, like: list[mx.array]) -> None:
         have = self.state[0].shape[2] if self.state else 0
         if slots <= have:
             return
-        if self.window is None:  # room for the whole prompt at once: what grows is copied, and then there twice
+        if self.window is None:  # room for the whole prompt: growing copies, and for a moment both copies exist
             slots = max(slots, self.sequence.expected)
         slots = -(-slots // self.step) * self.step
         if not have:
-            self.state = [_free(array, slots) for array in like]
+            self.state = [_empty(array, slots) for array in like]
             return
-        state = [_longer(array, slots) for array in self.state]
-        mx.eval(state)  # or MLX would copy all layers before it lets go of one
+        state = [_extended(array, slots) for array in self.state]
+        mx.eval(state)  # or MLX would copy all layers before it frees one
         self.state = state
 
     def _drop(self, first: int, end: int) -> None:
         """Keep slots `first:end` alone, with room for a step more."""
         slots = (-(-(end - first) // self.step) + 1) * self.step
-        state = [_longer(array[..., first:end, :], slots) for array in self.state]
+        state = [_extended(array[..., first:end, :], slots) for array in self.state]
         mx.eval(state)  # or the old slots of every layer would stay until the end of the chunk
         self.state, self.start = state, self.start + first  # together: a Ctrl-C before leaves all as it was
 
@@ -189,13 +202,13 @@ class KVCache:
             self._drop(0, used)
 
     def forget(self) -> None:
-        """Make the slots that the tokens read need, empty, for `write_row` to fill."""
+        """Allocate empty slots for the tokens read, for `write_row` to fill."""
         like, self.state = self.state, []
         self.start = self.first_visible
         self._reserve(max(self.offset - self.start, 1), like)
 
     def narrow(self) -> None:
-        """Keep what the next query may see and nothing older, which `write_row` would not renew."""
+        """Keep what the next query may see and nothing older: `write_row` would not overwrite that."""
         if self.first_visible > self.start:
             self._drop(self.first_visible - self.start, self.offset - self.start)
 
@@ -237,18 +250,21 @@ class KVCache:
         return n
 
 
-def _free(like: mx.array, slots: int) -> mx.array:
-    """Slots that hold nothing yet."""
+def _empty(like: mx.array, slots: int) -> mx.array:
+    """Zeros (B, Hkv, slots, D) for an array like `like`."""
     return mx.zeros((*like.shape[:2], slots, like.shape[3]), like.dtype)
 
 
-def _longer(array: mx.array, slots: int) -> mx.array:
-    """With free slots appended, `slots` in all."""
-    return mx.concatenate([array, _free(array, slots - array.shape[2])], axis=2)
+def _extended(array: mx.array, slots: int) -> mx.array:
+    """The array with empty slots appended, `slots` in all."""
+    return mx.concatenate([array, _empty(array, slots - array.shape[2])], axis=2)
 
 
 class QuantizedKVCache(KVCache):
-    """The same, packed by `mx.quantize` as they come: codes, scales and biases of the keys, then of the values."""
+    """A `KVCache` that packs keys and values with `mx.quantize` as they arrive.
+
+    Its arrays: codes, scales and biases of the keys, then of the values.
+    """
 
     def __init__(self, bits: KVBits, sequence: SequenceState | None = None, window: int | None = None):
         super().__init__(sequence, window)
@@ -278,7 +294,6 @@ def kv_bytes(config: Config, length: int, bits: KVBits | None, itemsize: int) ->
 
 def make_kv_bits(kv_bits: int | Sequence[int] | None, kv_group_size: int | None = None) -> KVBits | None:
     """How to pack a cache: `kv_bits` of keys and values alike or of each, None for not at all. Raises OptionError."""
-
     if kv_bits is None:
         if kv_group_size is not None:
             raise OptionError(f"kv_group_size {shown(kv_group_size)} has no effect without kv_bits=BITS; leave it out")

@@ -25,8 +25,8 @@ from .end_to_end import EndToEnd
 from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
 
-_TOGETHER = 32  # tokens at most whose queries and keys are turned in one call
-QUEUED = 1 << 26  # bytes that layers may write before a GPU is waited for
+_ROTATED_TOGETHER = 32  # queries and keys of at most this many tokens are rotated in one call
+QUEUED = 1 << 26  # bytes that layers may write before the GPU is waited for
 
 LongRopeRule = Literal["auto", "short", "long"]
 
@@ -38,7 +38,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Self-attention. A member has the projections: `rows`, `split` and `output`."""
+    """Self-attention. A member defines the projections: `qkv`, `split` and `output`."""
 
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__()
@@ -49,46 +49,49 @@ class Attention(nn.Module):
             config.head_dim,
         )
 
-    def rows(self, x: mx.array) -> mx.array:
+    def qkv(self, x: mx.array) -> mx.array:
         """Queries, keys and values of every token side by side: (B, L, hidden_size) -> (B, L, (H + 2 Hkv) * D)."""
         raise NotImplementedError
 
-    def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """What `rows` made -> queries (B, H, L, D), keys and values (B, Hkv, L, D): here in that order.
+    def split(self, qkv: mx.array, rotate: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        """The output of `qkv` -> rotated queries (B, H, L, D) and keys, and values (B, Hkv, L, D); here in that order.
 
-        `turn` rotates queries and keys. A call costs Python as much time as several other operations, so those of a few
-        tokens are turned in one. On the CPU it takes several times the memory of what it turns, so others are not.
+        A call of `rotate` takes Python as long as several other operations, so queries and keys of a few tokens are
+        rotated in one. On the CPU it needs several times the memory of what it rotates, so those of many are not.
         """
-        batch, length, _ = rows.shape
-        rows = rows.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
-        if length > _TOGETHER:
-            q, k, v = mx.split(rows, [self._heads, self._heads + self._kv_heads], axis=1)
-            return turn(q), turn(k), v
-        turning, v = mx.split(rows, [self._heads + self._kv_heads], axis=1)
-        q, k = mx.split(turn(turning), [self._heads], axis=1)
+        batch, length, _ = qkv.shape
+        qkv = qkv.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
+        if length > _ROTATED_TOGETHER:
+            q, k, v = mx.split(qkv, [self._heads, self._heads + self._kv_heads], axis=1)
+            return rotate(q), rotate(k), v
+        qk, v = mx.split(qkv, [self._heads + self._kv_heads], axis=1)
+        q, k = mx.split(rotate(qk), [self._heads], axis=1)
         return q, k, v
 
     def output(self, x: mx.array) -> mx.array:
-        """What the heads made of their values, (B, L, H * D) -> (B, L, hidden_size)."""
+        """The output projection of all heads: (B, L, H * D) -> (B, L, hidden_size)."""
         raise NotImplementedError
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
-        """Rotated queries and keys, and values -> (B, L, H * D)."""
+        """Rotated q (B, H, L, D), rotated k and v (B, Hkv, L, D) -> (B, L, H * D)."""
         return attend(q, k, v, cache, self._rope.scale, mask)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
     ) -> mx.array:
-        return self.output(self._mix(self.rows(x), mask, cache, offset, long))
+        return self.output(self._attended(self.qkv(x), mask, cache, offset, long))
 
     def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
         """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
-        rows = self.rows(x)
-        blocks = [self._mix(block.gather(rows), block.mask, None, 0, block.long) for block in joined.blocks]
+        qkv = self.qkv(x)
+        blocks = [self._attended(block.gather(qkv), block.mask, None, 0, block.long) for block in joined.blocks]
         return self.output(joined.scatter(blocks))
 
-    def _mix(self, rows: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime) -> mx.array:
-        q, k, v = self.split(rows, lambda x: self._rope.rotate(x, offset, long))
+    def _attended(
+        self, qkv: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
+    ) -> mx.array:
+        """The output of `qkv`, whose first position is `offset` -> (B, L, H * D)."""
+        q, k, v = self.split(qkv, lambda x: self._rope.rotate(x, offset, long))
         return self.attend(self._rope.gain(q, long), k, v, cache, mask)
 
 
@@ -143,7 +146,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def embedded(self, rows: mx.array) -> mx.array:
-        """The input of the first layer from rows of the embedding."""
+        """Rows of the embedding (..., hidden_size) -> the input of the first layer, of the same shape."""
         return rows
 
     def embed(self, ids: mx.array) -> mx.array:
@@ -156,18 +159,9 @@ class Decoder(nn.Module):
         if cache is None:
             return self._read(ids, None, self.is_long(length))
         offset, sequence = cache[0].offset, cache[0].sequence
-        padding = sequence.left_padding or (0,) * batch
-        totals = [offset + length - pad for pad in padding]
-        if sequence.prompt_length is not None:
-            declared = sequence.prompt_length
-            if len(declared) == 1:
-                declared = declared * batch
-            if all(total >= n for total, n in zip(totals, declared, strict=True)):
-                sequence.prompt_length = None  # read in full: from here on the cache itself tells
-            totals = [max(total, n) for total, n in zip(totals, declared, strict=True)]
-        long = tuple(self.is_long(total) for total in totals)
+        long = tuple(map(self.is_long, sequence.lengths_after(offset + length, batch)))
         if offset:
-            self._reread(cache, long)
+            self._recompute(cache, long)
         sequence.long = long
         sequence.read(ids, offset)
         try:
@@ -183,8 +177,9 @@ class Decoder(nn.Module):
         """Sequences of `lengths` end to end: ids (1, sum(lengths)) -> hidden states (1, sum(lengths), hidden_size).
 
         Each comes out as it would alone: its positions begin at 0, it sees only itself, and its own length says its
-        LongRoPE regime. `checkpoint` keeps only each layer's input for the backward pass and computes the rest again.
-        `keys` (sum(lengths), 2) say what dropout draws for every token; None: they are drawn from MLX's random state.
+        LongRoPE regime. `checkpoint` (gradient checkpointing) keeps only each layer's input for the backward pass and
+        recomputes the rest. `keys` (sum(lengths), 2) seed dropout for every token (`token_keys`); None: they are drawn
+        from MLX's random state.
         """
         joined = EndToEnd(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
         draws = Draws(keys)
@@ -215,27 +210,27 @@ class Decoder(nn.Module):
         return layers
 
     def _read(self, ids: mx.array, cache: list[KVCache] | None, long: Regime) -> mx.array:
-        """The layers, in a given regime."""
+        """All layers and the last norm, in a given regime: ids (B, L) -> hidden states (B, L, hidden_size)."""
         offset: int | mx.array = 0
         if cache is not None:
             padding = cache[0].sequence.padding_array
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
         x = self.embed(ids)
-        unpacks = self._config.quantization is not None and ids.size >= dequantizing_pays()
+        dequantizes = self._config.quantization is not None and ids.size >= dequantizing_pays()
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)
             queued += layer_bytes
-            # MLX allocates ahead of what it computes: on the CPU every layer would be unpacked at once, and a GPU lets
-            # go of nothing that is in its queue. Without a cache this may be training, whose graph is one.
+            # MLX allocates ahead of what it computes: on the CPU every layer would be dequantized at once, and a GPU
+            # frees nothing that is in its queue. Without a cache this may be training, whose graph is one.
             full = cache is not None and queued > QUEUED and fused_attention()
-            if (unpacks or full) and (cache is None or cache[i].awaited):
+            if (dequantizes or full) and (cache is None or cache[i].awaited):
                 mx.eval(x)
                 queued = 0
         return self.last_norm(x)
 
-    def _reread(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
+    def _recompute(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
         """Recompute the rows of `cache` whose keys are no longer valid, from their ids.
 
         Rotating the old keys again would not do: values and deeper keys came from the old regime's hidden states.
@@ -294,7 +289,7 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The type of the numbers that it computes with."""
+        """The type that it computes in."""
         dtype: mx.Dtype = self.layers[0].input_layernorm.weight.dtype
         return dtype
 

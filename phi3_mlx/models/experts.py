@@ -19,7 +19,7 @@ import numpy as np
 
 from .linear import SLICES_ALIVE, dequantized_product, dequantizing_pays, one_of, packing_of, plain_weight
 
-_MANY = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
+_ROWS_TO_SORT = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
 _ROW_ARRAYS = 7  # of a mixture's rows that are alive at once, each as wide as a token
 
 
@@ -30,7 +30,7 @@ class Groups:
         """`dtype` of the rows: MLX's CPU backend gathers in float32 alone."""
         experts = mx.stop_gradient(experts)
         self._count, self._each = count, experts.shape[1]
-        self.is_sorted = experts.size >= _MANY or (_on_cpu() and dtype != mx.float32)
+        self.is_sorted = experts.size >= _ROWS_TO_SORT or (_on_cpu() and dtype != mx.float32)
         self.experts = experts.flatten()  # (N * k,), of each row
         if self.is_sorted:
             self._order = mx.argsort(self.experts)
@@ -175,7 +175,7 @@ class QuantizedSwitchLinear(nn.Module):
         if self.training:
             return groups.in_blocks(rows, self._dequantized_blocks)
         return mx.concatenate(
-            [self._one(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
+            [self._one_expert(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
         )
 
     def _dequantized_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
@@ -192,7 +192,7 @@ class QuantizedSwitchLinear(nn.Module):
 
         return product(blocks)  # type: ignore[return-value]
 
-    def _one(self, expert: int, rows: mx.array) -> mx.array:
+    def _one_expert(self, expert: int, rows: mx.array) -> mx.array:
         """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None

@@ -90,7 +90,7 @@ class Attention(decoder.Attention):
         self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
         self.o_proj = Linear(self._heads * self._dim, config.hidden_size, bias=False)
 
-    def rows(self, x: mx.array) -> mx.array:
+    def qkv(self, x: mx.array) -> mx.array:
         return self.qkv_proj(x)
 
     def output(self, x: mx.array) -> mx.array:

@@ -163,16 +163,16 @@ class Attention(decoder.Attention):
         self.query_key_value = Linear(config.hidden_size, rows)
         self.dense = Linear(self._heads * self._dim, config.hidden_size)
 
-    def rows(self, x: mx.array) -> mx.array:
+    def qkv(self, x: mx.array) -> mx.array:
         return self.query_key_value(x)
 
-    def split(self, rows: mx.array, turn: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """A kv head's rows are those of its queries, its key and its value."""
-        batch, length, _ = rows.shape
+    def split(self, qkv: mx.array, rotate: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        """The outputs of a kv head stand together: its queries, its key and its value."""
+        batch, length, _ = qkv.shape
         group = self._heads // self._kv_heads
-        rows = rows.reshape(batch, length, self._kv_heads, group + 2, self._dim).transpose(0, 2, 3, 1, 4)
-        q = rows[:, :, :group].reshape(batch, self._heads, length, self._dim)
-        return turn(q), turn(rows[:, :, group]), rows[:, :, group + 1]
+        qkv = qkv.reshape(batch, length, self._kv_heads, group + 2, self._dim).transpose(0, 2, 3, 1, 4)
+        q = qkv[:, :, :group].reshape(batch, self._heads, length, self._dim)
+        return rotate(q), rotate(qkv[:, :, group]), qkv[:, :, group + 1]
 
     def output(self, x: mx.array) -> mx.array:
         return self.dense(x)

@@ -30,7 +30,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),  # GPTQ, AWQ, bitsandbytes...: packed in ways mlx does not read
 }
 _EXPERTS = "block_sparse_moe.switch_mlp"
-_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # ours and mlx-lm's, and Hugging Face's
+_EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # ours and mlx-lm's, and Hugging Face's
 _PER_TOKEN = 2
 
 
@@ -95,7 +95,7 @@ class Config(config.Config):
         return ("block_sparse_moe.gate",)
 
     def made_of(self, name: str) -> tuple[str, ...]:
-        for ours, theirs in _NAMES.items():
+        for ours, theirs in _EXPERT_NAMES.items():
             before, marker, leaf = name.partition(f".{_EXPERTS}.{ours}.")
             if marker:
                 stem = f"{before}.block_sparse_moe.experts"
@@ -162,7 +162,7 @@ class Attention(decoder.Attention):
         self.v_proj = Linear(hidden, keys, bias=bias)
         self.o_proj = Linear(queries, hidden, bias=bias)
 
-    def rows(self, x: mx.array) -> mx.array:
+    def qkv(self, x: mx.array) -> mx.array:
         return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
 
     def output(self, x: mx.array) -> mx.array:
