@@ -31,7 +31,7 @@ _PUBLIC = {
     "Token": "engine.tokens",
     "batch_generate": "generation.answers",
     "compare": "evaluation.quality",
-    "convert": "conversion",
+    "convert": "conversion.pipeline",
     "encode_prompt": "generation.answers",
     "export_peft": "adapters.peft",
     "fuse": "conversion.fuse",
@@ -53,8 +53,8 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from .adapters.peft import export_peft as export_peft
     from .adapters.peft import import_peft as import_peft
-    from .conversion import convert as convert
     from .conversion.fuse import fuse as fuse
+    from .conversion.pipeline import convert as convert
     from .display import ProgressBar as ProgressBar
     from .engine.batch import Generation as Generation
     from .engine.fits import longest_context as longest_context

@@ -7,13 +7,14 @@ of these stands in one place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .errors import OptionError
 from .values import choice, flag, number, shown, text, texts, whole
 
 Option = dataclasses.Field[Any]
+DTYPE_NAMES = ("float32", "bfloat16", "float16")  # which types can be chosen
 
 
 class Range(NamedTuple):
@@ -23,13 +24,37 @@ class Range(NamedTuple):
     said: str
 
 
-def option(default: Any, help_text: str, within: Range | None = None, **more: Any) -> Any:
+def option(
+    default: Any,
+    help_text: str,
+    within: Range | None = None,
+    *,
+    choices: Collection[str] = (),
+    offered: Collection[Any] = (),
+    read: Callable[[Any, str], Any] | None = None,
+    flags: str | None = None,
+    metavar: str | None = None,
+    shown: str | None = None,
+) -> Any:
     """A field of a dataclass of options.
 
-    `more` may have `choices`, the texts that are allowed, and `read(value, name)`, which types a value in place of what
-    the annotation says.
+    `choices` are the texts that are allowed. `read(value, name)` types a value in place of what the annotation says.
+
+    The rest is for the command line. `offered`: the values that it takes, where others are refused elsewhere. `flags`:
+    how the option is spelled, "-m --model", if not as the field. `metavar`: the word for its value in the help, and
+    `shown` for its default, if that is not the field's ("": none).
     """
-    return dataclasses.field(default=default, metadata={"help": help_text, "within": within, **more})
+    metadata = {
+        "help": help_text,
+        "within": within,
+        "choices": choices,
+        "offered": offered or choices,
+        "read": read,
+        "flags": flags,
+        "metavar": metavar,
+        "shown": shown,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def option_type(field: Option) -> str:
@@ -37,11 +62,24 @@ def option_type(field: Option) -> str:
     return str(field.type).removesuffix(" | None")
 
 
+def arguments(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a function's arguments, its `locals()` at the beginning, that are fields of the dataclass `kind`."""
+    return {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+
+
+def settle(options: Any) -> None:
+    """Give each field of a new frozen dataclass of options a value of its type. Raises OptionError; see `check`."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, read(field, getattr(options, field.name), field.name))
+    for field in dataclasses.fields(options):
+        check(field, getattr(options, field.name))
+
+
 def read(field: Option, value: Any, where: str) -> Any:
     """`value` as the field has it. OptionError, which begins with `where`, for a value of another type."""
     if value is None and str(field.type).endswith("| None"):
         return None
-    reader: Callable[[Any, str], Any] = field.metadata.get("read") or _READERS[option_type(field)]
+    reader: Callable[[Any, str], Any] = field.metadata["read"] or _READERS[option_type(field)]
     return reader(value, where)
 
 
@@ -49,7 +87,7 @@ def check(field: Option, value: Any) -> None:
     """OptionError for a value that is none of the field's choices, or outside its range; None is neither."""
     if value is None:
         return
-    choices, within = field.metadata.get("choices"), field.metadata["within"]
+    choices, within = field.metadata["choices"], field.metadata["within"]
     if choices:
         choice(value, field.name, choices)
     if within and not within.holds(value):

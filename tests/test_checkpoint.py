@@ -12,8 +12,8 @@ import oracle
 import pytest
 from mlx.utils import tree_flatten
 
-from phi3_mlx.conversion import convert
 from phi3_mlx.conversion.directory import DirectorySource
+from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import CheckpointError, ConfigError, OptionError
 from phi3_mlx.models.phi3 import Phi3Model
 from phi3_mlx.store import checkpoint

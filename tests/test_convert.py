@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 
 import phi3_mlx
 from phi3_mlx.cli import main
-from phi3_mlx.conversion import convert, pipeline, sensitivity, writer
+from phi3_mlx.conversion import pipeline, sensitivity, writer
 from phi3_mlx.conversion.opening import open_source
+from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.store import atomic
 from phi3_mlx.store.checkpoint import read_model
@@ -475,7 +476,7 @@ def test_memory_follows_the_largest_tensor(tmp_path):
 KILLED = """
 import os, signal, sys
 from phi3_mlx.store import atomic
-from phi3_mlx.conversion import convert
+from phi3_mlx.conversion.pipeline import convert
 
 source, destination, moment, force = sys.argv[1:]
 

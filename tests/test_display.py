@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from phi3_mlx import ProgressBar, display, load
-from phi3_mlx.conversion import Conversion
+from phi3_mlx.conversion.pipeline import Conversion
 from phi3_mlx.conversion.sinks import Progress
 from phi3_mlx.evaluation.quality import Comparison, Quality
 from phi3_mlx.generation.conversation import Conversation

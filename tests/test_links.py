@@ -9,9 +9,9 @@ from test_tuning_adapters import make_adapter
 from tuning_models import make_directory
 
 from phi3_mlx import load, load_tokenizer
-from phi3_mlx.conversion import convert
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.opening import open_source
+from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import CheckpointError
 
 SECRET = "PRIVATE KEY"

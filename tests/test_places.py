@@ -13,7 +13,7 @@ from tokenizer_samples import TINY
 
 import phi3_mlx
 from phi3_mlx import load, load_tokenizer
-from phi3_mlx.conversion import convert
+from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import AdapterError, CheckpointError, ModelNotFoundError, Phi3Error, TokenizerError
 from phi3_mlx.places import instead_of_adapter, instead_of_model
 

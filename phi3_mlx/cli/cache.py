@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -59,7 +60,7 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, requ
     tokenizer = source.load_tokenizer(directory)
     document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
-    model = source.load_model(directory, len(ids), 1, request.cache_bits(), request.force)
+    model = source.load_model(directory, len(ids), replace(request, max_tokens=1))  # nothing is answered
     prompt_cache = PromptCache(model, kv_bits=request.kv_bits, kv_group_size=request.kv_group_size, document=document)
     with PrefillProgress(len(ids)) as progress:
         prompt_cache.read(ids, force=request.force, on_prefill=progress.update)

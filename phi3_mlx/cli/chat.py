@@ -51,7 +51,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
     system = check_text(system, "--system") if system else None
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    model = source.load_model(directory, 1, request.max_tokens, request.cache_bits(), request.force)
+    model = source.load_model(directory, 1, request)
     conversation = Conversation(
         model,
         tokenizer,

@@ -11,12 +11,13 @@ import click
 from click.core import ParameterSource
 
 from ..errors import PromptError
+from .declare import option_of
 from .options import (
+    REQUEST_FIELDS,
     ModelOptions,
     answer_options,
     model_options,
     note_idle,
-    request_option,
 )
 from .progress import PrefillProgress
 from .reading import check_text, read_input
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     "to check that it is the same.",
 )
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
-@request_option("raw")
+@option_of(REQUEST_FIELDS["raw"])
 @answer_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
@@ -67,15 +68,17 @@ def generate(
     git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
     """
     note_idle(request)
-    raw, bits = request.raw, request.cache_bits()
+    raw = request.raw
     if raw and (system or cache):
         raise click.UsageError("--raw sends no template, so it has no place for --system or --cache")
     if cache is not None:
-        if bits is not None:
+        if request.kv_bits is not None:
             raise click.UsageError(f"{cache} has its own bits, so --kv-bits has no effect; leave it out")
         from ..generation.prompt_cache import PromptCache, about_document, read_document
 
         document, bits = read_document(cache)
+        if bits is not None:
+            request = dataclasses.replace(request, kv_bits=(bits.keys, bits.values), kv_group_size=bits.group_size)
         if system is not None and system != document.system:
             raise click.UsageError(f"{cache} begins with another system message; leave --system out, or rebuild it")
         system = document.system
@@ -93,7 +96,7 @@ def generate(
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
-    model = source.load_model(directory, len(ids), request.max_tokens, bits, request.force, kept=cache is not None)
+    model = source.load_model(directory, len(ids), request, kept=cache is not None)
     prompt_cache = None
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)

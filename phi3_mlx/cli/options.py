@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import OptionError, Phi3Error
 from ..generation.request import CHAT_TOKENS, Request
-from ..option import Option, option_type
+from ..option import DTYPE_NAMES, option
+from .declare import fields_of, option_of, options_of
 from .terminal import note
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..models.cache import KVBits
-    from ..models.decoder import Model
+    from ..models.decoder import LongRopeRule, Model
     from ..text.tokenizer import Tokenizer
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is read."""
 
-    model: str
-    revision: str | None
-    dtype: str | None
-    longrope: Any
-    adapter: tuple[str, ...] = ()
+    model: str = option(
+        "tiny",
+        "A name of `phi3-mlx models`, a directory, or a Hugging Face repository (OWNER/REPO).",
+        flags="-m --model",
+        metavar="NAME",
+    )
+    revision: str | None = option(None, "A branch, tag or commit of the repository.", metavar="REV")
+    dtype: str | None = option(
+        None, "Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.", choices=DTYPE_NAMES
+    )
+    longrope: LongRopeRule = option(
+        "auto", "LongRoPE's factors; auto chooses by length, as the reference does.", choices=("auto", "short", "long")
+    )
+    adapter: tuple[str, ...] = option(
+        (),
+        "Use the adapter in this folder; may be repeated, and the changes add up. WEIGHT is 1 by default.",
+        metavar="DIR[=WEIGHT]",
+    )
 
     def find(self) -> Path:
         """The model's directory, downloaded if need be."""
@@ -55,12 +65,10 @@ class ModelOptions:
 
         return read_tokenizer(directory)
 
-    def load_model(
-        self, directory: Path, prompt: int, max_tokens: int, bits: KVBits | None, force: bool, kept: bool = False
-    ) -> Model:
-        """The model, unless it, a prompt of this many tokens and the answer do not fit in memory (and not `force`).
+    def load_model(self, directory: Path, prompt: int, request: Request, *, kept: bool = False) -> Model:
+        """The model, unless it, a prompt of this many tokens and the answer asked for do not fit in memory.
 
-        `kept`: the bits are those of a cache that is there already.
+        `kept`: the bits are those of a cache that is there already. Raises MemoryLimitError and what `load` raises.
         """
         from ..engine.plan import plan_run
         from ..generation.loading import load_adapted
@@ -68,12 +76,12 @@ class ModelOptions:
         plan_run(
             directory,
             prompt,
-            max_tokens,
+            request.max_tokens,
             dtype=self.dtype,
             longrope=self.longrope,
-            kv_bits=bits,
+            kv_bits=request.cache_bits(),
             kept=kept,
-            force=force,
+            force=request.force,
         )
         adapters = _weights(self.adapter)
         return load_adapted(
@@ -100,51 +108,6 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
             raise OptionError(f"--adapter {directory} is given twice; give it once, with the sum of the weights")
         weights[directory] = weight
     return weights
-
-
-revision_option = click.option("--revision", metavar="REV", help="A branch, tag or commit of the repository.")
-
-
-def dtype_option(help_text: str) -> Callable[[F], F]:
-    """--dtype; each command says of what."""
-    return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=help_text)
-
-
-compute_dtype = dtype_option("Compute in this type. Without it: the model's own on a GPU, float32 on the CPU.")
-
-
-def model_options(function: F) -> F:
-    """Adds -m and what belongs to it; the command gets them as one `source: ModelOptions`."""
-    return _gathered(
-        function,
-        "source",
-        ModelOptions,
-        [
-            click.option(
-                "-m",
-                "--model",
-                default="tiny",
-                show_default=True,
-                metavar="NAME",
-                help="A name of `phi3-mlx models`, a directory, or a Hugging Face repository (OWNER/REPO).",
-            ),
-            revision_option,
-            compute_dtype,
-            click.option(
-                "--longrope",
-                type=click.Choice(["auto", "short", "long"]),
-                default="auto",
-                show_default=True,
-                help="LongRoPE's factors; auto chooses by length, as the reference does.",
-            ),
-            click.option(
-                "--adapter",
-                multiple=True,
-                metavar="DIR[=WEIGHT]",
-                help="Use the adapter in this folder; may be repeated, and the changes add up. WEIGHT is 1 by default.",
-            ),
-        ],
-    )
 
 
 class _KVBitsType(click.ParamType):
@@ -177,50 +140,24 @@ within_memory = click.option(
 )
 
 
-def of_field(field: Option, shown: object = None, **more: Any) -> dict[str, Any]:
-    """What Click is told of a field that a user can set: its type and help, and the default that it writes beside it.
+model_options = options_of("source", ModelOptions)
+revision_option = option_of(fields_of(ModelOptions)["revision"])
+compute_dtype = option_of(fields_of(ModelOptions)["dtype"])
 
-    `more`: what the command line alone knows.
-    """
-    kind, choices = option_type(field), field.metadata.get("choices")
-    typed: Any = click.Choice(choices) if choices else {"int": int, "float": float, "bool": bool}.get(kind, str)
-    help_text = field.metadata["help"] + (f"  [default: {shown}]" if shown is not None else "")  # as Click writes it
-    return {"type": typed, "is_flag": kind == "bool", "multiple": kind.startswith("tuple"), "help": help_text, **more}
-
-
-REQUEST_FIELDS = {field.name: field for field in fields(Request)}
+REQUEST_FIELDS = fields_of(Request)
+force_memory = option_of(REQUEST_FIELDS["force"])
+_OVERRIDES: dict[str, dict[str, Any]] = {"max_tokens": {"default": CHAT_TOKENS}, "kv_bits": {"type": _KVBitsType()}}
+_MEMORY = ("kv_bits", "kv_group_size", "force")
+_ANSWER = tuple(name for name in REQUEST_FIELDS if name not in ("max_tokens", "raw", *_MEMORY))
 
 
-def request_option(name: str, **more: Any) -> Callable[[F], F]:
-    """The option of a field of `Request`; see `of_field`."""
-    field = REQUEST_FIELDS[name]
-    return click.option(f"--{name.replace('_', '-')}", name, **of_field(field, **{"default": field.default, **more}))
+def _request_options(*names: str) -> Callable[[Any], Any]:
+    """Options of a `Request`, which the command gets as `request`."""
+    return options_of("request", Request, names, overrides=_OVERRIDES, before={"force": [within_memory]})
 
 
-force_memory = request_option("force")
-_MEMORY = [
-    request_option("kv_bits", type=_KVBitsType()),
-    request_option("kv_group_size", shown=32),
-    within_memory,
-    force_memory,
-]
-_SAMPLING = [
-    request_option("max_tokens", default=CHAT_TOKENS, show_default=True),
-    request_option("temperature", show_default=True),
-    *map(request_option, ("top_p", "top_k", "min_p", "repetition_penalty", "seed")),
-    request_option("stop", multiple=True, metavar="TEXT"),
-    request_option("lookup", show_default=True),
-]
-
-
-def answer_options(function: F) -> F:
-    """Adds the options of an answer; the command gets them as one `request: Request`."""
-    return _gathered(function, "request", Request, [*_SAMPLING, *_MEMORY])
-
-
-def memory_options(function: F) -> F:
-    """Adds --kv-bits and what belongs to it; the command gets them as one `request: Request`."""
-    return _gathered(function, "request", Request, _MEMORY)
+answer_options = _request_options("max_tokens", *_ANSWER, *_MEMORY)  # --raw is for one prompt, of `generate` alone
+memory_options = _request_options(*_MEMORY)
 
 
 def note_idle(request: Request) -> None:
@@ -229,24 +166,6 @@ def note_idle(request: Request) -> None:
         if request.temperature == 0 and getattr(request, name) != REQUEST_FIELDS[name].default:
             option = f"--{name.replace('_', '-')}"
             note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
-
-
-def _gathered(function: F, name: str, kind: type, options: Sequence[Callable[[Any], Any]]) -> F:
-    """`function` with these options, which it gets as one argument `name` of the dataclass `kind`.
-
-    Other options of the function that are fields of `kind` are part of it too.
-    """
-
-    @functools.wraps(function)
-    def command(*args: Any, **given: Any) -> Any:
-        names = [field.name for field in fields(kind) if field.name in given]
-        given[name] = kind(**{field: given.pop(field) for field in names})
-        return function(*args, **given)
-
-    decorated: Any = command
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated
 
 
 def as_typed(error: Phi3Error, command: click.Command) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..doctor.checks import WATCHDOG
-from .options import REQUEST_FIELDS, in_options, of_field
+from .declare import declare
+from .options import REQUEST_FIELDS, in_options
 from .progress import Pulse
 from .terminal import note, redraw, say, show
 
@@ -21,19 +22,6 @@ if TYPE_CHECKING:
     from ..tuning.run import Result
     from ..tuning.settings import Settings
     from ..tuning.trainer import StepReport
-
-_SHORT = {"model": "-m", "data": "-d", "output": "-o"}
-_METAVARS = {
-    "model": "NAME",
-    "data": "DATA",
-    "output": "DIR",
-    "revision": "REV",
-    "valid": "FILE",
-    "from_adapter": "DIR",
-    "layers": "RANGE",
-    "memory": "SIZE",
-}
-_MANY = {"targets": "--target", "samples": "--sample"}
 
 
 def relax_watchdog() -> bool:
@@ -57,20 +45,9 @@ class _TuneCommand(click.Command):
 def _setting_options() -> list[click.Parameter]:
     from ..tuning.settings import Settings
 
-    options: list[click.Parameter] = []
-    for field in dataclasses.fields(Settings):
-        flag, default = _MANY.get(field.name, f"--{field.name.replace('_', '-')}"), field.default
-        shown = f"{default:g}" if isinstance(default, float) else default
-        # No defaults here: what is not given may come from run.yaml or from the run that is resumed.
-        options.append(
-            click.Option(
-                [*filter(None, [_SHORT.get(field.name)]), flag, field.name],
-                metavar=_METAVARS.get(field.name),
-                default=None,
-                **of_field(field, shown if default not in (None, "", False, ()) else None),
-            )
-        )
-    return options
+    # No defaults here: what is not given may come from run.yaml or from the run that is resumed.
+    declared = [declare(field, default=None) for field in dataclasses.fields(Settings)]
+    return [click.Option(flags, **told) for flags, told in declared]
 
 
 _RUN_OPTIONS: list[click.Parameter] = [
@@ -85,7 +62,7 @@ _RUN_OPTIONS: list[click.Parameter] = [
         help="Continue the run in -o with its settings; -m, -d and --valid say where these are now.",
     ),
     click.Option(["--dry-run"], is_flag=True, help="Show data, examples, memory and time; do not train."),
-    click.Option(["--force"], **of_field(REQUEST_FIELDS["force"])),
+    click.Option(["--force"], is_flag=True, help=REQUEST_FIELDS["force"].metadata["help"]),
 ]
 
 
@@ -114,9 +91,9 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
                 f"{shown(getattr(stored, changed[0]))}; leave it out, or start over with another -o"
             )
     else:
-        for name in ("data", "output"):
+        for name, flags in (("data", "'-d' / '--data'"), ("output", "'-o' / '--output'")):
             if not chosen.get(name) and not (dry_run and name == "output"):
-                raise click.UsageError(f"Missing option '{_SHORT[name]}' / '--{name}'")
+                raise click.UsageError(f"Missing option {flags}")
         settings = Settings.of({"output": "(dry run)", **options} if dry_run else options, file)
     command = click.get_current_context().command
     notify = lambda sentence: note(in_options(sentence, command))  # noqa: E731

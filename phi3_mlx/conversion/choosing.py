@@ -11,7 +11,7 @@ from typing import Any
 from ..config import read_json
 from ..errors import OptionError
 from ..store.checkpoint import DTYPES
-from .options import Options
+from .options import ConvertOptions
 from .recipes import Recipe, left_alone
 from .sources import Source
 
@@ -30,7 +30,7 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def choose(source: Source, options: Options) -> Choice:
+def choose(source: Source, options: ConvertOptions) -> Choice:
     """The choice for a source. OptionError for one that is packed where nothing says what to make of it."""
     notes = _about_packed(source, options)
     if source.blocks and not (options.names_packing or options.dequantize or options.method == "gptq"):
@@ -44,7 +44,7 @@ def choose(source: Source, options: Options) -> Choice:
     return Choice(recipe, name, options.dtype or _own_dtype(source.config), notes)
 
 
-def _about_packed(source: Source, options: Options) -> tuple[str, ...]:
+def _about_packed(source: Source, options: ConvertOptions) -> tuple[str, ...]:
     """What to say about a source that is packed already; OptionError where nothing says what to make of it."""
     if source.quantization is None or options.dequantize:
         return ()

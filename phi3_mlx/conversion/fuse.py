@@ -19,12 +19,14 @@ from ..adapters.config import adapter_kind
 from ..adapters.folder import base_of, check_base, load_full, make_adapters, read_adapter, trained_on
 from ..adapters.lora import Adapter
 from ..errors import OptionError
+from ..option import arguments
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
-from ..store.checkpoint import DTYPES, outline, read_model
+from ..store.checkpoint import outline, read_model
 from .adapted import AdaptedSource
 from .directory import DirectorySource
 from .effect import Effect
+from .options import FuseOptions
 from .planning import check_fusion
 from .rounding import rounded
 from .sinks import Sink
@@ -65,11 +67,13 @@ def fuse(
     model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces what is there, and
     refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load` raises.
     """
+    return fuse_as(adapter, output, FuseOptions(**arguments(FuseOptions, locals())))
+
+
+def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fused:
+    """`fuse`, with all options at once."""
     folder, output = Path(values.path(adapter, "adapter")).expanduser(), values.path(output, "output")
-    dequantize, force = values.flag(dequantize, "dequantize"), values.flag(force, "force")
-    bits, text = values.optional(values.whole, bits, "bits"), values.optional(values.text, text, "text")
-    if dtype is not None:
-        values.choice(dtype, "dtype", DTYPES)
+    model, revision, text, force = options.model, options.revision, options.text, options.force
     check_destination(Path(output), force=force)
     tensors, config = read_adapter(folder)
     if model is None:
@@ -85,7 +89,14 @@ def fuse(
         replaced = tensors
     else:
         adapters = make_adapters(folder, tensors, config, shapes)
-    source = AdaptedSource(opened, dequantize=dequantize, dtype=dtype, bits=bits, adapters=adapters, replaced=replaced)
+    source = AdaptedSource(
+        opened,
+        dequantize=options.dequantize,
+        dtype=options.dtype,
+        bits=options.bits,
+        adapters=adapters,
+        replaced=replaced,
+    )
     layout = source.layout()
     if text is not None and not source.rounds_adapters:
         raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")

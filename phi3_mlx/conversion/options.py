@@ -1,71 +1,86 @@
-"""What `convert` is asked for: every value of its type, and none that contradicts another."""
+"""What `convert` and `fuse` can be told. Imports no MLX, so that the command line can show it at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
 from ..errors import OptionError
+from ..option import DTYPE_NAMES, option, settle
 from ..sizes import parse_size
-from ..store.checkpoint import DTYPES
-from .recipes import Recipe, uniform
+
+if TYPE_CHECKING:
+    from .recipes import Recipe
+
+_METHODS = ("round", "gptq")
+_BITS = (2, 3, 4, 5, 6, 8)
+_read_dtype = partial(values.choice, choices=DTYPE_NAMES)
 
 
 def _recipe(value: Any, name: str) -> Any:
     return value if isinstance(value, Mapping) else values.path(value, name, "a JSON file, or what it holds")
 
 
-_REQUIRED: dict[str, Callable[[Any, str], Any]] = {
-    "mode": values.text,
-    "dequantize": values.flag,
-    "method": partial(values.choice, choices=("round", "gptq")),
-    "force": values.flag,
-    "allow_nan": values.flag,
-}
-_OPTIONAL: dict[str, Callable[[Any, str], Any]] = {
-    "bits": values.whole,
-    "group_size": values.whole,
-    "dtype": partial(values.choice, choices=DTYPES),
-    "target_bpw": values.number,
-    "recipe": _recipe,
-    "calibration": values.text,
-    "text": values.text,
-    "report": values.flag,
-}
+def _size(value: Any, name: str) -> int | str:
+    parse_size(value)  # refuses what is no size
+    return value  # as messages repeat it
+
+
+def _model(value: Any, name: str) -> str:
+    return values.path(value, name, "the name or directory of a model")
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of `convert`, which explains them.
+class ConvertOptions:
+    """What `convert` can be told, which explains it.
 
     Raises OptionError for a value of the wrong type, for two that contradict each other, and for one without effect.
     """
 
-    bits: int | None
-    group_size: int | None
-    mode: str
-    dtype: str | None
-    dequantize: bool
-    target_bpw: float | None
-    target_size: int | str | None
-    recipe: str | Path | Mapping[str, Any] | None
-    method: str
-    calibration: str | None
-    text: str | None
-    report: bool | None
-    force: bool
-    allow_nan: bool
+    bits: int | None = option(None, "Bits a weight. Without it: 4.", offered=_BITS)
+    group_size: int | None = option(None, "Weights that share a scale. Without it: 64.", offered=(32, 64, 128))
+    mode: str = option(
+        "affine",
+        "affine: integers with scale and bias; the others are floating formats with bits and group of their own.",
+        offered=("affine", "mxfp4", "mxfp8", "nvfp4"),
+    )
+    dtype: str | None = option(
+        None,
+        "Type of all that is not quantized, scales included. Without it: the model's own.",
+        choices=DTYPE_NAMES,
+        read=_read_dtype,
+    )
+    dequantize: bool = option(False, "Write plain weights, dequantized and fused.")
+    target_bpw: float | None = option(None, "Choose bits layer by layer: X bits a weight in all.", metavar="X")
+    target_size: int | str | None = option(None, "The same by size: 2.0GB.", read=_size, metavar="SIZE")
+    recipe: str | Path | Mapping[str, Any] | None = option(
+        None, "Bits layer by layer as in this file: recipe.json of an earlier run.", read=_recipe, metavar="FILE"
+    )
+    method: Literal["round", "gptq"] = option(
+        "round",
+        "gptq: round so that the layers' outputs on a text change least; slower, better.",
+        choices=_METHODS,
+        read=partial(values.choice, choices=_METHODS),
+    )
+    calibration: str | None = option(
+        None, "The text that gptq and --target-… read. Without it: a sample.", metavar="FILE"
+    )
+    text: str | None = option(None, "The text that the report reads. Without it: another sample.", metavar="FILE")
+    report: bool | None = option(
+        None,
+        "Compare with SRC on the text and write REPORT.md; done without asking where both fit in memory.",
+        flags="--report/--no-report",
+    )
+    force: bool = option(False, "Go on where DST exists already (it is replaced) or there is too little memory.")
+    allow_nan: bool = option(False, "Convert weights that are NaN or infinite.")
+    revision: str | None = option(None, "A branch, tag or commit of the repository.", metavar="REV")
 
     def __post_init__(self) -> None:
-        for name, read in _REQUIRED.items():
-            object.__setattr__(self, name, read(getattr(self, name), name))
-        for name, read in _OPTIONAL.items():
-            object.__setattr__(self, name, values.optional(read, getattr(self, name), name))
-        _ = self.target_bytes  # refuses what is no size
+        settle(self)
         self._check_one_decides()
         if self.text is not None and not self.wants_report:
             asks = "; report=True asks for one" if self.report is None else ""
@@ -79,6 +94,8 @@ class Options:
     @cached_property
     def uniform(self) -> Recipe:
         """The recipe that `bits`, `group_size` and `mode` ask for, or that of their defaults."""
+        from .recipes import uniform
+
         return uniform(self.bits, self.group_size, self.mode)
 
     @property
@@ -129,3 +146,29 @@ class Options:
         clash = next((name for name in decided if plans and name in named), None)
         if clash:
             raise OptionError(f"{named[plans[0]]} decides what {named[clash]} would; leave one out")
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """What `fuse` can be told, which explains it. Raises OptionError for a value of the wrong type."""
+
+    model: str | None = option(
+        None,
+        "The model it was trained on; by default as the adapter names it.",
+        read=_model,
+        flags="-m --model",
+        metavar="NAME",
+    )
+    revision: str | None = option(None, "A branch, tag or commit of the repository.", metavar="REV")
+    dequantize: bool = option(False, "Write floats: all of the adapter is kept.")
+    dtype: str | None = option(
+        None, "Type of the floats. Without it: the model's own.", choices=DTYPE_NAMES, read=_read_dtype
+    )
+    bits: int | None = option(
+        None, "Quantize the changed layers to this many bits. Without it: as they were.", offered=_BITS
+    )
+    text: str | None = option(None, "The text that the measurement reads. Without it: a sample.", metavar="FILE")
+    force: bool = option(False, "Go on where DST exists already (it is replaced) or there is too little memory.")
+
+    def __post_init__(self) -> None:
+        settle(self)

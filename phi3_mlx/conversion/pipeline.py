@@ -14,6 +14,7 @@ from .. import values
 from ..engine.machine import room
 from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..evaluation.quality import comparison_markdown
+from ..option import arguments
 from ..places import is_gguf
 from ..sizes import size_text
 from ..store.atomic import check_destination, new_directory
@@ -23,7 +24,7 @@ from .checked import CheckedSource
 from .choosing import choose
 from .layout import Layout, Rounder
 from .opening import open_source
-from .options import Options
+from .options import ConvertOptions
 from .recipes import Recipe
 from .rounding import rounded
 from .sinks import Progress, Sink
@@ -63,13 +64,13 @@ def convert(
     *,
     bits: int | None = None,
     group_size: int | None = None,
-    mode: str = "affine",
+    mode: str = ConvertOptions.mode,
     dtype: str | None = None,
     dequantize: bool = False,
     target_bpw: float | None = None,
     target_size: int | str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
-    method: Literal["round", "gptq"] = "round",
+    method: Literal["round", "gptq"] = ConvertOptions.method,
     calibration: str | None = None,
     text: str | None = None,
     report: bool | None = None,
@@ -102,27 +103,21 @@ def convert(
     (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute),
     MemoryLimitError.
     """
+    return convert_as(source, destination, ConvertOptions(**arguments(ConvertOptions, locals())), progress)
+
+
+def convert_as(
+    source: str | Path,
+    destination: str | Path,
+    options: ConvertOptions,
+    progress: Callable[[Progress], None] | None = None,
+) -> Conversion:
+    """`convert`, with all options at once."""
     refuse_fork()
     source = values.path(source, "source", "a model's name, directory or GGUF file")
     destination = Path(values.path(destination, "destination"))
     values.check_function(progress, "progress")
-    options = Options(
-        bits=bits,
-        group_size=group_size,
-        mode=mode,
-        dtype=dtype,
-        dequantize=dequantize,
-        target_bpw=target_bpw,
-        target_size=target_size,
-        recipe=recipe,
-        method=method,
-        calibration=calibration,
-        text=text,
-        report=report,
-        force=force,
-        allow_nan=allow_nan,
-    )
-    path = _resolve(source, revision)
+    path = _resolve(source, options.revision)
     _check_places(path, destination, options.force)
     opened = open_source(path)
     opened.name = str(source)
@@ -152,7 +147,7 @@ def _write(
     destination: Path,
     layout: Layout,
     ids: Sequence[int],
-    options: Options,
+    options: ConvertOptions,
     progress: Callable[[Progress], None] | None,
 ) -> Layout:
     """Write the model; returns its layout, which is another where bits are chosen by a measurement."""
@@ -181,7 +176,7 @@ def _kept(layout: Layout) -> tuple[str, ...]:
 
 
 def _fitted_recipe(
-    read: Source, disk: Path, ids: Sequence[int], options: Options, progress: Callable[[Progress], None] | None
+    read: Source, disk: Path, ids: Sequence[int], options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> Recipe:
     """The bits of every layer for the target that the options name."""
     from .sensitivity import choose_recipe
@@ -198,7 +193,7 @@ def _fitted_recipe(
     )
 
 
-def _rounder(read: Source, layout: Layout, ids: Sequence[int], options: Options) -> Rounder:
+def _rounder(read: Source, layout: Layout, ids: Sequence[int], options: ConvertOptions) -> Rounder:
     """The method that the options name."""
     if layout.recipe is None or options.method == "round":
         return rounded(read)
@@ -208,7 +203,7 @@ def _rounder(read: Source, layout: Layout, ids: Sequence[int], options: Options)
 
 
 def _report(
-    directory: Path, source: Source, size: int, options: Options, progress: Callable[[Progress], None] | None
+    directory: Path, source: Source, size: int, options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> tuple[Report | None, tuple[str, ...]]:
     """The report that the options ask for and, where one that they do not insist on fails, why there is none."""
     if not options.wants_report:
@@ -222,7 +217,7 @@ def _report(
 
 
 def _compared(
-    directory: Path, source: Source, size: int, options: Options, progress: Callable[[Progress], None] | None
+    directory: Path, source: Source, size: int, options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> Report:
     from .report import memory_needed, write_report
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ..option import Range, check, option, read
+from ..option import Range, option, settle
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Sampling:
         0.0,
         "0: always the likeliest token; 0.7: varied; above 1: often incoherent.",
         Range(lambda t: 0 <= t < math.inf, "0 or more"),
+        shown="0.0",
     )
     top_p: float = option(
         1.0,
         "Sample from the likeliest tokens whose probabilities sum to P.",
         Range(lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        shown="",
     )
     top_k: int = option(
         0, "Sample from the K likeliest tokens; 0: from all.", Range(lambda k: k >= 0, "0 (off) or more")
@@ -40,12 +42,12 @@ class Sampling:
         Range(lambda p: 0 <= p <= 1, "between 0 and 1"),
     )
     repetition_penalty: float = option(
-        1.0, "Above 1: make tokens that already occurred less likely.", Range(lambda r: 0 < r < math.inf, "above 0")
+        1.0,
+        "Above 1: make tokens that already occurred less likely.",
+        Range(lambda r: 0 < r < math.inf, "above 0"),
+        shown="",
     )
     seed: int | None = option(None, "Repeat the same draw.", Range(lambda s: 0 <= s < 2**64, "0 to 2**64 - 1"))
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, read(field, getattr(self, field.name), field.name))
-        for field in fields(self):
-            check(field, getattr(self, field.name))
+        settle(self)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..engine.batch import Generation
-from ..engine.lookup import MAX_DRAFT
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
+from ..option import arguments
 from ..text.chat import render_chat
 from ..text.messages import Message
 from ..text.stops import Stops
@@ -52,18 +52,18 @@ def generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    max_tokens: int = Request.max_tokens,
+    temperature: float = Request.temperature,
+    top_p: float = Request.top_p,
+    top_k: int = Request.top_k,
+    min_p: float = Request.min_p,
+    repetition_penalty: float = Request.repetition_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
-    lookup: int = MAX_DRAFT,
+    lookup: int = Request.lookup,
     prompt_cache: PromptCache | None = None,
     force: bool = False,
 ) -> str:
@@ -78,21 +78,7 @@ def generate(
     `kv_bits` are refused. A run that the memory at hand cannot hold is refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
-    request = Request(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        raw=raw,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        lookup=lookup,
-        force=force,
-    )
+    request = Request(**arguments(Request, locals()))
     answer = Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache)
     return "".join(text for _, text, _ in answer)
 
@@ -102,18 +88,18 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    max_tokens: int = Request.max_tokens,
+    temperature: float = Request.temperature,
+    top_p: float = Request.top_p,
+    top_k: int = Request.top_k,
+    min_p: float = Request.min_p,
+    repetition_penalty: float = Request.repetition_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
-    lookup: int = MAX_DRAFT,
+    lookup: int = Request.lookup,
     prompt_cache: PromptCache | None = None,
     force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
@@ -123,21 +109,7 @@ def stream_generate(
     Faults in the arguments are raised at the call, before anything is computed. `on_prefill(done, total)` is
     called while a long prompt is read.
     """
-    request = Request(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        raw=raw,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        lookup=lookup,
-        force=force,
-    )
+    request = Request(**arguments(Request, locals()))
     return Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache, on_prefill=on_prefill).chunks()
 
 
@@ -146,12 +118,12 @@ def batch_generate(
     tokenizer: Tokenizer,
     prompts: Iterable[Prompt],
     *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    max_tokens: int = Request.max_tokens,
+    temperature: float = Request.temperature,
+    top_p: float = Request.top_p,
+    top_k: int = Request.top_k,
+    min_p: float = Request.min_p,
+    repetition_penalty: float = Request.repetition_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
@@ -167,21 +139,7 @@ def batch_generate(
         raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
     if not several:
         return []
-    request = Request(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        raw=raw,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        lookup=0,
-        force=force,
-    )
+    request = Request(**arguments(Request, locals()), lookup=0)
     texts: list[list[str]] = [[] for _ in several]
     for token, text, _ in Answers(model, tokenizer, several, request):
         texts[token.row].append(text)

@@ -9,8 +9,8 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from .. import values
-from ..engine.lookup import MAX_DRAFT
 from ..errors import CacheError, PromptError
+from ..option import arguments
 from ..text.chat import render_chat
 from .answers import Answers, Chunk
 from .loading import check_loaded, check_tokenizer
@@ -91,28 +91,17 @@ class Conversation:
         text: str,
         *,
         max_tokens: int = CHAT_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        temperature: float = Request.temperature,
+        top_p: float = Request.top_p,
+        top_k: int = Request.top_k,
+        min_p: float = Request.min_p,
+        repetition_penalty: float = Request.repetition_penalty,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        lookup: int = MAX_DRAFT,
+        lookup: int = Request.lookup,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        request = Request(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            lookup=lookup,
-            force=self._memory.force,
-        )
+        request = Request(**arguments(Request, locals()), force=self._memory.force)
         return self.ask(text, request)
 
     def ask(self, text: str, request: Request) -> Generator[Chunk, None, None]:

@@ -46,7 +46,7 @@ class Request(Sampling):
 
     max_tokens: int = option(256, "Longest answer.", Range(lambda n: n >= 1, "1 or more"))
     stop: str | Sequence[str] | None = option(
-        None, "Stop before this text or control token; may be repeated.", read=_stops
+        None, "Stop before this text or control token; may be repeated.", read=_stops, metavar="TEXT"
     )
     raw: bool = option(False, "Send the text as it is, without the chat template.")
     kv_bits: int | tuple[int, int] | None = option(
@@ -54,7 +54,7 @@ class Request(Sampling):
         "Quantize keys and values to 8, 6, 4, 3 or 2 bits; two numbers (8,4): keys, then values.",
         read=_key_and_value_bits,
     )
-    kv_group_size: int | None = option(None, "Quantized numbers that share a scale: 32 or 64.")
+    kv_group_size: int | None = option(None, "Quantized numbers that share a scale: 32 or 64.", shown="32")
     lookup: int = option(
         MAX_DRAFT,
         "Most tokens to guess from earlier text and verify in one step; 0: none. The text stays the same.",

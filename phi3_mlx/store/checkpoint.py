@@ -15,13 +15,14 @@ from ..config import Config
 from ..errors import CheckpointError
 from ..models import build, check_layers, read_config, shapes
 from ..models.decoder import LongRopeRule, Model
+from ..option import DTYPE_NAMES
 from ..threads import refuse_fork
 from ..values import choice
 from .assembly import View, assemble, view
 from .quantization import FLOATS, pack_like, packed_layout
 from .safetensors import Tensor, Weights, find_weights, lacks
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+DTYPES = {name: getattr(mx, name) for name in DTYPE_NAMES}
 _STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # in headers of safetensors
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..option import arguments
 from ..values import check_function, flag
 from . import run
 from .settings import Settings
@@ -40,21 +41,21 @@ def tune(
     dropout: float | None = None,
     targets: str | Iterable[str] | None = None,
     layers: int | str | None = None,
-    train_on: str = "answers",
+    train_on: str = Settings.train_on,
     max_length: int | None = None,
-    overflow: str = "drop",
-    batch_size: int = 8,
-    accumulate: int = 1,
-    order: str = "shuffle",
+    overflow: str = Settings.overflow,
+    batch_size: int = Settings.batch_size,
+    accumulate: int = Settings.accumulate,
+    order: str = Settings.order,
     epochs: float | None = None,
     steps: int | None = None,
-    optimizer: str = "adamw",
-    learning_rate: float = 2e-4,
-    schedule: str = "cosine",
+    optimizer: str = Settings.optimizer,
+    learning_rate: float = Settings.learning_rate,
+    schedule: str = Settings.schedule,
     warmup: int | None = None,
     weight_decay: float | None = None,
-    clip: float = 1.0,
-    seed: int = 0,
+    clip: float = Settings.clip,
+    seed: int = Settings.seed,
     validate_every: int | None = None,
     save_every: int | None = None,
     patience: int | None = None,
@@ -90,48 +91,7 @@ def tune(
     `interrupted` is True. So do SIGTERM and SIGHUP (a terminal that is closed), which then end the process, unless your
     program handles them.
     """
-    settings = Settings.of(
-        {
-            "model": model,
-            "data": data,
-            "output": output,
-            "revision": revision,
-            "valid": valid,
-            "holdout": holdout,
-            "method": method,
-            "from_adapter": from_adapter,
-            "rank": rank,
-            "alpha": alpha,
-            "rslora": rslora,
-            "dropout": dropout,
-            "targets": targets,
-            "layers": layers,
-            "train_on": train_on,
-            "max_length": max_length,
-            "overflow": overflow,
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "order": order,
-            "epochs": epochs,
-            "steps": steps,
-            "optimizer": optimizer,
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "warmup": warmup,
-            "weight_decay": weight_decay,
-            "clip": clip,
-            "seed": seed,
-            "validate_every": validate_every,
-            "save_every": save_every,
-            "patience": patience,
-            "samples": samples,
-            "sample_tokens": sample_tokens,
-            "gradient_checkpointing": gradient_checkpointing,
-            "dtype": dtype,
-            "memory": memory,
-            "tensorboard": tensorboard,
-        }
-    )
+    settings = Settings.of(arguments(Settings, locals()))
     for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
         check_function(call, name)
     result = run.start(

@@ -23,9 +23,8 @@ from ..adapters.lora import scale_of
 from ..errors import OptionError
 from ..fields import shorten
 from ..files import read_text
-from ..option import Option, Range, check, option, read
+from ..option import DTYPE_NAMES, Option, Range, check, option, read
 from ..sizes import parse_size
-from ..store.checkpoint import DTYPES
 from ..values import number, path, refusal, shown, text, whole
 from .examples import Overflow, TrainOn
 from .onward import decided_by
@@ -84,28 +83,46 @@ class Settings:
     Raises OptionError for a value of another type than its field's; `check`, for one outside its range.
     """
 
-    model: str = option("tiny", "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.", read=_model)
-    data: str = option("", "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.", read=_data)
-    output: str = option("", "The folder for the adapter, checkpoints, metrics and the loss plot.", read=path)
-    revision: str | None = option(None, "A branch, tag or commit of the repository.")
-    valid: str | None = option(None, "A .jsonl file to validate on.", read=_data)
+    model: str = option(
+        "tiny",
+        "A name of `phi3-mlx models`, a directory, or a Hugging Face repository.",
+        read=_model,
+        flags="-m --model",
+        metavar="NAME",
+    )
+    data: str = option(
+        "",
+        "A .jsonl file, or a directory with train.jsonl and perhaps valid.jsonl.",
+        read=_data,
+        flags="-d --data",
+        metavar="DATA",
+    )
+    output: str = option(
+        "",
+        "The folder for the adapter, checkpoints, metrics and the loss plot.",
+        read=path,
+        flags="-o --output",
+        metavar="DIR",
+    )
+    revision: str | None = option(None, "A branch, tag or commit of the repository.", metavar="REV")
+    valid: str | None = option(None, "A .jsonl file to validate on.", read=_data, metavar="FILE")
     holdout: float = option(
         HOLDOUT, "Without validation data, this share of the examples is held out; 0: none.", _SHARE
     )
 
     method: str = option("lora", "What is trained; full needs an unquantized model.", choices=METHODS)
     from_adapter: str | None = option(
-        None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path
+        None, "Train on from this adapter: method, rank, strength and layers are its own.", read=path, metavar="DIR"
     )
     rank: int = option(8, "Rank of every low-rank change.", _COUNT)
     alpha: float = option(16.0, "Strength: the change is multiplied by alpha / rank.", _SOME)
     rslora: bool = option(False, "Multiply by alpha / sqrt(rank) instead, so that higher ranks learn as fast.")
     dropout: float = option(0.0, "Share of a layer's inputs that are dropped at random before the change.", _SHARE)
     targets: tuple[str, ...] = option(
-        (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all."
+        (), "A layer to change, or a part of a fused one (q_proj); may be repeated. By default all.", flags="--target"
     )
     layers: str | None = option(
-        None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).", read=_layers
+        None, "Decoder layers to change: 8-15, 8- (to the last), -8 (the last eight).", read=_layers, metavar="RANGE"
     )
 
     train_on: str = option(
@@ -134,13 +151,16 @@ class Settings:
     )
     save_every: int | None = option(None, "Steps between checkpoints; by default as often as validations.", _COUNT)
     patience: int | None = option(None, "Stop after this many validations without a better loss.", _COUNT)
-    samples: tuple[str, ...] = option((), "A prompt to answer at every validation; may be repeated.")
+    samples: tuple[str, ...] = option((), "A prompt to answer at every validation; may be repeated.", flags="--sample")
     sample_tokens: int = option(64, "Most tokens of such an answer.", _COUNT)
 
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
-    dtype: str | None = option(None, "Compute in this type; by default as `generate` does.", choices=tuple(DTYPES))
+    dtype: str | None = option(None, "Compute in this type; by default as `generate` does.", choices=DTYPE_NAMES)
     memory: int | str | None = option(
-        None, "Use at most this much, such as 16GB, and never more than the machine has free.", read=_size
+        None,
+        "Use at most this much, such as 16GB, and never more than the machine has free.",
+        read=_size,
+        metavar="SIZE",
     )
     tensorboard: bool = option(False, "Write TensorBoard files too (needs the extra of that name).")
 
