@@ -29,7 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module -> the test files that must notice, the most telling first.
 TESTS = {
     "engine/batch": ["test_engine", "test_generation", "test_lookup"],
+    "conversion/choosing": ["test_layout", "test_convert"],
+    "conversion/layout": ["test_layout", "test_split", "test_convert"],
+    "conversion/rounding": ["test_gptq", "test_quality", "test_convert"],
     "engine/drafts": ["test_lookup", "test_engine", "test_generation"],
+    "engine/fitting": ["test_fitting", "test_engine", "test_memory_first"],
     "engine/prefill": ["test_engine", "test_generation", "test_memory"],
     "engine/rows": ["test_engine", "test_generation"],
     "engine/steps": ["test_engine", "test_generation"],
@@ -41,7 +45,10 @@ TESTS = {
     "models/rope": ["test_phi_moe", "test_model"],
     "text/stops": ["test_stops"],
     "text/chat": ["test_chat_keys", "test_chat", "test_tuning_data"],
+    "tuning/batches": ["test_tuning_dropout", "test_tuning_gradients", "test_tuning_plan"],
+    "tuning/checks": ["test_tuning_run", "test_tuning_settings", "test_hostile_runs"],
     "tuning/loss": ["test_tuning_precision", "test_tuning_gradients"],
+    "tuning/stored": ["test_tuning_run", "test_tuning_cli", "test_tuning_folder"],
     "tuning/trainer": ["test_tuning_dropout", "test_tuning_gradients", "test_tuning_folder", "test_tuning_run"],
     "option": ["test_request", "test_tuning_settings"],
     "values": ["test_values", "test_arguments"],

@@ -97,6 +97,12 @@ def test_a_missing_backend_on_linux_names_both_extras(linux):
     assert {finding.check for finding in examine(broken)} == {"python", "mlx", "cache", "packages"}
 
 
+def test_in_a_clone_that_is_not_installed_the_cure_installs_the_clone(linux):
+    clone = replace(linux, required=None, installed={}, mlx=None, mlx_error="ModuleNotFoundError")
+    assert 'pip install ".[cpu]"' in found(clone, "mlx")[1]
+    assert 'pip install ".[cuda]"' in found(replace(linux, required=None, nvidia=True), "device")[1]
+
+
 def test_mlx_that_is_missing_or_ends_its_process_on_a_mac(mac):
     gone = replace(mac, mlx=None, mlx_error="ModuleNotFoundError", installed={})
     assert "not installed" in found(gone, "mlx")[1]

@@ -22,7 +22,6 @@ PYTHON, MACOS = (3, 10), (14, 0)  # the oldest that MLX is built for
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _SLOW = 10e9  # float32 operations a second; a BLAS has several times as many on one core, MLX's own product fewer
 _SMALLEST = 3e9  # bytes of disk that the smallest real model fills, and a bit
-_LINUX_CURE = 'pip install "phi3-mlx[cpu]"'
 _ON_NVIDIA = "; with an NVIDIA GPU [cuda] instead of [cpu]"
 
 
@@ -86,7 +85,7 @@ def _mlx(machine: Machine) -> list[Finding]:
         missing = "mlx" not in machine.installed
         reason = "it is not installed" if missing else str(machine.mlx_error)
         if machine.system == "Linux" and ("libmlx" in reason or not backends):
-            cure = _LINUX_CURE
+            cure = _install(machine, "cpu")
             reason = f"{reason if missing else f'{reason}; on Linux mlx comes without a backend'}{_ON_NVIDIA}"
         else:
             cure = f"pip install --force-reinstall {' '.join(['mlx', *backends])}"
@@ -97,7 +96,7 @@ def _mlx(machine: Machine) -> list[Finding]:
         # They hold files of the same names: the one installed last decides, and removing it breaks the other.
         names = " ".join(backends)
         text += f": they overwrite each other's files{_ON_NVIDIA}"
-        return [Finding("mlx", "wrong", text, f"pip uninstall -y {names} && {_LINUX_CURE}")]
+        return [Finding("mlx", "wrong", text, f"pip uninstall -y {names} && {_install(machine, 'cpu')}")]
     if any(number != mlx_version for number in backends.values()):
         cure = f"pip install --upgrade mlx {' '.join(backends)}"
         return [Finding("mlx", "wrong", f"{text}: the two must be of one version", cure)]
@@ -116,7 +115,7 @@ def _device(machine: Machine) -> list[Finding]:
         return [Finding("device", "note", f"{text}: MLX sees no Metal here (a virtual machine, say), and is slow")]
     findings = []
     if machine.nvidia:
-        cure = 'pip uninstall -y mlx-cpu && pip install "phi3-mlx[cuda]"'
+        cure = f"pip uninstall -y mlx-cpu && {_install(machine, 'cuda')}"
         findings.append(Finding("device", "note", f"{text}, though there is an NVIDIA GPU", cure))
     else:
         findings.append(Finding("device", "ok", text))
@@ -133,7 +132,8 @@ def _blas(machine: Machine, speed: float) -> list[Finding]:
     reason = f" ({why_not})" if why_not else f" ({library})" if library else ""
     if why_not and why_not.startswith(blas.VARIABLE):
         return [Finding("blas", "note", f"float products are slow here{reason}", f"unset {blas.VARIABLE}")]
-    return [Finding("blas", "note", f"float products are slow here{reason}; OpenBLAS is faster", _LINUX_CURE)]
+    cure = _install(machine, "cpu")
+    return [Finding("blas", "note", f"float products are slow here{reason}; OpenBLAS is faster", cure)]
 
 
 def _memory(machine: Machine) -> list[Finding]:
@@ -244,7 +244,7 @@ def _packages(machine: Machine) -> list[Finding]:
         findings.append(Finding("packages", "ok", ", ".join(good)))
     for extra, name in missing.items():
         text = f"{name} is not installed: {EXTRAS[extra]}"
-        findings.append(Finding("extras", "note", text, f'pip install "phi3-mlx[{extra}]"'))
+        findings.append(Finding("extras", "note", text, _install(machine, extra)))
     return findings
 
 
@@ -278,6 +278,12 @@ _CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     _packages,
     _watchdog,
 )
+
+
+def _install(machine: Machine, extra: str) -> str:
+    """What to type for an extra: of the package where it is installed, else of the clone that the doctor runs in."""
+    package = "." if machine.required is None else "phi3-mlx"
+    return f'pip install "{package}[{extra}]"'
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
