@@ -10,6 +10,7 @@ The result is `kvquality`, for other models `kvquality-NAME`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
     windows = [(block[:, :-1], block[:, 1:].flatten()) for block in blocks(ids, window, None)]
     expected = [hidden_states(model, inputs, None) for inputs, _ in windows]
     said = continuations(model, ids, None)
-    unpacked = Workload(model.config, 0, 1024, itemsize=2).cache_bytes()
+    workload = replace(Workload.of_model(model, 1024), itemsize=2)  # as on a GPU
+    unpacked = workload.cache_bytes()
     rows = []
     for bits in settings:
         difference = Difference()
@@ -72,7 +74,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
             "keys": bits.keys,
             "values": bits.values,
             "group_size": bits.group_size,
-            "size": Workload(model.config, 0, 1024, bits=bits, itemsize=2).cache_bytes() / unpacked,
+            "size": replace(workload, bits=bits).cache_bytes() / unpacked,
             "kl": found.kl,
             "same_choice": found.top1,
             "perplexity": found.b.perplexity,

@@ -28,7 +28,6 @@ import mlx.nn as nn
 from phi3_mlx import KVBits
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.models import build, parse_config
-from phi3_mlx.models.attention import fused_attention
 
 from . import plots, record
 from .models import DTYPE, LAYERS, PHI_3_MINI
@@ -180,8 +179,8 @@ def main(
         )
         decoded("decode", lambda token: model.logits(model.model(token, cache)), cache, base)
         for row in rows:
-            run = Workload(model.config, 0, row["tokens"], bits=packing, itemsize=dtype.size, fused=fused_attention())
-            row |= {"cache": run.cache_bytes(), "planned": run.cache_bytes() + run.workspace(chunk)}
+            workload = Workload.of_model(model, row["tokens"], kv_bits=packing)
+            row |= {"cache": workload.cache_bytes(), "planned": workload.cache_bytes() + workload.workspace(chunk)}
         return rows
 
     def theirs() -> list[dict[str, Any]]:

@@ -47,8 +47,8 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(bits, bits) if bits else None
-    run = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
-    predicted = weights + run.cache_bytes() + run.workspace(chunk)
+    workload = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
+    predicted = weights + workload.cache_bytes() + workload.workspace(chunk)
     peak = 0
     for _ in range(5):  # on the CPU a peak depends on how far one of MLX's threads gets ahead of another
         gc.collect()
@@ -59,7 +59,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
             model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
         )
         list(generation)
-        assert run.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
+        assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
         peak = max(peak, generation.statistics.peak_memory - others)
         del generation
         if predicted < 1.1 * peak:

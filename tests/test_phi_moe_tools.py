@@ -270,8 +270,8 @@ def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight
     )
     list(generation)
     peak = generation.statistics.peak_memory - others
-    run = Workload(model.config, weights, length, 1, kv_bits, itemsize=4, fused=False)
-    predicted = weights + run.cache_bytes() + run.workspace(chunk)
+    workload = Workload(model.config, weights, length, 1, kv_bits, itemsize=4, fused=False)
+    predicted = weights + workload.cache_bytes() + workload.workspace(chunk)
     assert 0.88 * peak < predicted < 1.12 * peak
 
 
@@ -328,8 +328,8 @@ def test_the_released_model_is_planned():
     from phi3_mlx.store.hub import find_alias
 
     alias = find_alias("phi-3.5-moe-4bit")
-    run = Workload(alias.shape, alias.bytes, 4096)
+    workload = Workload(alias.shape, alias.bytes, 4096)
     assert 23e9 < alias.bytes < 24e9
-    assert run.cache_bytes() == 4096 * 32 * 2 * 8 * 128 * 2
-    assert dataclasses.replace(run, length=131_072).longest(machine.mac_working_set(64 << 30)) == 131_072
-    assert run.longest(machine.mac_working_set(32 << 30)) == 0
+    assert workload.cache_bytes() == 4096 * 32 * 2 * 8 * 128 * 2
+    assert dataclasses.replace(workload, length=131_072).longest(machine.mac_working_set(64 << 30)) == 131_072
+    assert workload.longest(machine.mac_working_set(32 << 30)) == 0

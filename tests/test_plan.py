@@ -119,8 +119,8 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(*bits) if bits else None
     prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
-    run = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
-    predicted = weights + run.cache_bytes() + run.workspace(chunk)
+    workload = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
+    predicted = weights + workload.cache_bytes() + workload.workspace(chunk)
     peak = 0
     # On the CPU a peak depends on how far one of MLX's threads gets ahead of another; the plan is of the largest.
     for _ in range(5):
@@ -131,7 +131,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
             model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
         )
         list(generation)
-        assert run.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or len(shape) > 6
+        assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or len(shape) > 6
         peak = max(peak, generation.statistics.peak_memory - others)
         del generation
         if predicted < 1.1 * peak:
@@ -211,43 +211,43 @@ def test_drafts_are_planned():
 
 @pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)
 def test_the_longest_context_fits_and_one_slot_more_does_not(bits):
-    run = Workload(MINI_128K, 2 * GB, 1, bits=bits)
-    longest = run.longest(11 * GB)
+    workload = Workload(MINI_128K, 2 * GB, 1, bits=bits)
+    longest = workload.longest(11 * GB)
     assert 10_000 < longest < 131_072
     assert Workload(MINI_128K, 2 * GB, longest, bits=bits).plan(11 * GB).total <= 11 * GB
     assert Workload(MINI_128K, 2 * GB, longest + KVCache.step, bits=bits).plan(11 * GB).total > 11 * GB
 
 
 def test_the_prefill_chunk_follows_the_room():
-    run = Workload(MINI_128K, 0, 8192)
-    chunks = [run.plan(room).chunk for room in (100 * GB, 3.45 * GB, 3.35 * GB, 0)]
+    workload = Workload(MINI_128K, 0, 8192)
+    chunks = [workload.plan(room).chunk for room in (100 * GB, 3.45 * GB, 3.35 * GB, 0)]
     assert chunks[0] == 2048
     assert chunks == sorted(chunks, reverse=True)
     assert len(set(chunks)) == 4
 
 
 def test_a_refusal_says_the_numbers_and_every_way_out():
-    run = Workload(MINI_128K, 2 * GB, 60_000)
+    workload = Workload(MINI_128K, 2 * GB, 60_000)
     with pytest.raises(MemoryLimitError) as refusal:
-        memory.check_fits(run, 11 * GB)
+        memory.check_fits(workload, 11 * GB)
     text = str(refusal.value)
     assert "\n" not in text
-    plan = run.plan(0)
+    plan = workload.plan(0)
     for part in (
         "60,000 tokens need",
         sizes.size_text(plan.total),
         f"keys and values {sizes.size_text(plan.cache)}",
         "11.00 GB may be used",
         "kv_bits=4 needs",
-        f"up to {run.longest(11 * GB):,} tokens fit",
+        f"up to {workload.longest(11 * GB):,} tokens fit",
         "force=True",
     ):
         assert part in text
     with pytest.raises(MemoryLimitError, match=r"\(10,000 of the prompt, 50,000 for the answer\)") as refusal:
-        memory.check_fits(run, 11 * GB, prompt=10_000)
-    assert f"max_tokens={run.longest(11 * GB) - 10_000} fits" in str(refusal.value)
+        memory.check_fits(workload, 11 * GB, prompt=10_000)
+    assert f"max_tokens={workload.longest(11 * GB) - 10_000} fits" in str(refusal.value)
     with pytest.raises(MemoryLimitError, match="a cache made with kv_bits=4 needs"):
-        memory.check_fits(run, 11 * GB, kept=True)
+        memory.check_fits(workload, 11 * GB, kept=True)
     with pytest.raises(MemoryLimitError, match=r"kv_bits=2 needs .* at a great loss of quality"):
         memory.check_fits(Workload(MINI_128K, 2 * GB, 110_000), 11 * GB)
     with pytest.raises(MemoryLimitError, match="8 x 60,000 tokens need"):
@@ -315,8 +315,8 @@ def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
 def test_plans_on_cuda_are_what_was_measured_there(tokens, bits, chunk, peak, monkeypatch):
     """Peaks beside 2.15 GB of weights on an NVIDIA H200, Phi-3-mini's shape, bfloat16 (bench/LOG.md, bench/results)."""
     monkeypatch.setattr(attention, "on_cuda", lambda: True)
-    run = Workload(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
-    assert run.plan(0).total == pytest.approx(peak + 2.15e9, rel=0.1)
+    workload = Workload(MINI_128K, 2_150_000_000, tokens, bits=bits, chunk=chunk)
+    assert workload.plan(0).total == pytest.approx(peak + 2.15e9, rel=0.1)
 
 
 def test_a_plan_for_a_gpu_has_the_layers_of_its_queue():
@@ -348,11 +348,11 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
 def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_the_advice_fits(tmp_path, capsys):
     """Where LongRoPE's factors change the prompt is recomputed, which may take more than everything else."""
     model = random_model(128, 256, 4, 2, 2, vocab=4032, **LONGROPE)
-    run = Workload(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
-    crossing = run.crossing()
-    assert crossing.plan(0).total > run.plan(0).total
-    assert crossing.longest(run.plan(0).total) == LONGROPE["original_max_position_embeddings"]
-    room = run.plan(0).total
+    workload = Workload(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
+    crossing = workload.crossing()
+    assert crossing.plan(0).total > workload.plan(0).total
+    assert crossing.longest(workload.plan(0).total) == LONGROPE["original_max_position_embeddings"]
+    room = workload.plan(0).total
     with pytest.raises(MemoryLimitError, match=r"work to recompute 1,025 tokens .* max_tokens=124 fits"):
         memory.check_fits(crossing, room, prompt=900)
     with pytest.raises(MemoryLimitError, match="max_tokens=124 fits"):
@@ -552,8 +552,8 @@ def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkey
     facts = json.loads(out)
     (machine,) = facts["machines"]
     assert machine["memory"] == 16 * 2**30  # as memory is sold
-    run = Workload(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
-    assert machine["longest"]["4"] == run.longest(machine["room"])
+    workload = Workload(MINI_128K, facts["weights"], 1, bits=KVBits(4, 4))
+    assert machine["longest"]["4"] == workload.longest(machine["room"])
     assert list(machine["longest"].values()) == sorted(machine["longest"].values())
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "16GB", "--context", "32768")
     assert out.endswith("fit with --kv-bits 8.\n")
@@ -584,15 +584,15 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     fused = attention.fused_attention()
     model, _ = load("tiny")
     weights = model_size(hub.resolve("tiny")).weights
-    run = Workload(model.config, weights, 1, itemsize=2 if fused else 4, fused=fused)
-    assert longest == run.longest(20_000_000) < 4096
+    workload = Workload(model.config, weights, 1, itemsize=2 if fused else 4, fused=fused)
+    assert longest == workload.longest(20_000_000) < 4096
     assert "4,096 tokens fit with --kv-bits" in out
     monkeypatch.setattr(hub, "on_disk", lambda *_: None)
     monkeypatch.setattr(machine, "room", lambda: 16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")
-    run = Workload(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
-    assert json.loads(out)["machines"][0]["longest"][str(8 * run.itemsize)] == run.longest(16 * 10**9)
+    workload = Workload(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
+    assert json.loads(out)["machines"][0]["longest"][str(8 * workload.itemsize)] == workload.longest(16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "2GB")
     assert code == 0
     assert out.endswith("The weights alone, 2.15 GB, do not fit.\n")

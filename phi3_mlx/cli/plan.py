@@ -43,29 +43,29 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
 
     if here and memory is not None:
         raise click.UsageError("--here and --memory name two machines; give one of them")
-    run = workload_named(model, revision, here=here)
-    longest = run.config.max_position_embeddings
+    workload = workload_named(model, revision, here=here)
+    longest = workload.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
-    widths = {bits: bits or 8 * run.itemsize for bits in _BITS}
+    widths = {bits: bits or 8 * workload.itemsize for bits in _BITS}
     machines: list[dict[str, Any]] = []
     for size, within in _rooms(here, memory).items():
-        fits = {widths[bits]: _packed(run, bits).longest(within) for bits in _BITS}
+        fits = {widths[bits]: _packed(workload, bits).longest(within) for bits in _BITS}
         machines.append({"memory": size, "room": within, "longest": fits})
     facts = {
         "model": model,
-        "weights": run.weights,
+        "weights": workload.weights,
         "context": context or longest,
-        "needs": {widths[bits]: _packed(run, bits, context or longest).plan(0).total for bits in _BITS},
+        "needs": {widths[bits]: _packed(workload, bits, context or longest).plan(0).total for bits in _BITS},
         "machines": machines,
     }
     if as_json:
         show_json(facts, indent=2)
         return
-    show(f"{model}: weights {size_text(run.weights)}, context {longest:,} tokens")
+    show(f"{model}: weights {size_text(workload.weights)}, context {longest:,} tokens")
     show("The most tokens that fit, by the bits of keys and values:\n")
     print_table(_table(facts, "this machine" if here else memory), right=range(1, len(widths) + 1))
-    if len(machines) == 1 and (answer := _answer(run.weights, context, machines[0], widths)):
+    if len(machines) == 1 and (answer := _answer(workload.weights, context, machines[0], widths)):
         show(f"\n{answer}")
 
 
@@ -109,9 +109,9 @@ def _answer(weights: int, context: int | None, machine: dict[str, Any], widths: 
     return f"{context:,} tokens {f'fit{flag}' if enough else 'do not fit'}."
 
 
-def _packed(run: Workload, bits: int, length: int = 1) -> Workload:
+def _packed(workload: Workload, bits: int, length: int = 1) -> Workload:
     from dataclasses import replace
 
     from ..models.cache import KVBits
 
-    return replace(run, length=length, bits=KVBits(bits, bits) if bits else None)
+    return replace(workload, length=length, bits=KVBits(bits, bits) if bits else None)

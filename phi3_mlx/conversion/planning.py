@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..engine import plan
@@ -50,14 +51,15 @@ def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: L
     if not source.rounds_adapters:
         plan.check_room(f"fusing {folder}", writing, "free some")
         return
-    run = Workload.of_directory(directory, EFFECT_TOKENS)
+    workload = Workload.of_directory(directory, EFFECT_TOKENS)
+    logits = EFFECT_LOGITS * 4 * workload.length * workload.config.vocab_size
     fused = sum(
-        math.prod(tensor.shape) * run.itemsize if tensor.dtype in FLOATS else tensor.nbytes
+        math.prod(tensor.shape) * workload.itemsize if tensor.dtype in FLOATS else tensor.nbytes
         for tensor in layout.stored.values()
     )
     measuring = {
-        "weights": max(run.weights, fused),
-        "work": max(run.workspace(run.length), int(EFFECT_LOGITS * 4 * run.length * run.config.vocab_size)),
+        "weights": max(workload.weights, fused),
+        "work": max(workload.workspace(workload.length), int(logits)),
         "the adapter": 2 * adapter_bytes,  # what is written, and what is measured
     }
     least = size_text(sum(writing.values()))
@@ -98,9 +100,10 @@ def _layer(source: Source) -> tuple[int, int]:
 
 
 def _work(source: Source, window: int, tokens: int) -> int:
+    """Bytes beside its weights that a layer, in float32, takes to read `tokens` tokens in windows."""
     config = parse_config(source.config, source.name)
-    run = Workload(config, 0, window, max(1, tokens // window), itemsize=4, fused=fused_attention())
-    return run.workspace(window)
+    workload = Workload.of_release(config, 0, fused=fused_attention())
+    return replace(workload, length=window, rows=max(1, tokens // window), itemsize=4).workspace(window)
 
 
 def _gptq(source: Source, tokens: int) -> int:

@@ -19,18 +19,21 @@ from .batches import PartSize, Schedule
 from .loss import places_at_once
 from .settings import Settings
 
-# How many copies of an array live at once, fitted to measured peaks of float32 runs on the CPU.
-_BETWEEN = 4  # of each layer's hidden states; checkpointing keeps them too
-_WORK, _WORK_SCORES = 2.1, (2.5, 1.5)  # in the layer in work: activations, attention scores at once or in blocks
-_LOGITS, _PIECES, _BOTH = 2.1, 3.5, 0.33  # in the output layer; its pieces at once; how far its and a layer's overlap
-# Of a dense model, and of a mixture of experts, whose rows are copied in blocks and whose matrices are unpacked all at
-# once, as far ahead as MLX's CPU backend allocates: with large ones 4 stacks, with small ones fewer.
-_AGAIN = 1, 2  # layers that checkpointing computes again
-_UNPACKED, _SLICES = (3, 4), 4  # unpacked weights; of a dense model no more than slices of them
-# Of the layer in work on the CPU, without and with checkpointing, where one part of it is much wider than the others:
-# numbers for each of a token's queries and keys, and of the feed-forward part. Norms of 16-bit numbers are in float32.
-_QUERIES, _KEYS, _INNER, _NORMS = (19, 25), (10, 18), (14, 21), 10
+# How many copies of an array are alive at once, fitted to the peaks of float32 runs on the CPU.
+_BETWEEN = 4  # hidden states of each layer, which checkpointing keeps too
+_LAYER = 2.1  # what the layer in work keeps for the backward pass
+_RECOMPUTED, _RECOMPUTED_MIXTURE = 1, 2  # the same again, as checkpointing computes it; rows of experts are copied
+_SCORES, _SCORES_IN_BLOCKS, _SCORES_RECOMPUTED = 2.5, 1.5, 1  # attention scores of the layer in work
+_LOGITS, _PIECES = 2.1, 3.5  # of the output layer, and how many of its pieces
+_OVERLAP = 0.33  # of the smaller of output layer and layer in work, beside the larger
+_DEQUANTIZED, _SLICES = 3, 4  # of a matrix, but no more than slices of it
+_DEQUANTIZED_MIXTURE = 4  # stacks of experts, which are dequantized whole, as far ahead as MLX allocates
 _UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
+# Numbers of a token in the layer in work on the CPU, where one part of it is much wider than the others: for each of
+# its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again.
+_QUERIES, _KEYS, _INNER = 19, 10, 14
+_QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21
+_NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take
 
 
 @dataclass(frozen=True)
@@ -71,51 +74,87 @@ def plan_memory(
     `size`: of the model in `training_dtype(settings)`. `numbers`: how many numbers of the model or an adapter are
     trained, if `settings` do not say so.
     """
-    full = settings.method == "full"
-    config, item = size.config, size.itemsize
     if numbers is None:
-        numbers = size.numbers if full else adapter_numbers(config, settings)
-    kept = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
-    weights = numbers * (item if full else 4)
+        numbers = size.numbers if settings.method == "full" else adapter_numbers(size.config, settings)
+    weights = numbers * (size.itemsize if settings.method == "full" else 4)
+    part = Schedule.of(lengths, settings).largest_part(settings.accumulate * ranks, trained)
+    in_work, logits = _layer_in_work(size, settings, part), _output_layer(size.config, part)
+    # The backward pass begins at the output layer, when all layers keep what they need.
+    work = max(in_work, logits) + _OVERLAP * min(in_work, logits)
+    activations = int(max(_kept_by_layers(size, settings, part) + work, _UPDATE * weights))
+    return TrainingPlan(size.weights, _training(settings, numbers, weights), activations, part.tokens)
+
+
+def _training(settings: Settings, numbers: int, weights: int) -> int:
+    """Bytes of the trained `weights`, `numbers` in all, with the optimizer's state and gradients in float32."""
+    state = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
     gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before
     # Full fine-tuning trains the weights themselves, which are counted already.
-    training = weights * (kept if full else 1 + kept) + gradients
-    schedule = Schedule.of(lengths, settings)
-    part = schedule.largest_part(settings.accumulate * ranks, trained)
-    layer = item * part.tokens * _layer_numbers(config, settings)
-    scores = item * part.scores * config.num_attention_heads
-    layer_kept, between = layer + scores, _BETWEEN * item * part.tokens * config.hidden_size
-    # The backward pass begins at the output layer, when all layers keep what they need.
-    kept_by_layers = config.num_hidden_layers * between
-    if not settings.gradient_checkpointing:
-        dense = sum(map(config.is_dense, range(config.num_hidden_layers)))
-        fewer = layer + item * _sparse_scores(config, part) * config.num_attention_heads
-        kept_by_layers += dense * layer_kept + (config.num_hidden_layers - dense) * fewer
-    routed = config.experts_per_token > 1
-    in_blocks = not fused_attention() and scores > BLOCK * item
-    in_work = _WORK * layer + (_AGAIN[routed] * layer if settings.gradient_checkpointing else 0)
-    if not fused_attention() and not routed:
-        in_work = max(in_work, item * part.tokens * _widest_part(config, settings))
-        in_work += (4 - item) // 2 * _NORMS * item * part.tokens * config.hidden_size
-    in_work += (_WORK_SCORES[in_blocks] + settings.gradient_checkpointing) * scores
-    stack = max(math.prod(shape) for shape in config.linears.values())  # of all experts, which are unpacked together
-    rows = part.tokens * config.experts_per_token * config.largest_linear // stack
-    if config.quantization is not None and rows >= dequantizing_pays():
-        unpacked = _UNPACKED[routed] * stack
-        in_work += item * (unpacked if routed else min(unpacked, _SLICES * SLICE))
-    logits = _LOGITS * 4 * config.vocab_size * min(part.trained, _PIECES * places_at_once(config.vocab_size))
-    work = max(in_work, logits) + _BOTH * min(in_work, logits)
-    activations = int(max(kept_by_layers + work, _UPDATE * weights))
-    return TrainingPlan(size.weights, training, activations, part.tokens)
+    return weights * (state if settings.method == "full" else 1 + state) + gradients
+
+
+def _kept_by_layers(size: ModelSize, settings: Settings, part: PartSize) -> int:
+    """Bytes that all layers keep from the forward pass for the backward pass."""
+    config = size.config
+    kept = config.num_hidden_layers * _BETWEEN * size.itemsize * part.tokens * config.hidden_size
+    if settings.gradient_checkpointing:
+        return kept
+    layer = size.itemsize * part.tokens * _layer_numbers(config, settings)
+    dense = sum(map(config.is_dense, range(config.num_hidden_layers)))
+    sparse_scores = size.itemsize * _sparse_scores(config, part) * config.num_attention_heads
+    kept += dense * (layer + _scores(size, part))
+    return kept + (config.num_hidden_layers - dense) * (layer + sparse_scores)
+
+
+def _layer_in_work(size: ModelSize, settings: Settings, part: PartSize) -> float:
+    """Bytes of the layer that the backward pass is in, beside what it keeps."""
+    config, recomputes = size.config, settings.gradient_checkpointing
+    mixture = config.experts_per_token > 1
+    layer, scores = size.itemsize * part.tokens * _layer_numbers(config, settings), _scores(size, part)
+    in_work: float = _LAYER * layer
+    if recomputes:
+        in_work += (_RECOMPUTED_MIXTURE if mixture else _RECOMPUTED) * layer
+    if not fused_attention() and not mixture:
+        in_work = max(in_work, size.itemsize * part.tokens * _widest_part(config, settings))
+        if size.itemsize == 2:
+            in_work += _NORMS * size.itemsize * part.tokens * config.hidden_size
+    in_blocks = not fused_attention() and scores > BLOCK * size.itemsize
+    copies = _SCORES_IN_BLOCKS if in_blocks else _SCORES
+    in_work += (copies + (_SCORES_RECOMPUTED if recomputes else 0)) * scores
+    return in_work + _dequantized(size, part)
+
+
+def _dequantized(size: ModelSize, part: PartSize) -> int:
+    """Bytes of packed weights that are dequantized at once: of a matrix, or of all experts' matrices together."""
+    config = size.config
+    stack = max(math.prod(shape) for shape in config.linears.values())
+    rows = part.tokens * config.experts_per_token * config.largest_linear // stack  # of an expert on average
+    if config.quantization is None or rows < dequantizing_pays():
+        return 0
+    if config.experts_per_token > 1:
+        return size.itemsize * _DEQUANTIZED_MIXTURE * stack
+    return size.itemsize * min(_DEQUANTIZED * stack, _SLICES * SLICE)
+
+
+def _output_layer(config: Config, part: PartSize) -> float:
+    """Bytes of the logits of the trained tokens, in float32, some pieces at once."""
+    tokens = min(part.trained, _PIECES * places_at_once(config.vocab_size))
+    return _LOGITS * 4 * config.vocab_size * tokens
+
+
+def _scores(size: ModelSize, part: PartSize) -> int:
+    """Bytes of the attention scores of a dense layer."""
+    return size.itemsize * part.scores * size.config.num_attention_heads
 
 
 def _widest_part(config: Config, settings: Settings) -> int:
     """Numbers of a token while attention, or the feed-forward part, of a layer is in work on the CPU."""
-    again = settings.gradient_checkpointing
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return 2 * config.hidden_size + max(
-        _QUERIES[again] * queries + _KEYS[again] * keys, _INNER[again] * config.mlp_width
-    )
+    if settings.gradient_checkpointing:
+        attention, inner = _QUERIES_RECOMPUTED * queries + _KEYS_RECOMPUTED * keys, _INNER_RECOMPUTED
+    else:
+        attention, inner = _QUERIES * queries + _KEYS * keys, _INNER
+    return 2 * config.hidden_size + max(attention, inner * config.mlp_width)
 
 
 def _sparse_scores(config: Config, part: PartSize) -> int:
