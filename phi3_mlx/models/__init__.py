@@ -20,7 +20,7 @@ from ..fields import shorten
 from ..places import no_model
 from .decoder import Model
 
-# model_type -> (file, who it is)
+# model_type -> (file, the models of that type)
 ARCHITECTURES = {
     "phi3": ("phi3", "Phi-3 mini/medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "phimoe": ("phi_moe", "Phi-3.5-MoE"),
@@ -41,7 +41,7 @@ def read_config(directory: Path) -> Config:
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     """Validate the dictionary of a config.json; `source` names it in the ConfigError."""
     if all(raw.get(key) for key in ROPE_KEYS):
-        # Written for old software and new. Each alone must give the same numbers, since of some the one is read alone.
+        # Written for old software and new, which read one of them. Each alone must give the same numbers.
         old, new = (parse_config({**raw, other: None}, source) for other in ROPE_KEYS)
         if old != new:
             differ = ", ".join(
@@ -66,9 +66,9 @@ def build(config: Config) -> Model:
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the unpacked model, in the model's order.
+    """Name and shape of every tensor of the model before it is quantized, in the model's order.
 
-    Of one layer only modules are made: all layers have the same, and a config may ask for any number of them.
+    Modules are made for one layer alone: all layers have the same, and a config may ask for any number of them.
     """
     parameters: list[tuple[str, mx.array]] = tree_flatten(build(replace(config, num_hidden_layers=1)).parameters())
     layer = {name: array.shape for name, array in parameters if name.startswith(_FIRST)}
@@ -86,9 +86,9 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def check_layers(config: Config, names: Collection[str], source: str) -> None:
-    """CheckpointError where the config has more layers than there are tensors, by their names.
+    """CheckpointError if the config has more layers than there are tensors; `names` are theirs.
 
-    Asked before anything is made for every layer. `source` names the model in the message.
+    Call it before anything is made for every layer. `source` names the model in the message.
     """
     if config.num_hidden_layers > len(names):
         layers = {name.removeprefix(_LAYERS).partition(".")[0] for name in names if name.startswith(_LAYERS)}

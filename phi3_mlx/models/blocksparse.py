@@ -5,9 +5,9 @@ i // b, sees key j <= i if j's block is one of the `local_blocks` that end with 
 one: every `stride`-th block, at a place (the head's residue) that differs from head to head. So a query's keys are
 the last blocks of the cache, which all heads share, and a strided slice of the older ones.
 
-Many queries are taken some blocks at a time, and heads of one residue together: their keys are copied end to end,
-so that MLX's attention runs on them with one small mask. A few queries read the cache where it lies: for kv heads
-whose query heads have the same residues the older blocks are a view of it. Neither ever makes a mask or scores of
+Many queries are computed in tiles of some blocks, and heads of one residue together: their keys are copied end to end,
+so that MLX's attention runs on them with one small mask. A few queries read the cache without a copy: for kv heads
+whose query heads have the same residues the older blocks are a view of it. Neither way ever makes a mask or scores of
 queries x all keys. Source: arXiv 2404.14219, section 2; `modeling_phi3_small` of the checkpoints.
 """
 
@@ -27,14 +27,14 @@ from .attention import SCORES_AT_ONCE, Mask, scores_of, weighted
 from .cache import KVBits, KVCache
 from .pass_shape import PassShape
 
-_FEW_QUERIES = 32  # queries at most that read the cache where it lies
-TILE = 256  # queries at most that share their copied keys; the fewer, the fewer local keys they do not see
+_FEW_QUERIES = 32  # at most this many queries read the cache without a copy
+TILE = 256  # at most this many queries share a copy of keys; with fewer, more is copied and less is masked
 _TILES_ALIVE = 4  # whose copied keys and values, and on the CPU scores, are alive at once
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """Query heads that are computed together, the kv heads they read, and their residues."""
+    """Query heads that are computed together, the kv heads that they read, and their residues."""
 
     query: tuple[int, ...]
     kv: tuple[int, ...]
@@ -46,7 +46,7 @@ def attend_in_blocks(
 ) -> mx.array:
     """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).
 
-    `mask` is that of the model's other layers, for sequences that the pattern hides nothing of.
+    `mask` is that of the dense layers. It is used while the pattern hides no key.
     """
     batch, _, length, _ = q.shape
     offset = 0 if cache is None else cache.offset
@@ -57,7 +57,7 @@ def attend_in_blocks(
     bits = None if cache is None else cache.bits
     if len(set(padding)) == 1:
         out = _attend_unpadded(q, seen, bits, scale, pattern, padding[0])
-    else:  # blocks lie apart in every row
+    else:  # the blocks of each row begin elsewhere
         rows = [
             _attend_unpadded(q[b : b + 1], [array[b : b + 1] for array in seen], bits, scale, pattern, before)
             for b, before in enumerate(padding)
@@ -69,7 +69,7 @@ def attend_in_blocks(
 def _attend_unpadded(
     q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, padding: int
 ) -> mx.array:
-    """Rows with the same padding, which is cut off; zeros come out for queries that are padding."""
+    """Attention of rows with the same padding, which is cut off; the output is 0 for queries that are padding."""
     batch, heads, length, dim = q.shape
     start = seen[0].shape[2] - length - padding  # position of the first query
     if start + length <= 0:
@@ -85,7 +85,7 @@ def _attend_unpadded(
 def _attend_in_tiles(
     q: mx.array, seen: list[mx.array], bits: KVBits | None, scale: float, pattern: BlockPattern, start: int
 ) -> mx.array:
-    """Some blocks of queries and the heads of one residue at a time, each waiting for those before it."""
+    """Some blocks of queries, and the heads of one residue, at a time; each tile waits for the one before it."""
     batch, heads, length, _ = q.shape
     classes = _by_residue(pattern, heads, seen[0].shape[1])
     tiles: list[mx.array] = []
@@ -94,19 +94,19 @@ def _attend_in_tiles(
         last = min(end, (first // pattern.block_size + _tile_blocks(batch, heads, first, pattern)) * pattern.block_size)
         old = pattern.oldest_local(first)
         parts: list[mx.array] = []
-        for heads_ in classes:
-            (residue,) = heads_.residues
+        for members in classes:
+            (residue,) = members.residues
             vertical = slice(residue, old, pattern.stride)  # blocks
             near = slice(old * pattern.block_size, last)
             stored = seen
             if parts or tiles:
                 stored = mx.depends(seen, (parts or tiles)[-1:])
-            keys = [_gather(_pick(array, heads_.kv), vertical, near, pattern.block_size) for array in stored]
+            keys = [_gather(_pick(array, members.kv), vertical, near, pattern.block_size) for array in stored]
             key, value = (keys[0], keys[1]) if bits is None else attention.dequantize_kv(keys, bits)
             positions = np.concatenate([_tokens(range(old)[vertical], pattern.block_size), np.arange(near.start, last)])
             parts.append(
                 mx.fast.scaled_dot_product_attention(
-                    _pick(q[:, :, first - start : last - start], heads_.query),
+                    _pick(q[:, :, first - start : last - start], members.query),
                     key,
                     value,
                     scale=scale,
@@ -116,7 +116,7 @@ def _attend_in_tiles(
         tiles.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
         first = last
     out = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
-    order = [head for heads_ in classes for head in heads_.query]
+    order = [head for members in classes for head in members.query]
     return out if order == sorted(order) else out[:, mx.array(np.argsort(order))]
 
 
@@ -132,7 +132,7 @@ def _at_once(heads: int, pattern: BlockPattern) -> int:
 
 
 def _keys(first: int, blocks: int, pattern: BlockPattern) -> int:
-    """How many keys `blocks` blocks of queries, from position `first` on, read."""
+    """How many keys are read by `blocks` blocks of queries from position `first` on."""
     old = pattern.oldest_local(first)
     return pattern.block_size * (old // pattern.stride + pattern.local_blocks - 1 + blocks)
 
@@ -140,7 +140,7 @@ def _keys(first: int, blocks: int, pattern: BlockPattern) -> int:
 def tile_size(
     batch: int, heads: int, kv_heads: int, chunk: int, length: int, pattern: BlockPattern
 ) -> tuple[int, int, int, int]:
-    """What the last tile of a chunk that ends a sequence of `length` has: queries, keys, heads, kv heads."""
+    """(queries, keys, heads, kv heads) of the last tile of a chunk that ends a sequence of `length`."""
     first = max(0, length - chunk)
     blocks = _tile_blocks(batch, heads, first, pattern)
     here = _at_once(heads, pattern)
@@ -179,7 +179,7 @@ def _gather(array: mx.array, vertical: slice, near: slice, block: int) -> mx.arr
 
 
 def _tokens(blocks: Sequence[int], block: int) -> np.ndarray:
-    """The positions in these blocks."""
+    """The positions of all tokens in these blocks."""
     return (np.array(blocks, dtype=np.int64)[:, None] * block + np.arange(block)).reshape(-1)
 
 
@@ -188,7 +188,7 @@ def _attend_few(
 ) -> mx.array:
     """A few queries: scores of the near keys and of the older vertical blocks, side by side under one softmax.
 
-    Old blocks are taken by whole strides, of which every head sees one block each; what is left counts as near.
+    The old keys are whole strides, of each of which a head sees one block; all keys after them count as near.
     """
     _, heads, length, dim = q.shape
     kv_heads, block, stride = seen[0].shape[1], pattern.block_size, pattern.stride
@@ -253,7 +253,7 @@ def _pick(array: mx.array, indexes: tuple[int, ...], axis: int = 1) -> mx.array:
 
 @cache
 def _by_residue(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
-    """Heads of one residue together."""
+    """The heads grouped by residue."""
     group = heads // kv_heads
     classes = []
     for residue in sorted({pattern.residue(head) for head in range(heads)}, reverse=True):
@@ -262,14 +262,14 @@ def _by_residue(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Head
         once = tuple(sorted(set(kv)))
         each = len(kv) // len(once)
         if kv == tuple(head for head in once for _ in range(each)):
-            kv = once  # as many query heads each, which is what MLX's attention wants
+            kv = once  # every kv head has the same number of query heads, as MLX's attention requires
         classes.append(_Heads(query, kv, (residue,)))
     return tuple(classes)
 
 
 @cache
 def _by_phase(pattern: BlockPattern, heads: int, kv_heads: int) -> tuple[_Heads, ...]:
-    """kv heads whose query heads have the same residues together."""
+    """The heads grouped by kv heads whose query heads have the same residues."""
     group = heads // kv_heads
     phases: dict[tuple[int, ...], list[int]] = {}
     for kv in range(kv_heads):

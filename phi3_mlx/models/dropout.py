@@ -1,8 +1,8 @@
-"""Dropout whose draw is a function of the token and the layer, whatever was drawn before.
+"""Dropout whose draws depend on the token and the layer alone, not on what was drawn before.
 
-Gradient checkpointing computes a layer twice and must hide the same numbers both times; a batch computed in parts, or
-by several processes, must hide what the whole would; a resumed run must go on with the same draws. So every token of a
-training pass has a random key of its own, and every use of dropout in every layer derives its keys from those.
+Gradient checkpointing computes a layer twice and must drop the same numbers both times. A batch computed in parts, or
+by several processes, must drop what the whole batch would. A resumed run must go on with the same draws. So every token
+of a training pass has its own random key, and every use of dropout in every layer derives its keys from those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import numpy as np
 
 
 def token_keys(seed: int, step: int, examples: Sequence[int], lengths: Sequence[int]) -> mx.array:
-    """A key for every token of these examples (places in the data) of `lengths` in a step: (sum(lengths), 2) uint32."""
+    """A key for every token of a step: (sum(lengths), 2) uint32.
+
+    `examples` are the places in the data of the step's examples, `lengths` their tokens.
+    """
     keys = [
         np.random.SeedSequence([seed, step, example]).generate_state(2 * length)
         for example, length in zip(examples, lengths, strict=True)
@@ -33,7 +36,7 @@ class Draws:
 
     @contextmanager
     def within(self, layer: int) -> Iterator[None]:
-        """While decoder layer `layer` is computed `dropped` draws from here, the same again if it is computed again."""
+        """While decoder layer `layer` is computed, `dropped` draws from here, and the same if it is recomputed."""
         self._layer, self._uses = layer, 0
         token = _current.set(self)
         try:
@@ -54,9 +57,9 @@ _current: ContextVar[Draws | None] = ContextVar("draws", default=None)
 
 
 def dropped(x: mx.array, share: float) -> mx.array:
-    """`x` (..., tokens, width) with that share of its numbers 0 and the others larger, so that their mean stays.
+    """`x` (..., tokens, width) with `share` of its numbers set to 0 and the others scaled by 1 / (1 - share).
 
-    Outside of `Draws.within` MLX's random state says which.
+    Outside of `Draws.within` they are drawn from MLX's random state.
     """
     draws, keep = _current.get(), 1 - share
     kept = mx.random.bernoulli(keep, x.shape) if draws is None else draws.kept(keep, *x.shape[-2:])

@@ -1,8 +1,8 @@
 """Sequences of several lengths end to end in one row, for training: no layer spends work on padding.
 
-All layers but attention treat every token for itself. For attention the sequences are taken apart into blocks, rows
-padded to one length, and what attention makes of them is put end to end again. Padding stands behind the tokens,
-where no causal query sees it, and nothing of it is taken back, so neither numbers nor gradients depend on it.
+Only attention mixes tokens. For it the sequences are gathered into blocks of rows padded to one length, and its output
+is scattered end to end again. Padding stands after the tokens, where no causal query sees it, and its output is
+dropped, so neither numbers nor gradients depend on it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 
 from .attention import Mask, make_mask
 
-# A sequence shares a block with others at most so much longer, so at most so much of a block's rows is padding.
+# The longest sequence of a block is at most this many times as long as the shortest, which bounds the padding,
 _STRETCH = 1.25
-_SLACK = 16  # tokens; short sequences would otherwise make many small blocks
+_SLACK = 16  # and this many tokens longer: short sequences would otherwise make many small blocks
 
 
 class Block:
-    """Some of the sequences as rows of one padded length."""
+    """Some of the sequences, as rows padded to one length."""
 
     def __init__(self, index: np.ndarray, long: tuple[bool, ...], window: int | None):
-        self._index = mx.array(index.reshape(-1))  # place in the row of tokens, for each place in the block
+        self._index = mx.array(index.reshape(-1))  # for each place in the block, the token there
         self._shape = index.shape
         self.long = long
         self.mask: Mask = make_mask(index.shape[1], window)
@@ -35,14 +35,14 @@ class Block:
 
 
 class EndToEnd:
-    """How a row of tokens is taken apart for attention and put together again.
+    """How a row of sequences end to end is gathered into blocks for attention, and scattered again.
 
-    `lengths` of the sequences in the order they stand in the row; `long`, the LongRoPE regime of each.
+    `lengths`: of the sequences, in their order in the row; `long`: whether the LongRoPE regime of each is the long one.
     """
 
     def __init__(self, lengths: Sequence[int], long: Sequence[bool], window: int | None):
         starts = [0, *accumulate(lengths)]
-        place = np.empty(starts[-1], dtype=np.int32)  # place among all blocks' places, for each token of the row
+        place = np.empty(starts[-1], dtype=np.int32)  # for each token of the row, its place among those of all blocks
         self.blocks: list[Block] = []
         before = 0
         for members in _blocks(lengths):
@@ -56,13 +56,13 @@ class EndToEnd:
         self._place = mx.array(place)
 
     def scatter(self, blocks: Sequence[mx.array]) -> mx.array:
-        """What `Block.gather` gave, one array (B, longest, width) a block -> (1, L, width)."""
+        """One array (B, longest, width) a block, in the shape of `Block.gather`'s -> (1, L, width)."""
         flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
         return (flat[0] if len(flat) == 1 else mx.concatenate(flat))[self._place][None]
 
 
 def _blocks(lengths: Sequence[int]) -> list[list[int]]:
-    """Indexes of the sequences, longest first, in groups of about one length."""
+    """Indexes of the sequences, longest first, in groups of similar length."""
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         if groups and lengths[groups[-1][0]] <= lengths[n] * _STRETCH + _SLACK:

@@ -2,8 +2,8 @@
 
 Rows come sorted by expert (`Groups`), so that each matrix meets all its rows at once. MLX's gathered products do that
 on a GPU. Its CPU backend computes them row by row, so there many rows are multiplied expert by expert, once it is known
-how many each has. Training cannot wait for that: what is computed before the backward pass is built would all be kept.
-There rows are put into blocks of one expert each, padded; their number does not depend on the router.
+how many each has. Training cannot wait for that: all that is computed before the backward pass is built would be kept.
+There rows are put into padded blocks of one expert each, whose number does not depend on the router.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ _ROW_ARRAYS = 7  # of a mixture's rows that are alive at once, each as wide as a
 
 
 class Groups:
-    """Which of `count` experts each token goes to, `experts` (N, k), as rows: a token once for each of its experts."""
+    """The rows that the experts multiply: each of N tokens once for each of its k experts.
+
+    `experts` (N, k): which of `count` experts each token goes to.
+    """
 
     def __init__(self, experts: mx.array, count: int, dtype: mx.Dtype = mx.float32):
-        """`dtype` of the rows: MLX's CPU backend gathers in float32 alone."""
+        """`dtype`: that of the rows, because MLX's CPU backend gathers in float32 alone."""
         experts = mx.stop_gradient(experts)
         self._count, self._each = count, experts.shape[1]
         self.is_sorted = experts.size >= _ROWS_TO_SORT or (_on_cpu() and dtype != mx.float32)
-        self.experts = experts.flatten()  # (N * k,), of each row
+        self.experts = experts.flatten()  # (N * k,), the expert of each row
         if self.is_sorted:
             self._order = mx.argsort(self.experts)
             self.experts = self.experts[self._order]
@@ -43,7 +46,7 @@ class Groups:
         return mx.repeat(tokens, self._each, axis=0)
 
     def ordered(self, numbers: mx.array) -> mx.array:
-        """Numbers (N, k) that belong to tokens and experts -> (N * k,), in the order of the rows."""
+        """A number for each token and each of its experts, (N, k) -> (N * k,), in the order of the rows."""
         return numbers.flatten()[self._order] if self.is_sorted else numbers.flatten()
 
     def summed(self, rows: mx.array) -> mx.array:
@@ -54,20 +57,20 @@ class Groups:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """The rows of each expert, (first, past the last), where they are sorted; waits for their computation."""
+        """The rows of each expert, (first, past the last); sorted rows alone. Waits for the experts to be computed."""
         counts = np.bincount(np.array(self.experts), minlength=self._count)
         ends = list(accumulate(counts.tolist()))
         return list(zip([0, *ends], ends, strict=False))
 
     def by_expert(self, rows: mx.array) -> list[mx.array]:
-        """Rows (N * k, width) as an array for each expert, some of no rows."""
+        """Rows (N * k, width) as an array for each expert, some of them empty."""
         if not self.is_sorted:
             rows = rows[mx.argsort(self.experts)]
         return [rows[first:last] for first, last in self.spans]
 
     @property
     def gathers(self) -> bool:
-        """Whether MLX's gathered products are the best way to multiply them."""
+        """Whether MLX's gathered products are the fastest way to multiply the rows."""
         return not self.is_sorted or not _on_cpu()
 
     @property
@@ -76,7 +79,7 @@ class Groups:
         return len(self.experts) // self._count
 
     def in_blocks(self, rows: mx.array, product: Callable[[mx.array, mx.array], mx.array]) -> mx.array:
-        """`product` of rows (N * k, width) put into blocks (blocks, size, width), and of the experts of these."""
+        """`product(blocks (blocks, size, width), expert of each block)` of rows (N * k, width), as rows again."""
         source, places, experts = self._blocks
         result = product(rows[source], experts)
         return result.reshape(-1, result.shape[-1])[places]
@@ -89,13 +92,13 @@ class Groups:
         experts = mx.arange(count)
         counts = (self.experts[:, None] == experts).sum(axis=0)
         first_rows = mx.cumsum(counts) - counts
-        used = (counts + size - 1) // size
-        ends = mx.cumsum(used)
-        numbers = mx.arange(total // size + count)
-        of_block = mx.minimum((numbers[:, None] >= ends).sum(axis=1), count - 1)
-        places = (ends - used)[self.experts] * size + mx.arange(total) - first_rows[self.experts]
-        source = mx.zeros((len(numbers) * size,), mx.int32).at[places].add(mx.arange(total))
-        return source.reshape(-1, size), places, of_block
+        blocks_each = (counts + size - 1) // size
+        ends = mx.cumsum(blocks_each)
+        blocks = mx.arange(total // size + count)
+        block_experts = mx.minimum((blocks[:, None] >= ends).sum(axis=1), count - 1)
+        places = (ends - blocks_each)[self.experts] * size + mx.arange(total) - first_rows[self.experts]
+        source = mx.zeros((len(blocks) * size,), mx.int32).at[places].add(mx.arange(total))
+        return source.reshape(-1, size), places, block_experts
 
 
 def _gathered(blocks: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
@@ -109,12 +112,12 @@ def _on_cpu() -> bool:
 
 
 def padded_block(rows: int, experts: int) -> int:
-    """Rows of a block in training on the CPU: larger ones are faster, and have more padding."""
+    """Rows of a block in training on the CPU: larger blocks are faster and have more padding."""
     return 64 if rows >= 64 * experts else 32
 
 
 class SwitchLinear(nn.Module):
-    """`weight` (experts, outputs, inputs); no bias."""
+    """A linear layer an expert: `weight` (experts, outputs, inputs), no bias."""
 
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
@@ -146,7 +149,7 @@ class SwitchLinear(nn.Module):
 
 
 class QuantizedSwitchLinear(nn.Module):
-    """The same with its matrices packed by `mx.quantize`."""
+    """A `SwitchLinear` whose matrices are packed by `mx.quantize`."""
 
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
         super().__init__()
@@ -179,7 +182,7 @@ class QuantizedSwitchLinear(nn.Module):
         )
 
     def _dequantized_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
-        """All matrices unpacked for the moment, forward and backward."""
+        """`_gathered` with all matrices dequantized for the product alone, forward and backward."""
 
         @mx.custom_function
         def product(blocks: mx.array) -> mx.array:
@@ -193,13 +196,13 @@ class QuantizedSwitchLinear(nn.Module):
         return product(blocks)  # type: ignore[return-value]
 
     def _one_expert(self, expert: int, rows: mx.array) -> mx.array:
-        """Rows (n, inputs) by one expert's matrix, which is unpacked where that is faster."""
+        """Rows (n, inputs) by one expert's matrix, which is dequantized where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None
         if len(rows) < dequantizing_pays():
             return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **packing_of(self))
         product = dequantized_product(weight, scales, biases, **packing_of(self))(rows)
-        mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be unpacked at once
+        mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be dequantized at once
         return product
 
 

@@ -10,8 +10,8 @@ import mlx.nn as nn
 
 from .. import blas
 
-SLICE = 1 << 19  # numbers of a packed weight that are unpacked at a time
-# The rows from which on unpacking is no slower at 3, 4 and 8 bits, whatever the matrix: `python -m bench.unpacking`,
+SLICE = 1 << 19  # numbers of a packed weight that are dequantized at a time
+# Rows from which on dequantizing is no slower at 3, 4 and 8 bits, for every matrix: `python -m bench.unpacking`,
 # 2026-11-29 in bench/LOG.md.
 DEQUANTIZED_ROWS = 8
 _NEVER = 1 << 30
@@ -42,7 +42,7 @@ class Embedding(nn.Embedding):
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """`nn.QuantizedLinear` that unpacks its weight for a plain product where that is faster."""
+    """`nn.QuantizedLinear` that dequantizes its weight for a plain product where that is faster."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < dequantizing_pays():
@@ -89,7 +89,7 @@ def most_dequantizing_bytes(quantization: Mapping[str, Any] | None, itemsize: in
 
 
 def matrices(layer: nn.Module) -> Iterator[mx.array]:
-    """The same matrix by matrix (outputs, inputs): one, or that of each expert; each unpacked when it is asked for."""
+    """The weight as floats, matrix by matrix (outputs, inputs): one, or one an expert, each when it is asked for."""
     if layer.weight.ndim == 2:
         yield plain_weight(layer)
         return
@@ -109,10 +109,10 @@ def one_of(array: mx.array, i: int) -> mx.array:
 def dequantized_product(
     weight: mx.array, scales: mx.array, biases: mx.array | None, **packing: Any
 ) -> Callable[[mx.array], mx.array]:
-    """x @ weight.T of a packed weight (outputs, inputs), forward and backward, with `SLICE` numbers unpacked at a time.
+    """x @ weight.T of a packed weight (outputs, inputs), forward and backward, a slice at a time.
 
-    A slice stays near and is soon let go of. A whole matrix takes more time and many times the memory, and training
-    would keep it from one pass to the other.
+    A slice (`SLICE` numbers) stays in the processor's cache and is soon freed. A whole matrix takes more time and many
+    times the memory, and training would keep it from the forward pass to the backward one.
     """
     outputs, groups = scales.shape
     group_words = weight.shape[1] // groups  # 32-bit words that hold the codes of a group
@@ -122,7 +122,7 @@ def dequantized_product(
         first, last, _ = columns.indices(groups)
         part = [weight[rows, first * group_words : last * group_words], scales[rows, columns]]
         part += [] if biases is None else [biases[rows, columns]]
-        if before:  # MLX would else be free to unpack all of them first
+        if before:  # keeps MLX from dequantizing all of them first
             part = mx.depends(part, before[-1:])
         offsets = part[2] if len(part) > 2 else None
         return mx.dequantize(part[0], part[1], offsets, **packing).astype(dtype)  # "mxfp4" and such give bfloat16
@@ -160,11 +160,11 @@ def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, fused: bool
 
 
 def dequantizing_pays() -> int:
-    """From how many rows on `x @ unpacked.T` is faster than MLX's packed product.
+    """From how many rows on `x @ dequantized.T` is faster than MLX's packed product.
 
-    On a GPU never, and on a CPU with the reference BLAS neither. With a fast BLAS from `DEQUANTIZED_ROWS` on: a packed
-    product takes as long for each row as for the first, and the others add little once a weight is unpacked. No clock
-    is read, so that two processes choose alike and a plan says what a run does.
+    Never on a GPU or with the reference BLAS; else from `DEQUANTIZED_ROWS` on: a packed product takes as long
+    for each row as for the first, and more rows cost little once a weight is dequantized. No clock is read, so that two
+    processes choose alike and a plan says what a run does.
     """
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     return _NEVER if on_gpu or not blas.is_fast() else DEQUANTIZED_ROWS

@@ -14,7 +14,7 @@ from . import decoder
 from .linear import Linear
 from .rope import Rope
 
-# Keys that change the numbers when they are not at this value, and that this package does not compute.
+# Keys that change the numbers at any other value, which this package does not compute.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -42,7 +42,7 @@ class Config(config.Config):
         longest, original = shared["max_position_embeddings"], shared["original_max_position_embeddings"]
         key = "original_max_position_embeddings"
         if reader.rope_kind() and reader.raw.get(key) is None and original != min(longest, 4096):
-            # transformers and mlx-lm read it beside the rope alone, and take 4096 where it is not.
+            # transformers and mlx-lm read it at the top level alone, and take 4096 where it is absent.
             reader.fail(f"{key} {original} is given in {reader.rope_key} alone, where nobody reads it; put it beside")
         theta = reader.number("rope_theta", reader.number("rope_theta", 10000.0, float), float, reader.rope)
         return cls(

@@ -23,7 +23,7 @@ from .cache import KVCache
 from .linear import Linear
 from .rope import Rope
 
-# Keys that change the numbers when they are not at this value, and that this package does not compute.
+# Keys that change the numbers at any other value, which this package does not compute.
 # `attention_bias` is not among them: the reference has biases whatever it says.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gegelu",),
@@ -34,7 +34,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "layer_types": (),
     "quantization_config": (),
 }
-# What the reference takes where these are absent is other than what null says, so they must be there.
+# Where these are absent the reference takes another value than null means, so they must be given.
 _STATED = (
     "gegelu_limit",
     "mup_use_scaling",
@@ -110,7 +110,7 @@ class Config(config.Config):
 
     @property
     def mlp_kept(self) -> int:
-        return 2  # gates and linear parts; what becomes of them is computed again
+        return 2  # gates and linear parts; their product is recomputed
 
     @property
     def softmax_scale(self) -> float:

@@ -21,7 +21,7 @@ from .experts import Groups, SwitchLinear
 from .linear import Linear
 from .rope import Rope
 
-# Keys that change the numbers when they are not at this value, and that this package does not compute.
+# Keys that change the numbers at any other value, which this package does not compute.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "num_experts_per_tok": (2,),  # the sparse mixer has two stages
@@ -121,7 +121,7 @@ class Config(config.Config):
 
 
 def _longrope(reader: Reader, rotary_dim: int) -> LongRope | None:
-    """The factor lists, and of each regime the number that multiplies cos and sin, which a file must give."""
+    """The factor lists and, for each regime, the number that multiplies cos and sin, which a file must give."""
     if reader.rope_kind() is None:
         return None
     if "yarn" in (reader.rope.get("type"), reader.rope.get("rope_type")):

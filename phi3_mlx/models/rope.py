@@ -16,7 +16,7 @@ import numpy as np
 from ..config import Config
 
 _HALVES = 11  # of queries that are alive at once on the CPU, where MLX rotates them in ten operations on their halves
-# One regime for every row, or one a row.
+# Whether the regime is the long one: for all rows, or for each.
 Regime = bool | tuple[bool, ...]
 
 
@@ -33,11 +33,11 @@ class Rope:
         long = np.array(longrope.long_factor if longrope else 1.0, dtype=np.float32)
         self._freqs = (mx.array(short * periods), mx.array(long * periods))
         gains = (longrope.short_mscale**2, longrope.long_mscale**2) if longrope else (1.0, 1.0)
-        # The softmax scale takes the short regime's gain, where that is of all numbers of a head.
+        # The softmax scale takes the short regime's gain if that is for all numbers of a head.
         folded = gains[0] if self.dims == config.head_dim else 1.0
         self.scale: float = config.softmax_scale * folded
         rotated = np.arange(config.head_dim) < self.dims
-        # By regime, what is left; nothing where the softmax scale has it all.
+        # By regime, what is left to multiply queries by; None: the softmax scale has it all.
         self._query_gains = [
             None if gain == folded else mx.array(np.where(rotated, gain / folded, 1.0).astype(np.float32))
             for gain in gains
@@ -46,7 +46,7 @@ class Rope:
     def rotate(self, x: mx.array, offset: int | mx.array, long: Regime) -> mx.array:
         """Rotate queries and keys (B, any heads, L, D) whose first position is `offset` (an int, or one a row).
 
-        Queries are to go through `gain` as well.
+        Queries must go through `gain` as well.
         """
         return self._by_regime(lambda long: self._rotate(x, offset, long), long)
 
@@ -56,13 +56,14 @@ class Rope:
             return queries
         return self._by_regime(lambda long: self._gain(queries, long), long)
 
-    def _by_regime(self, turn: Callable[[bool], mx.array], long: Regime) -> mx.array:
+    def _by_regime(self, compute: Callable[[bool], mx.array], long: Regime) -> mx.array:
+        """`compute(regime)`, whose rows (B, ...) are those of each row's own regime."""
         if isinstance(long, bool):
-            return turn(long)
+            return compute(long)
         if len(set(long)) == 1:
-            return turn(long[0])
+            return compute(long[0])
         rows = mx.array(long)[:, None, None, None]  # (B, 1, 1, 1)
-        return mx.where(rows, turn(True), turn(False))
+        return mx.where(rows, compute(True), compute(False))
 
     def _gain(self, queries: mx.array, long: bool) -> mx.array:
         gain = self._query_gains[long]
