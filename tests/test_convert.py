@@ -22,7 +22,7 @@ from phi3_mlx.conversion import pipeline, sensitivity, writer
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
-from phi3_mlx.store import atomic
+from phi3_mlx.store import atomic, hub
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.finite import is_finite
 from phi3_mlx.store.safetensors import INDEX, find_weights, read_header
@@ -506,6 +506,16 @@ def killed(source: Path, destination: Path, moment: str, force: bool) -> None:
     command = [sys.executable, "-c", KILLED, str(source), str(destination), moment, "force" if force else ""]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == -9, done.stderr
+
+
+@pytest.mark.parametrize(("name", "meant"), [("phi-4-4bit", "mlx-community/phi-4-4bit"), ("Tiny", "the bundled model")])
+def test_a_directory_whose_name_means_another_model_is_said_to_be_hidden(tmp_path, source, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    done = convert(source, name, report=False)
+    assert done.notes == (f"the name {name} means {meant}; give this directory as ./{name}",)
+    assert hub.resolve(f"./{name}") == tmp_path / name
+    for path in ("plain", tmp_path / name / "inside"):
+        assert convert(source, path, report=False).notes == ()
 
 
 @pytest.mark.parametrize("moment", ["tensor 1", "tensor 20", "complete", "renamed"])

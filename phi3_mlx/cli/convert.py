@@ -30,7 +30,7 @@ def convert(source: str, output: str, options: ConvertOptions) -> None:
     when it is complete.
 
     \b
-    phi3-mlx convert phi-3.5-mini -o phi-3.5-mini-4bit
+    phi3-mlx convert phi-3.5-mini -o mini-4bit
     phi3-mlx convert phi-3.5-mini -o small --target-bpw 3.5 --method gptq
     phi3-mlx convert model.gguf -o model --bits 8
     """

@@ -18,7 +18,7 @@ from ..option import arguments
 from ..places import is_gguf
 from ..sizes import size_text
 from ..store.atomic import check_destination, new_directory
-from ..store.hub import find_alias, resolve
+from ..store.hub import find_alias, repository_of, resolve
 from ..threads import refuse_fork
 from .checked import CheckedSource
 from .choosing import choose
@@ -137,9 +137,16 @@ def convert_as(
         bytes=layout.nbytes,
         bits_per_weight=8 * layout.nbytes / weights_of(read),
         kept=_kept(layout),
-        notes=(*choice.notes, *why_none),
+        notes=(*choice.notes, *why_none, *_about_name(destination)),
         report=made,
     )
+
+
+def _about_name(destination: Path) -> tuple[str, ...]:
+    """What to say of a directory whose name means another model wherever a model is named."""
+    name = str(destination)
+    meant = "the bundled model" if name.lower() == "tiny" else repository_of(name)
+    return () if meant == name else (f"the name {name} means {meant}; give this directory as ./{name}",)
 
 
 def _write(
