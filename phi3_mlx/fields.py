@@ -101,13 +101,6 @@ class Fields:
         """A text that may name a file: bytes that are not UTF-8 stand in it as halves of characters."""
         return str(self._of((str,), key, default, "a text"))
 
-    def items_of(self, key: str, kind: type, expected: str) -> list[Any]:
-        """A list of values of one type; [] where it is absent or null."""
-        value = self._of((list,), key, [], expected)
-        if any(type(item) is not kind for item in value):
-            self.fail(key, expected)
-        return list(value)
-
     def fields(self, key: str) -> Fields:
         """An object; empty where it is absent or null."""
         value = self._of((dict,), key, {}, "an object")

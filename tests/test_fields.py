@@ -68,7 +68,6 @@ FIELDS = Fields(
         "whole": 3,
         "flag": False,
         "text": "a",
-        "list": ["a", "b"],
         "object": {"inner": {"n": "x"}},
         "null": None,
     },
@@ -84,7 +83,6 @@ def test_values_of_the_asked_type_are_given():
     assert FIELDS.whole("whole", most=3) == 3
     assert FIELDS.flag("flag") is False
     assert FIELDS.text("text") == "a"
-    assert FIELDS.items_of("list", str, "a list of texts") == ["a", "b"]
     assert FIELDS.fields("object").raw == {"inner": {"n": "x"}}
 
 
@@ -94,7 +92,6 @@ def test_what_is_null_or_absent_is_the_default():
         assert FIELDS.whole(key, 1) == 1
         assert FIELDS.flag(key, True) is True
         assert FIELDS.text(key, "b") == "b"
-        assert FIELDS.items_of(key, str, "a list of texts") == []
         assert FIELDS.fields(key).raw == {}
         with pytest.raises(CheckpointError, match=rf"x.json: {key} is missing, expected a text; restore it"):
             FIELDS.text(key)
@@ -108,7 +105,6 @@ def test_a_value_of_another_type_is_refused_by_name(value):
         "whole": lambda: fields.whole("key"),
         "flag": lambda: fields.flag("key"),
         "text": lambda: fields.text("key"),
-        "texts": lambda: fields.items_of("key", str, "a list of texts"),
         "object": lambda: fields.fields("key"),
     }
     right = {
@@ -116,7 +112,6 @@ def test_a_value_of_another_type_is_refused_by_name(value):
         "whole": value == 1 and type(value) is int,
         "flag": type(value) is bool,
         "text": type(value) is str,
-        "texts": value in (None, ["a"]),
         "object": value is None or type(value) is dict,
     }
     for name, take in takes.items():

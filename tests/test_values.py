@@ -36,7 +36,24 @@ def test_scalars_of_array_libraries_are_the_numbers_they_hold():
         (number, [True, "0.5", None, [0.5], 10**400, b"1", 1j, np.ones(2)]),
         (flag, [0, 1, "True", None, [], np.int64(1)]),
         (text, [None, 3, b"a", Path("a"), ["a"], "half \ud800"]),
-        (texts, [None, 3, b"ab", {"a": 1}, ["a", 3], ["a", None], ["half \ud800"], np.array(5), mx.array(3)]),
+        (
+            texts,
+            [
+                None,
+                True,
+                3,
+                2.5,
+                np.nan,
+                [1],
+                b"ab",
+                {"a": 1},
+                ["a", 3],
+                ["a", None],
+                ["half \ud800"],
+                np.array(5),
+                mx.array(3),
+            ],
+        ),
         (path, [None, 3, b"a", ["a"], "a\0b", True, object(), "half \ud800", "a" * 300, "a/" * 3000]),
     ],
 )
@@ -55,6 +72,7 @@ def test_several_texts_come_one_by_one_and_a_text_alone_is_one():
     assert texts(["a", "b"], "it") == ("a", "b") == texts((one for one in "ab"), "it")
     assert texts({"b", "c", "a"}, "it") == ("a", "b", "c")  # a set's own order changes from run to run
     assert texts([], "it") == ()
+    assert optional(texts, None, "it") is None
 
 
 def test_a_path_may_be_long_and_of_bytes_that_are_not_utf8():

@@ -77,11 +77,11 @@ def load_model(
     force: bool = False,
 ) -> Model:
     """The model of `load` alone."""
-    from ..store import checkpoint, hub
+    from ..store import hub
 
     directory = hub.resolve(name, revision)
     plan_loading(directory, str(name), dtype=dtype, force=force)
-    return checkpoint.read_model(directory, dtype=dtype, longrope=longrope)
+    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters={})
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
