@@ -41,7 +41,7 @@ def _write(directory: Path, source: Source, layout: Layout, arrays: Rounder) -> 
     directory.mkdir()
     sink = DirectorySink(directory)
     sink.write(layout, arrays)
-    sink.write_config(source.config, layout)
+    sink.write_config(source.raw_config, layout)
     return 8 * layout.nbytes / weights_of(source)
 
 
@@ -73,7 +73,7 @@ def main(
         extras = Path(folder, "extras")
         extras.mkdir()
         source.write_extras(extras)
-        write_json(extras / "config.json", source.config)
+        write_json(extras / "config.json", source.raw_config)
         tokenizer = read_tokenizer(extras)
         read = tokenizer.encode(text.read() if text else bundled("sample"))[:tokens]
         words = tokenizer.decode(read)

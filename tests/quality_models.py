@@ -16,6 +16,7 @@ from phi3_mlx.conversion.sources import tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.evaluation.quality import compare
+from phi3_mlx.models import parse_config
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
@@ -29,8 +30,9 @@ class RandomSource:
 
     def __init__(self, dtype="F32", scale=0.05, **changes):
         self.name, self.blocks = "random", {}
-        self.config = {**oracle.BASE, **changes}
-        shapes = {name: a.shape for name, a in tree_flatten(oracle.make_ours(self.config).parameters())}
+        self.raw_config = {**oracle.BASE, **changes}
+        self.config = parse_config(self.raw_config)
+        shapes = {name: a.shape for name, a in tree_flatten(oracle.make_ours(self.raw_config).parameters())}
         order = ["model.embed_tokens", "model.layers", "model.norm", "lm_head"]
         names = sorted(shapes, key=lambda name: next(i for i, start in enumerate(order) if name.startswith(start)))
         self.tensors = {name: tensor_of(dtype, shapes[name]) for name in names}
@@ -82,7 +84,7 @@ def write_model(directory, source, recipe, rounder):
     directory.mkdir()
     DirectorySink(directory).write(Layout.of(source, recipe), rounder)
     source.write_extras(directory)
-    config = source.config if recipe is None else {**source.config, "quantization": recipe}
+    config = source.raw_config if recipe is None else {**source.raw_config, "quantization": recipe}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

@@ -195,10 +195,10 @@ def test_a_size_that_was_asked_for_is_kept_to_and_its_recipe_makes_the_same_agai
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "choose_recipe", lambda *_, **__: pytest.fail("measured"))
 
-    def full(directory, needed):
+    def full(sink, needed):
         raise CheckpointError(f"{needed} bytes are too many")
 
-    monkeypatch.setattr(pipeline, "check_space", full)
+    monkeypatch.setattr(writer.DirectorySink, "check_space", full)
     with pytest.raises(CheckpointError, match="2600000 bytes"):
         convert(ROOT / "weights" / "tiny-8bit", tmp_path / "a", target_size="2.6MB")
     assert list(tmp_path.iterdir()) == []
@@ -804,7 +804,7 @@ def test_faults_are_one_line(tmp_path, run, monkeypatch, args, code, words):
 
 def test_the_public_name():
     assert phi3_mlx.convert is convert
-    assert open_source(TINY).config["model_type"] == "phi3"
+    assert open_source(TINY).raw_config["model_type"] == "phi3"
 
 
 @pytest.mark.parametrize("layout", ["phi3", "llama"])

@@ -68,7 +68,7 @@ def parsed(raw: dict):
 
 
 def model_of(source: GgufSource):
-    model = build(parse_config(source.config))
+    model = build(parse_config(source.raw_config))
     model.load_weights([(name, source.read(name).astype(mx.float32)) for name in source.tensors])
     return model
 
@@ -80,7 +80,8 @@ def model_of(source: GgufSource):
 def test_phi3_is_what_it_was_made_of(tmp_path: Path, case: str):
     raw = oracle.slim(oracle.CONFIGS[case])
     source = GgufSource(sample(tmp_path, "phi3", raw))
-    assert parsed(source.config) == parsed(raw)
+    assert parsed(source.raw_config) == parsed(raw)
+    assert source.config == parse_config(source.raw_config)
     weights = weights_of(raw)
     assert set(source.tensors) == set(weights)
     for name, array in weights.items():
@@ -94,7 +95,7 @@ def test_llama_is_what_it_was_made_of(tmp_path: Path, change: dict):
     raw = {**LLAMA, **change}
     extra = {f"llama.attention.{kind}_length": raw.get("head_dim") for kind in ("key", "value")}
     source = GgufSource(sample(tmp_path, "llama", raw, change=extra))
-    assert parsed(source.config) == parsed(raw)
+    assert parsed(source.raw_config) == parsed(raw)
     for name, array in weights_of(raw).items():
         np.testing.assert_array_equal(np.array(source.read(name)), array, strict=True)
     ids = oracle.ids_of(20)
@@ -105,7 +106,7 @@ def test_llama_is_what_it_was_made_of(tmp_path: Path, change: dict):
 
 def test_numbers_are_written_as_the_original_wrote_them(tmp_path: Path):
     raw = {**oracle.slim(oracle.CONFIGS["3.5-mini"]), "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-    config = GgufSource(sample(tmp_path, "phi3", raw)).config
+    config = GgufSource(sample(tmp_path, "phi3", raw)).raw_config
     assert config["rms_norm_eps"] == 1e-5  # not 9.999999747378752e-06
     assert config["rope_scaling"]["type"] == "longrope"
     assert "attention_factor" not in config["rope_scaling"]  # it is the usual one
@@ -116,7 +117,7 @@ def test_numbers_are_written_as_the_original_wrote_them(tmp_path: Path):
 def test_an_unusual_attention_factor_is_kept(tmp_path: Path):
     raw = oracle.slim(oracle.CONFIGS["3.5-mini"])
     path = sample(tmp_path, "phi3", raw, change={"phi3.rope.scaling.attn_factor": 1.25})
-    assert parse_config(GgufSource(path).config).longrope.short_mscale == 1.25
+    assert parse_config(GgufSource(path).raw_config).longrope.short_mscale == 1.25
 
 
 def test_the_window_of_files_that_do_not_note_it(tmp_path: Path):
@@ -127,11 +128,11 @@ def test_the_window_of_files_that_do_not_note_it(tmp_path: Path):
         ["phi3.attention.sliding_window", "phi3.rope.freq_base", "phi3.rope.scaling.original_context_length"]
     )
     source = GgufSource(sample(tmp_path, "phi3", raw, change=left_out))
-    assert source.config["sliding_window"] == 2047
-    assert source.config["rope_theta"] == 10000.0
+    assert source.raw_config["sliding_window"] == 2047
+    assert source.raw_config["rope_theta"] == 10000.0
     short = {**oracle.slim(oracle.CONFIGS["phi-4"]), "max_position_embeddings": 16384}
     (tmp_path / "other").mkdir()
-    assert GgufSource(sample(tmp_path / "other", "phi3", short, change=left_out)).config["sliding_window"] is None
+    assert GgufSource(sample(tmp_path / "other", "phi3", short, change=left_out)).raw_config["sliding_window"] is None
 
 
 @pytest.mark.parametrize("kind", [TYPES.F16, TYPES.BF16, *LEGACY], ids=lambda kind: kind.name)
@@ -140,7 +141,7 @@ def test_types_the_library_writes(tmp_path: Path, kind):
     source = GgufSource(path)
     weights = weights_of(LLAMA)
     stored = {"F16": "F16", "BF16": "BF16"}.get(kind.name, "F32")
-    assert source.config["torch_dtype"] == {"F16": "float16"}.get(kind.name, "bfloat16")
+    assert source.raw_config["torch_dtype"] == {"F16": "float16"}.get(kind.name, "bfloat16")
     for name, array in weights.items():
         tensor = source.read(name)
         assert source.tensors[name].dtype == (stored if array.ndim == 2 else "F32")
@@ -295,7 +296,7 @@ def test_metadata_that_is_refused(tmp_path: Path, message: str):
 def test_zeros_for_what_phi3_lacks_are_no_reason_to_refuse(tmp_path: Path):
     harmless = {"llama.expert_count": 0, "llama.attention.max_alibi_bias": 0.0, "llama.use_parallel_residual": False,
                 "llama.tensor_data_layout": "Meta AI original pth", "llama.rope.scaling.type": "none"}  # fmt: skip
-    assert GgufSource(sample(tmp_path, "llama", LLAMA, change=harmless)).config["hidden_size"] == 256
+    assert GgufSource(sample(tmp_path, "llama", LLAMA, change=harmless)).raw_config["hidden_size"] == 256
 
 
 ONE = np.ones(32, np.float32)

@@ -161,7 +161,7 @@ def test_inputs_are_those_of_the_packed_layers(monkeypatch):
     monkeypatch.setattr(gptq, "gptq", spy)
     layout = Layout.of(source, recipe)
     arrays = arrays_of(layout, calibrated(source, layout, ids, window=32))
-    model = oracle.make_ours(source.config)
+    model = oracle.make_ours(source.raw_config)
     for name in source.tensors:
         path = name.removesuffix(".weight")
         if name in Layout.of(source, recipe).packings:

@@ -38,7 +38,7 @@ def imports_of(name):
 
 # Names of the package's own that more than one module may define.
 IN_EACH_ARCHITECTURE = {"Config", "Attention", "MLP", "DecoderLayer", "Model"}  # and the base that they derive from
-COMMANDS = {"build", "compare", "convert", "fuse", "generate", "plan", "tune"}  # of cli/, as the library's functions
+COMMANDS = {"build", "compare", "convert", "fuse", "generate", "tune"}  # of cli/, as the library's functions
 
 
 def defined_at_the_top(body):

@@ -8,8 +8,10 @@ from quality_models import RandomSource, arrays_of
 from test_tuning_adapters import make_adapter
 from tuning_models import make_directory
 
+from phi3_mlx import convert
 from phi3_mlx.adapters.lora import Adapter
 from phi3_mlx.conversion.adapted import AdaptedSource
+from phi3_mlx.conversion.checked import CheckedSource
 from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.layout import Layout
@@ -18,6 +20,7 @@ from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import OptionError
+from phi3_mlx.models import parse_config
 from phi3_mlx.store.safetensors import find_weights
 
 QKV, DOWN = "model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj"
@@ -88,6 +91,51 @@ def test_a_fusion_unpacks_the_layers_it_changes_and_no_others(tmp_path):
     assert packed == [f"{QKV}.weight"]
     for part in ("weight", "scales", "biases"):
         assert mx.array_equal(made[f"{DOWN}.{part}"], base.load(f"{DOWN}.{part}"))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_sources_config_is_what_its_keys_say(bits, tmp_path):
+    base = DirectorySource(make_directory(tmp_path / "base", bits=bits))
+    sources = [
+        base,
+        CheckedSource(base),
+        CheckedSource(base, dtype="float16"),
+        AdaptedSource(base),
+        AdaptedSource(base, dequantize=True),
+        AdaptedSource(base, dequantize=True, dtype="bfloat16"),
+    ]
+    for source in sources:
+        assert source.config == parse_config(source.raw_config)
+    assert [source.config.dtype for source in sources] == [
+        "float32",
+        "float32",
+        "float16",
+        *["float32"] * 2,
+        "bfloat16",
+    ]
+
+
+def test_of_two_dtypes_in_a_config_the_newer_key_counts(tmp_path):
+    """As in transformers."""
+    directory = make_directory(tmp_path / "base")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, "torch_dtype": "float16", "dtype": "bfloat16"}))
+    convert(directory, tmp_path / "new", dequantize=True)
+    assert {tensor.dtype for tensor in find_weights(tmp_path / "new").tensors.values()} == {"BF16"}
+
+
+def test_bits_of_a_fusion_are_for_the_changed_layers_that_are_packed(tmp_path):
+    """Groups of 64 do not divide 96 inputs: a layer of so many is in floats, and stays so."""
+    convert(make_directory(tmp_path / "plain"), tmp_path / "base", bits=4, group_size=64, report=False)
+    make_adapter(tmp_path / "base", tmp_path / "a")
+    fuse(tmp_path / "a", tmp_path / "fused", bits=8)
+    quantization = json.loads((tmp_path / "fused" / "config.json").read_text())["quantization"]
+    assert quantization[QKV]["bits"] == 8
+    assert DOWN not in quantization
+    stored = find_weights(tmp_path / "fused").tensors
+    assert (stored[f"{QKV}.weight"].dtype, stored[f"{DOWN}.weight"].dtype) == ("U32", "F32")
+    before, after = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("base", "fused"))
+    assert not mx.array_equal(before[f"{DOWN}.weight"], after[f"{DOWN}.weight"])
 
 
 def test_a_fusion_keeps_the_names_and_the_order_of_the_bases_files(tmp_path):

@@ -60,7 +60,7 @@ def test_errors_of_tensors_are_those_of_their_outputs(converted):
     ids = tokenizer.encode(TEXT)[:-1]
     rows = np.array(source.read("model.embed_tokens.weight").astype(mx.float32))[ids]
     norm = np.array(source.read("model.layers.0.input_layernorm.weight").astype(mx.float32))
-    x = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + source.config["rms_norm_eps"]) * norm
+    x = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + source.raw_config["rms_norm_eps"]) * norm
     weight = np.array(source.read("model.layers.0.self_attn.qkv_proj.weight").astype(mx.float32))
     layer = read_model(directory, dtype="float32").layers[0].self_attn.qkv_proj
     packed = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 64, 4))

@@ -50,7 +50,7 @@ def test_costs_are_kl_divergences_of_whole_models(tied):
     source = RandomSource(num_hidden_layers=2, tie_word_embeddings=tied, scale=0.1)
     ids = random_ids(128)
     costs = measure(source, ids, bits=(2, 3, 4, 8))
-    model = oracle.make_ours(source.config)
+    model = oracle.make_ours(source.raw_config)
     model.load_weights([(name, source.read(name)) for name in source.tensors])
 
     def logs():

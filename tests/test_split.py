@@ -9,7 +9,7 @@ import oracle
 import pytest
 import released
 
-from phi3_mlx.conversion.split import phi3_config, plan
+from phi3_mlx.conversion.split import find_parts, phi3_config
 from phi3_mlx.errors import CheckpointError, ConfigError
 from phi3_mlx.models import build, parse_config, shapes
 from phi3_mlx.store.safetensors import Tensor, find_weights
@@ -65,6 +65,12 @@ def split_shapes(raw: dict) -> dict[str, tuple[int, ...]]:
 
 def tensors_of(shapes: dict) -> dict[str, Tensor]:
     return {name: Tensor("F32", shape, 4 * int(np.prod(shape))) for name, shape in shapes.items()}
+
+
+def plan(raw: dict, tensors: dict[str, Tensor], source: str = "config.json"):
+    """The config.json of the result, and what each of its tensors is made of."""
+    config = phi3_config(raw, source)
+    return config, find_parts(parse_config(config, source), tensors, source)
 
 
 def converted(directory: Path):

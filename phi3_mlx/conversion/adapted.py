@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from ..adapters.lora import Adapter, float_weight
 from ..adapters.stored import read_layer
 from ..errors import AdapterError, OptionError
-from ..store.checkpoint import DTYPES
-from ..store.finite import is_finite
 from ..store.quantization import complete
 from .directory import DirectorySource
 from .layout import Entry, Layout, Scheme
 from .recipes import Recipe
-from .sources import SPELLING, Blocks, tensor_of, to_mlx
+from .sources import SPELLING, Blocks, cast, own_dtype, tensor_of, to_mlx
+
+_WAY_OUT = " with the adapter in it; give dtype='bfloat16', with dequantize=True if the model is packed"
 
 
 class AdaptedSource:
@@ -50,7 +50,12 @@ class AdaptedSource:
         if dtype is not None and self.stays_packed:
             raise OptionError("dtype is for floats, and this model stays packed; give dequantize=True as well")
         self._bits = bits
-        self.config = self._config(dtype)
+        self.config, self.raw_config = base.config, dict(base.raw_config)
+        written_in = None if self.stays_packed else dtype or own_dtype(base.config)
+        if written_in is not None:
+            self.config = replace(base.config, dtype=written_in)
+            self.raw_config["torch_dtype"] = written_in
+            self.raw_config.pop("dtype", None)
         self.tensors = {
             name: tensor_of(self._dtype_of(name, dtype), tensor.shape) for name, tensor in base.unpacked.items()
         }
@@ -72,7 +77,8 @@ class AdaptedSource:
         packings = {name: self._packing(name) for name in self.base.packings}
         recipe: Recipe = dict(self.quantization or {})
         if self._bits is not None:
-            recipe |= {path: packings[f"{path}.weight"] for path in self.adapters}
+            adapted = {path: packings.get(f"{path}.weight") for path in self.adapters}
+            recipe |= {path: packing for path, packing in adapted.items() if packing is not None}
         return Layout(tuple(Entry(name, tensor, packings.get(name)) for name, tensor in self.tensors.items()), recipe)
 
     def read(self, name: str) -> mx.array:
@@ -83,28 +89,16 @@ class AdaptedSource:
             array = float_weight(read_layer(path, packing, self.base.load))
         else:
             array = self.replaced[name] if name in self.replaced else self.base.load(name)
-        return _as_type(name, array, to_mlx(self.tensors[name].dtype))
+        return cast(name, array, to_mlx(self.tensors[name].dtype), AdapterError, _WAY_OUT)
 
     def write_extras(self, directory: Path) -> None:
         self.base.write_extras(directory)
-
-    def _config(self, dtype: str | None) -> dict[str, Any]:
-        config = dict(self.base.config)
-        dtype = dtype or self._own_dtype()
-        if not self.stays_packed and dtype is not None:
-            config["torch_dtype"] = dtype
-            config.pop("dtype", None)
-        return config
-
-    def _own_dtype(self) -> str | None:
-        name = self.base.config.get("torch_dtype") or self.base.config.get("dtype")
-        return name if name in DTYPES else None
 
     def _dtype_of(self, name: str, given: str | None) -> str:
         """What a tensor is read in: packing rounds to values that scales of that type can spell."""
         packing, stored = self.base.packings.get(name), self.base.unpacked[name].dtype
         if not self.stays_packed:
-            return SPELLING[given or self._own_dtype() or "bfloat16"] if given or packing else stored
+            return SPELLING[given or own_dtype(self.base.config) or "bfloat16"] if given or packing else stored
         return "F32" if packing is not None and packing["mode"] != "affine" else stored
 
     def _packing(self, name: str) -> Scheme:
@@ -118,14 +112,3 @@ class AdaptedSource:
 
     def _as_stored(self, name: str) -> list[mx.array]:
         return [self.base.load(stored) for stored in Entry(name, self.tensors[name], self.base.packings[name]).stored]
-
-
-def _as_type(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """AdapterError if `dtype` cannot hold a value."""
-    result = array.astype(dtype)
-    if result.dtype == mx.float16 and array.dtype != mx.float16 and not is_finite(result):
-        raise AdapterError(
-            f"{name} has values beyond what float16 holds with the adapter in it; give dtype='bfloat16', with "
-            "dequantize=True if the model is packed"
-        )
-    return result

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..store.finite import is_finite
-from .sources import SPELLING, Blocks, Source, tensor_of, to_mlx
+from .sources import SPELLING, Blocks, Source, cast, tensor_of, to_mlx
+
+_WAY_OUT = "; allow_nan=True converts it as it is"
 
 
 class CheckedSource:
@@ -23,11 +24,12 @@ class CheckedSource:
 
     def __init__(self, source: Source, *, dtype: str | None = None, allow_nan: bool = False):
         self.name, self.quantization = source.name, source.quantization
-        self.config: dict[str, Any] = dict(source.config)
+        self.config, self.raw_config = source.config, dict(source.raw_config)
         self.tensors = source.tensors
         if dtype is not None:
-            keys = [key for key in ("dtype", "torch_dtype") if key in self.config] or ["torch_dtype"]
-            self.config |= dict.fromkeys(keys, dtype)
+            keys = [key for key in ("dtype", "torch_dtype") if key in self.raw_config] or ["torch_dtype"]
+            self.raw_config |= dict.fromkeys(keys, dtype)
+            self.config = replace(self.config, dtype=dtype)
             stored = SPELLING[dtype]
             self.tensors = {name: tensor_of(stored, tensor.shape) for name, tensor in source.tensors.items()}
         self.blocks: Mapping[str, Blocks] = {
@@ -44,18 +46,12 @@ class CheckedSource:
         return [weight, *(self._converted(name, array) for array in scales)]
 
     def _converted(self, name: str, array: mx.array) -> mx.array:
-        wanted = self.tensors[name].dtype
-        self._check(name, array, f"is not finite in {self.name} (NaN or infinity)")
-        if array.dtype == to_mlx(wanted):
-            return array
-        array = array.astype(to_mlx(wanted))
-        if wanted == "F16":
-            self._check(name, array, "has values beyond what float16 holds; dtype='bfloat16' holds them")
-        return array
+        dtype = to_mlx(self.tensors[name].dtype)
+        if self._allow_nan:
+            return array.astype(dtype)
+        if not is_finite(array):
+            raise CheckpointError(f"{name} is not finite in {self.name} (NaN or infinity){_WAY_OUT}")
+        return cast(name, array, dtype, CheckpointError, f"; dtype='bfloat16' holds them{_WAY_OUT}")
 
     def write_extras(self, directory: Path) -> None:
         self._source.write_extras(directory)
-
-    def _check(self, name: str, array: mx.array, why: str) -> None:
-        if not self._allow_nan and not is_finite(array):
-            raise CheckpointError(f"{name} {why}; allow_nan=True converts it as it is")

@@ -10,10 +10,9 @@ from typing import Any
 
 from ..config import read_json
 from ..errors import OptionError
-from ..store.checkpoint import DTYPES
 from .options import ConvertOptions
 from .recipes import Recipe, left_alone
-from .sources import Source
+from .sources import Source, own_dtype
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def choose(source: Source, options: ConvertOptions) -> Choice:
         recipe = None
     if options.recipe is not None:
         recipe, name = _given_recipe(options.recipe)
-    return Choice(recipe, name, options.dtype or _own_dtype(source.config), notes)
+    return Choice(recipe, name, options.dtype or own_dtype(source.config), notes)
 
 
 def _about_packed(source: Source, options: ConvertOptions) -> tuple[str, ...]:
@@ -87,12 +86,6 @@ def _recipe_of_blocks(source: Source) -> Recipe:
             other = every | {"bits": 8} if tensor.dtype == "F32" else False
             recipe[name.removesuffix(".weight")] = stored.get(name, other)
     return recipe
-
-
-def _own_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that config.json names, if it is one that weights can be kept in."""
-    name = config.get("torch_dtype") or config.get("dtype")
-    return name if name in DTYPES else None
 
 
 def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:

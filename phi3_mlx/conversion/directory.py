@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..config import read_json
+from ..config import Config, read_json
 from ..errors import CheckpointError
 from ..models import parse_config, shapes
 from ..places import no_model
@@ -20,7 +20,7 @@ from ..store.hub import COMPANIONS
 from ..store.quantization import find_packing
 from ..store.safetensors import Tensor, find_weights, lacks
 from .sources import SPELLING, Blocks, tensor_of, to_mlx
-from .split import plan
+from .split import find_parts, phi3_config
 
 _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
 _FLOATS = ("BF16", "F16", "F32")  # each fits the last
@@ -49,36 +49,28 @@ class DirectorySource:
             del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
         if self.quantization is not None and not isinstance(self.quantization, Mapping):
             raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
-        self.packings = self._find_packings(raw, where)
+        self.raw_config = phi3_config(raw, self.name)
+        self.raw_config.pop("auto_map", None)  # names code files, and code is not copied
+        self.config = parse_config(self.raw_config, self.name)
+        self.packings = self._find_packings(where)
         if not self.packings:  # the config has kept what a tool has unpacked
             self.quantization = None
-        unpacked = {name: self._unpacked(name, raw) for name in self.stored if not self._belongs_to_packed(name)}
-        self.unpacked = unpacked
+        self.unpacked = {name: self._unpacked(name) for name in self.stored if not self._belongs_to_packed(name)}
         try:
-            self.config, self._parts = plan(raw, unpacked, self.name)
+            self._parts = find_parts(self.config, self.unpacked, self.name)
         except CheckpointError as error:
             if weights.absent:
                 raise CheckpointError(lacks(directory, weights.absent)) from error
             raise
-        self.config.pop("auto_map", None)  # names code files, and code is not copied
-        self.tensors = {}
-        self._parsed = parse_config(self.config, self.name)
-        layout = shapes(self._parsed)
-        for name, parts in self._parts.items():
-            found = [unpacked[part] for part in parts]
-            odd = next((part for part in parts if unpacked[part].dtype not in _FLOATS), None)
-            if odd is not None:
-                wanted = " or ".join(_FLOATS)
-                raise CheckpointError(f"{self.name}: {odd} is stored as {unpacked[odd].dtype}, expected {wanted}")
-            kinds = {tensor.dtype for tensor in found}
-            dtype = found[0].dtype if len(kinds) == 1 else "F32"
-            self.tensors[name] = tensor_of(dtype, layout[name])
+        self.tensors = {
+            name: tensor_of(self._dtype_of(self._parts[name]), shape) for name, shape in shapes(self.config).items()
+        }
         self._check_tied()
 
     def read(self, name: str) -> mx.array:
         dtype = to_mlx(self.tensors[name].dtype)  # for parts of different ones
         read = lambda part: self._part(part).astype(dtype)  # noqa: E731
-        return assemble(self._parsed, name, self._parts[name], self.tensors[name].shape, read)
+        return assemble(self.config, name, self._parts[name], self.tensors[name].shape, read)
 
     def write_extras(self, directory: Path) -> None:
         for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern)}):
@@ -93,7 +85,7 @@ class DirectorySource:
             return self.load(name)
         path = name.removesuffix(".weight")
         biases = self.load(f"{path}.biases") if packing["mode"] == "affine" else None
-        dtype = to_mlx(self._unpacked(name, self.config).dtype)
+        dtype = to_mlx(self.unpacked[name].dtype)
         return mx.dequantize(self.load(name), self.load(f"{path}.scales"), biases, **packing, dtype=dtype)
 
     def load(self, name: str) -> mx.array:
@@ -101,7 +93,16 @@ class DirectorySource:
         # Opened for each tensor: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
 
-    def _find_packings(self, raw: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    def _dtype_of(self, parts: Sequence[str]) -> str:
+        """What a tensor that is stored as `parts` is read in. CheckpointError for a part that holds no floats."""
+        dtypes = {self.unpacked[part].dtype: part for part in reversed(parts)}
+        for dtype, part in dtypes.items():
+            if dtype not in _FLOATS:
+                expected = " or ".join(_FLOATS)
+                raise CheckpointError(f"{self.name}: {part} is stored as {dtype}, expected {expected}")
+        return next(iter(dtypes)) if len(dtypes) == 1 else "F32"
+
+    def _find_packings(self, where: str) -> dict[str, dict[str, Any]]:
         """Group size, bits and mode of every packed weight, by its name."""
         packings = {}
         paths = [name.removesuffix(".scales") for name in self.stored if name.endswith(".scales")]
@@ -112,7 +113,7 @@ class DirectorySource:
             )
         for path in paths:
             assert self.quantization is not None
-            packing = find_packing(path, _width(path, raw), self.quantization, self.stored, where)
+            packing = find_packing(path, _width(path, self.config), self.quantization, self.stored, where)
             parts = ("weight", "scales", "biases") if packing and packing["mode"] == "affine" else ("weight", "scales")
             missing = next((part for part in parts if f"{path}.{part}" not in self.stored), None)
             if packing is None or missing is not None:
@@ -144,14 +145,13 @@ class DirectorySource:
         path, _, kind = name.rpartition(".")
         return kind in ("scales", "biases") and f"{path}.weight" in self.packings
 
-    def _unpacked(self, name: str, raw: Mapping[str, Any]) -> Tensor:
+    def _unpacked(self, name: str) -> Tensor:
         """What a stored tensor is once it is unpacked."""
         packing = self.packings.get(name)
         if packing is None:
             return self.stored[name]
         scales = self.stored[f"{name.removesuffix('.weight')}.scales"]
-        own = SPELLING.get(raw.get("torch_dtype") or raw.get("dtype") or "", "BF16")
-        dtype = scales.dtype if packing["mode"] == "affine" else own
+        dtype = scales.dtype if packing["mode"] == "affine" else SPELLING.get(self.config.dtype or "", "BF16")
         return tensor_of(dtype, (*scales.shape[:-1], scales.shape[-1] * packing["group_size"]))
 
     def _check_tied(self) -> None:
@@ -186,15 +186,10 @@ def _own(file: Path, directory: Path) -> Path:
     return real
 
 
-def _width(path: str, raw: Mapping[str, Any]) -> int:
-    """The input width of the linear layer or embedding `path`, as config.json says; 0 if it does not."""
-
-    def number(key: str) -> int:
-        value = raw.get(key)
-        return value if type(value) is int else 0
-
+def _width(path: str, config: Config) -> int:
+    """The input width of the linear layer or embedding `path`."""
     if path.endswith((".down_proj", ".w2")):
-        return number("intermediate_size") or number("ff_intermediate_size")
-    if path.endswith(".o_proj") and number("head_dim"):
-        return number("num_attention_heads") * number("head_dim")
-    return number("hidden_size")
+        return config.intermediate_size
+    if path.endswith((".o_proj", ".dense")):
+        return config.num_attention_heads * config.head_dim
+    return config.hidden_size

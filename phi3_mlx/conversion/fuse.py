@@ -29,8 +29,8 @@ from .effect import Effect
 from .options import FuseOptions
 from .planning import check_fusion
 from .rounding import rounded
-from .sinks import Sink
-from .writer import DirectorySink, check_space
+from .sinks import write_model
+from .writer import DirectorySink
 
 ENOUGH = 0.9  # of an adapter's effect; below it the fused model is no longer what was trained
 
@@ -72,9 +72,9 @@ def fuse(
 
 def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fused:
     """`fuse`, with all options at once."""
-    folder, output = Path(values.path(adapter, "adapter")).expanduser(), values.path(output, "output")
+    folder, destination = Path(values.path(adapter, "adapter")).expanduser(), Path(values.path(output, "output"))
     model, revision, text, force = options.model, options.revision, options.text, options.force
-    check_destination(Path(output), force=force)
+    check_destination(destination, force=force)
     tensors, config = read_adapter(folder)
     if model is None:
         model, revision = trained_on(folder, config, revision)
@@ -105,12 +105,8 @@ def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fu
     effect = Effect(directory, base, folder, text) if source.rounds_adapters else None
     gc.collect()
     mx.clear_cache()
-    with new_directory(Path(output), force=force) as unfinished:
-        sink: Sink = DirectorySink(unfinished)
-        sink.write_extras(source)
-        check_space(Path(os.path.realpath(output)).parent, layout.nbytes)
-        sink.write(layout, rounded(source))
-        sink.write_config(source.config, layout)
+    with new_directory(destination, force=force) as unfinished:
+        write_model(DirectorySink(unfinished, destination), source, layout, rounded(source))
         survived = None if effect is None else effect.survived(read_model(unfinished))
     changed = len(adapters) or len(replaced)
-    return Fused(Path(os.path.abspath(output)), source.stays_packed, changed, survived)
+    return Fused(Path(os.path.abspath(destination)), source.stays_packed, changed, survived)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models import build, parse_config
+from ..models import build
 from ..models.attention import make_mask
 from ..models.decoder import DecoderLayer, Model
 from ..models.experts import Groups
@@ -32,7 +32,7 @@ class LayerStream:
 
     def __init__(self, source: Source):
         self.source = source
-        self.config = parse_config(source.config, source.name)
+        self.config = source.config
         self._model = build(self.config)  # its weights are not computed but where some are put
 
     @property

@@ -27,9 +27,9 @@ from .opening import open_source
 from .options import ConvertOptions
 from .recipes import Recipe
 from .rounding import rounded
-from .sinks import Progress, Sink
+from .sinks import Progress, write_model
 from .sources import Source, weights_of
-from .writer import DirectorySink, check_space, write_json
+from .writer import DirectorySink, write_json
 
 if TYPE_CHECKING:
     from .report import Report
@@ -159,17 +159,14 @@ def _write(
 ) -> Layout:
     """Write the model; returns its layout, which is another where bits are chosen by a measurement."""
     # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
-    disk = Path(os.path.realpath(destination)).parent
     with new_directory(destination, force=options.force) as folder:
-        sink: Sink = DirectorySink(folder)
-        sink.write_extras(read)
+        sink = DirectorySink(folder, destination)
         if options.has_target:
-            layout = Layout.of(read, _fitted_recipe(read, disk, ids, options, progress))
-        check_space(disk, layout.nbytes)
-        sink.write(layout, _rounder(read, layout, ids, options), progress)
+            sink.check_space(_target_bytes(read, options))
+            layout = Layout.of(read, _fitted_recipe(read, ids, options, progress))
+        write_model(sink, read, layout, _rounder(read, layout, ids, options), progress)
         if options.has_target or options.recipe is not None:
             write_json(folder / RECIPE, layout.recipe or {})
-        sink.write_config(read.config, layout)
     return layout
 
 
@@ -182,14 +179,18 @@ def _kept(layout: Layout) -> tuple[str, ...]:
     return tuple(entry.name for entry in matrices if recipe.get(entry.path) is not False)
 
 
+def _target_bytes(read: Source, options: ConvertOptions) -> int:
+    """The size that the options ask for, in bytes; 0 for one that `choose_recipe` refuses."""
+    nbytes = options.target_bytes or (options.target_bpw or 0) * weights_of(read) / 8
+    return int(nbytes) if math.isfinite(nbytes) else 0
+
+
 def _fitted_recipe(
-    read: Source, disk: Path, ids: Sequence[int], options: ConvertOptions, progress: Callable[[Progress], None] | None
+    read: Source, ids: Sequence[int], options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> Recipe:
     """The bits of every layer for the target that the options name."""
     from .sensitivity import choose_recipe
 
-    wanted = options.target_bytes or (options.target_bpw or 0) * weights_of(read) / 8
-    check_space(disk, int(wanted) if math.isfinite(wanted) else 0)
     return choose_recipe(
         read,
         target_bpw=options.target_bpw,

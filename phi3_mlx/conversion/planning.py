@@ -10,7 +10,6 @@ from pathlib import Path
 from ..engine import plan
 from ..engine.plan import Workload
 from ..evaluation.quality import LOGITS_AT_ONCE
-from ..models import parse_config
 from ..models.attention import fused_attention
 from ..models.linear import dequantizing_bytes
 from ..sizes import size_text
@@ -101,8 +100,7 @@ def _layer(source: Source) -> tuple[int, int]:
 
 def _work(source: Source, window: int, tokens: int) -> int:
     """Bytes beside its weights that a layer, in float32, takes to read `tokens` tokens in windows."""
-    config = parse_config(source.config, source.name)
-    workload = Workload.of_release(config, 0, fused=fused_attention())
+    workload = Workload.of_release(source.config, 0, fused=fused_attention())
     return replace(workload, length=window, rows=max(1, tokens // window), itemsize=4).workspace(window)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from ..config import Config
 from ..errors import OptionError
-from ..models import parse_config
 from ..store.quantization import complete
 
 # As in config.json: `group_size`, `bits`, `mode`, and the same under the path of a layer that differs (or false).
@@ -24,8 +23,7 @@ def uniform(bits: int | None = None, group_size: int | None = None, mode: str = 
         raise OptionError(f"no such quantization: {error}") from error
 
 
-def left_alone(config: Mapping[str, Any]) -> Recipe:
-    """The entries for what a model of this config.json has better unpacked, whatever the bits of the rest."""
-    parsed = parse_config(config)
-    layers = range(parsed.num_hidden_layers)
-    return {f"model.layers.{i}.{path}": False for i in layers for path in parsed.delicate}
+def left_alone(config: Config) -> Recipe:
+    """The entries for the layers that stay unpacked, whatever the bits of the rest."""
+    layers = range(config.num_hidden_layers)
+    return {f"model.layers.{i}.{path}": False for i in layers for path in config.delicate}

@@ -26,13 +26,33 @@ class Progress:
 
 
 class Sink(Protocol):
-    """A model in the making. What is written counts once all three have been: extras, weights, config."""
+    """A model in the making, which `write_model` completes."""
+
+    def check_space(self, nbytes: int) -> None:
+        """CheckpointError unless there is room for that many bytes of weights."""
 
     def write_extras(self, source: Source) -> None:
-        """Write the source's tokenizer, chat template and the like. First, for the source may refuse them."""
+        """Write the source's tokenizer, chat template and the like. CheckpointError for what is not its own."""
 
     def write(self, layout: Layout, arrays: Rounder, progress: Callable[[Progress], None] | None = None) -> None:
         """Write what `arrays` makes of each entry of `layout`; what it takes is the memory of one entry."""
 
     def write_config(self, config: Mapping[str, Any], layout: Layout) -> None:
         """Write the keys of the unpacked model's config.json, and how the layout packs it."""
+
+
+def write_model(
+    sink: Sink,
+    source: Source,
+    layout: Layout,
+    arrays: Rounder,
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Write all of a model. The config comes last: a model without one is not complete.
+
+    Raises CheckpointError for extras that are not the source's own, for want of space, and what `arrays` raises.
+    """
+    sink.write_extras(source)
+    sink.check_space(layout.nbytes)
+    sink.write(layout, arrays, progress)
+    sink.write_config(source.raw_config, layout)

@@ -10,7 +10,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..config import Config
+from ..errors import Phi3Error
 from ..store.checkpoint import DTYPES
+from ..store.finite import is_finite
 from ..store.safetensors import Tensor
 
 SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -30,13 +33,14 @@ class Blocks:
 class Source(Protocol):
     """A checkpoint to convert.
 
-    `name` is what messages call it. `config` is the config.json of the unquantized phi3 model, `tensors` its tensors
-    in the model's order, unpacked and fused, `quantization` how the checkpoint itself is packed, if it is. `blocks`
-    are those of the tensors that can be taken as they are stored.
+    `name` is what messages call it. `raw_config` is the config.json of the unpacked phi3 model, and `config` what it
+    says. `tensors` are the model's tensors, unpacked and fused, in the model's order, `quantization` how the checkpoint
+    itself is packed, if it is. `blocks` are those of the tensors that can be taken as they are stored.
     """
 
     name: str
-    config: dict[str, Any]
+    config: Config
+    raw_config: dict[str, Any]
     tensors: dict[str, Tensor]
     quantization: Mapping[str, Any] | None
     blocks: Mapping[str, Blocks]
@@ -56,6 +60,19 @@ def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
 def weights_of(source: Source) -> int:
     """How many numbers a source holds, unpacked; sizes in bits per weight are per one of them."""
     return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+
+
+def own_dtype(config: Config) -> str | None:
+    """The dtype that config.json names, if it is one that weights can be kept in."""
+    return config.dtype if config.dtype in DTYPES else None
+
+
+def cast(name: str, array: mx.array, dtype: mx.Dtype, fault: type[Phi3Error], advice: str) -> mx.array:
+    """The tensor `name` in `dtype`. Raises `fault`, ending in `advice`, where float16 cannot hold one of its values."""
+    result = array.astype(dtype)
+    if dtype == mx.float16 and array.dtype != mx.float16 and not is_finite(result):
+        raise fault(f"{name} has values beyond what float16 holds{advice}")
+    return result
 
 
 def to_mlx(dtype: str) -> mx.Dtype:

@@ -42,40 +42,35 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 _LISTED = 20  # faults shown; a wrong config makes hundreds
 
 
-def plan(
-    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str = "config.json"
-) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """How to make an ordinary checkpoint of one of the family's, in whatever layout, or of Llama's or Mistral's kind.
+def find_parts(config: Config, tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[str, ...]]:
+    """The names of what a checkpoint stores for each tensor of the model, in the model's order.
 
-    `raw` is its config.json, `tensors` its unpacked tensors by name; `source` names it in errors. Returns the
-    config.json of the result and, in the model's order, for each of its tensors the names of those that
-    `assembly.assemble` makes it of. Raises ConfigError for what Phi-3 cannot compute, CheckpointError where tensors are
-    missing, of a shape the config does not give, or not Phi-3's (biases): all of them listed.
+    `assembly.assemble` makes the tensor of these. `config` is the model's, `tensors` are the checkpoint's, unpacked, by
+    name; `source` names it in errors. Raises CheckpointError where tensors are missing, of a shape the config does not
+    give, or not Phi-3's (biases): all of them listed.
     """
-    config = phi3_config(raw, source)
-    parsed = parse_config(config, source)
-    check_layers(parsed, tensors, source)
-    sources = {name: origin(parsed, name, tensors) for name in shapes(parsed)}
-    stored = {name: tensor.shape for name, tensor in tensors.items() if not parsed.is_unused(name)}
-    require(stored, sources, parsed, source)
-    return config, sources
+    check_layers(config, tensors, source)
+    parts = {name: origin(config, name, tensors) for name in shapes(config)}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if not config.is_unused(name)}
+    require(stored, parts, config, source)
+    return parts
 
 
 def require(
-    stored: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[str, ...]], config: Config, source: str
+    stored: Mapping[str, tuple[int, ...]], parts: Mapping[str, tuple[str, ...]], config: Config, source: str
 ) -> None:
-    """CheckpointError unless the tensors `stored`, by shape, are those of `sources`, all and no others.
+    """CheckpointError unless the tensors `stored`, by shape, are those of `parts`, all and no others.
 
-    `sources` gives for each of Phi-3's tensors the names of those that make it up.
+    `parts` gives for each of Phi-3's tensors the names of those that make it up.
     """
     faults = []
     for target, shape in shapes(config).items():
-        for name, wanted in zip(sources[target], part_shapes(config, target, shape, sources[target]), strict=True):
+        for name, wanted in zip(parts[target], part_shapes(config, target, shape, parts[target]), strict=True):
             if name not in stored:
                 faults.append(f"missing {name}")
             elif stored[name] != wanted:
                 faults.append(f"{name}: shape {stored[name]}, expected {wanted}")
-    used = {name for names in sources.values() for name in names}
+    used = {name for names in parts.values() for name in names}
     faults += [f"unexpected {name}" for name in stored if name not in used]
     if faults:
         raise CheckpointError(_listing(source, faults))
@@ -121,7 +116,7 @@ def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | Non
             _fail(source, f"sliding_window {window!r} is given, but a llama model has none; set it to null")
         window = None
     kinds, kind = given.get("layer_types") or [], "full_attention" if window is None else "sliding_attention"
-    if not isinstance(kinds, list) or any(own != kind for own in kinds):
+    if not isinstance(kinds, list) or any(layer_type != kind for layer_type in kinds):
         _fail(source, f"layer_types {shorten(kinds)} are not all {kind}, which phi3 cannot compute")
     return window
 

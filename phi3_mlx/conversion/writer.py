@@ -6,6 +6,7 @@ The format is `safetensors.py`'s; the shards, their names and the index are Hugg
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,10 +28,22 @@ _SPARE = 10**7  # bytes for what goes along with the weights
 
 
 class DirectorySink:
-    """A model directory, which is there and has no weights yet; shards take at most 5 GB."""
+    """A model directory, which is there and has no weights yet; shards take at most 5 GB.
 
-    def __init__(self, directory: Path):
+    `destination`: where it will be moved when it is complete; messages name the place.
+    """
+
+    def __init__(self, directory: Path, destination: Path | None = None):
         self._directory = directory
+        self._place = directory if destination is None else Path(os.path.realpath(destination)).parent
+
+    def check_space(self, nbytes: int) -> None:
+        free, needed = shutil.disk_usage(self._place).free, nbytes + _SPARE
+        if free < needed:
+            raise CheckpointError(
+                f"{self._place} is on a disk with {size_text(free)} free, and the model takes {size_text(needed)}; "
+                "free some space or name a directory on another disk"
+            )
 
     def write_extras(self, source: Source) -> None:
         source.write_extras(self._directory)
@@ -66,16 +79,6 @@ class DirectorySink:
         # Twice because tools of the Hugging Face hub look for the second name.
         names = () if layout.recipe is None else ("quantization", "quantization_config")
         write_json(self._directory / "config.json", {**config, **dict.fromkeys(names, layout.recipe)})
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """CheckpointError unless the disk of `directory` has room for `needed` bytes of weights."""
-    free = shutil.disk_usage(directory).free
-    if free < needed + _SPARE:
-        raise CheckpointError(
-            f"{directory} is on a disk with {size_text(free)} free, and the model takes {size_text(needed + _SPARE)}; "
-            "free some space or name a directory on another disk"
-        )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 class GgufSource:
     """A GGUF file as the tensors of a Phi-3 checkpoint (the interface `Source`).
 
-    Values packed in blocks are read as float32, exactly what the file says; `config` names as `torch_dtype` what
+    Values packed in blocks are read as float32, exactly what the file says; `config.dtype` is what
     suits the model: "float16" or "float32" for files of such, else "bfloat16", in which Phi-3 was trained.
 
     Raises CheckpointError (the file, or its tensors), ConfigError (what its metadata asks for), TokenizerError.
@@ -62,26 +62,26 @@ class GgufSource:
         self.name = str(path)
         self._file = GgufFile(path)
         reader = _Config(self._file)
-        self.config = reader.phi3()
-        parsed = parse_config(self.config, self.name)
+        self.raw_config = reader.phi3()
+        self.config = config = parse_config(self.raw_config, self.name)
         stored = {name: tensor.shape for name, tensor in self._file.tensors.items() if name not in _FACTORS.values()}
-        wanted = shapes(parsed)
+        wanted = shapes(config)
         self._parts = {name: _parts(name, stored) for name in wanted}
-        require(stored, self._parts, parsed, self.name)
+        require(stored, self._parts, config, self.name)
         self._orders: dict[str, np.ndarray] = {}
         if reader.architecture == "llama":
-            for i in range(parsed.num_hidden_layers):
-                for name, heads in (("attn_q", parsed.num_attention_heads), ("attn_k", parsed.num_key_value_heads)):
-                    self._orders[f"blk.{i}.{name}.weight"] = _unpermuted(heads, parsed.head_dim)
+            for i in range(config.num_hidden_layers):
+                for name, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
+                    self._orders[f"blk.{i}.{name}.weight"] = _unpermuted(heads, config.head_dim)
         self._extras = tokenizer_files(self._file.metadata, self.name)
-        if self._extras.tokenizer_size > parsed.vocab_size:
+        if self._extras.tokenizer_size > config.vocab_size:
             self._file.fail(
-                f"has {self._extras.tokenizer_size:,} tokens, but its embedding has {parsed.vocab_size:,} rows: "
+                f"has {self._extras.tokenizer_size:,} tokens, but its embedding has {config.vocab_size:,} rows: "
                 "use another GGUF of the model"
             )
         ids = {key: self._extras.generation_config.get(key) for key in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = next(iter(self._extras.generation_config.get("eos_token_id", [])), None)
-        self.config |= {key: value for key, value in ids.items() if value is not None}
+        self.raw_config |= {key: value for key, value in ids.items() if value is not None}
         self.tensors = {name: self._tensor(name, shape) for name, shape in wanted.items()}
         kinds = {name: {self._file.tensors[part].type for part in parts} for name, parts in self._parts.items()}
         self.blocks: Mapping[str, Blocks] = {
