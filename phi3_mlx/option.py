@@ -34,15 +34,15 @@ def option(
     read: Callable[[Any, str], Any] | None = None,
     flags: str | None = None,
     metavar: str | None = None,
-    shown: str | None = None,
+    shown_default: str | None = None,
 ) -> Any:
     """A field of a dataclass of options.
 
     `choices` are the texts that are allowed. `read(value, name)` types a value in place of what the annotation says.
 
     The rest is for the command line. `offered`: the values that it takes, where others are refused elsewhere. `flags`:
-    how the option is spelled, "-m --model", if not as the field. `metavar`: the word for its value in the help, and
-    `shown` for its default, if that is not the field's ("": none).
+    how the option is spelled, "-m --model", if not as the field. `metavar`: the word for its value in the help;
+    `shown_default`: what the help says its default is, if not the field's ("": nothing).
     """
     metadata = {
         "help": help_text,
@@ -52,7 +52,7 @@ def option(
         "read": read,
         "flags": flags,
         "metavar": metavar,
-        "shown": shown,
+        "shown_default": shown_default,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ..conversion.options import FuseOptions
+from .declare import fields_of, option_of
 from .options import revision_option
 from .terminal import say
 
@@ -34,7 +36,7 @@ def take(source: str, model: str, revision: str | None, output: str) -> None:
 
 @adapter.command("export")
 @click.argument("source", metavar="SRC")
-@click.option("-m", "--model", metavar="NAME", help="The model it was trained on; by default as the adapter names it.")
+@option_of(fields_of(FuseOptions)["model"])
 @revision_option
 @click.option("-o", "--output", required=True, metavar="DIR", help="The PEFT folder to write.")
 @click.option("--split", is_flag=True, help="For models that have q, k, v, gate and up apart.")

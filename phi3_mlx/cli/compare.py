@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError
-from .options import compute_dtype, force_memory, within_memory
+from ..evaluation.options import CompareOptions
+from .declare import options_of
+from .options import compute_dtype, within_memory
 from .progress import Pulse
 from .reading import read_input
 from .terminal import progress_bar, show, show_json
@@ -21,36 +23,22 @@ if TYPE_CHECKING:
     from ..evaluation.quality import Comparison, Quality
 
 
-@click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. Without it: a sample.')
-@click.option(
-    "--window",
-    type=int,
-    default=512,
-    show_default=True,
-    help="Tokens read together; each window starts with an empty context.",
-)
-@compute_dtype
-@click.option(
+_REPORT = click.option(
     "-o",
     "--output",
     metavar="DIR",
     help="Also compare layer by layer, and write REPORT.md, report.json and report.png into this new directory.",
 )
-@within_memory
-@force_memory
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--text", metavar="FILE", help='The text both read; "-" is stdin. Without it: a sample.')
+@options_of("options", CompareOptions, before={"force": [compute_dtype, _REPORT, within_memory]})
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def compare(
-    a: str,
-    b: str,
-    text: str | None,
-    window: int,
-    dtype: str | None,
-    output: str | None,
-    force: bool,
-    as_json: bool,
+    a: str, b: str, text: str | None, options: CompareOptions, dtype: str | None, output: str | None, as_json: bool
 ) -> None:
     """Say how far apart two models are on a text: perplexities, KL divergence, same likeliest token.
 
@@ -62,6 +50,7 @@ def compare(
     phi3-mlx compare phi-3.5-mini-8bit phi-3.5-mini-4bit --text book.txt
     phi3-mlx compare phi-3.5-mini phi-3.5-mini-4bit --text book.txt -o report
     """
+    window = options.window
     if window < 1:
         raise click.UsageError(f"--window {window} is outside its range; give 1 or more")
     if output is not None and os.path.lexists(output):
@@ -83,7 +72,7 @@ def compare(
     places = [resolve(a), resolve(b)]
     loaded = []
     for model, directory in zip((a, b), places, strict=True):  # one is planned when the other is in memory
-        if not force:
+        if not options.force:
             check_comparison(directory, model, window, dtype)
         loaded.append(load(directory, dtype=dtype, force=True))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded

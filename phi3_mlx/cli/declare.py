@@ -42,8 +42,8 @@ def declare(field: Option, **more: Any) -> tuple[list[str], dict[str, Any]]:
 
 def _shown_default(field: Option, default: Any) -> str:
     """The default that the help names; "" where it only says that nothing was given, or turned on."""
-    if field.metadata["shown"] is not None:
-        return str(field.metadata["shown"])
+    if field.metadata["shown_default"] is not None:
+        return str(field.metadata["shown_default"])
     default = field.default if default is None else default
     if default in (None, "", False, ()):
         return ""

@@ -145,7 +145,6 @@ revision_option = option_of(fields_of(ModelOptions)["revision"])
 compute_dtype = option_of(fields_of(ModelOptions)["dtype"])
 
 REQUEST_FIELDS = fields_of(Request)
-force_memory = option_of(REQUEST_FIELDS["force"])
 _OVERRIDES: dict[str, dict[str, Any]] = {"max_tokens": {"default": CHAT_TOKENS}, "kv_bits": {"type": _KVBitsType()}}
 _MEMORY = ("kv_bits", "kv_group_size", "force")
 _ANSWER = tuple(name for name in REQUEST_FIELDS if name not in ("max_tokens", "raw", *_MEMORY))

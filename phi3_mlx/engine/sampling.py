@@ -25,13 +25,13 @@ class Sampling:
         0.0,
         "0: always the likeliest token; 0.7: varied; above 1: often incoherent.",
         Range(lambda t: 0 <= t < math.inf, "0 or more"),
-        shown="0.0",
+        shown_default="0.0",
     )
     top_p: float = option(
         1.0,
         "Sample from the likeliest tokens whose probabilities sum to P.",
         Range(lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        shown="",
+        shown_default="",
     )
     top_k: int = option(
         0, "Sample from the K likeliest tokens; 0: from all.", Range(lambda k: k >= 0, "0 (off) or more")
@@ -45,7 +45,7 @@ class Sampling:
         1.0,
         "Above 1: make tokens that already occurred less likely.",
         Range(lambda r: 0 < r < math.inf, "above 0"),
-        shown="",
+        shown_default="",
     )
     seed: int | None = option(None, "Repeat the same draw.", Range(lambda s: 0 <= s < 2**64, "0 to 2**64 - 1"))
 

@@ -17,7 +17,9 @@ from .. import values
 from ..engine import plan
 from ..engine.plan import Workload
 from ..errors import OptionError, PromptError
+from ..option import arguments
 from ..threads import turn
+from .options import CompareOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
 
-WINDOW = 512
 _TOKENS_AT_ONCE = 4096  # through the layers
 LOGITS_AT_ONCE = 1 << 24  # 64 MB of float32
 
@@ -75,7 +76,7 @@ def compare(
     tokenizer_b: Tokenizer,
     text: str,
     *,
-    window: int = WINDOW,
+    window: int = CompareOptions.window,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -87,13 +88,14 @@ def compare(
     """
     from ..generation.loading import check_loaded, check_tokenizer
 
-    text, window = values.text(text, "text"), values.whole(window, "window")
+    options = CompareOptions(**arguments(CompareOptions, locals()))
+    text, window = values.text(text, "text"), options.window
     values.check_function(progress, "progress")
     for model, tokenizer in ((model_a, tokenizer_a), (model_b, tokenizer_b)):
         check_loaded(model)
         check_tokenizer(tokenizer)
         check_window(window, model.config.max_position_embeddings)
-    if not values.flag(force, "force"):
+    if not options.force:
         for model in (model_a, model_b):
             _check_work("comparing them", replace(Workload.of_model(model, window), weights=0))  # which are loaded
     ids_a, ids_b = tokenizer_a.encode(text), tokenizer_b.encode(text)

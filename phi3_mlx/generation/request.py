@@ -54,7 +54,7 @@ class Request(Sampling):
         "Quantize keys and values to 8, 6, 4, 3 or 2 bits; two numbers (8,4): keys, then values.",
         read=_key_and_value_bits,
     )
-    kv_group_size: int | None = option(None, "Quantized numbers that share a scale: 32 or 64.", shown="32")
+    kv_group_size: int | None = option(None, "Quantized numbers that share a scale: 32 or 64.", shown_default="32")
     lookup: int = option(
         MAX_DRAFT,
         "Most tokens to guess from earlier text and verify in one step; 0: none. The text stays the same.",
