@@ -1,4 +1,4 @@
-"""From how many rows on unpacked weights are multiplied faster than packed ones: `python -m bench.unpacking`.
+"""From how many rows on dequantized weights are multiplied faster than packed ones: `python -m bench.unpacking`.
 
 `phi3_mlx.models.linear.DEQUANTIZED_ROWS` comes from here. Every figure is the least of several runs, in seconds of the
 processor, so that a busy machine changes little; OPENBLAS_NUM_THREADS=1 keeps threads from being counted together.
@@ -36,9 +36,9 @@ def least(function: Callable[[], object], runs: int) -> float:
 @click.option("--runs", type=int, default=5, show_default=True, help="Runs of which the fastest counts.")
 @click.option("--large", is_flag=True, help="The output layer of Phi-3-mini alone, which takes minutes.")
 @click.option("--rows", "counts", type=int, multiple=True, default=ROWS, show_default=True, help="May be repeated.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 def main(runs: int, large: bool, counts: tuple[int, ...], dtype: str) -> None:
-    """Milliseconds of a packed product and of an unpacked one, by rows; and from how many on the second is faster."""
+    """Milliseconds of a packed product and of a dequantized one, by rows; and from how many on the second is faster."""
     import mlx.core as mx
 
     from phi3_mlx.models.linear import dequantized_product
@@ -54,9 +54,9 @@ def main(runs: int, large: bool, counts: tuple[int, ...], dtype: str) -> None:
             x = mx.random.normal((rows, inputs), getattr(mx, dtype), key=mx.random.key(1))
             mx.eval(x)
             as_packed = least(lambda: mx.quantized_matmul(x, *packed, True, 32, bits), runs)  # noqa: B023
-            unpacked = least(lambda: product(x), runs)  # noqa: B023
-            faster = faster or (rows if unpacked < as_packed else None)
-            cells.append(f"{rows}: {as_packed * 1e3:.1f}/{unpacked * 1e3:.1f}")
+            dequantized = least(lambda: product(x), runs)  # noqa: B023
+            faster = faster or (rows if dequantized < as_packed else None)
+            cells.append(f"{rows}: {as_packed * 1e3:.1f}/{dequantized * 1e3:.1f}")
         click.echo(f"{outputs} x {inputs}, {bits} bits: from {faster} rows on; {'  '.join(cells)} ms")
 
 

@@ -111,7 +111,7 @@ def test_so_it_is_for_long_prompts(case, small, monkeypatch):
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, pays, packing, monkeypatch):
     packed = {"group_size": 32, "bits": packing} if pays else None
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda: pays)
+        monkeypatch.setattr(module, "dequantizing_pays", lambda _: pays)
     model = random_model(*shape, quantization=packed)
     if packed:
         nn.quantize(model, **packed)

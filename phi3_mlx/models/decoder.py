@@ -217,7 +217,7 @@ class Decoder(nn.Module):
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
         x = self.embed(ids)
-        dequantizes = self._config.quantization is not None and ids.size >= dequantizing_pays()
+        dequantizes = self._config.quantization is not None and ids.size >= dequantizing_pays(x.dtype.size)
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache[i] if cache else None, offset, long)

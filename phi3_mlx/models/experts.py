@@ -161,7 +161,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.gathers or (self.training and groups.rows_each < dequantizing_pays()):
+        if groups.gathers or (self.training and groups.rows_each < dequantizing_pays(rows.dtype.size)):
             product = mx.gather_qmm(
                 rows[:, None],
                 self.weight,
@@ -199,7 +199,7 @@ class QuantizedSwitchLinear(nn.Module):
         """Rows (n, inputs) by one expert's matrix, which is dequantized where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None
-        if len(rows) < dequantizing_pays():
+        if len(rows) < dequantizing_pays(rows.dtype.size):
             return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **packing_of(self))
         product = dequantized_product(weight, scales, biases, **packing_of(self))(rows)
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be dequantized at once

@@ -11,9 +11,9 @@ import mlx.nn as nn
 from .. import blas
 
 SLICE = 1 << 19  # numbers of a packed weight that are dequantized at a time
-# Rows from which on dequantizing is no slower at 3, 4 and 8 bits, for every matrix: `python -m bench.unpacking`,
-# 2026-11-29 in bench/LOG.md.
-DEQUANTIZED_ROWS = 8
+# Rows from which on dequantizing is no slower, by the bytes of a number: `python -m bench.unpacking`, 2026-11-29 in
+# bench/LOG.md. In 16 bits MLX's CPU backend takes eight times as long for a packed product, and rounds more.
+DEQUANTIZED_ROWS = {4: 8, 2: 2}
 _NEVER = 1 << 30
 # Numbers of slices that are alive at once in `dequantized_product`, with MLX's CPU backend ten operations ahead.
 SLICES_ALIVE = SLICE * 17 // 5
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     """`nn.QuantizedLinear` that dequantizes its weight for a plain product where that is faster."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantizing_pays():
+        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size):
             return super().__call__(x)
         product = dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
         return product + self.bias if "bias" in self else product
@@ -55,7 +55,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantizing_pays():
+        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size):
             return super().as_linear(x)
         return dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
 
@@ -154,17 +154,17 @@ def slices_bytes(numbers: int, dequantizing: int) -> int:
     return min(2 * numbers, 2 * SLICE + numbers // 2, SLICES_ALIVE) * dequantizing
 
 
-def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, fused: bool) -> bool:
+def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, itemsize: int, fused: bool) -> bool:
     """Whether packed weights are dequantized for this many tokens; never where attention is fused, on a GPU."""
-    return not fused and quantization is not None and tokens >= dequantizing_pays()
+    return not fused and quantization is not None and tokens >= dequantizing_pays(itemsize)
 
 
-def dequantizing_pays() -> int:
-    """From how many rows on `x @ dequantized.T` is faster than MLX's packed product.
+def dequantizing_pays(itemsize: int) -> int:
+    """From how many rows on `x @ dequantized.T` is faster than MLX's packed product; `itemsize`: bytes of a number.
 
     Never on a GPU or with the reference BLAS; else from `DEQUANTIZED_ROWS` on: a packed product takes as long
     for each row as for the first, and more rows cost little once a weight is dequantized. No clock is read, so that two
     processes choose alike and a plan says what a run does.
     """
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return _NEVER if on_gpu or not blas.is_fast() else DEQUANTIZED_ROWS
+    return _NEVER if on_gpu or not blas.is_fast() else DEQUANTIZED_ROWS[itemsize]

@@ -42,7 +42,7 @@ def _scoring_bytes(shape: PassShape, step: int) -> int:
     """Logits (rows, vocab_size), and what of the output layer is dequantized for as many tokens."""
     config = shape.config
     logits = _LOGITS * 4 * shape.rows * config.vocab_size
-    if not dequantizes(step, config.quantization, shape.fused):
+    if not dequantizes(step, config.quantization, shape.itemsize, shape.fused):
         return logits
     dequantizing = most_dequantizing_bytes(config.quantization, shape.itemsize)
     return logits + slices_bytes(config.vocab_size * config.hidden_size, dequantizing)
@@ -52,7 +52,7 @@ def _layers_bytes(shape: PassShape) -> int:
     """Of a layer, or on a GPU of those that wait in its queue, whichever way it is computed."""
     if shape.config.experts_per_token > 1:
         return _mixture_bytes(shape)
-    if dequantizes(shape.tokens, shape.config.quantization, shape.fused):
+    if dequantizes(shape.tokens, shape.config.quantization, shape.itemsize, shape.fused):
         return _dequantized_layer_bytes(shape)
     if attends_in_blocks(shape, shape.keys):
         return _layer_in_blocks_bytes(shape)
@@ -64,7 +64,7 @@ def _mixture_bytes(shape: PassShape) -> int:
     config, itemsize = shape.config, shape.itemsize
     rows = rows_bytes(shape.tokens, config.experts_per_token, config.hidden_size, itemsize)
     routed = shape.tokens * config.inner_in_work * itemsize
-    if dequantizes(shape.tokens, config.quantization, shape.fused):
+    if dequantizes(shape.tokens, config.quantization, itemsize, shape.fused):
         dequantizing = most_dequantizing_bytes(config.quantization, itemsize)
         routed += expert_bytes(config.largest_linear, dequantizing, itemsize)
     attention = _attention_bytes(shape)

@@ -129,7 +129,7 @@ def _dequantized(size: ModelSize, part: PartSize) -> int:
     config = size.config
     stack = max(math.prod(shape) for shape in config.linears.values())
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack  # of an expert on average
-    if config.quantization is None or rows < dequantizing_pays():
+    if config.quantization is None or rows < dequantizing_pays(size.itemsize):
         return 0
     if config.experts_per_token > 1:
         return size.itemsize * _DEQUANTIZED_MIXTURE * stack
