@@ -3,7 +3,7 @@
 import pytest
 from oracle import CONFIGS, ids_of, make_ours
 
-from phi3_mlx.engine import machine
+from phi3_mlx.engine import fitting, machine
 from phi3_mlx.engine.batch import Generation
 from phi3_mlx.engine.fitting import fit, workload_of
 from phi3_mlx.engine.rows import Row
@@ -74,3 +74,33 @@ def test_force_takes_what_the_machine_has(monkeypatch):
     assert (forced.chunk, forced.spare) == (64, WORKLOAD.weights + 100)
     monkeypatch.setattr(machine, "room", lambda: 0)
     assert fit(MODEL, ROWS, cache=None, shared=0, room=None, **{**OPTIONS, "force": True}).spare == 0
+
+
+def test_only_rows_of_different_lengths_are_padded():
+    for lengths, ragged in (((7,), False), ((7, 7), False), ((7, 5), True), ((7, 5, 3), True)):
+        rows = [Row(n, PROMPT[:length], 20) for n, length in enumerate(lengths)]
+        assert workload_of(MODEL, rows, None, 64, 0).ragged == ragged
+
+
+def test_what_may_be_recomputed_is_a_row_at_the_boundary_and_what_a_cache_has_of_another_regime():
+    model, rule = make_ours(CONFIGS["3.5-mini"]), fitting._rereads
+    boundary = model.config.original_max_position_embeddings
+    ids = ids_of(boundary + 8)[0].tolist()
+
+    def rows(*lengths, budget=4):
+        return [Row(n, ids[:length], budget) for n, length in enumerate(lengths)]
+
+    assert rule(model, rows(boundary - 4), None, 0) == 0  # ends at the boundary
+    assert rule(model, rows(boundary - 3), None, 0) == boundary + 1
+    assert rule(model, rows(boundary + 1), None, 0) == 0  # long from its beginning
+    assert rule(model, rows(boundary - 30, boundary - 3), None, 0) == boundary + 1
+    assert rule(model, rows(boundary + 1, boundary + 2), None, 0) == 0
+    cache = Generation(model, [ids[:20]], max_tokens=1, sampling=Sampling())
+    list(cache)
+    assert rule(model, rows(30), cache.cache, 20) == 0
+    assert rule(model, rows(boundary + 1), cache.cache, 20) == 20  # its keys are of the short regime
+    assert rule(model, rows(boundary - 3), cache.cache, 20) == boundary + 1
+    cache = cache_of(300)
+    cache[0].start = 200  # as where a window has moved on
+    kept = 200 + cache[0].window - 1
+    assert [rule(MODEL, ROWS, cache, length) for length in (kept - 1, kept)] == [kept - 1, 0]

@@ -53,6 +53,13 @@ def test_a_recipe_that_packs_nothing_is_refused_and_none_is_not():
     assert Layout.of(source, None).packings == {}
 
 
+def test_an_entry_of_a_recipe_may_say_that_a_layer_is_packed_as_usual_or_not_at_all():
+    source = RandomSource(num_hidden_layers=1)
+    usual = Layout.of(source, uniform()).packings
+    assert Layout.of(source, uniform() | {QKV: True}).packings == usual
+    assert {*usual} - {*Layout.of(source, uniform() | {QKV: False}).packings} == {f"{QKV}.weight"}
+
+
 def test_a_sink_asks_for_each_entry_once_in_order_and_writes_what_the_header_says(tmp_path):
     source = RandomSource(num_hidden_layers=1)
     layout = Layout.of(source, uniform())
