@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -345,3 +346,27 @@ def test_a_run_that_is_over_gives_its_memory_back_at_once(model):
         assert mx.get_active_memory() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts; give at least one list of token ids"),
+        ([[]], {}, "the prompt is empty"),
+        (["hi"], {}, "prompts holds 'hi', and not only lists of token ids"),
+        ([[5], [5, 1.5]], {}, "prompts holds a list, and not only lists of token ids"),
+        ([[5, 10**6]], {}, "token id 1000000 is outside the model's vocabulary"),
+        ([[5]], {"sampling": None}, "sampling is None; expected a Sampling"),
+        ([[5]], {"max_tokens": "4"}, "max_tokens is '4'; expected a whole number"),
+        ([[5]], {"lookup": 33}, "lookup 33 is outside its range; give 0 (off) to 32"),
+        ([[5]], {"lookup": -1}, "lookup -1 is outside its range"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused_in_a_line(model, prompts, options, message):
+    with pytest.raises(Phi3Error, match=re.escape(message)):
+        Generation(model, prompts, **{"max_tokens": 4, "sampling": GREEDY, **options})
+
+
+def test_prompts_may_be_arrays(model):
+    plain = [token.id for token in Generation(model, [[5, 6, 7]], max_tokens=4, sampling=GREEDY)]
+    assert [token.id for token in Generation(model, mx.array([[5, 6, 7]]), max_tokens=4, sampling=GREEDY)] == plain

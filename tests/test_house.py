@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import phi3_mlx
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phi3_mlx"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -185,6 +187,10 @@ def defined_in(tree):
             yield node.name
             if isinstance(node, ast.ClassDef):
                 yield from (f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, kinds))
+
+
+def test_completion_in_a_notebook_offers_the_public_names_alone():
+    assert dir(phi3_mlx) == sorted(phi3_mlx.__all__)
 
 
 def test_a_strangers_questions_are_answered_by_a_file_and_a_name():

@@ -498,6 +498,12 @@ def test_sizes_of_memory(text, size):
     assert sizes.parse_size(text) == size
 
 
+@pytest.mark.parametrize("size", [16, "16kB"])
+def test_no_machine_is_as_small_as_a_number_without_its_unit(size):
+    with pytest.raises(OptionError, match="16GB"):
+        sizes.parse_size(size, sold=True)
+
+
 @pytest.mark.parametrize("text", ["2.20 GB", "310 MB", "99.9 MB", "3.4 MB", "12 kB"])
 def test_a_size_is_read_as_it_is_shown(text):
     assert sizes.size_text(sizes.parse_size(text)) == text

@@ -1,5 +1,6 @@
 """`phi3-mlx tune`, `fuse` and `adapter` at the command line; run.yaml; two processes under mlx.launch."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,10 +14,11 @@ import pytest
 from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx.cli import main
+from phi3_mlx.cli import main, tune
 from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.errors import OptionError
 from phi3_mlx.tuning.log import read_metrics
+from phi3_mlx.tuning.run import Result
 from phi3_mlx.tuning.settings import read_settings
 
 
@@ -70,6 +72,7 @@ def test_resume_takes_the_settings_of_the_run(packed, data, tmp_path, capsys):
     assert call(capsys, "tune", "-m", packed, "-d", data, "-o", out, "--steps", 2, "--rank", 2)[0] == 0
     code, _, err = call(capsys, "tune", "--resume", "-o", out)
     assert code == 0, err  # there is nothing left to do
+    assert "tok/s" not in err
     code, _, err = call(capsys, "tune", "--resume", "-o", out, "--rank", 4)
     assert code == 2
     assert "rank was 2" in err
@@ -150,6 +153,14 @@ def test_settings_file(packed, data, tmp_path, capsys):
             read_settings(file)
         assert str(caught.value).startswith(str(file))
         assert "\n" not in str(caught.value)
+
+
+def test_the_speed_in_a_summary_is_that_of_this_command_and_not_of_the_steps_before_it_was_resumed(tmp_path, capsys):
+    result = Result(tmp_path, True, False, 100, None, None, tokens=10**6, seconds=2.0)
+    tune._summary(result, 500)
+    assert capsys.readouterr().err == f"100 steps, 250 tok/s; the adapter is in {tmp_path}\n"
+    tune._summary(dataclasses.replace(result, step=1), 0)
+    assert capsys.readouterr().err == f"1 step; the adapter is in {tmp_path}\n"
 
 
 def test_usage_faults_are_one_line(packed, data, tmp_path, capsys):

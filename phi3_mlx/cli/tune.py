@@ -20,7 +20,6 @@ from .terminal import note, redraw, say, show
 
 if TYPE_CHECKING:
     from ..tuning.run import Result
-    from ..tuning.settings import Settings
     from ..tuning.trainer import StepReport
 
 
@@ -107,7 +106,7 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
         prepared = dataclasses.replace(prepared, notes=tuple(notes), way_out=way_out)
         show(describe_run(prepared, color=sys.stdout.isatty(), force=force), styles=STYLES)
         return
-    with _Progress(settings) as progress:
+    with _Progress() as progress:
         result = run.start(
             settings,
             resume=resume,
@@ -118,16 +117,18 @@ def _tune(config: str | None, resume: bool, dry_run: bool, force: bool, **given:
             on_sample=progress.sample,
         )
     if result.first_rank:
-        _summary(result)
+        _summary(result, progress.tokens)
     pass_on(result.signal)
     if result.interrupted:
         raise KeyboardInterrupt
 
 
-def _summary(result: Result) -> None:
-    speed = result.tokens / result.seconds if result.seconds else 0
+def _summary(result: Result, tokens: int) -> None:
+    """`tokens` were read by this command; those of the result are the whole run's, which may have been resumed."""
+    steps = "1 step" if result.step == 1 else f"{result.step:,} steps"
     best = f", best validation loss {result.best_loss:.4f} at step {result.best_step}" if result.best_step else ""
-    say(f"{result.step:,} steps{best}, {speed:,.0f} tok/s; the adapter is in {result.output}")
+    speed = f", {tokens / result.seconds:,.0f} tok/s" if tokens else ""
+    say(f"{steps}{best}{speed}; the adapter is in {result.output}")
     if not result.finished and not result.interrupted:
         say("stopped early, because the validation loss no longer improved (--patience)")
     if result.interrupted:
@@ -137,11 +138,12 @@ def _summary(result: Result) -> None:
 class _Progress:
     """A line on the terminal that follows the run; in a log file, a line now and then and one for each validation."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self) -> None:
+        self.tokens = 0
         self._live = sys.stderr.isatty()
         self._pulse = Pulse()
         self._started: tuple[float, int] | None = None
-        self._tokens, self._seconds = 0, 0.0
+        self._recent, self._seconds = 0.0, 0.0  # tokens, and seconds that they took
 
     def __enter__(self) -> _Progress:
         return self
@@ -156,13 +158,14 @@ class _Progress:
 
         now = time.monotonic()
         self._started = self._started or (now - report.seconds, report.step - 1)
+        self.tokens += report.tokens
         # Averages that forget half in about 14 steps.
-        self._tokens = round(0.95 * self._tokens + report.tokens)
+        self._recent = 0.95 * self._recent + report.tokens
         self._seconds = 0.95 * self._seconds + report.seconds
         left = (now - self._started[0]) / (report.step - self._started[1]) * (report.steps - report.step)
         line = (
             f"step {report.step:,}/{report.steps:,}  epoch {report.epoch:.2f}  loss {report.loss:.4f}  "
-            f"{self._tokens / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
+            f"{self._recent / self._seconds:,.0f} tok/s  {size_text(report.peak_memory)}  {duration_text(left)} left"
         )
         if self._live:
             redraw(line)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
 
+from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from ..threads import turn
+from ..values import refusal, whole
 from .drafts import decode_with_drafts
 from .fitting import fit
 from .machine import bounded_run
@@ -18,7 +20,7 @@ from .rows import Row
 from .sampler import Sampler
 from .sampling import Sampling
 from .steps import Drawn, Step, Stepper, read_drawn
-from .tokens import Statistics, Token, check_prompt
+from .tokens import Statistics, Token, checked_prompts
 
 
 class Generation:
@@ -34,8 +36,9 @@ class Generation:
 
     Any thread may take the next token, and runs of several threads take turns: a chunk of a prompt, or a step.
 
-    Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
-    MemoryLimitError for a run that does not fit, and while it runs CacheError if the cache was given to another.
+    Raises PromptError for no prompt, an empty one, one of other than token ids of the vocabulary, or one that leaves no
+    room to answer, OptionError for a value of another type or outside its range, MemoryLimitError for a run that does
+    not fit, and while it runs CacheError if the cache was given to another.
     """
 
     def __init__(
@@ -55,8 +58,11 @@ class Generation:
         prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
-        for prompt in prompts:
-            check_prompt(model, prompt)
+        prompts, max_tokens = checked_prompts(model, prompts), whole(max_tokens, "max_tokens")
+        if not isinstance(sampling, Sampling):
+            raise refusal(sampling, "sampling", "a Sampling")
+        if not 0 <= whole(lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
+            raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {KVCache.spare}")
         if cache is not None and len(prompts) != 1:
             raise ValueError("a cache is for one prompt")
         context, stop_ids = model.config.max_position_embeddings, frozenset(stop_ids)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from ..errors import PromptError
 from ..models.decoder import Model
+from ..values import shown, token_ids
 from .plan import check_length
 
 FinishReason = Literal["stop", "length"]
@@ -49,11 +50,24 @@ class Statistics:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def check_prompt(model: Model, prompt: Sequence[int]) -> None:
-    """PromptError unless the ids can be run: some, inside the vocabulary, shorter than the context."""
-    if not len(prompt):
+def checked_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts as lists of ids that can be run.
+
+    Raises PromptError unless there are some, each of some ids, inside the vocabulary and shorter than the context.
+    """
+    if not len(prompts):
+        raise PromptError("there are no prompts; give at least one list of token ids")
+    return [_checked_prompt(model, prompt) for prompt in prompts]
+
+
+def _checked_prompt(model: Model, prompt: Sequence[int]) -> list[int]:
+    ids = token_ids(prompt)
+    if ids is None:
+        raise PromptError(f"prompts holds {shown(prompt)}, and not only lists of token ids")
+    if not ids:
         raise PromptError("the prompt is empty; give some text")
-    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
         raise PromptError(f"token id {wrong} is outside the model's vocabulary of {model.config.vocab_size}")
-    check_length(model.config, len(prompt))
+    check_length(model.config, len(ids))
+    return ids
