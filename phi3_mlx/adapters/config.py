@@ -1,4 +1,4 @@
-"""adapter_config.json as mlx-lm writes it and `tune` does: which keys are read, which do not matter, others refused."""
+"""adapter_config.json as mlx-lm and `tune` write it: which keys are read and which ignored; others are refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..errors import AdapterError
 from ..fields import Fields, shorten
 
 CONFIG = "adapter_config.json"
-WEAKEST, STRONGEST = 1e-6, 65504.0  # of scales: below the one nothing is learnt; the other is float16's largest number
+WEAKEST, STRONGEST = 1e-6, 65504.0  # scales: below the first nothing is learnt; the second is float16's largest number
 Kind = Literal["lora", "dora", "full"]
-_READ = {"fine_tune_type", "use_dora", "lora_parameters", "model", "base_model", "phi3_mlx"}
-# How it was trained; mlx-lm keeps all options of its trainer here, of older versions too. Tensors tell the layers.
-_FREE = {
+_READ_KEYS = {"fine_tune_type", "use_dora", "lora_parameters", "model", "base_model", "phi3_mlx"}
+# How it was trained: all options of mlx-lm's trainer, old versions' too. Which layers, the tensors say.
+_IGNORED = {
     *("train", "test", "data", "hf_dataset", "mask_prompt", "max_seq_length", "batch_size", "iters", "seed", "config"),
     *("num_layers", "lora_layers", "optimizer", "optimizer_config", "learning_rate", "lr_schedule", "grad_checkpoint"),
     *("grad_accumulation_steps", "clear_cache_threshold", "val_batches", "test_batches", "steps_per_report"),
@@ -25,9 +25,9 @@ _PARAMETERS = {"rank", "scale", "dropout", "keys", "alpha"}
 
 
 def check_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """AdapterError for a setting that may change the numbers and is not known here, by name."""
+    """AdapterError, naming the key, for a setting that is unknown here and may change the numbers."""
     parameters = _fields(directory, config).fields("lora_parameters").raw
-    unknown = {key: value for key, value in config.items() if key not in _READ | _FREE}
+    unknown = {key: value for key, value in config.items() if key not in _READ_KEYS | _IGNORED}
     unknown |= {f"lora_parameters.{key}": value for key, value in parameters.items() if key not in _PARAMETERS}
     for key, value in unknown.items():
         if not is_neutral(value):
@@ -39,12 +39,12 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_neutral(value: Any) -> bool:
-    """Whether a setting, whatever it means, asks for nothing."""
+    """Whether the value of an unknown setting switches nothing on: null, false, or empty."""
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
 def adapter_kind(directory: Path, config: Mapping[str, Any]) -> Kind:
-    """What a folder holds: low-rank changes without or with magnitudes, or whole weights. Raises AdapterError."""
+    """What a folder holds: LoRA's matrices, DoRA's with magnitudes, or whole weights ("full"). Raises AdapterError."""
     fields = _fields(directory, config)
     kind = fields.text("fine_tune_type", "lora")
     if kind not in get_args(Kind):
@@ -53,7 +53,7 @@ def adapter_kind(directory: Path, config: Mapping[str, Any]) -> Kind:
 
 
 def scale_in(directory: Path, config: Mapping[str, Any]) -> float:
-    """What the low-rank products are multiplied by. Raises AdapterError."""
+    """The scale s of s * (x @ lora_a) @ lora_b. Raises AdapterError."""
     parameters = _fields(directory, config).fields("lora_parameters")
     scale = parameters.number("scale", least=-STRONGEST, most=STRONGEST)
     alpha = parameters.number("alpha", 0.0)
@@ -67,7 +67,7 @@ def scale_in(directory: Path, config: Mapping[str, Any]) -> float:
 
 
 def is_rslora(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `tune` made the scale of alpha by rsLoRA's rule; 0.1.0 wrote a flag of its command line as a text."""
+    """Whether `tune` computed the scale by rsLoRA's rule. Version 0.1.0 wrote the flag as a text."""
     settings = _fields(directory, config).fields("phi3_mlx")
     return settings.raw.get("rslora") == "True" or settings.flag("rslora", False)
 

@@ -35,12 +35,12 @@ from .config import CONFIG, adapter_kind, check_config, scale_in
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
 WEIGHTS = "adapters.safetensors"
-_SAMPLE = 4096  # bytes of a tensor that its fingerprint reads, at its beginning, middle and end
+_SAMPLE = 4096  # bytes that a fingerprint reads at the beginning, middle and end of each tensor
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model an adapter belongs to: the name it was given by, its revision, and a fingerprint of its weights."""
+    """The model that an adapter was trained on: its name, its revision, and a fingerprint of its weights."""
 
     name: str
     revision: str | None
@@ -48,10 +48,10 @@ class Base:
 
 
 def base_of(directory: Path, name: str, revision: str | None = None) -> Base:
-    """The base that a model directory is, by a name that means the same tomorrow and elsewhere.
+    """The base in a model directory, under a name that means the same later and elsewhere.
 
-    Of a downloaded repository that is its own name and its commit, not the alias or branch that it was asked for by; of
-    any other directory its whole path; "tiny" is itself.
+    For a downloaded repository that is its own name and its commit, not the alias or branch that was asked for; for any
+    other directory its whole path. "tiny" stays "tiny".
     """
     repository = hub.snapshot_of(directory)
     if repository is not None:
@@ -62,16 +62,16 @@ def base_of(directory: Path, name: str, revision: str | None = None) -> Base:
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash of names, types, shapes and samples of all weights: the same however they are cut into files."""
+    """A hash of names, dtypes, shapes and samples of all weights, which does not depend on how files are sharded."""
     parts = []
     for file in find_weights(directory).files:
         with file.open("rb") as data:
             start = 8 + int.from_bytes(data.read(8), "little")
-            for name, tensor in read_header(file).items():  # in the order of their bytes, which have no holes
+            for name, tensor in read_header(file).items():  # in the order of their data, which has no holes
                 digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
-                for at in sorted({0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE)}):
-                    data.seek(start + at)
-                    digest.update(data.read(min(_SAMPLE, tensor.nbytes - at)))
+                for offset in sorted({0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE)}):
+                    data.seek(start + offset)
+                    digest.update(data.read(min(_SAMPLE, tensor.nbytes - offset)))
                 parts.append((name, digest.digest()))
                 start += tensor.nbytes
     return hashlib.sha256(b"".join(digest for _, digest in sorted(parts))).hexdigest()[:32]
@@ -80,7 +80,7 @@ def fingerprint(directory: Path) -> str:
 def adapter_files(
     adapters: Mapping[str, Adapter], layers: int, base: Base | None, **facts: Any
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The tensors and the config of a folder. Ranks are filled up with zeros to the largest: mlx-lm knows one alone.
+    """The tensors and the config of a folder. All ranks are padded with zeros to the largest, as mlx-lm has one rank.
 
     `layers` is the model's number of decoder layers; `facts` are further keys of the config.
     """
@@ -104,7 +104,7 @@ def adapter_files(
 
 
 def _places(paths: list[str], layers: int) -> dict[str, Any]:
-    """mlx-lm's way of saying which layers: names within the last `num_layers`, or whole paths."""
+    """mlx-lm's settings for which layers are adapted: names in the last `num_layers` decoder layers, or whole paths."""
     within: dict[int, set[str]] = {}
     for path in paths:
         if path.startswith("model.layers."):
@@ -118,7 +118,7 @@ def _places(paths: list[str], layers: int) -> dict[str, Any]:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
-    """Write the two files into `directory`, which appears with both; those there are replaced when both are complete.
+    """Write the two files into `directory`. They appear, or replace those that exist, when both are complete.
 
     Raises OSError.
     """
@@ -129,7 +129,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: Mapp
 def write_pair(
     folder: Path, config_name: str, config: Mapping[str, Any], name: str, tensors: Mapping[str, mx.array], made_for: str
 ) -> None:
-    """A JSON file and a safetensors file. Raises OSError, also where MLX itself would say RuntimeError."""
+    """Write a JSON file and a safetensors file. Raises OSError, also where MLX alone would raise RuntimeError."""
     (folder / config_name).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
     with named(folder / name), (folder / name).open("wb") as file:
         mx.save_safetensors(file, dict(tensors), {"format": made_for})
@@ -142,7 +142,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 
 def read_config_of(directory: Path) -> dict[str, Any]:
-    """The config of a folder whose two files are there and whole. Raises AdapterError."""
+    """The config of a folder whose two files exist and are complete. Raises AdapterError."""
     without = f", so it is no adapter folder; {instead_of_adapter(directory)}"
     config = checked_config(directory, CONFIG, WEIGHTS, without)
     check_config(directory, config)
@@ -150,9 +150,9 @@ def read_config_of(directory: Path) -> dict[str, Any]:
 
 
 def checked_config(directory: Path, config: str, weights: str, without: str) -> dict[str, Any]:
-    """What the file `config` holds, if it and the safetensors file `weights` are there and whole.
+    """The JSON file `config`, if it and the safetensors file `weights` exist and are complete.
 
-    Raises AdapterError; `without` goes on with the sentence that one of them is missing.
+    Raises AdapterError; `without` ends the sentence that says which of them is missing.
     """
     for name in (config, weights):
         if not (directory / name).is_file():
@@ -166,7 +166,7 @@ def checked_config(directory: Path, config: str, weights: str, without: str) -> 
 
 
 def read_floats(path: Path) -> dict[str, mx.array]:
-    """The arrays of an adapter's safetensors file that `checked_config` has found whole. Raises AdapterError."""
+    """The arrays of an adapter's safetensors file that `checked_config` has checked. Raises AdapterError."""
     try:
         arrays = read_arrays(path)
     except CheckpointError as error:
@@ -178,7 +178,7 @@ def read_floats(path: Path) -> dict[str, mx.array]:
 
 
 def check_base(directory: Path, config: Mapping[str, Any], base: Base) -> None:
-    """AdapterError if the adapter says that it was trained on other weights than `base`'s; mlx-lm's say nothing."""
+    """AdapterError if the adapter names other weights than `base`'s as its base; mlx-lm's adapters name none."""
     trained = config.get("base_model")
     if not isinstance(trained, Mapping) or trained.get("fingerprint") in (None, base.fingerprint):
         return
@@ -261,7 +261,7 @@ class Adapters:
             get_layer(self._model, path).use(weights)
 
     def _check_weight(self, name: str, weight: float) -> None:
-        """OptionError if numbers of the adapter, times this weight, are more than the model's type holds."""
+        """OptionError if the adapter's numbers, times this weight, exceed what the model's dtype holds."""
         dtype, layers = self._model.dtype, [get_layer(self._model, path) for path in self._paths[name]]
         largest = max(1.0, *(layer.adapters[name].largest for layer in layers))
         if not abs(weight) * largest <= mx.finfo(dtype).max:
@@ -271,7 +271,7 @@ class Adapters:
             )
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and give its memory back."""
+        """Forget an adapter and free its memory."""
         for path in self._paths.pop(name, []):
             layer = get_layer(self._model, path)
             layer.use({other: weight for other, weight in layer._weights.items() if other != name})
@@ -302,7 +302,7 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
 
 
 def finite_weight(given: Any, folder: str) -> float:
-    """How much of an adapter is to be used, as a float. Raises OptionError."""
+    """The weight of an adapter as a float. Raises OptionError if it is no finite number."""
     weight = values.number(given, f"the weight of {folder}")
     if not math.isfinite(weight):
         raise OptionError(f"the weight of {folder} is {weight}; give a finite number")

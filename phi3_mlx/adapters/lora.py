@@ -1,8 +1,8 @@
 """Linear layers with adapters: LoRA (arXiv 2106.09685), rsLoRA's scale (2312.03732), DoRA (2402.09353), on any base.
 
 Shapes are mlx-lm's: `lora_a` (inputs, rank), `lora_b` (rank, outputs), `m` (outputs,). With r components and scale s
-LoRA adds s * (x @ lora_a) @ lora_b to the layer's output. DoRA gives every output row of the changed weight the
-length `m`; the length it is divided by counts as a constant in the gradient, as in the paper's section 4.3.
+LoRA adds s * (x @ lora_a) @ lora_b to the layer's output. DoRA scales every output row of the changed weight to the
+length `m`; the length that it divides by is a constant in the gradient, as in the paper's section 4.3.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
 
 
 class Adapter(nn.Module):
-    """The low-rank change of one linear layer. Its arrays are float32 whatever the layer computes in.
+    """The low-rank change of one linear layer. Its arrays are float32 in every dtype of the layer.
 
-    `blocks` ((rank, rows) of each part, ranks and rows adding up) keeps parts of a fused layer apart: component i of
-    `lora_b` then changes its own part's rows alone, so the file is still one mlx-lm reads.
+    `mask` (rank, outputs) of 0 and 1 keeps the parts of a fused layer apart: each component of `lora_b` then changes
+    the rows of its own part alone, and mlx-lm can still read the file.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Adapter(nn.Module):
         if m is not None:
             self.m = m
         self._scale, self._dropout, self._mask = scale, dropout, mask
-        self._gain: mx.array | None = None  # DoRA's m / length; outside training it is computed once
+        self._gain: mx.array | None = None  # DoRA's m / length; computed once outside training
 
     @property
     def scale(self) -> float:
@@ -62,16 +62,16 @@ class Adapter(nn.Module):
 
     @property
     def largest(self) -> float:
-        """The largest number, without its sign, that the layer's type must hold to compute with the adapter."""
+        """The largest absolute value that the layer's dtype must hold to compute with the adapter."""
         a, b = self.product()
         return float(mx.maximum(mx.abs(a).max(), mx.abs(b).max()).item())  # type: ignore[arg-type]
 
     def separated(self) -> mx.array:
-        """`lora_b` with parts kept apart."""
+        """`lora_b` (rank, outputs) with the parts kept apart."""
         return self.lora_b if self._mask is None else self.lora_b * self._mask
 
     def product(self) -> tuple[mx.array, mx.array]:
-        """`lora_a` and scaled `lora_b`."""
+        """`lora_a` (inputs, rank) and scaled `lora_b` (rank, outputs)."""
         return self.lora_a, self.separated() * self._scale
 
     def delta(self, x: mx.array, y: mx.array, linear: nn.Module) -> mx.array:
@@ -83,11 +83,11 @@ class Adapter(nn.Module):
             return z
         gain = self.gain(linear).astype(x.dtype)
         if "bias" in linear:
-            y = y - linear.bias  # DoRA is about the matrix: a bias keeps its length
+            y = y - linear.bias  # DoRA scales the matrix, not the bias
         return gain * (y + z) - y
 
     def gain(self, linear: nn.Module) -> mx.array:
-        """DoRA's factor of every output row: m over the length of the changed row, (outputs,)."""
+        """DoRA's factor for every output row: m / the length of the changed row, (outputs,)."""
         if self._gain is not None and not self.training:
             return self._gain
         gain = self.m / mx.stop_gradient(changed_lengths(linear, *self.product()))
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
         return gain
 
     def changed_weight(self, linear: nn.Module) -> mx.array:
-        """The layer's weight with this adapter in it, float32 (outputs, inputs)."""
+        """The layer's weight with this adapter merged into it, float32 (outputs, inputs)."""
         a, b = self.product()
         weight = float_weight(linear) + (a @ b).T
         if self.is_dora:
@@ -104,9 +104,9 @@ class Adapter(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer and the adapters on it; `weights` says how much of each is in use.
+    """A linear layer and the adapters on it, each with the weight that `use` gives it.
 
-    Several add up: y + sum of weight * (what the adapter alone would add).
+    The output is y + sum of weight * (what the adapter alone would add).
     """
 
     def __init__(self, linear: nn.Module, adapters: Mapping[str, Adapter] | None = None):
@@ -161,7 +161,7 @@ def attach(
     dora: bool = False,
     dropout: float = 0.0,
 ) -> dict[str, Adapter]:
-    """Put a new adapter on every target, freeze all else; returns the adapters by their layers' paths."""
+    """Put a new adapter on every target and freeze everything else; returns the adapters by layer path."""
     model.freeze()
     adapters = {}
     for target in targets:
@@ -186,16 +186,16 @@ def set_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(get_layer(model, parent) if parent else model, name, layer)
 
 
-# What adapters need of their base layer, packed or not
+# What adapters need from their base layer, packed or not
 
 
 def float_weight(linear: nn.Module) -> mx.array:
-    """The layer's weight as float32 (outputs, inputs), unpacked if it is packed."""
+    """The layer's weight as float32 (outputs, inputs), dequantized if it is packed."""
     return plain_weight(linear).astype(mx.float32)
 
 
 def row_lengths(linear: nn.Module) -> mx.array:
-    """The length of every output row of the weight, float32 (outputs,)."""
+    """The length (L2 norm) of every output row of the weight, float32 (outputs,)."""
     return mx.linalg.norm(float_weight(linear), axis=1)
 
 

@@ -1,8 +1,7 @@
 """Adapters to and from PEFT, Hugging Face's library (its LoRA: A (rank, inputs), B (outputs, rank), DoRA's magnitudes).
 
-PEFT adapters may change the fused layers of Phi-3 as transformers has them, or q, k, v, gate and up apart, as models
-with split projections have them. Split ones are joined exactly: their components stand side by side, each changing its
-own rows alone.
+PEFT adapters may change Phi-3's fused layers, or q, k, v, gate and up apart, as in models with split projections. Split
+ones are joined exactly: their components stand side by side, and each changes its own rows alone.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from .lora import Adapter, float_weight, get_layer, row_lengths
 from .peft_config import PeftConfig, alpha_of, exactly, refuse
 from .principal import taken_out
 from .stored import StoredLayers
-from .targets import fused
+from .targets import path_of
 
-_WEIGHTS = "adapter_model.safetensors"
-_STEM = "base_model.model."
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_NAME_PREFIX = "base_model.model."
 _LEAVES = ("lora_A", "lora_B", "lora_magnitude_vector")
-_KEY = re.compile(
-    rf"{re.escape(_STEM)}(?P<path>(?P<layer>model\.layers\.\d+)\.(?P<home>\w+)\.(?P<name>\w+)|lm_head)\."
+_TENSOR_NAME = re.compile(
+    rf"{re.escape(_NAME_PREFIX)}(?P<path>(?P<layer>model\.layers\.\d+)\.(?P<home>\w+)\.(?P<name>\w+)|lm_head)\."
     rf"(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
 )
 # PEFT saves the weights of embedding and output layer too where an adapter changes one of them.
-_SAVED = re.compile(rf"{re.escape(_STEM)}(?P<path>model\.embed_tokens|lm_head)\.(?:base_layer\.)?weight")
+_SAVED_WEIGHT = re.compile(rf"{re.escape(_NAME_PREFIX)}(?P<path>model\.embed_tokens|lm_head)\.(?:base_layer\.)?weight")
 
 
 def import_peft(source: str | Path, output: str | Path, model: str, *, revision: str | None = None) -> int:
@@ -83,18 +82,18 @@ def adapters_of_peft(
 ) -> dict[str, Adapter]:
     """The adapters, by layer path, of a PEFT folder's config and tensors. Raises AdapterError.
 
-    `model` may be an outline; weights that are needed are those of `base`.
+    `model` may be an outline: weights are read from `base` alone.
     """
     layers: dict[str, dict[str, dict[str, mx.array]]] = {}  # layer path -> part -> leaf
     for name, array in tensors.items():
-        saved = _SAVED.fullmatch(name)
+        saved = _SAVED_WEIGHT.fullmatch(name)
         if saved is not None:
             _check_saved(source, name, array, model, base, saved["path"])
             continue
         path, part, leaf = _place(source, name, model.config)
         layers.setdefault(path, {}).setdefault(part, {})[leaf] = array
     if not layers:
-        refuse(source, f"{_WEIGHTS} is empty")
+        refuse(source, f"{_PEFT_WEIGHTS} is empty")
     if config.principal and model.config.quantization is not None:
         refuse(
             source,
@@ -102,7 +101,7 @@ def adapters_of_peft(
             "import it for the model in floats that it was trained on, and fuse and convert that",
         )
     scales = (config.scale_of(_sibling(path, part)) for path, parts in layers.items() for part in parts)
-    common = next(iter(scales))  # one for all, as mlx-lm has it; B takes the difference
+    common = next(iter(scales))  # mlx-lm has one scale for all layers; B is multiplied by what differs
     order = list(model.config.adaptable)
 
     def place_in_model(path: str) -> tuple[float, int]:
@@ -114,15 +113,15 @@ def adapters_of_peft(
     adapters = {}
     for path in sorted(layers, key=place_in_model):
         adapters[path] = adapter = _joined(source, path, layers[path], config, common, model, base)
-        mx.eval(adapter.parameters())  # else they would keep the base's weights
+        mx.eval(adapter.parameters())  # lazy ones would keep the base's weights in memory
         if not adapter.largest <= mx.finfo(mx.float32).max:
             refuse(source, f"{path} has numbers beyond what float32 holds once alpha is in them")
     return adapters
 
 
 def _place(source: Path, name: str, config: Config) -> tuple[str, str, str]:
-    """(layer path in the model, part of that layer, leaf) that a tensor's name says. Raises AdapterError."""
-    match = _KEY.fullmatch(name)
+    """(layer path in the model, part of that layer, leaf) from a tensor's name. Raises AdapterError."""
+    match = _TENSOR_NAME.fullmatch(name)
     if match is None:
         of_embedding = "; adapters of the embedding are not supported" if "embed" in name else ""
         refuse(
@@ -131,7 +130,7 @@ def _place(source: Path, name: str, config: Config) -> tuple[str, str, str]:
         )
     if match["layer"] is None:
         return match["path"], match["path"], match["leaf"]
-    place = fused(config, match["name"])
+    place = path_of(config, match["name"])
     if place is None or place.rpartition(".")[0] != match["home"]:
         refuse(
             source,
@@ -141,13 +140,13 @@ def _place(source: Path, name: str, config: Config) -> tuple[str, str, str]:
 
 
 def _sibling(path: str, name: str) -> str:
-    """The path of the layer `name` that stands where `path` does."""
+    """The path of the layer `name` in the module that the layer `path` is in."""
     home, dot, _ = path.rpartition(".")
     return f"{home}{dot}{name}"
 
 
 def _check_saved(source: Path, name: str, array: mx.array, model: Model, base: StoredLayers, path: str) -> None:
-    """AdapterError unless weights that were saved beside an adapter are the base's own."""
+    """AdapterError unless weights that were saved beside an adapter equal the base's."""
     tied = path == "lm_head" and model.config.tie_word_embeddings
     weight = float_weight(base.layer("model.embed_tokens" if tied else path)).astype(array.dtype)
     if weight.shape != array.shape or not mx.array_equal(weight, array):
@@ -167,7 +166,7 @@ def _joined(
     model: Model,
     base: StoredLayers,
 ) -> Adapter:
-    """One adapter of a layer of the parts that PEFT has; its rank is the sum of theirs."""
+    """The adapter of a layer from PEFT's adapters of its parts; its rank is the sum of theirs. Raises AdapterError."""
     name = path.rpartition(".")[2]
     try:
         linear = get_layer(model, path)
@@ -280,14 +279,14 @@ def export_peft(
         },
     }
     with new_directory(output, fault=AdapterError) as folder:
-        write_pair(folder, CONFIG, settings, _WEIGHTS, arrays, "pt")
+        write_pair(folder, CONFIG, settings, _PEFT_WEIGHTS, arrays, "pt")
     return len(adapters)
 
 
 def peft_tensors(
     adapters: Mapping[str, Adapter], config: Config, split: bool
 ) -> tuple[dict[str, mx.array], dict[str, int]]:
-    """(tensors by PEFT's names, rank of every layer it changes). Components that change nothing are left out."""
+    """(tensors by PEFT's names, rank of every layer that changes). Components that are all zero are left out."""
     arrays: dict[str, mx.array] = {}
     ranks = {}
     for path, adapter in adapters.items():
@@ -299,7 +298,7 @@ def peft_tensors(
             kept = [i for i, is_used in enumerate(used.tolist()) if is_used] or [0]  # type: ignore[arg-type]
             if not any(used.tolist()) and not adapter.is_dora and len(spans) > 1:  # type: ignore[arg-type]
                 continue  # a part that was not adapted
-            stem = f"{_STEM}{_sibling(path, part)}"
+            stem = f"{_NAME_PREFIX}{_sibling(path, part)}"
             arrays[f"{stem}.lora_A.weight"] = mx.contiguous(adapter.lora_a[:, mx.array(kept)].T)
             arrays[f"{stem}.lora_B.weight"] = mx.contiguous(b[mx.array(kept)].T)
             if adapter.is_dora:
@@ -314,6 +313,8 @@ def _read(source: Path) -> tuple[PeftConfig, dict[str, mx.array]]:
         hint = " (adapter_model.bin is pickle, which is never read)"
     elif (source / WEIGHTS).is_file():
         hint = f" ({WEIGHTS} is of an adapter that can be used as it is)"
-    raw = checked_config(source, CONFIG, _WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written")
+    raw = checked_config(
+        source, CONFIG, _PEFT_WEIGHTS, f"{hint}; name a folder that PEFT's save_pretrained has written"
+    )
     config = PeftConfig.of(raw, source)
-    return config, read_floats(source / _WEIGHTS)
+    return config, read_floats(source / _PEFT_WEIGHTS)

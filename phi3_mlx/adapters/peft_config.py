@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: which of its settings are honoured, which do not matter, and that others are refused."""
+"""PEFT's adapter_config.json: which settings are honoured and which ignored; others are refused."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from ..fields import Fields, shorten
 from .config import CONFIG, STRONGEST, is_neutral
 from .lora import scale_of
 
-# Of these the tensors tell already, or they matter in training alone.
-_FREE = {
+# Settings that the tensors tell as well, or that matter in training alone.
+_IGNORED = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "velora_config"),
-    # Settings of initializations, which `init_lora_weights` chooses.
+    # Settings of initializations; `init_lora_weights` chooses one.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     # ms-swift's own.
     *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 }
-# Changes that adapters here do not have. Settings that nobody knows yet are treated alike, but not so called.
+# Features that adapters here do not have. An unknown setting is refused too, in other words.
 _LACKING = {
     *("peft_type", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
     *("fan_in_fan_out", "layer_replication", "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 }
-_REPEATED = 3  # parts of a pattern that may be repeated
+_REPETITIONS = 3  # repetitions (*, +, {}) that a pattern may have
 _HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 _MUST_BE: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA", None), "bias": ("none", None)}
-# What A and B began as. Of some of these the base lost a part that the file does not hold.
+# How A and B were initialized. Some ways subtract from the base a part that the file does not hold.
 _BASE_UNCHANGED = (None, "gaussian", "orthogonal", "eva", "mica")
-_PRINCIPAL = ("pissa", "olora")  # that part follows from the base
+_PRINCIPAL = ("pissa", "olora")  # ways whose part can be computed from the base
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What a LoRA or DoRA adapter of PEFT says of its layers. `principal` is "pissa" or "olora" if its A and B began as
-    a part of the base, which was taken out of it."""
+    """The settings of PEFT's LoRA or DoRA adapters that are honoured.
+
+    `principal` is "pissa" or "olora" if A and B were initialized with a part of the base that was subtracted from it.
+    """
 
     source: Path
     rank: int
@@ -54,9 +56,9 @@ class PeftConfig:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], source: Path) -> PeftConfig:
-        """Raises AdapterError for a setting that cannot be honoured, by name."""
+        """Raises AdapterError, naming the setting, for one that cannot be honoured."""
         for key, value in raw.items():
-            if key not in _FREE | _HONOURED and not _is_neutral(key, value):
+            if key not in _IGNORED | _HONOURED and not _is_neutral(key, value):
                 why = "which is not known here; if it matters in training alone, take it out of adapter_config.json"
                 lacking = "which adapters here do not have"
                 named = f"{shorten(key, quote=False)} is {shorten(value)}"
@@ -75,11 +77,11 @@ class PeftConfig:
         )
 
     def rank_of(self, path: str) -> int:
-        """The components of the layer `path`: of the first pattern that matches, as PEFT matches them."""
+        """The rank of the layer `path`: that of the first pattern that matches, as in PEFT."""
         return int(_matched(self.ranks, path, self.rank))
 
     def scale_of(self, path: str) -> float:
-        """What PEFT multiplies B A by in the layer `path`. Raises AdapterError if that is more than adapters have."""
+        """What PEFT multiplies B A by in the layer `path`. Raises AdapterError if that is above `STRONGEST`."""
         alpha, rank = _matched(self.alphas, path, self.alpha), self.rank_of(path)
         scale = scale_of(alpha, rank, self.rslora)
         if scale > STRONGEST:
@@ -88,7 +90,7 @@ class PeftConfig:
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a setting that is not honoured, known or not, asks for nothing."""
+    """Whether a setting that is not honoured, known or unknown, switches nothing on."""
     return value in _MUST_BE[key] if key in _MUST_BE else is_neutral(value)
 
 
@@ -112,8 +114,8 @@ def _alpha(fields: Fields, key: str, default: float | None = None) -> float:
 def _patterns(table: Fields) -> list[str]:
     """The keys, regular expressions that layers are matched with."""
     for pattern in table.raw:
-        # Matching takes exponential time where a group is repeated that may match in several ways, or much is repeated.
-        if len(re.findall(r"[*+{]", pattern)) > _REPEATED or re.search(r"\)[*+{]", pattern):
+        # Matching may take exponential time if a group is repeated, or if there are many repetitions.
+        if len(re.findall(r"[*+{]", pattern)) > _REPETITIONS or re.search(r"\)[*+{]", pattern):
             table.fail(pattern, "the name of a layer, or a pattern that repeats little")
         try:
             _compiled(pattern)
@@ -123,7 +125,7 @@ def _patterns(table: Fields) -> list[str]:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """As PEFT matches a pattern with a layer's path."""
+    """A pattern as PEFT matches it with the paths of layers."""
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
@@ -137,7 +139,7 @@ def exactly(path: str) -> str:
 
 
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:
-    """The `lora_alpha` that gives a scale: an int, as PEFT has it, wherever it is one but for rounding."""
+    """The `lora_alpha` that gives a scale; an int, as in PEFT, if it is one up to rounding."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 

@@ -1,4 +1,4 @@
-"""The matrices of a base as they are stored, read one at a time: what needs a few of them loads no model."""
+"""The matrices of a base as they are stored, read one at a time, so that a few can be read without loading a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..store.safetensors import Tensor, find_weights
 
 
 class StoredLayers:
-    """The layers of a model directory that `checkpoint.outline` has found whole, packed or not."""
+    """The layers, packed or not, of a model directory that `checkpoint.outline` has checked."""
 
     def __init__(self, directory: Path):
         weights = find_weights(directory)
@@ -26,24 +26,24 @@ class StoredLayers:
         self.quantization, self._shapes = config.quantization, shapes(config)
 
     def packing(self, path: str) -> dict[str, Any] | None:
-        """How a layer is packed, or None."""
+        """Group size, bits and mode of a layer, None if it is not packed."""
         shape = self._shapes.get(f"{path}.weight")
         if self.quantization is None or shape is None or f"{path}.scales" not in self.tensors:
             return None
         return find_packing(path, shape[-1], self.quantization, self.tensors, self._where)
 
     def layer(self, path: str) -> nn.Module:
-        """A linear layer's arrays, read when they are used; scales in float32."""
+        """A linear layer's arrays, read when they are evaluated; scales in float32."""
         return read_layer(path, self.packing(path), self.read)
 
     def read(self, name: str) -> mx.array:
-        """A tensor, read when it is used."""
-        # Opened for each: arrays kept from an earlier call would keep their memory.
+        """A tensor, read when it is evaluated."""
+        # The file is opened each time: arrays kept from an earlier call would keep their memory.
         return read_arrays(self._homes[name])[name]
 
 
 def read_layer(path: str, packing: Mapping[str, Any] | None, read: Callable[[str], mx.array]) -> nn.Module:
-    """The linear layer `path`, packed so or not, of the arrays that `read` gives by name; scales in float32."""
+    """The linear layer `path` from the arrays that `read` gives by name, packed as `packing`; scales in float32."""
     layer = nn.Module()
     layer.weight = read(f"{path}.weight")
     if packing is not None:

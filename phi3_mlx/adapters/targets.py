@@ -1,4 +1,4 @@
-"""Which layers an adapter changes: their names, the parts of the fused ones, ranges of decoder layers."""
+"""Which layers an adapter changes: by name, by part of a fused layer (q_proj of qkv_proj), by range of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import OptionError
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to adapt. `parts` are the names and output rows to adapt apart; one part is the whole layer."""
+    """A linear layer to adapt. Each of its `parts` gets components of its own; usually the whole layer is one part."""
 
     path: str  # "model.layers.3.self_attn.qkv_proj"
     name: str  # "qkv_proj"
@@ -22,17 +22,17 @@ class Target:
 
 
 def names_of(config: Config) -> list[str]:
-    """The names there are to choose from: a decoder layer's adaptable layers, then the parts of the fused ones."""
+    """All names that a user may choose: a decoder layer's adaptable layers, then the parts of the fused ones."""
     return [*map(_name, config.adaptable), *(part for parts in config.parts.values() for part in parts)]
 
 
 def part_rows(config: Config, name: str) -> dict[str, tuple[int, int]]:
-    """The parts of a fused layer and their output rows, (first, past the last); the whole layer if it is not fused."""
+    """The parts of a fused layer with their output rows, (first, past the last); the whole layer if it is not fused."""
     return config.parts.get(name) or {name: (0, shape(config, name)[0])}
 
 
-def fused(config: Config, name: str) -> str | None:
-    """The path in a decoder layer of the linear layer that has this name, or a part of this name."""
+def path_of(config: Config, name: str) -> str | None:
+    """The path in a decoder layer ("self_attn.qkv_proj") of the linear layer that has this name or a part of it."""
     return next(
         (path for path in config.adaptable if name == _name(path) or name in config.parts.get(_name(path), ())), None
     )
@@ -46,7 +46,7 @@ def shape(config: Config, name: str) -> tuple[int, int]:
 def find_targets(config: Config, names: Sequence[str] = (), layers: str | None = None) -> list[Target]:
     """The layers that `names` (none: all) and `layers` (see `layer_range`) choose, in model order. Raises OptionError.
 
-    A name is a layer's (`qkv_proj`) or that of a part of a fused one (`q_proj`), which is then adapted apart.
+    A name is that of a layer (`qkv_proj`) or of a part of a fused layer (`q_proj`), which then has its own components.
     """
     known = names_of(config)
     for name in names:

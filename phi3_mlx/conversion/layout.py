@@ -11,14 +11,12 @@ import mlx.core as mx
 
 from ..errors import OptionError
 from ..fields import shorten
-from ..store.quantization import complete
+from ..store.quantization import PACKING_KEYS, complete
 from ..store.safetensors import Tensor
 from .recipes import Recipe
 from .sources import Source, tensor_of
 
 Scheme = Mapping[str, Any]  # group_size, bits and mode, each given
-
-_KEYS = {"group_size", "bits", "mode"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def _packings(recipe: Recipe | None, tensors: Mapping[str, Tensor], source: str)
     if not isinstance(recipe, Mapping) or not set(recipe) >= {"group_size", "bits"}:
         raise fail("a recipe is a JSON object with group_size, bits, and entries by layer")
     layers = {name.removesuffix(".weight"): name for name, tensor in tensors.items() if len(tensor.shape) > 1}
-    unknown = next((key for key in recipe if key not in _KEYS and key not in layers), None)
+    unknown = next((key for key in recipe if key not in PACKING_KEYS and key not in layers), None)
     if unknown is not None:
         raise fail(
             f"{shorten(unknown, quote=False)} is no layer of this model; they are named like {next(iter(layers))}"
@@ -126,13 +124,13 @@ def _packings(recipe: Recipe | None, tensors: Mapping[str, Tensor], source: str)
 
 def _packing(recipe: Recipe, path: str, fail: Callable[[str], OptionError]) -> Scheme | None:
     """How a recipe packs the layer `path`."""
-    usual = {key: value for key, value in recipe.items() if key in _KEYS}
+    usual = {key: value for key, value in recipe.items() if key in PACKING_KEYS}
     entry = recipe.get(path, usual)
     if entry is False:
         return None
     entry = usual if entry is True else entry
-    if not isinstance(entry, Mapping) or set(entry) - _KEYS:
-        raise fail(f"the entry of {path} is {shorten(entry)}, expected false or {', '.join(sorted(_KEYS))}")
+    if not isinstance(entry, Mapping) or set(entry) - PACKING_KEYS:
+        raise fail(f"the entry of {path} is {shorten(entry)}, expected false or {', '.join(sorted(PACKING_KEYS))}")
     try:
         return complete(None, **entry)
     except ValueError as error:

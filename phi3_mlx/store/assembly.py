@@ -1,4 +1,4 @@
-"""What a checkpoint holds in the place of a model's tensors: themselves, their parts, or what they are cut from."""
+"""How the tensors of a model are read from a checkpoint: as they are, joined from parts, or cut from larger ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 
 def origin(config: Config, target: str, stored: Container[str]) -> tuple[str, ...]:
-    """The names of what `target` is read from, of a checkpoint that has the tensors `stored`."""
+    """The names of the tensors that `target` is read from, in a checkpoint that has the tensors `stored`."""
     if target in stored:
         return (target,)
     cut = config.cut_from(target)
@@ -22,7 +22,7 @@ def origin(config: Config, target: str, stored: Container[str]) -> tuple[str, ..
 
 
 def part_shapes(config: Config, target: str, shape: Shape, names: Sequence[str]) -> list[Shape]:
-    """Shapes of the tensors `names` that `target`, which has `shape`, is read from."""
+    """The shapes that the tensors `names` must have, from which `target` of this `shape` is read."""
     cut = _cut(config, target, names)
     if cut is not None:
         return [(*shape[:-2], cut.rows, shape[-1])]
@@ -37,9 +37,9 @@ def part_shapes(config: Config, target: str, shape: Shape, names: Sequence[str])
 def assemble(
     config: Config, target: str, names: Sequence[str], shape: Shape, read: Callable[[str], mx.array]
 ) -> mx.array:
-    """The tensor `target` of `shape` made of what `read` gives for `names`, evaluated.
+    """The tensor `target` of this `shape` from what `read` gives for `names`; evaluated.
 
-    `read` is called once for each name. An array of matrices is filled one by one: beside it one is in memory.
+    `read` is called once for each name. A stack of matrices is filled one by one, so beside it one matrix is in memory.
     """
     cut = _cut(config, target, names)
     if cut is not None:
@@ -69,8 +69,8 @@ def _cut(config: Config, target: str, names: Sequence[str]) -> Cut | None:
 class View:
     """A checkpoint's tensors as the model names them.
 
-    `tensors`: all of them; `origins`: of those that are not stored as themselves, what they are read from; `faults`:
-    what is wrong with that.
+    `tensors`: all of them. `origins`: for those that are joined or cut, the tensors that they are read from. `faults`:
+    one line for each of those that is missing or differs from the others.
     """
 
     tensors: dict[str, Tensor]
@@ -79,9 +79,9 @@ class View:
 
 
 def view(config: Config, shapes: Mapping[str, Shape], stored: Mapping[str, Tensor]) -> View:
-    """The view for a model of these unpacked `shapes`: arrays of matrices stored apart, and cut or renamed tensors.
+    """The view for a model that has these `shapes` before it is quantized.
 
-    Experts that were quantized separately are stacked.
+    It stacks experts that are stored apart, packed or not, and finds tensors that are cut or renamed.
     """
     origins: dict[str, tuple[str, ...]] = {}
     tensors, faults = dict(stored), []

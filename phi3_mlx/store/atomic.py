@@ -1,8 +1,8 @@
-"""Files and directories that are there whole or not at all, whatever kills the process that writes them.
+"""Atomic writes: a file or directory appears whole or not at all, even if the process that writes it is killed.
 
-What is being written lies in a hidden directory beside its place, `.phi3-mlx-....partial`, which is locked while its
-writer lives. When the disk has all of it, it is renamed into its place. The next writer there removes what dead ones
-left. Links are followed, so that they stay; no pipe, device or directory is ever replaced by a file.
+It is written into a hidden directory beside its place, `.phi3-mlx-....partial`, which is locked while its writer lives.
+Once all of it is on the disk it is renamed into its place. The next writer there removes what dead writers left. Links
+are followed and stay links; no pipe, device or directory is ever replaced by a file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import BinaryIO
 
 from ..errors import CheckpointError, Phi3Error
 
-_PREFIX, _SUFFIX = ".phi3-mlx-", ".partial"
-_PARTIAL = re.compile(rf"{re.escape(_PREFIX)}[^/]+{re.escape(_SUFFIX)}")
-_NEW, _OLD = "new", "old"  # in a hidden directory: what is written, and what it replaces where names cannot be swapped
+_PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".phi3-mlx-", ".partial"
+_PARTIAL = re.compile(rf"{re.escape(_PARTIAL_PREFIX)}[^/]+{re.escape(_PARTIAL_SUFFIX)}")
+_NEW, _OLD = "new", "old"  # in a hidden directory: what is written and, where names cannot be swapped, what it replaces
 FINDER = ".DS_Store"  # macOS writes it into every folder that is looked at
-_HIDDEN = re.compile(rf"/{_PARTIAL.pattern}(/{_NEW})?")
+_HIDDEN_PATH = re.compile(rf"/{_PARTIAL.pattern}(/{_NEW})?")
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -42,7 +42,7 @@ _KINDS = {
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` in one step when the block ends without an error.
 
-    Raises OSError, as `check_file` does, and where the disk cannot take it.
+    Raises OSError, as `check_file` does, and if writing fails.
     """
     place = _place(path)
     with named(path), _partial(place.parent) as hidden:
@@ -54,10 +54,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_files(directory: Path, last: str) -> Iterator[Path]:
-    """An empty directory to fill with files, which take their places in `directory` when the disk has all of them.
+    """An empty directory to fill with files, which move into `directory` once all of them are on the disk.
 
-    A directory that is not there appears with its files in one step. In one that is there each file replaces that of
-    its name, `last` after the others, as the sign that all are there; files of other names stay. Raises OSError.
+    A new directory appears with its files in one step. In an existing one each file replaces the one of its name,
+    `last` after the others as the sign that all are there, and files of other names stay. Raises OSError.
     """
     directory = Path(os.path.realpath(directory))
     if not os.path.lexists(directory):
@@ -76,11 +76,11 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """OSError if `new_file` would write nothing there: no such folder, no permission, or no regular file is there."""
+    """OSError if `new_file` could not write there: no such folder, no permission, or no regular file is there."""
     place = _place(path)
     with named(path):
         if not os.access(place.parent, os.W_OK):
-            os.stat(place.parent)  # there is none
+            os.stat(place.parent)  # FileNotFoundError if there is no such folder
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
@@ -95,8 +95,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """An empty directory to fill with files, which becomes `destination` when the block ends without an error.
 
-    `force` is `check_destination`'s. Raises `fault`: something is there already, or nothing can be written there (also
-    for an OSError inside the block), and what to do then: `way_out`, or to name another place.
+    `force` and `mark` are `check_destination`'s. Raises `fault` if something is there already or nothing can be written
+    there, also for an OSError inside the block; its message ends with `way_out`, by default to name another place.
     """
     destination = Path(os.path.realpath(destination))
 
@@ -125,9 +125,10 @@ def check_destination(
     mark: str = "config.json",
     fault: type[Phi3Error] = CheckpointError,
 ) -> None:
-    """Raise `fault` unless a directory may be written there: nothing is, or it is empty.
+    """Raise `fault` unless a directory may be written there: nothing exists, or an empty directory.
 
-    `force` may replace one that holds the file `mark`, a model's by default; None where there is no such option.
+    With `force` it may replace a directory that holds the file `mark`, a model's by default. None: there is no such
+    option to name in the message.
     """
     if not os.path.lexists(destination):
         return
@@ -154,9 +155,9 @@ def check_destination(
 def hold(directory: Path) -> Iterator[bool]:
     """Lock `directory`, which is made if need be, for this block; False if another run holds it. Raises OSError.
 
-    The lock ends with the process, however that ends. Where nothing can be locked, everybody holds it.
+    The lock ends with the process, however that ends. On file systems without locks it is always True.
     """
-    directory = Path(os.path.realpath(directory))  # a link may lead to one that is still to be made
+    directory = Path(os.path.realpath(directory))  # a link may lead to a directory that does not exist yet
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -179,7 +180,7 @@ def is_partial(path: Path) -> bool:
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
-    """Where a file `path` is to be, links followed. Raises OSError if it may not be replaced."""
+    """The place of a file `path`, links followed. Raises OSError if what is there may not be replaced."""
     with named(path):
         try:
             mode = os.stat(path).st_mode
@@ -195,12 +196,12 @@ def _place(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError of the block names `path` if it names nothing, as those of a full disk do, and no hidden directory."""
+    """An OSError of the block names `path` if it names no file (as for a full disk), and never a hidden directory."""
     try:
         yield
     except OSError as error:
         name = os.fsdecode(path if error.filename is None or isinstance(error.filename, int) else error.filename)
-        error.filename = _HIDDEN.sub("", name)
+        error.filename = _HIDDEN_PATH.sub("", name)
         if error.filename2 is not None:
             del error.filename2  # of a rename
         raise
@@ -208,7 +209,7 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def _whole_directory(destination: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """An empty directory that becomes `destination`; `check` is asked again before it replaces another."""
+    """An empty directory that becomes `destination`; `check` is called before it replaces another."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _partial(destination.parent) as hidden:
         unfinished = hidden / _NEW / destination.name
@@ -220,7 +221,7 @@ def _whole_directory(destination: Path, check: Callable[[], None]) -> Iterator[P
 
 
 def _put_files(files: list[Path], directory: Path) -> None:
-    """Rename complete files into `directory`; those that they replace hand on who may read them."""
+    """Rename complete files into `directory`; they take the permissions of those that they replace."""
     for file in files:
         _sync(file)
     places = [_place(directory / file.name) for file in files]  # again: time has passed
@@ -235,10 +236,10 @@ def _put_files(files: list[Path], directory: Path) -> None:
 
 @contextmanager
 def _partial(parent: Path) -> Iterator[Path]:
-    """A hidden directory in `parent`, locked while this process lives, removed in the end."""
+    """A hidden directory in `parent`, locked while this process lives, and removed in the end."""
     _sweep(parent)
     while True:
-        hidden = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=parent))
+        hidden = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, suffix=_PARTIAL_SUFFIX, dir=parent))
         try:
             lock = os.open(hidden, os.O_RDONLY)
         except FileNotFoundError:  # another run swept it away before it was locked
@@ -255,7 +256,7 @@ def _partial(parent: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what dead runs left in `parent`: no process holds its lock any more, and put back what they took away."""
+    """Remove hidden directories of dead runs, which hold no lock, from `parent`; restore what those had moved away."""
     with os.scandir(parent) as entries:
         left = [Path(entry.path) for entry in entries if _PARTIAL.fullmatch(entry.name)]
     for hidden in left:
@@ -272,7 +273,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _locked(descriptor: int, *, otherwise: bool) -> bool:
-    """Lock an open directory; False if another process has, `otherwise` on file systems without locks."""
+    """Lock an open directory; False if another process holds it, `otherwise` on file systems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -310,7 +311,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold the bytes of a file, or of every file in a directory."""
+    """Flush a file, or every file in a directory, to the disk."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
             with file.open("rb") as opened:
@@ -320,7 +321,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_names(directory: Path) -> None:
-    """Have the disk hold the names in a directory, where the file system can."""
+    """Flush the names in a directory to the disk, if the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

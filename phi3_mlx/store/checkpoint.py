@@ -23,7 +23,7 @@ from .quantization import FLOATS, pack_like, packed_layout
 from .safetensors import Tensor, Weights, find_weights, lacks
 
 DTYPES = {name: getattr(mx, name) for name in DTYPE_NAMES}
-_STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # in headers of safetensors
+_STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # as safetensors spells them
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 
 
@@ -50,7 +50,7 @@ def read_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
 
 
 def outline(directory: Path) -> Model:
-    """The model of `read_model` with random weights, none of which is computed: for its modules and their shapes."""
+    """The model of `read_model` with random weights that are not computed: for its modules and their shapes."""
     model = _built(directory, _check(directory))
     model.eval()
     return model
@@ -64,7 +64,7 @@ def _built(directory: Path, checked: _Checked) -> Model:
 
 
 def read_arrays(path: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file that `read_header` has found whole; values are read when they are evaluated.
+    """The arrays of a safetensors file that `read_header` has checked; values are read when they are evaluated.
 
     Raises CheckpointError for what mlx cannot read, such as a type of numbers that it does not have.
     """
@@ -77,13 +77,13 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the memory of a model depends on, as the headers of its directory say."""
+    """What the memory of a model depends on, from the headers of its directory."""
 
     config: Config
     weights: int  # bytes in memory
-    largest_cast: int  # bytes of the largest stored tensor that is cast: `read_model` holds it in both types
+    largest_cast: int  # bytes of the largest stored tensor that is cast, which `read_model` holds in both types
     itemsize: int  # bytes of a number in computation
-    numbers: int  # that are stored
+    numbers: int  # how many are stored
 
 
 def model_size(directory: Path, dtype: str | None = None) -> ModelSize:
@@ -124,9 +124,9 @@ class _Checked:
 
 
 def _check(directory: Path) -> _Checked:
-    """A model directory, read from config and headers alone; no module is made of what they may ask for.
+    """A model directory, checked by its config and headers; no module is made before they are known to agree.
 
-    Raises one CheckpointError with every difference between the files and the model that the config asks for.
+    Raises one CheckpointError that lists all differences between the files and the model that the config describes.
     """
     if not directory.is_dir():
         raise CheckpointError(
@@ -149,13 +149,13 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
     _refuse_other_formats(directory, config, present)
     needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
     _refuse_differences(directory, {"among parts": list(seen.faults), **_differences(needed, present)})
-    if not any(name.endswith(".scales") for name in present):  # the config has kept what a tool has unpacked
+    if not any(name.endswith(".scales") for name in present):  # a tool has dequantized them and kept it in the config
         config = replace(config, quantization=None)
     return _Checked(config, weights, seen, tuple(needed))
 
 
 def _refuse_other_formats(directory: Path, config: Config, present: Mapping[str, Tensor]) -> None:
-    """Projections that are split, and packed weights of which the config says nothing."""
+    """CheckpointError for projections that are split, and for packed weights that the config does not mention."""
     if config.parts and any(".q_proj." in name or ".gate_proj." in name for name in present):
         raise CheckpointError(
             f"{directory}: its projections are split (q_proj, k_proj, ...), and phi3 needs them fused; type "
@@ -171,7 +171,7 @@ def _refuse_other_formats(directory: Path, config: Config, present: Mapping[str,
 def _differences(
     needed: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], present: Mapping[str, Tensor]
 ) -> dict[str, list[str]]:
-    """Kind -> lines that say what is not as it is needed: shapes, and dtypes as safetensors' headers name them."""
+    """Kind of difference -> its lines, one a tensor. Dtypes are spelled as in safetensors' headers."""
     both = [(name, present[name], *needed[name]) for name in needed if name in present]
     return {
         "missing": [f"missing {name}" for name in needed if name not in present],
@@ -209,7 +209,7 @@ def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | N
     left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
 
     def take(name: str) -> mx.array:
-        """An array, forgotten here when nothing else is made of it."""
+        """An array, which is forgotten here once no other tensor needs it."""
         left[name] -= 1
         return arrays[name] if left[name] > 0 else arrays.pop(name)
 
@@ -228,9 +228,9 @@ def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | N
 
 
 def _check_tied(directory: Path, model: Model, head: mx.array, target: mx.Dtype | None) -> None:
-    """CheckpointError for a head that the config ties to the embedding, and that differs from it.
+    """CheckpointError for a stored head that differs from the embedding, though the config ties the two.
 
-    There the reference overrules the config and unties the two.
+    The reference ignores the config there and unties them.
     """
     if target is not None and mx.issubdtype(head.dtype, mx.floating):
         head = head.astype(target)

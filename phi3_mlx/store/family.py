@@ -1,4 +1,4 @@
-"""The released models: their shapes, as their config.json files give them, for what is asked before a download."""
+"""The released models, with the shapes of their config.json files: what can be said of one before it is downloaded."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _MEDIUM = (5120, 17920, 40, 40, 10, 32064)
 _MOE = (4096, 6400, 32, 32, 8, 32064)
 _PHI_4 = (5120, 17920, 40, 40, 10, 100352)
 
-_MOE_HAS: dict[str, Any] = {
+_MOE_KEYS: dict[str, Any] = {
     "model_type": "phimoe",
     "num_local_experts": 16,
     "attention_bias": True,
     "lm_head_bias": True,
     "sliding_window": 131072,
 }
-_SMALL: dict[str, Any] = {
+_PHI_3_SMALL: dict[str, Any] = {
     "model_type": "phi3small",
     "hidden_size": 4096,
     "ff_intermediate_size": 14336,
@@ -68,10 +68,10 @@ _SMALL: dict[str, Any] = {
 class Member:
     """A released model: its `shape`, and the scores that were published.
 
-    The shape is what memory depends on; the rotation is left out, it costs none. `mmlu`, in percent, is the model
-    card's, 5-shot (phi-4: by OpenAI's simple-evals); `mt_bench` the technical report's (arXiv 2404.14219), which gives
-    one for a size, not for a context. None where neither gives one. Both are of one release: phi-3-mini's of April
-    2024, whose weights were replaced in June under the same name; `mmlu_june` is the new ones', which have no MT-bench.
+    The shape is what memory depends on; LongRoPE's factors are left out. `mmlu`, in percent, is the model card's,
+    5-shot (phi-4: by OpenAI's simple-evals); `mt_bench` the technical report's (arXiv 2404.14219), which gives one for
+    a size, not for a context. None where neither gives one. Both are of one release: phi-3-mini's of April 2024, whose
+    weights were replaced in June under the same name; `mmlu_june` is the new ones', which have no MT-bench.
     """
 
     shape: Config
@@ -89,11 +89,11 @@ MEMBERS = {
     "phi-3-mini-4k": Member(_shape(*_MINI, 4096, sliding_window=2047), 68.8, 8.38, mmlu_june=70.9),
     "phi-3-mini-128k": Member(_shape(*_MINI, 131072), 68.1, mmlu_june=69.7),
     "phi-3.5-mini": Member(_shape(*_MINI, 131072)),
-    "phi-3-small-8k": Member(parse_config({**_SMALL, "max_position_embeddings": 8192}), 75.7, 8.7),
-    "phi-3-small-128k": Member(parse_config({**_SMALL, "max_position_embeddings": 131072}), 75.5),
+    "phi-3-small-8k": Member(parse_config({**_PHI_3_SMALL, "max_position_embeddings": 8192}), 75.7, 8.7),
+    "phi-3-small-128k": Member(parse_config({**_PHI_3_SMALL, "max_position_embeddings": 131072}), 75.5),
     "phi-3-medium-4k": Member(_shape(*_MEDIUM, 4096, sliding_window=2047), 78.0, 8.9),
     "phi-3-medium-128k": Member(_shape(*_MEDIUM, 131072), 76.6),
-    "phi-3.5-moe": Member(_shape(*_MOE, 131072, **_MOE_HAS), 78.9),
+    "phi-3.5-moe": Member(_shape(*_MOE, 131072, **_MOE_KEYS), 78.9),
     "phi-4": Member(_shape(*_PHI_4, 16384), 84.8),
     "phi-4-reasoning": Member(_shape(*_PHI_4, 32768)),
     "phi-4-mini": Member(_shape(3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True)),
@@ -101,7 +101,7 @@ MEMBERS = {
 
 
 def june_text() -> str:
-    """What the table's columns cannot say: MMLU of the phi-3-mini weights that are downloaded today."""
+    """A footnote for the table of scores: MMLU of the phi-3-mini weights that are downloaded today."""
     june = [f"{member.mmlu_june} ({name})" for name, member in MEMBERS.items() if member.mmlu_june is not None]
     return (
         "phi-3-mini's scores are those of its first release, April 2024. The weights of June 2024, which are "
@@ -115,5 +115,5 @@ def parameter_count(config: Config) -> int:
 
 
 def packed_bytes(parameters: int, bits: int) -> int:
-    """Bytes of this many weights: half a bit more each where they are packed (a 16-bit scale and bias for every 64)."""
+    """Bytes of this many weights. A packed one takes half a bit more: 64 share a scale and a bias of 16 bits each."""
     return int(parameters * (bits + (0.5 if bits < 16 else 0.0)) / 8)

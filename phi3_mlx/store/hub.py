@@ -1,4 +1,4 @@
-"""A name -> a local directory: the bundled model, an alias, a path, or a repository of the Hugging Face hub."""
+"""From a model's name to its local directory: bundled, an alias, a path, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ ALIASES = (
 )
 _REPO_IDS = {alias.name: alias.repo_id for alias in ALIASES}
 
-# What goes along with config and weights. No code.
+# The files that go along with config and weights. No code.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*.json",
@@ -116,16 +116,16 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
-_CACHED = "models--"  # how the folder of a repository begins in Hugging Face's cache; OWNER--NAME follows
+_CACHE_PREFIX = "models--"  # of a repository's folder in Hugging Face's cache; OWNER--NAME follows
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The local directory of a model, downloaded if need be.
 
-    `name`, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local directory, an
-    `owner/repository` of the Hugging Face hub; `revision` (a branch, tag or commit) goes with the last. A repository
-    that is on this disk already is taken as it is, without asking the network. Raises ModelNotFoundError,
-    and OptionError for what is no name.
+    `name` is taken for, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local
+    directory, an `owner/repository` of the Hugging Face hub. `revision` (a branch, tag or commit) goes with an alias or
+    a repository. A repository that is on this disk is used without asking the network. Raises ModelNotFoundError, and
+    OptionError for a name that is no text and for a revision of a directory.
     """
     name = values.path(name, "model", "the name or directory of a model")
     revision = values.optional(values.text, revision, "revision")
@@ -142,7 +142,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
-    folder = cache_folder() / f"{_CACHED}{repo_id.replace('/', '--')}"
+    folder = cache_folder() / f"{_CACHE_PREFIX}{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
         commit = read_text(folder / "refs" / revision, most=1000).strip()
@@ -155,9 +155,9 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
 def snapshot_of(directory: Path) -> tuple[str, str] | None:
     """(repository, commit) of a directory in Hugging Face's cache; None for any other."""
     folder = directory.parent.parent
-    if directory.parent.name != "snapshots" or not folder.name.startswith(_CACHED):
+    if directory.parent.name != "snapshots" or not folder.name.startswith(_CACHE_PREFIX):
         return None
-    return folder.name.removeprefix(_CACHED).replace("--", "/", 1), directory.name
+    return folder.name.removeprefix(_CACHE_PREFIX).replace("--", "/", 1), directory.name
 
 
 def is_repository(name: str) -> bool:
@@ -167,7 +167,7 @@ def is_repository(name: str) -> bool:
 
 
 def repository_of(name: str) -> str:
-    """The repository that an alias is short for; any other name as it is."""
+    """The repository that an alias stands for; any other name unchanged."""
     return _REPO_IDS.get(name.lower(), name)
 
 
@@ -187,8 +187,8 @@ def list_models() -> list[ModelRow]:
         context = alias.shape.max_position_embeddings
         rows.append(ModelRow(alias.name, alias.repo_id, alias.parameters, alias.bits, alias.bytes, context, path))
     known = set(_REPO_IDS.values())
-    for folder in sorted(cache_folder().glob(f"{_CACHED}*")):
-        repo_id = folder.name.removeprefix(_CACHED).replace("--", "/", 1)
+    for folder in sorted(cache_folder().glob(f"{_CACHE_PREFIX}*")):
+        repo_id = folder.name.removeprefix(_CACHE_PREFIX).replace("--", "/", 1)
         path = None if repo_id in known else on_disk(repo_id)
         row = None if path is None else _describe(repo_id, repo_id, path)
         if row is not None:
@@ -237,7 +237,7 @@ def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
 
 
 def _check_repo_id(name: str) -> None:
-    """Raise ModelNotFoundError unless `name`, no alias and no directory, can be a repository."""
+    """ModelNotFoundError unless `name`, which is no alias and no directory, may be a repository."""
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         raise ModelNotFoundError(f"{name} is a file, not a model directory; {instead_of_model(Path(path))}")
@@ -255,7 +255,7 @@ def _check_repo_id(name: str) -> None:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch what is missing of a repository, with huggingface_hub's progress bars and resumption."""
+    """Download the files of a repository that are missing; huggingface_hub shows progress and resumes."""
     from huggingface_hub import constants, errors, snapshot_download
 
     host, fallback = constants.ENDPOINT, "a local directory and the bundled model, tiny, work without it"

@@ -1,7 +1,7 @@
-"""What the safetensors files of a model directory hold, read from their headers alone.
+"""The tensors in the safetensors files of a model directory, from the files' headers alone.
 
 The format: eight bytes, little-endian, with the header's length; the header, JSON that gives every tensor a dtype,
-a shape and its place in the rest; the rest, filled without holes (github.com/huggingface/safetensors).
+a shape and its place in the data; the data, without holes (github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..places import PICKLES, convert_command, gguf_files
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _LONGEST_NAME = 255  # of a file, in bytes
-_WIDEST = 1 << 31  # rows, columns or experts of an array of mlx
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1} | {
+_WIDEST = 1 << 31  # mlx's limit for each dimension of an array
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1} | {
     f"{s}{n}": n // 8 for s in "IU" for n in (8, 16, 32, 64)
 }
 
@@ -40,7 +40,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model directory, the file of each, and the names of files that should be there too."""
+    """All tensors of a model directory, the file of each (`homes`), and the names of missing files (`absent`)."""
 
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Weights:
 def find_weights(directory: Path) -> Weights:
     """The weights of a model directory, from the headers of the files that `weight_files` gives.
 
-    Raises CheckpointError where there are none, where a file is damaged, or where two hold the same tensor.
+    Raises CheckpointError if there are none, if a file is damaged, or if two files hold the same tensor.
     """
     files, absent = weight_files(directory)
     if not files:
@@ -72,11 +72,11 @@ def find_weights(directory: Path) -> Weights:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The files with a model directory's weights, and the names of those that should be beside them and are not.
+    """The files with a model directory's weights, and the names of those that belong to them and are missing.
 
-    `model.safetensors` alone where it is there, else the files that the index names, as transformers has it. An index
-    that names files which are gone, and not the ones that are here, is of other weights: without an index of their own
-    every `model*.safetensors` counts, as mlx-lm has it. What is in a file its header says, not the index.
+    `model.safetensors` alone if it exists, else the files that the index names, as in transformers. An index that names
+    missing files, and not those that exist, belongs to other weights: then every `model*.safetensors` counts, as in
+    mlx-lm. Which tensors a file holds is read from its header, not from the index.
     """
     whole = directory / "model.safetensors"
     if whole.exists():
@@ -91,13 +91,13 @@ def weight_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _siblings(name: str) -> list[str]:
-    """The names of all shards of a set, by one of them: `...-00001-of-00003.safetensors`."""
+    """The names of all shards of the set that one of them, `...-00001-of-00003.safetensors`, belongs to."""
     match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
     return [f"{match[1]}{i:05d}-of-{match[2]}{match[3]}" for i in range(1, int(match[2]) + 1)] if match else []
 
 
 def lacks(directory: Path, absent: Sequence[str]) -> str:
-    """The message for a model directory whose weights are not all there."""
+    """The message for a model directory that lacks some of its weights."""
     more = f" and {len(absent) - 1:,} more files" if len(absent) > 1 else ""
     return f"{directory} lacks {absent[0]}{more} of its weights; download the model again"
 
@@ -111,7 +111,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     placed = [(_place(path, name, entry), name, entry) for name, entry in header.items()]
     for (first, last), name, entry in sorted(placed, key=lambda item: item[0]):
         shape = tuple(entry["shape"])
-        item_size = _SIZES.get(entry["dtype"])
+        item_size = _ITEM_BYTES.get(entry["dtype"])
         if first != end or (item_size is not None and last - first != item_size * math.prod(shape)):
             _damaged(path, f"has a header whose offsets contradict each other at {shorten(name, quote=False)}")
         tensors[name] = Tensor(entry["dtype"], shape, last - first)
@@ -122,12 +122,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file keeps beside its tensors. Raises CheckpointError."""
+    """The texts that a safetensors file holds beside its tensors, by name. Raises CheckpointError."""
     return _read_json_header(path)[0].get("__metadata__") or {}
 
 
 def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as it is written, its length and the file's, in bytes."""
+    """The header as it is stored, its length and the file's, in bytes. Raises CheckpointError."""
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -153,7 +153,7 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """The data offsets of a header's entry, once the entry is known to have the right form."""
+    """The data offsets of a header's entry, checked. Raises CheckpointError."""
     fields = entry if isinstance(entry, dict) else {}
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if (

@@ -30,7 +30,7 @@ _ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spen
 _ALLOWED_A_PAIR = 20  # of messages: some templates go through all of them for each
 _MOST_BITS = 16_384  # of an integer
 _STEP, _CALL, _FILTER = 4, 100, 25  # what a step of a loop, a call and a filter cost beside what they do
-_SMALL = 64  # containers that cost less are weighed again each time; the weight of others is kept
+_SMALL_CONTAINER = 64  # containers that cost less are weighed again each time; the weight of others is kept
 
 _KEPT = (list, tuple, dict)
 _CONTAINERS = (*_KEPT, KeysView, ValuesView, ItemsView)
@@ -86,7 +86,7 @@ class Meter:
                     weight, height = weight + below, max(height, high + 1)
                 if weight > self.allowed:
                     self.spend(weight)
-            if weight > _SMALL and isinstance(value, _KEPT):
+            if weight > _SMALL_CONTAINER and isinstance(value, _KEPT):
                 self._weights[id(value)] = value, weight, height
         if depth + height > DEEPEST_LISTS:
             raise ChatError(f"the chat template was stopped: its lists are nested more than {DEEPEST_LISTS} deep")

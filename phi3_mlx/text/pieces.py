@@ -9,7 +9,7 @@ from collections.abc import Iterator
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 _NORMAL = 1
 
-_PIECES, _TYPE = 1, 3  # field numbers
+_PIECE_FIELD, _TYPE_FIELD = 1, 3  # field numbers
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # how a field is written
 
 
@@ -30,8 +30,8 @@ def without_user_defined(model: bytes) -> bytes:
 def _type_places(model: bytes) -> Iterator[int]:
     """For each piece, where its type is in the file; 0 where it has none."""
     for field, start, end in _fields(model, 0, len(model)):
-        if field == _PIECES:
-            yield next((at for inner, at, _ in _fields(model, start, end) if inner == _TYPE), 0)
+        if field == _PIECE_FIELD:
+            yield next((at for inner, at, _ in _fields(model, start, end) if inner == _TYPE_FIELD), 0)
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ from ..errors import ChatError
 from .messages import escaped
 from .metering import Meter, MeteredEnvironment, extent, metered, pay_for
 
-_LONGEST = 256 * 1024  # characters of a template; the longest in use have 30,000
+_LONGEST_TEMPLATE = 256 * 1024  # characters of a template; the longest in use have 30,000
 _LONGEST_ERROR = 500  # characters of what a template says is wrong
 _MOST_WRITTEN = 1_000_000  # characters beside four times those of the messages
 
@@ -87,8 +87,10 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    if len(source) > _LONGEST:
-        raise ChatError(f"the chat template has {len(source):,} characters; {_LONGEST:,} are the most that is taken")
+    if len(source) > _LONGEST_TEMPLATE:
+        raise ChatError(
+            f"the chat template has {len(source):,} characters; {_LONGEST_TEMPLATE:,} are the most that is taken"
+        )
     environment = MeteredEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
