@@ -1,6 +1,6 @@
 """Compares two models on a text: perplexity, KL divergence, agreement of the likeliest token.
 
-Nothing grows with the text: windows are read one after another, logits exist for a few positions at a time.
+Memory does not grow with the text: windows are read one after another, and logits exist for a few positions at a time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
 
-_TOKENS_AT_ONCE = 4096  # through the layers
-LOGITS_AT_ONCE = 1 << 24  # 64 MB of float32
+_TOKENS_AT_ONCE = 4096  # that are read in one pass
+LOGITS_AT_ONCE = 1 << 24  # numbers, 64 MB in float32
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One model on a text of `tokens` predicted tokens that spell `characters`; `nats` is its whole log loss."""
+    """A model's loss on a text: `nats`, summed over the predicted `tokens`, which spell `characters`."""
 
     tokens: int
     characters: int
@@ -41,12 +41,12 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """A token; comparable between models of one tokenizer only."""
+        """Perplexity of a token; comparable between models with the same tokenizer only."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def perplexity_per_character(self) -> float:
-        """Comparable between any two models."""
+        """Perplexity of a character; comparable between any two models."""
         return math.exp(self.nats / self.characters)
 
 
@@ -127,7 +127,7 @@ def check_comparison(directory: Path, name: str, window: int, dtype: str | None 
 
 
 def _check_work(what: str, window: Workload) -> None:
-    """The same for a model and a `window`, of which some are read together."""
+    """MemoryLimitError unless a run whose `length` is a window fits, with several windows read together."""
     windows = replace(window, rows=max(1, _TOKENS_AT_ONCE // window.length))
     numbers = min(LOGITS_AT_ONCE, windows.rows * windows.length * windows.config.vocab_size)
     logits = 4 * 4 * numbers  # of two models, and copies
@@ -136,7 +136,7 @@ def _check_work(what: str, window: Workload) -> None:
 
 
 class Difference:
-    """Sums over positions, from which `result` makes a Comparison."""
+    """Sums over positions; `result` makes a Comparison of them."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -152,13 +152,13 @@ class Difference:
         targets: mx.array,
         vocab_size: int,
     ) -> None:
-        """Count the positions of `hidden_*` (B, L, hidden_size), whose next tokens are `targets` (B * L)."""
+        """Add the positions of `hidden_*` (B, L, hidden_size), whose next tokens are `targets` (B * L)."""
         hidden_a, hidden_b = hidden_a.flatten(0, -2), hidden_b.flatten(0, -2)
         for here in chunks(len(targets), vocab_size):
             log_a, log_b = log_softmax(head_a(hidden_a[here])), log_softmax(head_b(hidden_b[here]))
-            wanted = np.array(targets[here])[:, None]
-            self._nats_a -= _sum(np.take_along_axis(log_a, wanted, axis=-1))
-            self._nats_b -= _sum(np.take_along_axis(log_b, wanted, axis=-1))
+            next_ids = np.array(targets[here])[:, None]
+            self._nats_a -= _sum(np.take_along_axis(log_a, next_ids, axis=-1))
+            self._nats_b -= _sum(np.take_along_axis(log_b, next_ids, axis=-1))
             self._same += int((log_a.argmax(axis=-1) == log_b.argmax(axis=-1)).sum())
             self._kl += _sum(kl_divergence(log_a, log_b))
         self.tokens += len(targets)
@@ -169,7 +169,7 @@ class Difference:
 
 
 def log_softmax(logits: mx.array) -> np.ndarray:
-    """Float32, over the last axis. In numpy, whose exponential is many times faster than that of MLX's CPU backend."""
+    """log_softmax over the last axis in float32; numpy's exponential is many times faster than MLX's on the CPU."""
     logs = np.array(logits.astype(mx.float32))
     logs -= logs.max(axis=-1, keepdims=True)
     logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
@@ -182,7 +182,9 @@ def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 
 def divergence_from(log_p: np.ndarray, p: np.ndarray, logits: mx.array) -> np.ndarray:
-    """The same for `logits` of q, in a fifth of the time where many are compared with one `p` = exp(log_p).
+    """KL(p || q) of each position from q's `logits` (positions, vocab_size) and one `p` = exp(log_p).
+
+    It takes a fifth of `kl_divergence`'s time if many q are compared with one p.
 
     Let r = logits - log_p, so q = p exp(r) / Z with Z = sum p exp(r). Then KL(p || q) = log Z - E_p[r], and with
     d = r - E_p[r] this is log sum p exp(d) = log1p(sum p expm1(d)): no difference of large numbers where q is near p.
@@ -196,10 +198,10 @@ def divergence_from(log_p: np.ndarray, p: np.ndarray, logits: mx.array) -> np.nd
 
 
 def blocks(ids: Sequence[int], window: int, bos: int | None) -> Iterator[mx.array]:
-    """Windows of a text as int32 (B, L + 1): inputs, and one more id to predict; the last one may be shorter.
+    """Windows of a text as int32 (B, L + 1): inputs, and one more id to predict. The last one may be shorter.
 
-    With `bos` every window begins with it; else with the last id of the window before. PromptError for a text in
-    which there is nothing to predict.
+    Every window begins with `bos`, or without it with the last id of the window before. Raises PromptError for a text
+    with nothing to predict.
     """
     if bos is None:
         cut = [list(ids[first : first + window + 1]) for first in range(0, len(ids) - 1, window)]
@@ -222,7 +224,7 @@ def check_window(window: int, context: int) -> None:
 
 
 def chunks(count: int, vocab_size: int) -> Iterator[slice]:
-    """`count` positions in runs whose logits fit in memory at once."""
+    """Slices of `count` positions, each with at most `LOGITS_AT_ONCE` logits."""
     step = max(1, LOGITS_AT_ONCE // vocab_size)
     for first in range(0, count, step):
         yield slice(first, first + step)

@@ -1,15 +1,16 @@
 """Added tokens: strings that are one token wherever they stand in a text, and who may write them.
 
-One rule says who, for every file that declares them. *Special* is what tokenizer.json, tokenizer_config.json and GGUF
-(control and unknown types) say; the control and unknown pieces of a SentencePiece model are, its user-defined ones are
-not; all of Phi-3-small's tiktoken names are. *Marked* is a string of the form `<|…|>`.
+One rule says who, for every file that declares them. *Special* tokens are those that tokenizer.json,
+tokenizer_config.json or a GGUF file (control and unknown types) call so, the control and unknown pieces of a
+SentencePiece model but not its user-defined ones, and all of Phi-3-small's tiktoken names. *Marked* tokens have the
+form `<|…|>`.
 
-- Neither special nor marked is a **word** (`<think>`, a name that a fine-tune added): a token in every text, whoever
-  wrote it, as in transformers.
-- One of the two (`<|tool_call|>` of Phi-4-mini, which its files call no special token; `<think>` where they call it
-  one) is a token where the **assistant** says it, and ordinary text where anyone else does.
-- Both (`<|end|>`), and whatever plays a part (the tokens that begin a text, end an answer, pad or stand for the
-  unknown), comes from the chat **template** alone, or from text that is sent as it is.
+- A token that is neither is a **word** (`<think>`, a name that a fine-tune added): a token in every text, from every
+  writer, as in transformers.
+- A token that is one of the two (`<|tool_call|>` of Phi-4-mini, which its files do not call special; `<think>` if they
+  do) is a token if the **assistant** says it, and ordinary text if anyone else does.
+- A token that is both (`<|end|>`), or has a role (begins a text, ends an answer, pads, stands for the unknown), comes
+  from the chat **template** alone, or from text that is sent as it is.
 """
 
 import re
@@ -26,7 +27,7 @@ _WHITE_AFTER = re.compile(f"[{_WHITE}]*")
 _WORD_BEFORE, _WORD = re.compile(r"(?<=\w)"), re.compile(r"\w")
 
 _MARKED = re.compile(r"<\|.+\|>", re.DOTALL)
-_PARTS = ("<unk>", "<s>", "</s>", "<pad>")  # SentencePiece's own, whatever the other files say of them
+_SENTENCEPIECE_ROLES = ("<unk>", "<s>", "</s>", "<pad>")  # tokens with a role, even if no file says so
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class AddedToken:
     id: int
     content: str
     special: bool = True  # `decode` leaves it out
-    lstrip: bool = False  # swallows the white space before it
-    rstrip: bool = False  # swallows the white space after it
+    lstrip: bool = False  # takes the white space before it
+    rstrip: bool = False  # takes the white space after it
     single_word: bool = False  # no token inside a longer word
     normalized: bool = False  # looked for in the normalized text; only a tokenizer.json has the rules for that
 
@@ -45,15 +46,15 @@ class AddedToken:
     def marked(self) -> bool:
         return _MARKED.fullmatch(self.content) is not None
 
-    def writer(self, parts: Collection[int | None]) -> Writer:
-        """Who may write it. `parts` are the ids that begin or end texts and answers, or pad them."""
-        if self.id in parts or self.content in _PARTS or (self.special and self.marked):
+    def writer(self, roles: Collection[int | None]) -> Writer:
+        """Who may write it. `roles` are the ids of the tokens with a role: bos, eos, pad and what ends answers."""
+        if self.id in roles or self.content in _SENTENCEPIECE_ROLES or (self.special and self.marked):
             return "template"
         return "assistant" if self.special or self.marked else "anyone"
 
 
 class AddedTokens:
-    """Some of a vocabulary's added tokens, to be found in texts: the longest string at the leftmost place."""
+    """Some of a vocabulary's added tokens, and their search in texts: the longest string at the leftmost place wins."""
 
     def __init__(self, tokens: Iterable[AddedToken]):
         self._by_content = {token.content: token for token in tokens}

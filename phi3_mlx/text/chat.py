@@ -1,10 +1,10 @@
 """Chat messages to prompt ids, and to ids with a loss mask, through the model's own Jinja template.
 
-Only the template makes control tokens. Strings such as `<|end|>` inside a message are broken by a guard, a private-use
-character that occurs nowhere else, before the template sees them; the rendered text is then cut at the unbroken ones,
-and the guard taken out of the text between. Which strings these are depends on who speaks: `added_tokens` has the rule.
-Where the model's own words begin and end is found in the same way, by a second such character around them: where the
-template says what is generated (`{% generation %}`), by its word, else around each assistant message's content.
+Only the template makes control tokens. Before it sees a message, strings such as `<|end|>` in the message are broken by
+a *guard*, a private-use character that occurs nowhere else. The rendered text is cut at the unbroken strings, and the
+guard is removed from the text between. Which strings are broken depends on who speaks: `added_tokens` has the rule.
+Where the model's text begins and ends is found with a second such character around it: around what the template marks
+(`{% generation %}`), else around each assistant message's content.
 """
 
 import bisect
@@ -31,7 +31,7 @@ from .tokenizer import Tokenizer
 
 SYSTEM_FOLDED = "this model's chat template has no place for a system message, so it was put before the user's text"
 
-# Templates for models whose files have none, by the form of their turns.
+# Templates for models whose files have none.
 _TURNS = "{{% for message in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
 _LINES = _TURNS.format(
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}",
@@ -57,17 +57,16 @@ def render_chat(
     add_generation_prompt: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> list[int]:
-    """The ids of `messages`, a list of {"role": ..., "content": ...}, as the model's chat template lays them out.
+    """The ids of `messages`, a list of {"role": ..., "content": ...}, rendered by the model's chat template.
 
-    What else a message has (`tools` of a system message, `name`) must be something that the template reads. `tools`
-    are descriptions of functions, as JSON has them; a template that has no place for them itself gets them as the
-    system message's. With `add_generation_prompt` the ids end where the model's answer begins. A BOS token is put in
-    front where the tokenizer asks for one and the template has not written it. Where the template would drop a system
-    message, that goes to the front of the next user message instead, and `notify` is called with one sentence that
-    says so.
+    The template must read every other key of a message (`tools` of a system message, `name`). `tools` are descriptions
+    of functions as JSON data; a template without a place for them gets them in the system message. With
+    `add_generation_prompt` the ids end where the model's answer begins. A BOS token is put in front if the tokenizer
+    asks for one and the template has not written it. A system message that the template would drop goes to the front of
+    the next user message, and `notify` is called with a sentence that says so.
 
-    Raises ChatError for messages of another shape, for keys that the template does not read, and for templates that
-    fail or would drop a message.
+    Raises ChatError for malformed messages, for keys that the template does not read, and for templates that fail or
+    would drop a message.
     """
     chat = _prepare(tokenizer, messages, tools, add_generation_prompt)
     for (_, key), number in chat.unread.items():
@@ -93,15 +92,15 @@ def render_training_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """The ids of a whole conversation, and for each the number of the assistant turn it belongs to (0: to none).
+    """The ids of a whole conversation, and for each the number of its assistant turn, from 1 (0: of none).
 
-    Turns count from 1. A turn's ids are those that the model would generate: what the template marks as such
-    (`{% generation %}`), else its words and the token that ends it, but not the header before them, which a prompt
-    already has. The ids are those of `render_chat` without a generation prompt.
+    A turn's ids are those that the model would generate: what the template marks (`{% generation %}`), else the content
+    and the token that ends the turn, but not its header, which a prompt already has. The ids are those of `render_chat`
+    without a generation prompt.
 
-    Raises ChatError as that does, where the template changes what the assistant said, and where it reads more of an
-    assistant message than its content and does not mark what is generated. A key that the template does not read and
-    that says nothing about the conversation (an "id") is left out, and `notify` gets a sentence.
+    Raises ChatError as that does, and if the template changes what the assistant said, or if it reads other keys of an
+    assistant message and does not mark what is generated. A key that the template does not read and that says nothing
+    about the conversation (an "id") is left out, and `notify` gets a sentence.
     """
     chat = _prepare(tokenizer, messages, tools, False)
     for (_, key), number in chat.unread.items():
@@ -129,13 +128,13 @@ class _Chat:
     """A conversation, ready to be rendered."""
 
     source: str  # the template
-    names: Mapping[str, Any]  # what it knows beside the messages
+    names: Mapping[str, Any]  # its variables other than the messages
     messages: list[Message]  # guarded
     guard: str
     plain: bool  # no text needed the guard
-    moved: bool  # the text of a system message
+    moved: bool  # a system message's text moved into a user message
     unread: Mapping[tuple[str, str], int]  # roles and keys that the template does not read; see `_find_unread`
-    now: datetime  # one time for all renderings, which are compared
+    now: datetime  # the same for all renderings, which are compared
 
     def text(self, messages: Sequence[Message], mark: str = "") -> str:
         from . import template  # brings jinja2
@@ -167,7 +166,7 @@ def _prepare(
     folded = fold(chat.messages, dropped)
 
     def guarded(value: Any, role: str) -> Any:
-        """With the guard inside every string that would turn into a token its writer has no right to."""
+        """`value` with the guard in every string of a token that `role` may not write."""
         kept = tokenizer.kept_from("assistant" if role == "assistant" else "anyone")
         return with_texts(value, lambda text: kept.break_up(text, guard))
 
@@ -178,7 +177,7 @@ def _prepare(
 
 
 def _with_tools_in_place(chat: _Chat) -> _Chat:
-    """The chat with its tools where the template reads them: by name, or as the text of a system message's `tools`."""
+    """The chat with its tools where the template reads them: in its variable `tools`, or in a system message."""
     as_text = replace(chat, messages=with_tools_as_text(chat.messages))
     if _text_or_none(chat) is None and _text_or_none(as_text) is not None:
         chat = as_text
@@ -201,9 +200,9 @@ def _text_or_none(chat: _Chat) -> str | None:
 
 
 def _find_unread(chat: _Chat, given: Sequence[Message]) -> dict[tuple[str, str], int]:
-    """Roles and keys beside role and content whose absence changes nothing.
+    """(role, key) of the keys, other than role and content, that change nothing in the rendered text.
 
-    With each the number of the first message that says something by it, 0 where all are empty (`"tool_calls": []`).
+    The values are the number of the first message in which the key is not empty (`"tool_calls": []` is), 0 for none.
     """
     beside = [(m["role"], key) for m in given for key in m if key not in ("role", "content")]
     places = dict.fromkeys(beside, 0)
@@ -226,7 +225,7 @@ def _unread(number: int, key: str) -> str:
 
 
 def _dropped(chat: _Chat) -> set[int]:
-    """Indexes of the system messages whose text the template leaves out, found by rendering probes in its place."""
+    """Indexes of the system messages that the template leaves out, found by rendering probes in place of all texts."""
     messages = chat.messages
     probes = [f"{chat.guard}{n}." for n in range(len(messages))]
     rendered = chat.text([{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)])
@@ -254,7 +253,7 @@ def _check_content_is_all(chat: _Chat) -> None:
 
 
 def _content_spans(chat: _Chat) -> tuple[str, list[Span]]:
-    """The text, and where in it each assistant message's content stands."""
+    """The rendered text, and the span of each assistant message's content in it."""
     edge = unused(chat.messages, chat.names["tools"], chat.source, chat.guard)
     text, edges = _lift(chat.text(_with_edges(chat.messages, edge)), edge)
     answers = sum(message["role"] == "assistant" for message in chat.messages)
@@ -264,7 +263,7 @@ def _content_spans(chat: _Chat) -> tuple[str, list[Span]]:
 
 
 def _marked_spans(chat: _Chat) -> tuple[str, list[Span]]:
-    """The text, and the stretches of it that the template says are generated."""
+    """The rendered text, and the spans of it that the template marks as generated."""
     mark = unused(chat.messages, chat.names["tools"], chat.source, chat.guard)
     text, marks = _lift(chat.text(chat.messages, mark), mark)
     if len(marks) % 2 or text != chat.text(chat.messages):
@@ -272,14 +271,14 @@ def _marked_spans(chat: _Chat) -> tuple[str, list[Span]]:
     pairs = [(marks[n], marks[n + 1]) for n in range(0, len(marks), 2)]
     if len(pairs) == sum(message["role"] == "assistant" for message in chat.messages):
         return text, [(first, end, turn) for turn, (first, end) in enumerate(pairs, 1)]
-    # Several stretches of one turn, or none: a stretch is of the turn whose content began last before its end.
+    # A turn has several spans, or none: a span belongs to the turn whose content began last before its end.
     same, contents = _content_spans(chat) if pairs else (text, [])
     firsts = [first for first, _, _ in contents]
     return same, [(first, end, max(1, bisect.bisect_left(firsts, end))) for first, end in pairs]
 
 
 def _with_edges(messages: Sequence[Message], edge: str) -> list[Message]:
-    """The messages with edges around what the assistant says."""
+    """The messages with the character `edge` around each assistant message's content."""
     return [
         {**message, "content": _between_edges(message["content"], edge)} if message["role"] == "assistant" else message
         for message in messages
@@ -287,14 +286,14 @@ def _with_edges(messages: Sequence[Message], edge: str) -> list[Message]:
 
 
 def _between_edges(text: str, edge: str) -> str:
-    """`text` with an edge before and after it, inside the white space at its ends, which templates may strip."""
+    """`text` with an edge at both ends, inside the white space there, which templates may strip."""
     stripped = text.strip()
     before = len(text) - len(text.lstrip())
     return f"{text[:before]}{edge}{stripped}{edge}{text[before + len(stripped) :]}"
 
 
 def _lift(text: str, mark: str) -> tuple[str, list[int]]:
-    """The text without the marks, and where in it they stood."""
+    """The text without the marks, and the places in it where they stood."""
     places: list[int] = []
     parts = text.split(mark)
     for part in parts[:-1]:
@@ -305,16 +304,16 @@ def _lift(text: str, mark: str) -> tuple[str, list[int]]:
 def _encode_spans(
     tokenizer: Tokenizer, guard: str, text: str, spans: Sequence[Span], *, whole: bool
 ) -> tuple[list[int], list[int]]:
-    """The ids of a rendered text, and of each the turn of the span that it stands in (0: in none).
+    """The ids of a rendered text, and for each the turn of the span that it is in (0: in none).
 
-    Unless the spans are `whole`, a token that ends answers belongs to the one whose span is before it.
+    Unless the spans are `whole`, a token that ends answers belongs to the turn whose span is before it.
     """
     firsts = [first for first, _, _ in spans]
     ends = {end: turn for _, end, turn in spans}
     bounds = sorted({*firsts, *ends})
     ids: list[int] = []
     turns: list[int] = []
-    ended: tuple[int, int] | None = None  # behind the last answer: the number of ids up to its end, and its turn
+    ended: tuple[int, int] | None = None  # after an answer: the number of ids up to its end, and its turn
     position = 0
 
     def turn_at(place: int) -> int:
@@ -323,8 +322,8 @@ def _encode_spans(
 
     for piece in tokenizer.split_special(text):
         written = piece if isinstance(piece, str) else tokenizer.id_to_token(piece) or ""
-        start = text.find(written, position)  # what stands between is white space that a token swallows
-        if start < 0:  # a normalized token may be found in text that is spelled otherwise
+        start = text.find(written, position)  # between them is white space that a token takes
+        if start < 0:  # a normalized token may match text that is spelled differently
             raise ChatError(
                 f"the tokenizer finds {written!r} in a chat where it does not stand, so no mask can be made; use the "
                 "model's own tokenizer files"
@@ -344,7 +343,8 @@ def _encode_spans(
             continue
         new_ids = _encode_after(tokenizer, ids, piece.replace(guard, ""))
         cuts = bounds[bisect.bisect_right(bounds, start) : bisect.bisect_left(bounds, position)]
-        begun = 0  # a stretch begins, in tokens, where what stands before it stops being encoded alike
+        # In tokens a part begins where the text before it, encoded alone, stops having the same ids.
+        begun = 0
         for first, end in zip([start, *cuts], [*cuts, None], strict=True):
             before = new_ids if end is None else _encode_after(tokenizer, ids, text[start:end].replace(guard, ""))
             upto = max(begun, _common(before, new_ids))
@@ -357,14 +357,14 @@ def _encode_spans(
 
 
 def _encode_after(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
-    """Ids of ordinary text that stands after `ids`."""
+    """Ids of ordinary text that follows `ids`."""
     if not text:
         return []
     return tokenizer.encode_pieces([ids[-1], text])[1:] if ids else tokenizer.encode_pieces([text])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two lists have in common at their beginning."""
+    """The length of the common prefix of two lists of ids."""
     return next((n for n, (i, j) in enumerate(zip(a, b, strict=False)) if i != j), min(len(a), len(b)))
 
 
@@ -373,7 +373,7 @@ def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:
 
 
 def _template(tokenizer: Tokenizer, tools: bool) -> str:
-    """The template's source: the model's own, else one that fits the control tokens of the vocabulary."""
+    """The template's source: the model's own, else one that fits the vocabulary's control tokens. Raises ChatError."""
     if tools and "tool_use" in tokenizer.named_templates:
         return tokenizer.named_templates["tool_use"]
     if tokenizer.chat_template is not None:

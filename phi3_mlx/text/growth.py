@@ -1,6 +1,6 @@
-"""How much methods and filters of a chat template could make of their arguments, known before they are called.
+"""Upper bounds of how much a chat template's methods and filters make of their arguments, before they are called.
 
-In characters or items, and too much rather than too little. `weigh` says how long the text of a value is.
+In characters or items. `weigh` gives the length of a value's text.
 """
 
 import re
@@ -35,13 +35,13 @@ def _cut(_weigh: Weigh, value: Any, sep: Any = None, *_: Any, **__: Any) -> int:
 
 
 def _joined(weigh: Weigh, value: Any, d: Any = "", *_: Any, **__: Any) -> int:
-    """Of the filter: `value` are the parts. Of the method, `value` is what stands between."""
-    parts, between = (d, value) if isinstance(value, TEXT) and not isinstance(d, TEXT) else (value, d)
-    return weigh(parts) + count(parts) * weigh(between)
+    """For the filter `value` holds the parts; for the method `value` is the separator."""
+    parts, separator = (d, value) if isinstance(value, TEXT) and not isinstance(d, TEXT) else (value, d)
+    return weigh(parts) + count(parts) * weigh(separator)
 
 
 def printf_size(weigh: Weigh, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Of `value % args`: every field could show all of them, at the widths that are written or given for a `*`."""
+    """For `value % args`: every field could show all of them, at the widths that are written or given for a `*`."""
     form = value if isinstance(value, str) else repr(value)
     weight = weigh(args) + weigh(kwargs)
     widths = sum(_number(run) for runs in re.findall(r"[%)][#0\- +]*(\d*)(?:\.(\d+))?", form) for run in runs)
@@ -50,7 +50,7 @@ def printf_size(weigh: Weigh, value: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _format_size(weigh: Weigh, value: str, *args: Any, **kwargs: Any) -> int:
-    """Of `value.format(...)`, alike."""
+    """The same for `value.format(...)`."""
     weight = weigh(args) + weigh(kwargs)
     fields = [spec or "" for _, field, spec, _ in string.Formatter().parse(value) if field is not None]
     widths = sum(_number(run) for spec in fields for run in re.findall(r"\d+", spec))

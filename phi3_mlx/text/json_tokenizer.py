@@ -1,4 +1,4 @@
-"""A vocabulary as `tokenizer.json` has it, in the hands of the `tokenizers` library."""
+"""The vocabulary of a `tokenizer.json`, through the `tokenizers` library."""
 
 import json
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ from .vocabulary import Tokenizer, one_line, require_ids, require_unicode
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, read by the `tokenizers` library.
 
-    `declared`: added tokens of other files. As in transformers 5, those that the file lacks get the next free ids, and
-    with `overrule` (tokenizer_config.json) the flags of the others hold instead of the file's own; what either calls
-    special is special.
+    `declared`: added tokens of other files. As in transformers 5, those that the file lacks get the next free ids. With
+    `overrule` (tokenizer_config.json) the flags of the others replace the file's own; a token is special if either says
+    so.
     """
 
     def __init__(self, path: Path, declared: Iterable[AddedToken] = (), *, overrule: bool = True):
@@ -28,7 +28,7 @@ class JsonTokenizer(Tokenizer):
             self._full = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a readable tokenizer.json: {one_line(error)}") from None
-        # Lengths are the caller's business: a file saved with truncation on would cut prompts silently.
+        # A file that was saved with truncation or padding would change prompts silently.
         self._full.no_truncation()
         self._full.no_padding()
         self._decoder_steps = _steps(self._full.decoder)
@@ -76,8 +76,8 @@ class JsonTokenizer(Tokenizer):
         return super().encode(text)
 
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        # The library finds control tokens in any text, so text that contains one goes to a copy that does not.
-        # That copy costs a second load; nearly every text is ordinary and never needs it.
+        # The library finds control tokens in any text, so a text that contains one goes to a copy that finds none.
+        # The copy costs a second load, which nearly no text needs.
         ordinary = not any(token.normalized for token in self._control) and not self._control.occur_in(text)
         if first:
             tokenizer = self._full if ordinary else self._plain
@@ -87,7 +87,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _prefixes_first_only(self) -> bool:
-        """Whether only text at the very beginning gets its `▁` (files that transformers 5 has saved again)."""
+        """Whether only the beginning of a text gets a `▁`, as in files that transformers 5 has saved."""
         return any(step.get("prepend_scheme") == "first" for step in _steps(self._full.pre_tokenizer))
 
     @cached_property
@@ -114,13 +114,13 @@ class JsonTokenizer(Tokenizer):
             token["special"] = token["content"] in control
         try:
             made = tokenizers.Tokenizer.from_str(json.dumps(description))
-        except Exception as error:  # the library takes some files that it would not write
+        except Exception as error:  # the library reads some files that it cannot read once it has saved them
             raise TokenizerError(f"tokenizer.json contradicts itself: {one_line(error)}") from None
         made.encode_special_tokens = True  # as text, that is
         return made
 
     def frame(self) -> list[int]:
-        """The ids that the file's own post-processor puts around a text; `encode` leaves them out."""
+        """The ids that the file's post-processor puts around a text; `encode` omits them."""
         return _encoded(self._full, "", framed=True)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -146,19 +146,19 @@ class JsonTokenizer(Tokenizer):
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
-    """The settings of a `tokenizers` component, one dict a step; the library shows them only as pickled JSON."""
+    """The settings of a `tokenizers` component, a dict for each step; the library gives them only as pickled JSON."""
     return _parts(json.loads(component.__getstate__())) if component else []
 
 
 def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a component as `tokenizer.json` describes it: those of a Sequence, or itself alone."""
+    """The steps of a component as `tokenizer.json` describes it: those of a `Sequence`, or the component itself."""
     if description is None:
         return []
     return description.get("decoders") or description.get("pretokenizers") or [description]
 
 
 def _encoded(tokenizer: Any, text: str, *, framed: bool = False) -> list[int]:
-    """Ids that the library gives; TokenizerError for what its file lacks, a token for the unknown say."""
+    """The library's ids; TokenizerError if the file lacks something that the text needs, such as an unknown token."""
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=framed).ids
     except Exception as error:  # the library raises bare Exception

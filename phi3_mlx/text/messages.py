@@ -1,4 +1,4 @@
-"""What a message is: a role, a text, and whatever else the model's chat template reads of it."""
+"""Chat messages: a role, a text, and other keys that the model's chat template reads."""
 
 import itertools
 import json
@@ -12,21 +12,21 @@ Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# Keys that change what a conversation says or which of it is learnt. Others (an "id", a date) are somebody's notes.
+# Keys that change what a conversation says or what of it is learnt. Others (an "id", a date) are notes.
 MEANINGFUL = frozenset(
     """tools tool_calls tool_call_id name function_call functions reasoning_content reasoning thinking documents images
     audio weight train refusal prefix""".split()
 )
 
 _FORM = '{"role": "user", "content": "text"}'
-_DEEPEST = 32  # lists and mappings within those of a message
+_DEEPEST = 32  # levels of lists and mappings in a message
 
-# Unicode's private-use characters: no text of the world needs one, and few use any.
+# Unicode's private-use characters: few texts have any.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 def checked(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as plain dicts, without keys whose value is None. Raises ChatError for those of another shape."""
+    """The messages as plain dicts, without keys whose value is None. Raises ChatError for malformed ones."""
     if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
         raise ChatError(f"messages are a list, and this is {shorten(messages)}: give [{_FORM}]")
     plain = [_checked(message, number) for number, message in enumerate(messages, 1)]
@@ -36,7 +36,7 @@ def checked(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def checked_tools(tools: Any) -> list[Any] | None:
-    """Descriptions of tools as plain lists and dicts, or None where there are none. Raises ChatError."""
+    """Descriptions of tools as plain lists and dicts, None if there are none. Raises ChatError."""
     if not tools and (tools is None or isinstance(tools, (list, tuple))):
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -61,7 +61,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """`value` as JSON has it: texts, numbers, true, false, null, and lists and mappings of them."""
+    """`value` as JSON data: texts, numbers, true, false, null, and lists and mappings of them. Raises ChatError."""
     if depth > _DEEPEST:
         raise ChatError(f"{where} is nested more than {_DEEPEST} deep")
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -69,14 +69,14 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part, where, depth + 1) for part in value]
     if isinstance(value, str):
-        return str.__str__(value)  # of a kind of str, which may have methods of its own, the text alone
+        return str.__str__(value)  # a subclass of str may have other methods; keep the text alone
     if value is None or type(value) in (int, float, bool):
         return value
     raise ChatError(f"{where} holds a {type(value).__name__}: it must be made of texts, numbers, lists and mappings")
 
 
 def each_text(value: Any) -> Iterator[str]:
-    """All texts in it, keys included."""
+    """All texts in `value`, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -89,7 +89,7 @@ def each_text(value: Any) -> Iterator[str]:
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every text in it changed, keys included."""
+    """`value` with `change` applied to every text in it, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -98,12 +98,12 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def escaped(character: str) -> str:
-    """How Python spells a private-use character in the text of a list or mapping."""
+    """A private-use character as Python's `repr` of a list or mapping spells it."""
     return repr(character)[1:-1]
 
 
 def unused(*values: Any) -> str:
-    """A private-use character that occurs in no text of the values, nor does the way in which Python escapes it."""
+    """A private-use character that no text of the values contains, neither itself nor as Python escapes it."""
     texts = [text for value in values for text in each_text(value)]
     used: set[str] = set().union(*texts)
     for character in map(chr, itertools.chain(*_PRIVATE_USE)):
@@ -113,12 +113,12 @@ def unused(*values: Any) -> str:
 
 
 def without(messages: Sequence[Message], role: str, key: str) -> list[Message]:
-    """The messages, those of a role without a key."""
+    """The messages, without `key` in those of `role`."""
     return [{k: v for k, v in m.items() if k != key} if m["role"] == role else m for m in messages]
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
-    """The messages with the tools, as JSON, in the first system message, which is made if there is none."""
+    """The messages with the tools as JSON in the first system message, which is added if there is none."""
     place = next((n for n, message in enumerate(messages) if message["role"] == "system"), None)
     head = {"role": "system", "content": ""} if place is None else messages[place]
     if "tools" in head:
@@ -134,17 +134,17 @@ def with_tools_as_text(messages: Sequence[Message]) -> list[Message]:
 
 
 def fold(messages: Sequence[Message], dropped: set[int]) -> list[Message]:
-    """The messages without the dropped ones, whose text is put before that of the next user message."""
+    """The messages without those of the indexes `dropped`, whose text goes to the front of the next user message."""
     folded: list[Message] = []
-    waiting: list[str] = []
+    texts: list[str] = []  # of dropped messages, for the next user message
     for n, message in enumerate(messages):
         if n in dropped:
-            waiting += [message["content"]] if message["content"] else []
-        elif waiting and message["role"] == "user":
-            folded.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
-            waiting = []
+            texts += [message["content"]] if message["content"] else []
+        elif texts and message["role"] == "user":
+            folded.append({**message, "content": "\n\n".join([*texts, message["content"]])})
+            texts = []
         else:
             folded.append(message)
-    if waiting:
+    if texts:
         raise ChatError("the model's chat template has no place for a system message and no user message follows it")
     return folded

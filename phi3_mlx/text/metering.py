@@ -1,9 +1,9 @@
 """A Jinja sandbox that counts the work of a rendering, and stops a template that does too much.
 
-Every step of a loop, every call and every character or item that is made costs something, and a rendering may spend
-a fixed amount: the same on every machine, in any thread. What one operation could blow up in a single stroke
-(`'a' * 10**10`, `center`, `'%9999999d'`, `10 ** 10 ** 9`) is paid for before it is done. Lists within lists count as
-often as they would be printed, so that forty lines of `{% set a = [a, a] %}` are known for what they are.
+Every step of a loop, every call and every new character or item costs something, and a rendering may spend a fixed
+amount, the same on every machine and in any thread. An operation that could make something huge at once
+(`'a' * 10**10`, `center`, `'%9999999d'`, `10 ** 10 ** 9`) is paid for before it runs. Lists within lists count as often
+as they would be printed, so that forty lines of `{% set a = [a, a] %}` cost what their text would.
 
 This module imports jinja2; import it inside the function that needs it.
 """
@@ -29,8 +29,8 @@ _ALLOWED = 20_000_000  # a rendering of short messages; a loop that does nothing
 _ALLOWED_A_CHARACTER = 100  # of the messages in addition; templates in use spend 3 to 12
 _ALLOWED_A_PAIR = 20  # of messages: some templates go through all of them for each
 _MOST_BITS = 16_384  # of an integer
-_STEP, _CALL, _FILTER = 4, 100, 25  # what a step of a loop, a call and a filter cost beside what they do
-_SMALL_CONTAINER = 64  # containers that cost less are weighed again each time; the weight of others is kept
+_STEP, _CALL, _FILTER = 4, 100, 25  # what a step of a loop, a call and a filter cost in addition to their work
+_SMALL_CONTAINER = 64  # the weight of containers that cost more is cached
 
 _KEPT = (list, tuple, dict)
 _CONTAINERS = (*_KEPT, KeysView, ValuesView, ItemsView)
@@ -40,7 +40,7 @@ _meter: ContextVar["Meter"] = ContextVar("meter")
 
 
 class Meter:
-    """What a rendering may still spend. `with Meter(size, messages):` measures what this thread renders within."""
+    """The budget of a rendering. `with Meter(size, messages):` meters what this thread renders in the block."""
 
     def __init__(self, size: int, messages: int):
         """`size`: characters of the messages and of what else the template is given; `messages`: how many they are."""
@@ -64,7 +64,7 @@ class Meter:
             )
 
     def weigh(self, value: Any) -> int:
-        """How long the text of `value` is, about, and how much work a pass through all of it."""
+        """About how long the text of `value` is, which is also the work of a pass through all of it."""
         return self._weigh(value, 0)[0]
 
     def _weigh(self, value: Any, depth: int) -> tuple[int, int]:
@@ -93,7 +93,7 @@ class Meter:
         return weight, height
 
     def pay_for(self, value: Any) -> Any:
-        """`value`, which was just made, its copy paid for."""
+        """Pay for `value`, which was just made, and return it."""
         if isinstance(value, TEXT):
             self.spend(len(value))
         elif isinstance(value, _KEPT):
@@ -110,7 +110,7 @@ class Meter:
 
 
 def pay_for(value: Any) -> Any:
-    """`value`, its copy paid for by the rendering that is going on in this thread."""
+    """Charge this thread's rendering for `value`, which was just made, and return it."""
     return _meter.get().pay_for(value)
 
 
@@ -194,7 +194,7 @@ class _Steps:
 
 
 class _Hooks(NodeTransformer):
-    """Puts into a template's tree what counts: filters whose names no template can spell."""
+    """Inserts the metering into a template's tree: filters whose names no template can spell."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         """A step costs as much as the loop's body is long."""

@@ -1,4 +1,4 @@
-"""What a SentencePiece model file says of its pieces and the library does not: their types.
+"""The types of a SentencePiece model's pieces, which its file has and the library does not give.
 
 The file is a protocol buffer (sentencepiece_model.proto); of its fields the pieces (1) and in them the type (3) are
 read, nothing else.
@@ -19,7 +19,7 @@ def piece_types(model: bytes) -> list[int]:
 
 
 def without_user_defined(model: bytes) -> bytes:
-    """The model with its user-defined pieces unused: encoding finds them no more, ids and all else stay."""
+    """The model with its user-defined pieces marked unused: encoding no longer finds them, and ids stay."""
     changed = bytearray(model)
     for at in _type_places(model):
         if at and changed[at] == USER_DEFINED:

@@ -1,7 +1,7 @@
 """Where an answer ends: at token ids, and at stop strings, which may span several tokens.
 
-A stop string sees what the answer shows. Where it names a control token, which is not shown (`"\\n<|user|>"`), it sees
-that too; and one that is a token altogether (`"<|user|>"`) is the token's id as well.
+A stop string is searched in the text that the answer shows. If it contains a control token, which is not shown
+(`"\\n<|user|>"`), that token's string is searched too. A stop string that is one token (`"<|user|>"`) stops at its id.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Stops:
-    """What ends the answers of a run. `ids`: the tokenizer's `stop_ids` and those that stop strings are.
+    """What ends the answers of a run.
 
-    `hidden`: the strings of tokens that are not shown but occur in stop strings.
+    `ids`: the tokenizer's `stop_ids`, and those of stop strings that are one token. `hidden`: id -> string of the
+    tokens that are not shown but occur in stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
@@ -38,16 +39,16 @@ class Stops:
 
 
 class StopStrings:
-    """Finds stop strings in a stream of text; of two the one that is complete first, of two at once the longer."""
+    """Finds stop strings in a stream of text: the one that is complete first and, of two at once, the longer."""
 
     def __init__(self, stops: Sequence[str]):
         self._progress = [_Progress(stop) for stop in stops]
         self._held: deque[tuple[str, bool]] = deque()  # characters that may belong to a stop string; are they shown?
 
     def add(self, text: str, hidden: str = "") -> tuple[str, bool]:
-        """(text that is certain to come before any stop string, whether one was met).
+        """(the text that certainly stands before any stop string, whether one was reached).
 
-        `hidden` follows `text` and belongs to stop strings, but is never part of what comes out.
+        `hidden` follows `text` and may belong to a stop string, but is never returned.
         """
         if not self._progress:
             return text, False
@@ -63,7 +64,7 @@ class StopStrings:
         return "".join(out), False
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """The text held back that turned out to be no stop string."""
         return "".join(self._release(0))
 
     def _release(self, keep: int) -> list[str]:

@@ -1,8 +1,8 @@
-"""Token ids in, text out as soon as it is certain: never half a character, and in sum exactly the full decode.
+"""Token ids in, text out as soon as it is certain: never half a character, and joined exactly the full decode.
 
 Two ways from tokens to text occur in the family. Byte-level vocabularies (Phi-3-small, Phi-4) spell every token
 in bytes, so the text is one UTF-8 stream. SentencePiece vocabularies (Phi-3 mini, medium, 3.5) spell tokens in
-text with `▁` for the space, and characters they lack as runs of byte tokens `<0x..>`.
+text with `▁` for the space, and characters that they lack as runs of byte tokens `<0x..>`.
 """
 
 import codecs
@@ -23,7 +23,7 @@ class StreamDecoder(ABC):
 
     @abstractmethod
     def finish(self) -> str:
-        """Return what was held back; incomplete characters become U+FFFD. After the last token, or before a pause."""
+        """Return the text held back; incomplete characters become U+FFFD. For the last token or a pause."""
 
 
 class ByteStream(StreamDecoder):

@@ -1,4 +1,4 @@
-"""The Jinja environment of a chat template: what transformers' `apply_chat_template` gives it, with bounded work.
+"""The Jinja environment of a chat template: that of transformers' `apply_chat_template`, with bounded work.
 
 Source: transformers 5, `utils/chat_template_utils.py`. This module imports jinja2; import it inside the function that
 needs it.
@@ -23,13 +23,13 @@ from .messages import escaped
 from .metering import Meter, MeteredEnvironment, extent, metered, pay_for
 
 _LONGEST_TEMPLATE = 256 * 1024  # characters of a template; the longest in use have 30,000
-_LONGEST_ERROR = 500  # characters of what a template says is wrong
-_MOST_WRITTEN = 1_000_000  # characters beside four times those of the messages
+_LONGEST_ERROR = 500  # characters of a template's own error message
+_MOST_WRITTEN = 1_000_000  # characters that a template may write, plus four times those of the messages
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a rendering is given beside its variables."""
+    """What a rendering needs besides the template's variables."""
 
     mark: str
     guard: str
@@ -48,13 +48,12 @@ def render(
     guard: str = "",
     now: datetime | None = None,
 ) -> str:
-    """The text that a template makes of messages and of what else it knows by name.
+    """The text that a template makes of the messages and its other variables, `names`.
 
-    What it may do and write is bounded by a multiple of what it is given. `mark` is written before and after what the
-    template says the model generates (`{% generation %}`). `guard`, a private-use character in the messages, stays
-    what it is where the template writes lists as Python does, or JSON in ASCII. `now` is what a template that asks for
-    the time is told.
-    Raises ChatError for a template that is none, fails or does too much.
+    Its work and its output are bounded by a multiple of its input. `mark` is written before and after what the template
+    marks as generated (`{% generation %}`). `guard`, a private-use character in the messages, is not escaped where the
+    template writes lists as Python does, or JSON in ASCII. `now` is the time for templates that ask for it.
+    Raises ChatError for a template that is not valid, fails or does too much.
     """
     template = _compile(source)
     messages = list(map(_with_reasoning, messages))
@@ -79,7 +78,7 @@ def render(
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its reasoning under every name that templates know, if it has one."""
+    """The message with its reasoning, if it has one, under every name that templates use."""
     known = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[key] for key in known if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -103,7 +102,7 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except RecursionError:
         raise ChatError("the chat template is not valid Jinja: it is nested too deep") from None
-    except Exception as error:  # Python compiles what Jinja makes of it, which has limits of its own
+    except Exception as error:  # Python compiles the code that Jinja generates, and has its own limits
         raise ChatError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
 
 
@@ -113,7 +112,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """A call block, as in transformers: what is set inside stays inside."""
+        """A call block, as in transformers: variables that are set inside are local."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
@@ -148,7 +147,7 @@ class _Namespace(Namespace):
         Namespace.__setitem__(self, name, value)
 
     def __repr__(self) -> str:
-        return pay_for(Namespace.__repr__(self))  # there may be namespaces within, the same one many times
+        return pay_for(Namespace.__repr__(self))  # it may contain the same namespace many times
 
 
 def _check_name(name: Any) -> None:

@@ -1,4 +1,4 @@
-"""A model directory's tokenizer: which vocabulary it has, and what its other files say about it."""
+"""A model directory's tokenizer: its vocabulary, and the settings in its other files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ from .vocabulary import Tokenizer
 
 __all__ = ["Tokenizer", "read_tokenizer"]
 
-# In order of preference: `tokenizer.json` is the reference, the others are read where it is absent.
+# In order of preference: `tokenizer.json` is the reference; the others are read if it is absent.
 _FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "*.tiktoken"}
 
-# What the bos, eos and pad tokens are where no file says; the first one in the vocabulary counts.
+# The bos, eos and pad tokens if no file names them: the first of these that is in the vocabulary.
 _USUAL = {"bos_token": ("<s>",), "eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<|endoftext|>", "</s>")}
 
 
 def read_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
     """The tokenizer of a model directory: `tokenizer.json`, else `tokenizer.model`, else `*.tiktoken`.
 
-    `backend` ("tokenizers", "sentencepiece" or "tiktoken") asks for one of them alone. `stop_ids` becomes the union
-    of `eos_token_id` in generation_config.json, in config.json and of the tokenizer, and of the family's end-of-turn
-    tokens found by name: config.json alone is not enough, the models end their turns with `<|end|>` or `<|im_end|>`.
+    `backend` ("tokenizers", "sentencepiece" or "tiktoken") chooses one of them. `stop_ids` is the union of
+    `eos_token_id` in generation_config.json, in config.json and of the tokenizer, and of the family's end-of-turn
+    tokens by name. config.json alone is not enough, because the models end their turns with `<|end|>` or `<|im_end|>`.
 
     Raises TokenizerError for files that are missing, damaged or contradict each other, OptionError for an unknown
     `backend`.
@@ -77,7 +77,7 @@ def _find(directory: Path, backend: str | None) -> tuple[str, Path]:
 
 
 def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[AddedToken]:
-    """The added tokens of tokenizer_config.json with their flags, by id; where it lists none, of added_tokens.json."""
+    """The added tokens of tokenizer_config.json with their flags, by id; else those of added_tokens.json."""
     tokens: dict[int, AddedToken] = {}
     decoder = config.fields("added_tokens_decoder")
     for number in decoder.raw:
@@ -89,20 +89,20 @@ def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[Add
         flags["normalized"] = entry.flag("normalized", not special)
         tokens[int(number)] = AddedToken(int(number), entry.text("content"), special, **flags)
     if not tokens:
-        parts = _special_names(names)
+        roles = _special_names(names)
         source = directory / "added_tokens.json"
         listed = Fields(_read_json(source), source, TokenizerError)
         for content in listed.raw:
             if not content:
                 listed.fail(content, "a token that is not empty")
             token = AddedToken(listed.whole(content), content)
-            control = token.marked or content in parts
+            control = token.marked or content in roles
             tokens[token.id] = replace(token, special=control, normalized=not control)
     return [tokens[number] for number in sorted(tokens)]
 
 
 def _special_names(names: Fields) -> set[str]:
-    """The strings that the files give a part: bos_token and the like, and the additional special tokens."""
+    """The strings that the files give a role: bos_token and the like, and the additional special tokens."""
     given = [value for key, value in names.raw.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         given += names.raw[key] if isinstance(names.raw.get(key), list) else []
@@ -111,7 +111,7 @@ def _special_names(names: Fields) -> set[str]:
 
 
 def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
-    """The id of the token that plays `role`; None where the files say it has none or name an unknown token."""
+    """The id of the token with this `role`; None if the files say that there is none, or name an unknown token."""
     if role in names.raw:
         if names.raw[role] is None:
             return None
@@ -121,7 +121,7 @@ def _named_id(tokenizer: Tokenizer, names: Fields, role: str) -> int | None:
 
 
 def _special_tokens(tokenizer: Tokenizer, names: Fields) -> dict[str, str]:
-    """What a chat template knows by name: `bos_token`, `eos_token`, `unk_token` and whatever else the files name so."""
+    """The tokens that a chat template knows by name: `bos_token`, `eos_token`, and all others that the files name."""
     usual = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
     tokens = {role: tokenizer.id_to_token(i) for role, i in usual.items() if i is not None and role not in names.raw}
     extra = names.raw.get("extra_special_tokens")
@@ -134,7 +134,7 @@ def _special_tokens(tokenizer: Tokenizer, names: Fields) -> dict[str, str]:
 
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The chat templates by name, "default" among them where there is one.
+    """The chat templates by name; the main one is "default".
 
     From chat_template.jinja, else chat_template.json, else tokenizer_config.json, which may list several; and from
     additional_chat_templates/NAME.jinja.
@@ -181,5 +181,5 @@ def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file."""
+    """A JSON object, or {} if there is no such file."""
     return read_json(path, TokenizerError) if path.exists() else {}

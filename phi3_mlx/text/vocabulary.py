@@ -1,10 +1,10 @@
-"""The `Tokenizer` interface; a file each has the vocabularies behind it: tokenizer.json, SentencePiece, tiktoken ranks.
+"""The `Tokenizer` interface. Its vocabularies have a file each: tokenizer.json, SentencePiece, tiktoken ranks.
 
-The reference is the shipped `tokenizer.json` as the `tokenizers` library reads it. What it does with an added token
-(`<|user|>` and its like) is what `Tokenizer` does for every backend: the longest string at the leftmost place wins, a
-token with `rstrip` swallows the white space after it, and each stretch of text between added tokens is encoded for
-itself, so in a SentencePiece vocabulary each one gets its own leading `▁`. Which of them a text may write is the
-rule of `added_tokens`.
+The reference is the shipped `tokenizer.json` as the `tokenizers` library reads it. `Tokenizer` treats added tokens
+(such as `<|user|>`) in the same way for every backend: the longest string at the leftmost place wins, a token with
+`rstrip` takes the white space after it, and each piece of text between added tokens is encoded separately, so in a
+SentencePiece vocabulary each piece gets its own leading `▁`. Which of them a text may write is the rule of
+`added_tokens`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from .streaming import PieceStream, StreamDecoder
 
 
 class Tokenizer(ABC):
-    """One vocabulary. `read_tokenizer` makes one and fills the attributes that come from the model's other files.
+    """A vocabulary. `read_tokenizer` makes one and sets the attributes that come from the model's other files.
 
     Attributes:
         added_tokens: the added tokens by their strings.
@@ -26,9 +26,9 @@ class Tokenizer(ABC):
         vocab_size: one more than the highest id (the model's embedding may have more rows).
         stop_ids: ids that end a generation, see `read_tokenizer`.
         add_bos_token: whether a prompt begins with `bos_token_id`; `encode` itself never adds it.
-        chat_template: the model's own Jinja template, None where its files have none.
-        named_templates: its other ones by name, "tool_use" say.
-        special_tokens: the tokens that a template knows by name, `bos_token` and the like.
+        chat_template: the model's Jinja template, None if its files have none.
+        named_templates: its other templates by name, such as "tool_use".
+        special_tokens: the tokens that a template knows by name, such as `bos_token`.
     """
 
     bos_token_id: int | None = None
@@ -49,14 +49,14 @@ class Tokenizer(ABC):
         self._added_by_id = {token.id: token.content for token in self.added_tokens.values()}
 
     def kept_from(self, writer: Writer) -> AddedTokens:
-        """The added tokens that what `writer` says never turns into."""
+        """The added tokens that the text of `writer` must not contain: there their strings are ordinary text."""
         return self._not_the_assistants if writer == "assistant" else self._control
 
     def _written_by(self, *writers: Writer) -> AddedTokens:
-        parts = {self.bos_token_id, self.eos_token_id, self.pad_token_id, *self.stop_ids}
-        return AddedTokens(token for token in self.added_tokens.values() if token.writer(parts) in writers)
+        roles = {self.bos_token_id, self.eos_token_id, self.pad_token_id, *self.stop_ids}
+        return AddedTokens(token for token in self.added_tokens.values() if token.writer(roles) in writers)
 
-    # Made when they are first asked for: by then `read_tokenizer` has said which tokens play a part.
+    # Made at the first use: by then `read_tokenizer` has set which tokens have a role.
 
     @cached_property
     def _all_added(self) -> AddedTokens:
@@ -75,20 +75,20 @@ class Tokenizer(ABC):
         return self._written_by("template")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of `text`. With `special`, strings like `<|end|>` in it become control tokens; without, never.
+        """Ids of `text`. Strings like `<|end|>` in it become control tokens with `special`, and never without it.
 
-        Added words are tokens either way. Raises PromptError for what is no text, or has a lone surrogate, which no
-        vocabulary can spell.
+        Added words are tokens either way. Raises PromptError for what is no text, and for a lone surrogate, which no
+        vocabulary can encode.
         """
         require_unicode(text)
         return self.encode_pieces(self._all_added.cut(text) if special else [text])
 
     def split_special(self, text: str) -> list[str | int]:
-        """Cut `text` at its control tokens: ids of those, and between them the ordinary text, never empty."""
+        """Cut `text` at its control tokens: their ids, and between them the ordinary text, never empty."""
         return self._control.cut(text)
 
     def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
-        """Ids of what `split_special` gives: ids stay, and no string turns into a control token, whatever it holds."""
+        """Ids of the pieces of `split_special`: ids stay, and no string becomes a control token."""
         ids: list[int] = []
         for n, piece in enumerate(pieces):
             if isinstance(piece, int):
@@ -99,15 +99,15 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; ids that stand for nothing are passed over, broken UTF-8 becomes U+FFFD.
+        """The text of `ids`; unknown ids are skipped, and broken UTF-8 becomes U+FFFD.
 
-        Raises PromptError for what are no ids.
+        Raises PromptError if these are no ids.
         """
         stream = self._stream(skip_special)
         return "".join([*map(stream.add, require_ids(ids)), stream.finish()])
 
     def stream(self) -> StreamDecoder:
-        """A decoder for ids that arrive one by one; what it returns joins to `decode` of them all."""
+        """A decoder for ids that arrive one by one; its pieces joined are `decode` of all ids."""
         return self._stream(skip_special=True)
 
     @abstractmethod
@@ -116,11 +116,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def id_to_token(self, token_id: int) -> str | None:
-        """The token as the vocabulary spells it, or None for an id that stands for nothing."""
+        """The token as the vocabulary spells it, or None for an unknown id."""
 
     @abstractmethod
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        """Ids of ordinary text, added words in it included; `first` says that no token stands before it."""
+        """Ids of ordinary text, with the added words in it; `first`: no token stands before it."""
 
     @abstractmethod
     def _stream(self, skip_special: bool) -> StreamDecoder: ...
