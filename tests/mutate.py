@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module -> the test files that must notice, the most telling first.
 TESTS = {
     "engine/batch": ["test_engine", "test_generation", "test_lookup"],
-    "conversion/choosing": ["test_layout", "test_convert"],
+    "conversion/choosing": ["test_gguf", "test_convert"],
     "conversion/layout": ["test_layout", "test_split", "test_convert"],
     "conversion/rounding": ["test_gptq", "test_quality", "test_convert"],
     "engine/drafts": ["test_lookup", "test_engine", "test_generation"],
