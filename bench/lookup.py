@@ -35,6 +35,7 @@ from phi3_mlx.generation.answers import Prompt
 from . import record
 from .contenders import alike
 
+# The published figures are those of these stories.
 SUBJECTS = ("a rabbit who finds a key", "a girl named Mia who loses a hat", "an owl and a boat", "a dog and a bear")
 _QUOTED = 3  # sentences
 NEW = "something new"

@@ -18,11 +18,12 @@ from phi3_mlx import Generation, Sampling, batch_generate, encode_prompt, load
 LENGTHS = (256, 496, 1024, 2048, 4000)  # of prompts with a planted fact; 496 and its answer end below 512
 ROWS = 20  # prompts decoded together
 SAMPLES = (
-    "Write a story about a rabbit who finds a key.",
-    "Write a story about a girl named Mia who loses a hat.",
-    "Write a short story with the words: dragon, castle, song.",
-    "Tell me a story about an owl and a boat.",
-    "Write a sentence with the words: frog, moon.",
+    "Tell me a story about a duck and a frog.",
+    "Tell me a story about a squirrel and a bird.",
+    "Write a story about a boy named Tim who loses his toy car.",
+    "Write a short story with the words: dog, park, ball.",
+    "Tell me a story about a fox and a bunny.",
+    "The dog ran home. The secret word of the owl is castle. What is the secret word of the owl?",
     "What is 3 + 4?",
     "Who are you?",
 )
