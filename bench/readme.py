@@ -62,12 +62,12 @@ def reasons() -> str:
     return f"""\
 - **Right at every length.** In a prompt of {short["tokens"]} tokens for Phi-3.5-mini's shape, the likeliest next token
   is transformers' at {short["phi3-mlx"]["greedy_agreement"]:.0%} of the positions (mlx-lm: \
-{short["mlx-lm"]["greedy_agreement"]:.0%}). Measured with random weights,
-  in float32.
+{short["mlx-lm"]["greedy_agreement"]:.0%}). Measured in float32 with random weights.
 - **Long prompts in bounded memory.** {tokens:,} tokens with 4-bit keys and values take {ratio:.0%} of mlx-lm's memory
-  beside the weights ({long["layers"]} layers of Phi-3-mini's heads, CPU). Each run is planned first, and refused if it would not fit.
-- **Fine-tuning that survives.** A killed run resumes to exactly the same weights. LoRA runs at {speed:.1f}× mlx-lm's speed
-  (one of Phi-3-mini's layers, CPU)."""
+  beside the weights. Measured on a CPU, with {long["layers"]} layers of Phi-3-mini's heads. Each run is planned
+  first, and refused if it would not fit.
+- **Fine-tuning that survives.** A killed run resumes to exactly the same weights. LoRA runs at {speed:.1f}×
+  mlx-lm's speed. Measured on a CPU, with one of Phi-3-mini's layers."""
 
 
 def macs() -> str:
