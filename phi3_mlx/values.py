@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 from .errors import OptionError
 
 T = TypeVar("T")
-_BITS = 64
+_INTEGER_BITS = 64
 _NAME_BYTES, _PATH_BYTES = 255, 4096  # what file systems allow
-_SHOWN = 60  # characters of a value that a message repeats
+_SHOWN_CHARACTERS = 60  # characters of a value that a message repeats
 
 
 def whole(value: Any, name: str) -> int:
     """A whole number that 64 bits hold; True and False are none."""
     python_value = plain(value)
     if isinstance(python_value, int) and not isinstance(python_value, bool):
-        if python_value.bit_length() <= _BITS:
+        if python_value.bit_length() <= _INTEGER_BITS:
             return int(python_value)
-        raise refusal(value, name, f"a whole number of at most {_BITS} bits")
+        raise refusal(value, name, f"a whole number of at most {_INTEGER_BITS} bits")
     raise refusal(value, name, "a whole number")
 
 
@@ -136,7 +136,7 @@ def shown(value: Any) -> str:
             whole_text = repr(value)
         except ValueError:  # Python writes no int of more than 4,300 digits
             return "a number of thousands of digits"
-        return whole_text if len(whole_text) <= _SHOWN else f"{whole_text[: _SHOWN - 3]}..."
+        return whole_text if len(whole_text) <= _SHOWN_CHARACTERS else f"{whole_text[: _SHOWN_CHARACTERS - 3]}..."
     kind = type(value).__name__
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
 

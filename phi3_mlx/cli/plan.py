@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..engine.plan import Workload
 
 _MACS = (8, 16, 24, 32, 64, 128)  # GiB, which are sold as GB
-_BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
+_KV_BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
 
 
 @click.command()
@@ -47,16 +47,16 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     longest = workload.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
-    widths = {bits: bits or 8 * workload.itemsize for bits in _BITS}
+    widths = {bits: bits or 8 * workload.itemsize for bits in _KV_BITS}
     machines: list[dict[str, Any]] = []
     for size, within in _rooms(here, memory).items():
-        fits = {widths[bits]: _packed(workload, bits).longest(within) for bits in _BITS}
+        fits = {widths[bits]: _packed(workload, bits).longest(within) for bits in _KV_BITS}
         machines.append({"memory": size, "room": within, "longest": fits})
     facts = {
         "model": model,
         "weights": workload.weights,
         "context": context or longest,
-        "needs": {widths[bits]: _packed(workload, bits, context or longest).plan(0).total for bits in _BITS},
+        "needs": {widths[bits]: _packed(workload, bits, context or longest).plan(0).total for bits in _KV_BITS},
         "machines": machines,
     }
     if as_json:

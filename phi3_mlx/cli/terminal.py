@@ -21,13 +21,13 @@ from ..files import json_text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")  # C0, DEL and C1, but for the tab and the line end
+_CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")  # C0, DEL and C1 except tab and line end
 _CLEAR_LINE = "\r\033[K"
 
 
 def escape(text: str) -> str:
     """`text` with its control characters spelled out; a line end of Windows is a line end."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+    return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def show(text: str = "", end: str = "\n", *, styles: Collection[str] = ()) -> None:

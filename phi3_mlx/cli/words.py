@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 
 _TAB = 8
-_PIECES = re.compile(r"\n|[ \t]+|[^ \t\n]+")
+_WORDS_AND_SPACES = re.compile(r"\n|[ \t]+|[^ \t\n]+")
 _STAYS = (
     "Po",
     "Pe",
@@ -79,7 +79,7 @@ class WordWrap:
 
 def _units(text: str) -> Iterator[str]:
     """Line ends, spaces, and words; a word is cut where a line may break beside a wide character."""
-    for piece in _PIECES.findall(text):
+    for piece in _WORDS_AND_SPACES.findall(text):
         start = 0
         for i in range(1, len(piece)):
             if _may_break(piece[i - 1], piece[i]):

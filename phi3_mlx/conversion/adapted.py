@@ -18,7 +18,7 @@ from .layout import Entry, Layout, Scheme
 from .recipes import Recipe
 from .sources import SPELLING, Blocks, cast, own_dtype, tensor_of, to_mlx
 
-_WAY_OUT = " with the adapter in it; give dtype='bfloat16', with dequantize=True if the model is packed"
+_WAY_OUT_OF_OVERFLOW = " with the adapter in it; give dtype='bfloat16', with dequantize=True if the model is packed"
 
 
 class AdaptedSource:
@@ -89,7 +89,7 @@ class AdaptedSource:
             array = float_weight(read_layer(path, packing, self.base.load))
         else:
             array = self.replaced[name] if name in self.replaced else self.base.load(name)
-        return cast(name, array, to_mlx(self.tensors[name].dtype), AdapterError, _WAY_OUT)
+        return cast(name, array, to_mlx(self.tensors[name].dtype), AdapterError, _WAY_OUT_OF_OVERFLOW)
 
     def write_extras(self, directory: Path) -> None:
         self.base.write_extras(directory)

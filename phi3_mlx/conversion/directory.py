@@ -17,13 +17,12 @@ from ..places import no_model
 from ..store.assembly import assemble
 from ..store.checkpoint import read_arrays
 from ..store.hub import COMPANIONS
-from ..store.quantization import find_packing
+from ..store.quantization import FLOATS, find_packing
 from ..store.safetensors import Tensor, find_weights, lacks
 from .sources import SPELLING, Blocks, tensor_of, to_mlx
 from .split import find_parts, phi3_config
 
 _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks to be kept with the model
-_FLOATS = ("BF16", "F16", "F32")  # each fits the last
 
 
 class DirectorySource:
@@ -97,8 +96,8 @@ class DirectorySource:
         """What a tensor that is stored as `parts` is read in. CheckpointError for a part that holds no floats."""
         dtypes = {self.unpacked[part].dtype: part for part in reversed(parts)}
         for dtype, part in dtypes.items():
-            if dtype not in _FLOATS:
-                expected = " or ".join(_FLOATS)
+            if dtype not in FLOATS:
+                expected = " or ".join(FLOATS)
                 raise CheckpointError(f"{self.name}: {part} is stored as {dtype}, expected {expected}")
         return next(iter(dtypes)) if len(dtypes) == 1 else "F32"
 
@@ -133,7 +132,7 @@ class DirectorySource:
         if (
             weight.shape != expected
             or weight.dtype != "U32"
-            or (scales.dtype not in _FLOATS if affine else scales.dtype != "U8")
+            or (scales.dtype not in FLOATS if affine else scales.dtype != "U8")
             or (affine and (biases is None or biases.shape != scales.shape))
         ):
             raise CheckpointError(

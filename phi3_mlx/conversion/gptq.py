@@ -23,7 +23,7 @@ from .texts import windows
 
 GPTQ_WINDOW = 256
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
-_ROWS = 8192  # of a weight at a time: they do not depend on each other
+_ROWS_AT_ONCE = 8192  # of a weight at a time: they do not depend on each other
 _SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
 
 
@@ -141,8 +141,8 @@ def gptq(weight: mx.array, hessian: mx.array, packing: Mapping[str, Any], dtype:
     factor = _inverse_factor(hessian)
     group_size, bits = packing["group_size"], packing["bits"]
     pieces = []
-    for first in range(0, len(weight), _ROWS):
-        columns = weight[first : first + _ROWS].astype(mx.float32).T
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        columns = weight[first : first + _ROWS_AT_ONCE].astype(mx.float32).T
         codes, scales, biases = _round(columns, factor, group_size, bits, dtype)
         pieces.append((mx.array(pack_codes(np.array(codes.T), bits)), scales.T, biases.T))
         mx.eval(pieces[-1])
@@ -172,15 +172,15 @@ def _round(
     for first in range(0, len(factor), group_size):
         last = first + group_size
         group, rest = rest[:group_size], rest[group_size:]
-        own = factor[first:last, first:last]
+        group_factor = factor[first:last, first:last]
         # What an error of a column costs in the end is its square over this diagonal's.
-        scale, bias = _grid(group, 1 / mx.diag(own)[:, None] ** 2, bits, dtype)
+        scale, bias = _grid(group, 1 / mx.diag(group_factor)[:, None] ** 2, bits, dtype)
         errors = []
         for k in range(group_size):
             column, group = group[0], group[1:]
             code = mx.clip(mx.round((column - bias) / scale), 0, 2**bits - 1)
-            error = (column - (code * scale + bias)) / own[k, k]
-            group = group - own[k, k + 1 :, None] * error
+            error = (column - (code * scale + bias)) / group_factor[k, k]
+            group = group - group_factor[k, k + 1 :, None] * error
             codes.append(code.astype(mx.uint8))
             errors.append(error)
         rest = rest - factor[first:last, last:].T @ mx.stack(errors)

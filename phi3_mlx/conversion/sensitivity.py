@@ -93,7 +93,7 @@ def _budget(
         target_bytes, asked = math.floor(target_bpw * weights / 8 + 1e-6), f"{target_bpw:g} bits per weight"
     else:
         asked = size_text(target_bytes)
-    ends = {width: fixed + sum(of[width] for of in sizes.values()) for width in _widths(sizes)}
+    ends = {width: fixed + sum(by_width[width] for by_width in sizes.values()) for width in _widths(sizes)}
     (least, smallest), (most, largest) = min(ends.items()), max(ends.items())
 
     def size(width: int, total: int) -> str:
@@ -255,26 +255,26 @@ def allocate(
 
     An exact knapsack where the sizes' common divisor is coarse enough, else one in steps of a 100,000th.
     """
-    least = {name: min(of.values()) for name, of in sizes.items()}
+    least = {name: min(by_width.values()) for name, by_width in sizes.items()}
     spare = budget - sum(least.values())
-    unit = math.gcd(*(size - least[name] for name, of in sizes.items() for size in of.values()))
+    unit = math.gcd(*(size - least[name] for name, by_width in sizes.items() for size in by_width.values()))
     unit = max(unit, -(-spare // _STEPS), 1)
     best = np.zeros(spare // unit + 1)
     chosen = []
-    for name, of in sizes.items():
-        widths = sorted(of)
+    for name, by_width in sizes.items():
+        widths = sorted(by_width)
         sums = np.full((len(widths), len(best)), np.inf)
         for i, width in enumerate(widths):
-            steps = -(-(of[width] - least[name]) // unit)
+            steps = -(-(by_width[width] - least[name]) // unit)
             if steps < len(best):
                 sums[i, steps:] = best[: len(best) - steps] + costs[name][width]
         chosen.append(sums.argmin(axis=0))
         best = sums.min(axis=0)
     at, result = len(best) - 1, {}
-    for (name, of), choice in zip(reversed(list(sizes.items())), reversed(chosen), strict=True):
-        width = sorted(of)[choice[at]]
+    for (name, by_width), choice in zip(reversed(list(sizes.items())), reversed(chosen), strict=True):
+        width = sorted(by_width)[choice[at]]
         result[name] = width
-        at -= -(-(of[width] - least[name]) // unit)
+        at -= -(-(by_width[width] - least[name]) // unit)
     return {name: result[name] for name in sizes}
 
 

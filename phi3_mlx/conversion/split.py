@@ -28,8 +28,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
 }
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_CARRIED = (*_SIZES, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_CARRIED = (*_SIZE_KEYS, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
 _CARRIED_IF_GIVEN = ("head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout",
                      "initializer_range", "use_cache", "quantization", "quantization_config")  # fmt: skip
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -91,7 +91,7 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
     for key, allowed in _MUST_BE.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             _fail(source, f"{key} {raw[key]!r} of this {model_type} model is not supported for phi3")
-    for key in _SIZES:
+    for key in _SIZE_KEYS:
         if raw.get(key) is None:
             _fail(source, f"{key} is missing")
     # Of these null says: no window, as many as heads; where a missing key says Mistral's 4096 and 8.

@@ -29,8 +29,8 @@ from ..store.safetensors import Tensor, read_header, read_metadata
 if TYPE_CHECKING:
     from ..models.decoder import Model
 
-_NAME = "phi3-mlx prompt cache"
-_FORMAT = f"{_NAME} 4"
+_FORMAT_NAME = "phi3-mlx prompt cache"
+_FORMAT = f"{_FORMAT_NAME} 4"
 _KEY = "phi3-mlx"  # of the metadata
 _ANEW = "rebuild it with `phi3-mlx cache build`"
 _FLOATS = ("F32", "BF16", "F16")
@@ -100,7 +100,7 @@ def digest_of(facts: Facts, arrays: Mapping[str, mx.array]) -> str:
 def is_cache(path: str | os.PathLike[str]) -> bool:
     """Whether the file is a prompt cache, perhaps of another version or cut short."""
     try:
-        return _version(path)[0].startswith(_NAME)
+        return _version(path)[0].startswith(_FORMAT_NAME)
     except CacheError:
         return False
 

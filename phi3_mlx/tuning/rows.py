@@ -25,7 +25,7 @@ from ..fields import kind_of, shorten
 from ..text.messages import ROLES
 
 _FORMS = ("messages", "conversations", "prompt", "completion", "text")
-_SHOWN = 8  # keys
+_SHOWN_KEYS = 8  # keys
 _EXPECTED = 'expected "messages", or "prompt" and "completion", or "text"'
 # Beside messages these would change what is said or learnt.
 _NOT_HONOURED = (
@@ -81,8 +81,8 @@ def read_row(value: Any, source: str, unused: dict[str, str]) -> Record:
 def _no_form(value: dict[str, Any]) -> str:
     if not value:
         return f"is an empty object; {_EXPECTED}"
-    more = f" and {len(value) - _SHOWN:,} more" if len(value) > _SHOWN else ""
-    fault = f"has only the keys {', '.join(map(shorten, [*value][:_SHOWN]))}{more}; {_EXPECTED}"
+    more = f" and {len(value) - _SHOWN_KEYS:,} more" if len(value) > _SHOWN_KEYS else ""
+    fault = f"has only the keys {', '.join(map(shorten, [*value][:_SHOWN_KEYS]))}{more}; {_EXPECTED}"
     prompt = next((key for key in _PROMPTS if key in value), None)
     completion = next((key for key in _COMPLETIONS if key in value), None)
     if prompt and completion:

@@ -27,7 +27,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Types whose blocks mlx has too, as affine groups of 32, by their bits.
 BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -46,7 +46,7 @@ class GgufTensor:
     @property
     def dtype(self) -> str:
         """The floating type that holds its values exactly, in the spelling of safetensors."""
-        return self.type if self.type in _FLOATS else "F32"
+        return self.type if self.type in _FLOAT_TYPES else "F32"
 
 
 class GgufFile:
@@ -118,8 +118,8 @@ class GgufFile:
         return np.fromfile(self.path, np.uint8, count, offset=offset).reshape(last - first, row_bytes)
 
     def _values(self, tensor: GgufTensor, rows: np.ndarray) -> mx.array:
-        if tensor.type in _FLOATS:
-            values = mx.array(rows.view(_FLOATS[tensor.type]))
+        if tensor.type in _FLOAT_TYPES:
+            values = mx.array(rows.view(_FLOAT_TYPES[tensor.type]))
             return values.view(mx.bfloat16) if tensor.type == "BF16" else values
         gguf = _library(self.path)
         with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale: whoever checks for NaN will name it
@@ -211,7 +211,7 @@ class _Header:
         except ValueError:
             self.owner.fail(f"stores {name} in the type {number}, which the installed gguf library does not know")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if kind.name not in _FLOATS:
+        if kind.name not in _FLOAT_TYPES:
             try:
                 gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
             except NotImplementedError:

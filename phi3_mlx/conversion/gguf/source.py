@@ -86,10 +86,11 @@ class GgufSource:
         kinds = {name: {self._file.tensors[part].type for part in parts} for name, parts in self._parts.items()}
         self.blocks: Mapping[str, Blocks] = {
             name: Blocks(
-                {"group_size": 32, "bits": BLOCKS[next(iter(of))], "mode": "affine"}, partial(self._read_blocks, name)
+                {"group_size": 32, "bits": BLOCKS[next(iter(types))], "mode": "affine"},
+                partial(self._read_blocks, name),
             )
-            for name, of in kinds.items()
-            if of <= set(BLOCKS) and len({BLOCKS[kind] for kind in of}) == 1
+            for name, types in kinds.items()
+            if types <= set(BLOCKS) and len({BLOCKS[kind] for kind in types}) == 1
         }
 
     def _read_blocks(self, name: str) -> list[mx.array]:
@@ -136,11 +137,11 @@ class _Config:
         if file.metadata.get("split.count", 1) not in (0, 1):
             count = file.metadata["split.count"]
             self.fail(f"is one of {count} parts; join them first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf")
-        own = f"{self.architecture}."
-        self.values = {key[len(own) :]: value for key, value in file.metadata.items() if key.startswith(own)}
+        prefix = f"{self.architecture}."
+        self.values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
         for key, value in self.values.items():
             if key not in _READ | _INERT and value not in (0, "", "none"):
-                self.fail(f"has {own}{key} {_shorten(value)}, which is not supported for phi3")
+                self.fail(f"has {prefix}{key} {_shorten(value)}, which is not supported for phi3")
         if "rope_freqs.weight" in file.tensors:
             self.fail("has rope_freqs.weight: its RoPE is scaled as Llama 3's, which phi3 cannot compute")
 
@@ -206,20 +207,22 @@ class _Config:
 
     def rope(self, longest: int) -> dict[str, Any]:
         """`rope_scaling` and the original length."""
-        found = {key: name for key, name in _FACTORS.items() if name in self.file.tensors}
+        factors = {key: name for key, name in _FACTORS.items() if name in self.file.tensors}
         kind, factor = self.values.get("rope.scaling.type", "none"), self.values.get("rope.scaling.factor", 1)
-        if len(found) == 1:
-            self.fail(f"has {next(iter(found.values()))} but not LongRoPE's other list; use another GGUF of the model")
-        if kind not in (("longrope", "none") if found else ("none",)) or factor not in (0, 1):
-            missing = " without its factor lists" if kind == "longrope" and not found else ""
+        if len(factors) == 1:
+            self.fail(
+                f"has {next(iter(factors.values()))} but not LongRoPE's other list; use another GGUF of the model"
+            )
+        if kind not in (("longrope", "none") if factors else ("none",)) or factor not in (0, 1):
+            missing = " without its factor lists" if kind == "longrope" and not factors else ""
             self.fail(f"has RoPE scaling {kind!r}, factor {factor!r}{missing}, which phi3 cannot compute")
-        if not found:
+        if not factors:
             if self.number("rope.scaling.attn_factor", 1, float) != 1:
                 self.fail(f"has {self.architecture}.rope.scaling.attn_factor without LongRoPE, which phi3 cannot do")
             return {"rope_scaling": None, "original_max_position_embeddings": longest}
         original = self.number("rope.scaling.original_context_length")
         scaling: dict[str, Any] = {"type": "longrope"}
-        for key, name in found.items():
+        for key, name in factors.items():
             # As decimals: the shortest that give this float32 again.
             scaling[key] = [float(str(value)) for value in np.array(self.file.read(name).astype(mx.float32))]
         if "rope.scaling.attn_factor" in self.values and original > 1:
