@@ -142,7 +142,7 @@ def plan() -> str:
 
 def family() -> str:
     """The table of `phi3-mlx models`."""
-    from phi3_mlx.engine.fits import family_rows
+    from phi3_mlx.engine.capacity import family_rows
 
     rows = family_rows()
     lines = [

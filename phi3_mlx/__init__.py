@@ -40,10 +40,10 @@ _PUBLIC = {
     "load": "generation.loading",
     "load_model": "generation.loading",
     "load_tokenizer": "generation.loading",
-    "longest_context": "engine.fits",
+    "longest_context": "engine.capacity",
     "mac_working_set": "engine.machine",
     "memory_limit": "engine.machine",
-    "memory_plan": "engine.fits",
+    "memory_plan": "engine.capacity",
     "resolve": "store.hub",
     "stream_generate": "generation.answers",
     "tune": "tuning",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert as convert
     from .display import ProgressBar as ProgressBar
     from .engine.batch import Generation as Generation
-    from .engine.fits import longest_context as longest_context
-    from .engine.fits import memory_plan as memory_plan
+    from .engine.capacity import longest_context as longest_context
+    from .engine.capacity import memory_plan as memory_plan
     from .engine.machine import mac_working_set as mac_working_set
     from .engine.machine import memory_limit as memory_limit
     from .engine.plan import Plan as Plan

@@ -534,7 +534,7 @@ def test_version(run):
 def test_unknown_command_is_one_line(run):
     code, _, err = run("generat")
     assert code == 2
-    assert "'generat'; did you mean generate?" in one_line(err)
+    assert "'generat'; did you mean generate? See phi3-mlx -h" in one_line(err)
     assert "'zzz'" in one_line(run("zzz")[2])
 
 

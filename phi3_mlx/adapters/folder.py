@@ -274,8 +274,7 @@ class Adapters:
         """Forget an adapter and free its memory."""
         for path in self._paths.pop(name, []):
             layer = get_layer(self._model, path)
-            layer.use({other: weight for other, weight in layer._weights.items() if other != name})
-            del layer.adapters[name]
+            layer.remove(name)
             if not layer.adapters:
                 set_layer(self._model, path, layer.linear)
 

@@ -125,6 +125,11 @@ class AdaptedLinear(nn.Module):
     def use(self, weights: Mapping[str, float]) -> None:
         self._weights = {name: weight for name, weight in weights.items() if name in self.adapters}
 
+    def remove(self, name: str) -> None:
+        """Forget one of the adapters."""
+        del self.adapters[name]
+        self._weights.pop(name, None)
+
 
 def new_adapter(
     linear: nn.Module, target: Target, rank: int, alpha: float, *, rslora: bool, dora: bool, dropout: float

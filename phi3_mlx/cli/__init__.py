@@ -129,7 +129,7 @@ def _refuse(error: click.ClickException) -> int:
         message = message.rstrip(".")
         if "unexpected extra argument" in message and (option := _STRAY.get(command.split()[-1])):
             message += f"; {option} goes before it"
-        message += f"; see {command} -h"
+        message += f"{' See' if message.endswith('?') else '; see'} {command} -h"
     return _say(message, error.exit_code)
 
 

@@ -23,7 +23,7 @@ def models(as_json: bool) -> None:
     A name in the first column works wherever a command takes -m; so does any directory or Hugging Face repository of
     a Phi-3 model. What is not on this disk is downloaded on first use.
     """
-    from ..engine.fits import family_rows
+    from ..engine.capacity import family_rows
     from ..sizes import size_text
     from ..store.family import june_text
     from ..store.hub import list_models

@@ -37,7 +37,7 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     The longest context for keys and values of 16 to 2 bits (--kv-bits), on a Mac's GPU: weights, keys and values,
     and the work of reading a prompt, within the part of its memory that Metal recommends.
     """
-    from ..engine.fits import workload_named
+    from ..engine.capacity import workload_named
     from ..sizes import size_text
     from .tables import print_table
 

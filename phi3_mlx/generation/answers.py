@@ -71,11 +71,11 @@ def generate(
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it; control tokens too
-    ("<|user|>"). The sampling options are those of `phi3_mlx.engine.sampling.Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two
-    numbers: of keys and of values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many
-    tokens may be guessed from earlier text and verified at once (0: none), which changes the speed alone.
-    `prompt_cache` keeps what is read for the next prompt that begins alike; it has bits of its own, and others in
-    `kv_bits` are refused. A run that the memory at hand cannot hold is refused unless `force`.
+    ("<|user|>"). The sampling options are those of `Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of
+    values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed
+    from earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read
+    for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. A run that the
+    memory at hand cannot hold is refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     request = Request(**arguments(Request, locals()))
