@@ -13,9 +13,12 @@ from conftest import ROOT
 
 import phi3_mlx
 from phi3_mlx.cli import cli
+from phi3_mlx.engine import plan
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
 from phi3_mlx.generation import answers, conversation
+from phi3_mlx.generation.cache_file import Document
+from phi3_mlx.generation.prompt_cache import document_ids
 from phi3_mlx.generation.request import CHAT_TOKENS, Request
 from phi3_mlx.models.cache import KVBits, KVCache
 
@@ -191,6 +194,39 @@ def test_every_option_reaches_the_request(asked, monkeypatch, name, words):
         options = typed.get(field, [f"--{field.replace('_', '-')}", str(OTHERS[field])])
         request = asked(lambda o=options: command_of(name).main([*words, *o], standalone_mode=False))
         assert request == Request(**{"max_tokens": CHAT_TOKENS, **given_with(field)})
+
+
+@pytest.mark.parametrize(
+    ("line", "max_tokens", "facts"),
+    [
+        ("generate -p Hi", CHAT_TOKENS, {}),
+        ("generate -p Hi --max-tokens 7 --kv-bits 8,4 --force", 7, {"kv_bits": KVBits(8, 4), "force": True}),
+        ("generate -p Hi --cache packed.cache", CHAT_TOKENS, {"kv_bits": KVBits(4, 4, 64), "kept": True}),
+        ("generate -p Hi --cache plain.cache", CHAT_TOKENS, {"kept": True}),
+        ("chat --kv-bits 4 --kv-group-size 64", CHAT_TOKENS, {"kv_bits": KVBits(4, 4, 64)}),
+        ("cache build -f text.txt -o new.cache --kv-bits 4", 1, {"kv_bits": KVBits(4, 4)}),
+    ],
+)
+def test_the_plan_before_a_model_is_loaded_is_that_of_the_request(
+    loaded, monkeypatch, tmp_path, line, max_tokens, facts
+):
+    class Planned(Exception):
+        pass
+
+    def plan_run(directory, prompt, most, *, dtype, longrope, **given):
+        raise Planned(most, given)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A story.")
+    for name, bits in (("plain", {}), ("packed", {"kv_bits": 4, "kv_group_size": 64})):
+        if name in line:
+            prompt_cache = phi3_mlx.PromptCache(loaded[0], document=Document("A story.", None, "tiny"), **bits)
+            prompt_cache.read(document_ids(loaded[1], prompt_cache.document))
+            prompt_cache.save(f"{name}.cache")
+    monkeypatch.setattr(plan, "plan_run", plan_run)
+    with pytest.raises(Planned) as caught:
+        cli.main(line.split(), standalone_mode=False)
+    assert caught.value.args == (max_tokens, {"kv_bits": None, "kept": False, "force": False} | facts)
 
 
 def test_a_request_holds_plain_values_of_its_fields_types():

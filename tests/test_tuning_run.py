@@ -390,6 +390,20 @@ def test_the_function_has_the_settings_of_the_command():
     }
 
 
+def test_the_usual_values_that_the_docstring_names_are_the_defaults():
+    usual = Settings(data="d", output="o")
+    said = " ".join(tune.__doc__.split())
+    for words in (
+        f'method "{usual.method}" with rank {usual.rank}, alpha {usual.alpha:g} and no dropout on all layers',
+        f"{usual.epochs:g} epochs, weight decay {usual.weight_decay}, {usual.holdout:.0%}".replace(
+            "%", " % of the examples"
+        ),
+        f"samples of {usual.sample_tokens} tokens",
+    ):
+        assert words in said
+    assert (usual.dropout, usual.targets, usual.layers, usual.rslora) == (0, (), None, False)
+
+
 def test_gradient_checkpointing_and_every_optimizer_run(base, data, tmp_path):
     for optimizer in ("adamw", "adam", "sgd", "lion", "adafactor", "muon"):
         options = {**SMALL, "learning_rate": 1e-3, "steps": 2, "gradient_checkpointing": True, "optimizer": optimizer}
