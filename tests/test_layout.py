@@ -16,7 +16,7 @@ from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import uniform
-from phi3_mlx.conversion.rounding import rounded
+from phi3_mlx.conversion.rounding import pack, rounded
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import OptionError
@@ -43,6 +43,20 @@ def test_what_is_made_has_the_names_shapes_and_types_of_the_layout(mode):
             tensor.nbytes,
         ), name
     assert layout.nbytes == sum(array.nbytes for array in made.values())
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_packing_takes_little_memory_beside_the_matrix_in_any_mode(mode):
+    """MLX's CPU backend makes twenty copies in some modes: the rows are packed a few at a time, to the same bits."""
+    weight = mx.random.normal((4096, 1024), key=mx.random.key(0))
+    whole = mx.quantize(weight, **uniform(mode=mode))
+    mx.eval(weight, whole)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    parts = pack(weight, uniform(mode=mode))
+    assert mx.get_peak_memory() - before < 3 * weight.nbytes
+    assert all(mx.array_equal(part, expected) for part, expected in zip(parts, whole, strict=True))
 
 
 def test_a_recipe_that_packs_nothing_is_refused_and_none_is_not():

@@ -22,6 +22,8 @@ from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.conversion.adapted import AdaptedSource
+from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
@@ -95,6 +97,37 @@ def test_what_is_unpacked_is_the_source(layout, source, tmp_path):
     found = dict(tree_flatten(read_model(tmp_path / "plain").parameters()))
     for name, array in weights.items():
         assert mx.array_equal(array, found[name]), name
+
+
+def test_experts_quantized_one_by_one_are_dequantized_each_by_its_own_packing(tmp_path):
+    """In `convert`, which stacks them, and in `fuse`, which leaves them apart."""
+    plain = moe_models.hugging_face(moe_models.random_weights(VOCAB, near=0.5))
+    other = "model.layers.0.block_sparse_moe.experts.3.w2"
+    tensors, expected = {}, {}
+    for name, array in plain.items():
+        path = name.removesuffix(".weight")
+        if ".experts." not in name:
+            tensors[name] = expected[name] = array
+            continue
+        packing = {"group_size": 32, "bits": 8 if path == other else 4}
+        parts = mx.quantize(array, **packing)
+        tensors |= {f"{path}.{kind}": part for kind, part in zip(("weight", "scales", "biases"), parts, strict=True)}
+        expected[name] = mx.dequantize(*parts, **packing)
+    quantization = {"group_size": 32, "bits": 4, other: {"group_size": 32, "bits": 8}}
+    base = moe_models.write(tmp_path / "base", {**VOCAB, "quantization": quantization}, tensors, tokenizer=True)
+    convert(base, tmp_path / "whole", dequantize=True)
+    whole = mx.load(str(tmp_path / "whole" / "model.safetensors"))
+    for name, array in moe_models.hugging_face(whole).items():
+        assert mx.array_equal(array, expected[name]), name
+    source = DirectorySource(base)
+    apart = AdaptedSource(source, dequantize=True)
+    for name, array in expected.items():
+        assert mx.array_equal(apart.read(name), array), name
+    convert(base, tmp_path / "again", bits=8, group_size=32, report=False)
+    stacked = mx.load(str(tmp_path / "again" / "model.safetensors"))
+    parts = [stacked[f"{STACKS[2]}.{kind}"][3] for kind in ("weight", "scales", "biases")]
+    found = mx.dequantize(*parts, 32, 8)
+    assert 0 < mx.abs(found - plain[f"{other}.weight"]).max() < 0.05
 
 
 def test_a_recipe_names_experts_and_router(source, tmp_path):

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from test_tuning_adapters import make_adapter
 from tuning_models import make_directory
 
-from phi3_mlx import memory_limit
+from phi3_mlx import convert, memory_limit
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
 from phi3_mlx.conversion import effect
@@ -22,7 +22,9 @@ SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {bits: make_directory(folder / str(bits), bits=bits, **SHAPE) for bits in (None, 4)}
+    made = {bits: make_directory(folder / str(bits), bits=bits, **SHAPE) for bits in (None, 4)}
+    convert(made[None], folder / "half", dequantize=True, dtype="bfloat16")
+    return {**made, "bfloat16": folder / "half"}
 
 
 def peak_of(work):
@@ -38,10 +40,15 @@ def peak_of(work):
     ("base", "options", "adapter"),
     [
         (None, {"dtype": "float32"}, {}),
+        (None, {"dtype": "bfloat16"}, {}),
         (None, {"dtype": "bfloat16"}, {"dora": True}),
+        ("bfloat16", {}, {}),
+        ("bfloat16", {}, {"dora": True}),
+        ("bfloat16", {"dtype": "float32"}, {}),
         (4, {}, {}),
         (4, {"bits": 8}, {"dora": True}),
         (4, {"dequantize": True, "dtype": "float32"}, {}),
+        (4, {"dequantize": True, "dtype": "bfloat16"}, {"targets": ("down_proj",)}),  # the embedding takes most
     ],
 )
 def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp_path, monkeypatch):

@@ -21,9 +21,10 @@ from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .layout import Entry, Layout
 from .sources import Source
 
-# Copies, float32, of a changed matrix that are alive at once, as measured: without DoRA and with it.
-_COPIES = (3.3, 5.7)
-_MAKING_FLOAT32 = 1.0  # of them; a matrix that is stored in float32 does without
+# Beside a matrix that an adapter changes: float32 copies of it that are alive at once, as measured.
+_CHANGE, _CHANGE_DORA = 1.0, 3.0  # the product of its factors; and what the length of rows is computed of
+_QUANTIZING = 0.5  # the same, of a matrix that is quantized
+_MARGIN = 1.1  # for the factors themselves and what else is small
 
 
 def check_conversion(source: Source, read: Source, layout: Layout, ids: Sequence[int], *, measures: bool) -> None:
@@ -70,18 +71,27 @@ def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: L
 
 
 def _one_matrix(source: AdaptedSource, layout: Layout) -> int:
-    """Bytes that making the largest tensor of a fused model takes: changed, or copied and perhaps cast."""
-    changed = []
-    for path, adapter in source.adapters.items():
-        name = f"{path}.weight"
-        plain = source.base.stored[name].dtype == "F32"
-        copies = _COPIES[adapter.is_dora] - (_MAKING_FLOAT32 if plain else 0)
-        changed.append(int(copies * 4 * math.prod(source.tensors[name].shape)))
-    stored = source.base.stored
-    copied = [
-        tensor.nbytes + (stored[name].nbytes if tensor != stored[name] else 0) for name, tensor in layout.stored.items()
-    ]
-    return max(changed + copied)
+    """Bytes that making the tensor of a fused model that takes most does."""
+    return max(_fused_tensor(source, entry) for entry in layout.entries)
+
+
+def _fused_tensor(source: AdaptedSource, entry: Entry) -> int:
+    """Bytes of a tensor as it is stored and written, and between them in float32 where it is changed or dequantized."""
+    stored, packing = source.base.stored[entry.name], source.base.packings.get(entry.name)
+    adapter = source.adapters.get(entry.path)
+    if entry.name in source.blocks or (adapter is None and packing is None):
+        return entry.nbytes + (stored.nbytes if entry.tensor.dtype != stored.dtype and packing is None else 0)
+    numbers = math.prod(entry.tensor.shape)
+    nbytes: float = numbers * (4 if packing is None else dequantizing_bytes(packing["bits"], 4))
+    if stored.dtype != "F32":
+        nbytes += stored.nbytes
+    if adapter is not None:
+        nbytes += 4 * numbers * (_CHANGE_DORA if adapter.is_dora else _CHANGE)
+    if entry.packing is not None:
+        nbytes += 4 * numbers * _QUANTIZING
+    if entry.packing is not None or entry.tensor.dtype != "F32":
+        nbytes += entry.nbytes
+    return int(_MARGIN * nbytes)
 
 
 def _one_tensor(source: Source, read: Source, entry: Entry) -> int:

@@ -10,6 +10,8 @@ import mlx.core as mx
 from .layout import Entry, Rounder, Scheme
 from .sources import Source
 
+_AT_ONCE = 1 << 18  # numbers: in modes other than affine MLX's CPU backend makes twenty float32 copies of them
+
 
 def rounded(source: Source) -> Rounder:
     """The rounder that takes the nearest values, and blocks that the source has in an entry's packing as they are."""
@@ -27,12 +29,16 @@ def _rounded(source: Source, entry: Entry) -> list[mx.array]:
 
 def pack(weight: mx.array, packing: Scheme) -> list[mx.array]:
     """A matrix, or an array of them, packed: weight, scales and, in the affine mode, biases; evaluated."""
-    streams = _streams() if mx.default_device().type == mx.DeviceType.cpu else [mx.default_stream(mx.default_device())]
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    streams = _streams() if on_cpu else [mx.default_stream(mx.default_device())]
     rows = -(-len(weight) // len(streams))
-    pieces = [
-        mx.quantize(weight[first : first + rows], **packing, stream=streams[i])
-        for i, first in enumerate(range(0, len(weight), rows))
-    ]
+    if on_cpu and packing["mode"] != "affine":
+        rows = min(rows, max(1, len(weight) * _AT_ONCE // (weight.size * len(streams))))
+    pieces = []
+    for i, first in enumerate(range(0, len(weight), rows)):
+        pieces.append(mx.quantize(weight[first : first + rows], **packing, stream=streams[i % len(streams)]))
+        if i % len(streams) == len(streams) - 1:
+            mx.eval(pieces)
     mx.eval(pieces)
     del weight
     if len(pieces) == 1:
