@@ -19,7 +19,7 @@ from .sources import Source, own_dtype
 class Choice:
     """`recipe` packs (None: nothing is packed), and messages call it `name`; the rest is in `dtype` (None: as it is).
 
-    Where bits are chosen by a measurement it is not made yet, and `recipe` stands for what it will choose.
+    Where a measurement will choose the bits, `recipe` stands for its result until it is made.
     `notes` are sentences that the caller should see.
     """
 

@@ -28,8 +28,8 @@ _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks t
 class DirectorySource:
     """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split.
 
-    By the names of its files, `stored` are the tensors there, `unpacked` the same without scales and biases and as they
-    are when unpacked, and `packings` says how a weight is packed.
+    By the names in its files: `stored` has the tensors as they are there, `unpacked` what they are once dequantized,
+    without scales and biases, and `packings` how each packed weight is packed.
     """
 
     blocks: Mapping[str, Blocks] = {}
@@ -76,7 +76,7 @@ class DirectorySource:
             if not file.is_dir():
                 copy = directory / file.relative_to(self._directory)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(_own(file, self._directory), copy)
+                shutil.copyfile(_own_file(file, self._directory), copy)
 
     def _part(self, name: str) -> mx.array:
         packing = self.packings.get(name)
@@ -165,11 +165,11 @@ class DirectorySource:
             )
 
 
-def _own(file: Path, directory: Path) -> Path:
-    """The regular file that a file of a model's directory is. CheckpointError if it is not the model's own.
+def _own_file(file: Path, directory: Path) -> Path:
+    """The regular file behind a name in a model's directory. CheckpointError if it is not the model's own.
 
-    Whoever made the directory may have linked to anything that the user can read, and the result may be published.
-    A link may lead into the directory, and from a snapshot of the hub's cache to the blobs of that repository.
+    A link of whoever made the directory could lead to anything that the user can read, and the result may be published.
+    Links may stay inside the directory, or lead from a snapshot of the hub's cache to the blobs of that repository.
     """
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(directory))
     repository = home.parent.parent

@@ -21,7 +21,7 @@ EFFECT_LOGITS = 6.6  # copies of the text's logits, float32, that are alive at o
 
 
 class Effect:
-    """What the adapter does to the log-probabilities of a text, to find again in the fused model."""
+    """How an adapter changes the log-probabilities of a text, to compare the fused model with."""
 
     def __init__(self, directory: Path, base: Base, folder: Path, text: str | None):
         from ..text.tokenizer import read_tokenizer

@@ -32,8 +32,8 @@ def calibrated(source: Source, layout: Layout, ids: Sequence[int], *, window: in
 
     `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
     read, the better. In memory: one layer in float32, the text's activations, and for a layer of n inputs three
-    matrices of n x n. An embedding that is also the head is rounded for both its tasks, and for that the unpacked
-    model is run first; one that is only looked up has no outputs to mend, and gets grids of least error.
+    matrices of n x n. An embedding that is also the head is rounded for both tasks, for which the unpacked model runs
+    first. For an embedding that is only looked up, each group gets the grid of least error.
 
     Raises OptionError for a layout that is not affine throughout, PromptError for a text shorter than one window, and
     while it runs CheckpointError for weights or activations that are not finite.
@@ -45,7 +45,7 @@ def calibrated(source: Source, layout: Layout, ids: Sequence[int], *, window: in
 
 
 class _Calibration:
-    """Goes through the model with the entries: a layer is packed, all of it, when its first tensor is asked for."""
+    """Follows the entries through the model. The whole layer is packed when its first tensor is asked for."""
 
     def __init__(self, stream: LayerStream, layout: Layout, ids: mx.array):
         self._stream, self._packings, self._ids = stream, layout.packings, ids
@@ -64,7 +64,7 @@ class _Calibration:
         return parts
 
     def _outside_layers(self, entry: Entry) -> list[mx.array]:
-        """The parts of the embedding or the head, or of what is not packed."""
+        """The arrays of the embedding, of the head, or of a tensor that is not packed."""
         weight = self._stream.source.read(entry.name)
         if entry.packing is None:
             return [weight]
@@ -104,7 +104,7 @@ def hessian_of(inputs: Iterable[mx.array]) -> mx.array:
 
 
 def hessians_of(inputs: Iterable[Sequence[mx.array]]) -> list[mx.array]:
-    """The same for each of several matrices, whose inputs come side by side."""
+    """`hessian_of` for each of several matrices: every item of `inputs` has one array for each of them."""
     totals: list[mx.array] = []
     for parts in inputs:
         floats = [part.astype(mx.float32) for part in parts]
@@ -119,7 +119,7 @@ def _hessian_of_head(stream: LayerStream, hidden: mx.array) -> mx.array:
 
 
 def _hessian_of_embedding(stream: LayerStream, ids: mx.array) -> mx.array:
-    """No input is likelier than another where rows are looked up; where they also make logits, half and half."""
+    """Rows that are looked up weigh alike. A tied embedding also makes logits, and each task has half the weight."""
     same = mx.eye(stream.config.hidden_size)
     if not stream.config.tie_word_embeddings:
         return same

@@ -33,7 +33,7 @@ class LayerStream:
     def __init__(self, source: Source):
         self.source = source
         self.config = source.config
-        self._model = build(self.config)  # its weights are not computed but where some are put
+        self._model = build(self.config)  # random weights, never computed: those that are used are replaced
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class LayerStream:
         return self.embedded(self.source.read(f"{EMBEDDING}.weight")[ids])
 
     def embedded(self, rows: mx.array) -> mx.array:
-        """The first layer's input from rows of the embedding, whoever unpacked them; float32, evaluated."""
+        """The first layer's input from dequantized rows of the embedding; float32, evaluated."""
         hidden = self._model.model.embedded(rows.astype(mx.float32))
         mx.eval(hidden)
         return hidden
@@ -69,14 +69,14 @@ class LayerStream:
         return self._tail.model.last_norm(hidden)
 
     def logits(self, hidden: mx.array, weight: mx.array) -> mx.array:
-        """What the model makes of normed `hidden` with this weight (vocab_size, hidden_size) in the layer of logits."""
+        """Logits of normed `hidden`, with `weight` (vocab_size, hidden_size) in the layer that makes them."""
         tail = self._tail
         (tail.model.embed_tokens if self.config.tie_word_embeddings else tail.lm_head).weight = weight
         return tail.logits(hidden)
 
     @cached_property
     def _tail(self) -> Model:
-        """The model with weights behind its layers, but for the matrix of the head."""
+        """The model with the weights that follow its layers, without the matrix of the head."""
         left_out = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
         names = [name for name in self.source.tensors if layer_of(name) is None and name not in left_out]
         self._model.load_weights([(name, self.source.read(name).astype(mx.float32)) for name in names], strict=False)
@@ -91,9 +91,9 @@ class LayerStream:
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def inputs(self, layer: DecoderLayer, path: str, hidden: mx.array) -> Iterator[list[mx.array]]:
-        """What each matrix of the linear layer `path` of `layer` is given, in parts (tokens, width).
+        """The inputs of each matrix of the linear layer `path` of `layer`, in parts (tokens, width).
 
-        Nothing behind it is computed.
+        What follows that linear layer is not computed.
         """
         with _recording(layer, [path]) as recorders:
             for part in _parts(hidden):
@@ -101,9 +101,9 @@ class LayerStream:
                 yield recorders[path].seen()
 
     def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[Traced, mx.array]]:
-        """In parts: what each matrix of each linear layer is given (tokens, width), and `hidden` after `layer`.
+        """In parts: the inputs (tokens, width) of each matrix of each linear layer, and `hidden` after `layer`.
 
-        A layer has one matrix, or one for each expert, which is given the tokens routed to it.
+        A linear layer has one matrix, or one for each expert, whose inputs are the tokens routed to it.
         """
         with _recording(layer, self.linears) as recorders:
             for part in _parts(hidden):
@@ -144,7 +144,7 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def _recording(layer: DecoderLayer, paths: Sequence[str]) -> Iterator[dict[str, _Recorder]]:
-    """For a while, recorders in the place of these linear layers."""
+    """Recorders in the place of these linear layers, until the block ends."""
     recorders = {path: _Recorder(linear(layer, path)) for path in paths}
     for path, recorder in recorders.items():
         _put(layer, path, recorder)

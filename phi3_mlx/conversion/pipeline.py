@@ -122,20 +122,20 @@ def convert_as(
     opened = open_source(path)
     opened.name = str(source)
     choice = choose(opened, options)
-    read = CheckedSource(opened, dtype=choice.dtype, allow_nan=options.allow_nan)
-    ids = _calibration_ids(read, options.calibration) if options.reads_text else []
-    layout = Layout.of(read, choice.recipe, choice.name)
+    checked = CheckedSource(opened, dtype=choice.dtype, allow_nan=options.allow_nan)
+    ids = _calibration_ids(checked, options.calibration) if options.reads_text else []
+    layout = Layout.of(checked, choice.recipe, choice.name)
     if not options.force:
         from .planning import check_conversion
 
-        check_conversion(opened, read, layout, ids, measures=options.has_target)
-    layout = _write(read, destination, layout, ids, options, progress)
+        check_conversion(opened, checked, layout, ids, measures=options.has_target)
+    layout = _write(checked, destination, layout, ids, options, progress)
     made, why_none = _report(destination, opened, layout.nbytes, options, progress)
     return Conversion(
         path=Path(os.path.abspath(destination)),
         recipe=layout.recipe,
         bytes=layout.nbytes,
-        bits_per_weight=8 * layout.nbytes / weights_of(read),
+        bits_per_weight=8 * layout.nbytes / weights_of(checked),
         kept=_kept(layout),
         notes=(*choice.notes, *why_none, *_about_name(destination)),
         report=made,
@@ -150,7 +150,7 @@ def _about_name(destination: Path) -> tuple[str, ...]:
 
 
 def _write(
-    read: Source,
+    checked: Source,
     destination: Path,
     layout: Layout,
     ids: Sequence[int],
@@ -162,9 +162,9 @@ def _write(
     with new_directory(destination, force=options.force) as folder:
         sink = DirectorySink(folder, destination)
         if options.has_target:
-            sink.check_space(_target_bytes(read, options))
-            layout = Layout.of(read, _fitted_recipe(read, ids, options, progress))
-        write_model(sink, read, layout, _rounder(read, layout, ids, options), progress)
+            sink.check_space(_target_bytes(checked, options))
+            layout = Layout.of(checked, _fitted_recipe(checked, ids, options, progress))
+        write_model(sink, checked, layout, _rounder(checked, layout, ids, options), progress)
         if options.has_target or options.recipe is not None:
             write_json(folder / RECIPE, layout.recipe or {})
     return layout
@@ -179,20 +179,20 @@ def _kept(layout: Layout) -> tuple[str, ...]:
     return tuple(entry.name for entry in matrices if recipe.get(entry.path) is not False)
 
 
-def _target_bytes(read: Source, options: ConvertOptions) -> int:
+def _target_bytes(checked: Source, options: ConvertOptions) -> int:
     """The size that the options ask for, in bytes; 0 for one that `choose_recipe` refuses."""
-    nbytes = options.target_bytes or (options.target_bpw or 0) * weights_of(read) / 8
+    nbytes = options.target_bytes or (options.target_bpw or 0) * weights_of(checked) / 8
     return int(nbytes) if math.isfinite(nbytes) else 0
 
 
 def _fitted_recipe(
-    read: Source, ids: Sequence[int], options: ConvertOptions, progress: Callable[[Progress], None] | None
+    checked: Source, ids: Sequence[int], options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> Recipe:
     """The bits of every layer for the target that the options name."""
     from .sensitivity import choose_recipe
 
     return choose_recipe(
-        read,
+        checked,
         target_bpw=options.target_bpw,
         target_bytes=options.target_bytes,
         group_size=options.uniform["group_size"],
@@ -201,19 +201,19 @@ def _fitted_recipe(
     )
 
 
-def _rounder(read: Source, layout: Layout, ids: Sequence[int], options: ConvertOptions) -> Rounder:
-    """The method that the options name."""
+def _rounder(checked: Source, layout: Layout, ids: Sequence[int], options: ConvertOptions) -> Rounder:
+    """The rounder for the method that the options name."""
     if layout.recipe is None or options.method == "round":
-        return rounded(read)
+        return rounded(checked)
     from .gptq import calibrated
 
-    return calibrated(read, layout, ids)
+    return calibrated(checked, layout, ids)
 
 
 def _report(
     directory: Path, source: Source, size: int, options: ConvertOptions, progress: Callable[[Progress], None] | None
 ) -> tuple[Report | None, tuple[str, ...]]:
-    """The report that the options ask for and, where one that they do not insist on fails, why there is none."""
+    """The report, or None, with a note that says why a report by default could not be made."""
     if not options.wants_report:
         return None, ()
     try:
@@ -273,7 +273,7 @@ def _calibration_ids(source: Source, text: str | None) -> list[int]:
 
 
 def _staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) -> Callable[[int, int], None] | None:
-    """`progress` as those want it who count to a total."""
+    """A callback for (done, total) that reports them to `progress` as this stage."""
     if progress is None:
         return None
     return lambda done, total: progress(Progress(stage, unit, done, total))

@@ -11,7 +11,7 @@ from ..engine import plan
 from ..engine.plan import Workload
 from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models.attention import fused_attention
-from ..models.linear import dequantizing_bytes
+from ..models.linear import dequantizing_bytes, most_dequantizing_bytes
 from ..sizes import size_text
 from ..store.quantization import FLOATS
 from . import gptq, sensitivity
@@ -27,12 +27,12 @@ _QUANTIZING = 0.5  # the same, of a matrix that is quantized
 _MARGIN = 1.1  # for the factors themselves and what else is small
 
 
-def check_conversion(source: Source, read: Source, layout: Layout, ids: Sequence[int], *, measures: bool) -> None:
-    """MemoryLimitError unless `source`, which is cast as `read` says, can be written in `layout`.
+def check_conversion(source: Source, checked: Source, layout: Layout, ids: Sequence[int], *, measures: bool) -> None:
+    """MemoryLimitError unless `source`, cast to the dtypes of `checked`, can be written in `layout`.
 
-    `ids`: of the text that bits or weights are fitted to, if they are; `measures`: bits are chosen by its help.
+    `ids`: of the text that bits or rounding are fitted to, empty if neither is; `measures`: it is the bits.
     """
-    tensor = max(_one_tensor(source, read, entry) for entry in layout.entries)
+    tensor = max(_one_tensor(source, checked, entry) for entry in layout.entries)
     fitting = (_measuring(source, len(ids)) if measures else _gptq(source, len(ids))) if ids else 0
     parts = {"a tensor at a time": tensor, "a layer and a text": fitting}
     plan.check_room(
@@ -43,9 +43,9 @@ def check_conversion(source: Source, read: Source, layout: Layout, ids: Sequence
 
 
 def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: Layout, adapter_bytes: int) -> None:
-    """MemoryLimitError unless `source` can be written in `layout`, and what is left of its adapters be measured.
+    """MemoryLimitError unless `source` can be written in `layout`, and the effect that its adapters keep be measured.
 
-    `folder`: of the adapter, whose tensors take `adapter_bytes`; `directory`: of the base.
+    `folder`: the adapter's, whose tensors take `adapter_bytes`; `directory`: the base's.
     """
     writing = {"the adapter": adapter_bytes, "a matrix at a time": _one_matrix(source, layout)}
     if not source.rounds_adapters:
@@ -71,7 +71,7 @@ def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: L
 
 
 def _one_matrix(source: AdaptedSource, layout: Layout) -> int:
-    """Bytes that making the tensor of a fused model that takes most does."""
+    """Bytes that the largest tensor of a fused model takes to make."""
     return max(_fused_tensor(source, entry) for entry in layout.entries)
 
 
@@ -94,11 +94,11 @@ def _fused_tensor(source: AdaptedSource, entry: Entry) -> int:
     return int(_MARGIN * nbytes)
 
 
-def _one_tensor(source: Source, read: Source, entry: Entry) -> int:
-    """Bytes of a tensor's parts and itself, unpacked, cast and packed."""
-    stored, cast = source.tensors[entry.name], read.tensors[entry.name]
-    unpacking = dequantizing_bytes((source.quantization or {}).get("bits", 4), 4) if source.quantization else 0
-    held = max(2 * stored.nbytes, unpacking * math.prod(stored.shape))
+def _one_tensor(source: Source, checked: Source, entry: Entry) -> int:
+    """Bytes of a tensor and its parts: read, dequantized, cast and quantized."""
+    stored, cast = source.tensors[entry.name], checked.tensors[entry.name]
+    dequantizing = most_dequantizing_bytes(source.quantization, 4) if source.quantization else 0
+    held = max(2 * stored.nbytes, dequantizing * math.prod(stored.shape))
     return held + (cast.nbytes if cast.dtype != stored.dtype else 0) + (entry.nbytes if entry.packing else 0)
 
 

@@ -52,9 +52,8 @@ def choose_recipe(
 
     The target is `target_bytes`, or `target_bpw` bits for each of the model's weights, scales and norms included.
     `ids`: the token ids of a text like those that the model will read; about a thousand are used. `progress` counts
-    layers, each measured at two widths. The fused `qkv_proj` (and `gate_up_proj`) is one tensor with one width, as the
-    format demands: its sensitivity is measured with the rows of q, k and v (gate and up) all rounded, so that it is
-    what packing costs.
+    layers, each measured at two widths. A fused `qkv_proj` or `gate_up_proj` is one tensor of one width, as the format
+    demands, and is measured with all its rows rounded.
 
     Memory: one layer in float32, and the activations of one row of the text for every tensor of the model, or about
     a gigabyte of them if that is more. Raises OptionError for a target that no choice of bits meets, PromptError for
@@ -216,9 +215,9 @@ class _Measurement:
         return {moved: max(total / len(hidden), 0.0) for moved, total in sums.items()}
 
     def _compare(self, name: str, weight: mx.array, inputs: Sequence[mx.array] | None = None) -> None:
-        """Note the squared error of the outputs at each width (without inputs: of the weight).
+        """Keep the squared error of the outputs at each width; without `inputs`, that of the weight.
 
-        `inputs` of each matrix that `weight` is.
+        `inputs` has one array (tokens, width) for each matrix of `weight`.
         """
         if self._compared:
             return
@@ -251,7 +250,7 @@ def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:
 def allocate(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], budget: int
 ) -> dict[str, int]:
-    """The width of each tensor that gives the least sum of `costs` within `budget` bytes, which all can be kept to.
+    """The widths of least total cost whose bytes fit in `budget`; the smallest widths must fit.
 
     An exact knapsack where the sizes' common divisor is coarse enough, else one in steps of a 100,000th.
     """
@@ -279,7 +278,7 @@ def allocate(
 
 
 def as_recipe(chosen: Mapping[str, int], sizes: Mapping[str, Mapping[int, int]], group_size: int) -> Recipe:
-    """The recipe of these widths: the one most bytes have for all, and an entry for every tensor that differs."""
+    """The recipe of these widths: the default is that of most bytes, and each tensor that differs has an entry."""
     share: Counter[int] = Counter()
     for name, width in chosen.items():
         share[width] += sizes[name][width]

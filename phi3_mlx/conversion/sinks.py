@@ -35,7 +35,7 @@ class Sink(Protocol):
         """Write the source's tokenizer, chat template and the like. CheckpointError for what is not its own."""
 
     def write(self, layout: Layout, arrays: Rounder, progress: Callable[[Progress], None] | None = None) -> None:
-        """Write what `arrays` makes of each entry of `layout`; what it takes is the memory of one entry."""
+        """Write what `arrays` makes of each entry of `layout`; takes the memory of one entry."""
 
     def write_config(self, config: Mapping[str, Any], layout: Layout) -> None:
         """Write the keys of the unpacked model's config.json, and how the layout packs it."""

@@ -21,9 +21,9 @@ SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor that a checkpoint stores in blocks which mlx has too.
+    """A quantized tensor whose stored blocks fit a format of MLX, so that nothing is rounded.
 
-    `packing` is their group size, bits and mode; `read` gives weight, scales and biases as stored: nothing is rounded.
+    `packing` is their group size, bits and mode; `read` gives weight, scales and biases.
     """
 
     packing: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Source(Protocol):
     blocks: Mapping[str, Blocks]
 
     def read(self, name: str) -> mx.array:
-        """A tensor of `tensors`, in that dtype; what it takes is the memory of that tensor."""
+        """A tensor of `tensors`, in the dtype it has there; takes the memory of that tensor."""
 
     def write_extras(self, directory: Path) -> None:
         """Write tokenizer, chat template and the like into `directory`. CheckpointError for what is not the model's."""
@@ -58,7 +58,7 @@ def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def weights_of(source: Source) -> int:
-    """How many numbers a source holds, unpacked; sizes in bits per weight are per one of them."""
+    """How many weights the unpacked model has: bits per weight are counted for each of them."""
     return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
 
 
@@ -76,5 +76,5 @@ def cast(name: str, array: mx.array, dtype: mx.Dtype, fault: type[Phi3Error], ad
 
 
 def to_mlx(dtype: str) -> mx.Dtype:
-    """MLX's dtype for safetensors' spelling of one that model directories hold."""
+    """MLX's dtype for a name in safetensors' spelling, of those that model directories hold."""
     return {"U32": mx.uint32, "U8": mx.uint8, **{SPELLING[name]: value for name, value in DTYPES.items()}}[dtype]

@@ -96,7 +96,7 @@ class GgufSource:
     def _read_blocks(self, name: str) -> list[mx.array]:
         """Weight, scales and biases of a tensor of `blocks`; scales and biases are float16."""
         parts = [self._file.read_blocks(part, self._orders.get(part)) for part in self._parts[name]]
-        return [mx.concatenate(list(of_all)) for of_all in zip(*parts, strict=True)]
+        return [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
 
     def read(self, name: str) -> mx.array:
         """A tensor of `tensors`, in that dtype."""
