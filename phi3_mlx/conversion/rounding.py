@@ -10,7 +10,9 @@ import mlx.core as mx
 from .layout import Entry, Rounder, Scheme
 from .sources import Source
 
-_AT_ONCE = 1 << 18  # numbers: in modes other than affine MLX's CPU backend makes twenty float32 copies of them
+_QUANTIZED_AT_ONCE = (
+    1 << 18
+)  # numbers: in modes other than affine MLX's CPU backend makes twenty float32 copies of them
 
 
 def rounded(source: Source) -> Rounder:
@@ -33,7 +35,7 @@ def pack(weight: mx.array, packing: Scheme) -> list[mx.array]:
     streams = _streams() if on_cpu else [mx.default_stream(mx.default_device())]
     rows = -(-len(weight) // len(streams))
     if on_cpu and packing["mode"] != "affine":
-        rows = min(rows, max(1, len(weight) * _AT_ONCE // (weight.size * len(streams))))
+        rows = min(rows, max(1, len(weight) * _QUANTIZED_AT_ONCE // (weight.size * len(streams))))
     pieces = []
     for i, first in enumerate(range(0, len(weight), rows)):
         pieces.append(mx.quantize(weight[first : first + rows], **packing, stream=streams[i % len(streams)]))
