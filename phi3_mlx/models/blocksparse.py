@@ -190,40 +190,47 @@ def _attend_few(
 
     The old keys are whole strides, of each of which a head sees one block; all keys after them count as near.
     """
-    _, heads, length, dim = q.shape
-    kv_heads, block, stride = seen[0].shape[1], pattern.block_size, pattern.stride
-    group, half = heads // kv_heads, len(seen) // 2
-    strides = pattern.oldest_local(start) // stride
-    split = strides * stride * block
-    near = seen[0].shape[2] - split
-    q = mx.unflatten(q * scale, 1, (kv_heads, group))  # (B, Hkv, G, L, D)
-    parts = []
+    heads, kv_heads = q.shape[1], seen[0].shape[1]
+    q = mx.unflatten(q * scale, 1, (kv_heads, heads // kv_heads))  # (B, Hkv, G, L, D)
     phases = _by_phase(pattern, heads, kv_heads)
-    for phase in phases:
-        rows, stored = _pick(q, phase.kv), [_pick(array, phase.kv) for array in seen]
-        flat = mx.flatten(rows, 2, 3)  # (B, U, G * L, D)
-        close = [array[:, :, split:] for array in stored]
-        scores = mx.unflatten(scores_of(flat, close[:half], bits), 2, (group, length)).astype(mx.float32)
-        scores = mx.where(_visible_near(pattern, phase.residues, start, length, split), scores, -mx.inf)
-        old = []
-        if strides:
-            for array in stored:
-                blocks = mx.unflatten(array[:, :, :split], 2, (strides, stride, block))
-                old.append(_pick(blocks, phase.residues, axis=3).transpose(0, 1, 3, 2, 4, 5))  # (B, U, G, n, b, ·)
-            each = mx.broadcast_to(rows[:, :, :, None], (*rows.shape[:3], strides, length, dim))
-            far = scores_of(each, old[:half], bits)  # (B, U, G, n, L, b)
-            far = far.transpose(0, 1, 2, 4, 3, 5).reshape(*scores.shape[:4], -1).astype(mx.float32)
-            scores = mx.concatenate([scores, far], axis=-1)
-        weights = mx.softmax(scores, axis=-1).astype(q.dtype)  # (B, U, G, L, near + n * b)
-        out = weighted(mx.flatten(weights[..., :near], 2, 3), close[half:], bits).reshape(rows.shape)
-        if strides:
-            apart = mx.unflatten(weights[..., near:], -1, (strides, block)).transpose(0, 1, 2, 4, 3, 5)
-            out = out + weighted(apart, old[half:], bits).sum(axis=3)
-        parts.append(out)
+    parts = [
+        _attend_phase(_pick(q, phase.kv), [_pick(array, phase.kv) for array in seen], bits, pattern, phase, start)
+        for phase in phases
+    ]
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     order = [kv for phase in phases for kv in phase.kv]
     out = out if order == sorted(order) else out[:, mx.array(np.argsort(order))]
     return mx.flatten(out, 1, 2)
+
+
+def _attend_phase(
+    q: mx.array, seen: list[mx.array], bits: KVBits | None, pattern: BlockPattern, phase: _Heads, start: int
+) -> mx.array:
+    """`_attend_few` for the U kv heads of a phase: scaled q (B, U, G, L, D) -> the same shape."""
+    *_, group, length, _ = q.shape
+    block, stride, half = pattern.block_size, pattern.stride, len(seen) // 2  # the first half are the keys' arrays
+    strides = pattern.oldest_local(start) // stride
+    split = strides * stride * block  # old keys before it, near ones from it on
+    near = seen[0].shape[2] - split
+    close = [array[:, :, split:] for array in seen]
+    scores = scores_of(mx.flatten(q, 2, 3), close[:half], bits)  # (B, U, G * L, near)
+    scores = mx.unflatten(scores, 2, (group, length)).astype(mx.float32)
+    scores = mx.where(_visible_near(pattern, phase.residues, start, length, split), scores, -mx.inf)
+    old: list[mx.array] = []
+    if strides:
+        for array in seen:
+            blocks = mx.unflatten(array[:, :, :split], 2, (strides, stride, block))
+            old.append(_pick(blocks, phase.residues, axis=3).transpose(0, 1, 3, 2, 4, 5))  # (B, U, G, n, b, ·)
+        each = mx.broadcast_to(q[:, :, :, None], (*q.shape[:3], strides, *q.shape[3:]))
+        far = scores_of(each, old[:half], bits)  # (B, U, G, n, L, b)
+        far = far.transpose(0, 1, 2, 4, 3, 5).reshape(*scores.shape[:4], -1).astype(mx.float32)
+        scores = mx.concatenate([scores, far], axis=-1)
+    weights = mx.softmax(scores, axis=-1).astype(q.dtype)  # (B, U, G, L, near + n * b)
+    out = weighted(mx.flatten(weights[..., :near], 2, 3), close[half:], bits).reshape(q.shape)
+    if strides:
+        by_block = mx.unflatten(weights[..., near:], -1, (strides, block)).transpose(0, 1, 2, 4, 3, 5)
+        out = out + weighted(by_block, old[half:], bits).sum(axis=3)
+    return out
 
 
 @lru_cache(maxsize=8)
