@@ -149,7 +149,7 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
     _refuse_other_formats(directory, config, present)
     needed = packed_layout(layout, config.quantization, seen.tensors, str(directory / "config.json"))
     _refuse_differences(directory, {"among parts": list(seen.faults), **_differences(needed, present)})
-    if not any(name.endswith(".scales") for name in present):  # a tool has dequantized them and kept it in the config
+    if not any(name.endswith(".scales") for name in present):  # a tool dequantized them and left it in the config
         config = replace(config, quantization=None)
     return _Checked(config, weights, seen, tuple(needed))
 
