@@ -83,7 +83,7 @@ def test_only_rows_of_different_lengths_are_padded():
 
 
 def test_what_may_be_recomputed_is_a_row_at_the_boundary_and_what_a_cache_has_of_another_regime():
-    model, rule = make_ours(CONFIGS["3.5-mini"]), fitting._rereads
+    model, rule = make_ours(CONFIGS["3.5-mini"]), fitting._recomputed
     boundary = model.config.original_max_position_embeddings
     ids = ids_of(boundary + 8)[0].tolist()
 

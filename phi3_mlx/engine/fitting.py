@@ -9,7 +9,7 @@ from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from . import machine
 from . import plan as memory
-from .plan import Workload, reread_at_boundary
+from .plan import Workload, recomputed_at_boundary
 from .rows import Row
 
 
@@ -38,7 +38,7 @@ def fit(
     `cache`: one that has read the first `shared` tokens of the one prompt. `room`, `force` and `kept` are those of
     `Generation`. Raises MemoryLimitError if the run does not fit.
     """
-    workload = workload_of(model, rows, bits, chunk, _rereads(model, rows, cache, shared))
+    workload = workload_of(model, rows, bits, chunk, _recomputed(model, rows, cache, shared))
     room = (machine.room() if room is None or force else room) + _held(workload, cache, shared)
     if force:
         plan = workload.plan(room)
@@ -48,25 +48,25 @@ def fit(
     return Fit(plan.chunk, max(room - plan.total, 0))
 
 
-def workload_of(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: int | None, rereads: int) -> Workload:
+def workload_of(model: Model, rows: Sequence[Row], bits: KVBits | None, chunk: int | None, recomputed: int) -> Workload:
     """What the memory of these rows depends on."""
     lengths = [len(row.prompt) for row in rows]
     # Shorter rows are padded in front: all answers begin together.
     length = max(lengths) + max(row.budget for row in rows)
     workload = Workload.of_model(model, length, len(rows), kv_bits=bits)
-    return replace(workload, chunk=chunk, rereads=rereads, ragged=len(set(lengths)) > 1)
+    return replace(workload, chunk=chunk, recomputed=recomputed, ragged=len(set(lengths)) > 1)
 
 
-def _rereads(model: Model, rows: Sequence[Row], cache: list[KVCache] | None, shared: int) -> int:
+def _recomputed(model: Model, rows: Sequence[Row], cache: list[KVCache] | None, shared: int) -> int:
     """The most tokens of a row that are recomputed, into a second cache."""
     is_long = model.model.is_long
     begins_long = [is_long(len(row.prompt)) for row in rows]
-    rereads = 0
+    recomputed = 0
     if cache is not None and (cache[0].lost_at(shared) or cache[0].sequence.long != tuple(begins_long)):
-        rereads = shared
+        recomputed = shared
     if not all(begins_long) and is_long(max(len(row.prompt) + row.budget for row in rows)):
-        rereads = max(rereads, reread_at_boundary(model.config))
-    return rereads
+        recomputed = max(recomputed, recomputed_at_boundary(model.config))
+    return recomputed
 
 
 def _held(workload: Workload, cache: list[KVCache] | None, shared: int) -> int:

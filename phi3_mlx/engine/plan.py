@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from ..config import Config
 from ..errors import MemoryLimitError, PromptError
 from ..models.attention import fused_attention
-from ..models.cache import REREAD_CHUNK, KVBits, kv_bytes
+from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
 from ..models.pass_shape import PassShape
 from ..models.workspace import workspace_bytes
 from ..sizes import size_text
@@ -52,8 +52,8 @@ class Workload:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `rereads`: how many tokens
-    of a row are recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
+    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `recomputed`: how many
+    tokens of a row are recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
     """
 
     config: Config
@@ -64,7 +64,7 @@ class Workload:
     itemsize: int = 2
     fused: bool = True
     chunk: int | None = None
-    rereads: int = 0
+    recomputed: int = 0
     ragged: bool = False
 
     @classmethod
@@ -100,13 +100,13 @@ class Workload:
 
     def crossing(self) -> Workload:
         """The same for a prompt that LongRoPE reads with the short factors and an answer that may need the long."""
-        return replace(self, rereads=reread_at_boundary(self.config))
+        return replace(self, recomputed=recomputed_at_boundary(self.config))
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
         chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
         cache = self.cache_bytes()
-        works = ((chunk, max(self.workspace(chunk), self._rereading(chunk) - cache)) for chunk in chunks)
+        works = ((chunk, max(self.workspace(chunk), self._recomputing(chunk) - cache)) for chunk in chunks)
         plans = (Plan(self.weights, cache, work, chunk) for chunk, work in works)
         for plan in plans:
             if plan.total <= room:
@@ -121,19 +121,19 @@ class Workload:
         """Keys and values that all layers have of one row at the end."""
         return self.config.num_hidden_layers * kv_bytes(self.config, self.length, self.bits, self.itemsize)
 
-    def _rereading(self, chunk: int) -> int:
-        """Bytes beside the weights while a row is recomputed, at most `REREAD_CHUNK` tokens at once."""
-        if not 0 < self.rereads <= self.length:
+    def _recomputing(self, chunk: int) -> int:
+        """Bytes beside the weights while a row is recomputed, at most `RECOMPUTE_CHUNK` tokens at once."""
+        if not 0 < self.recomputed <= self.length:
             return 0
-        row = replace(self, length=self.rereads, rows=1, rereads=0, ragged=False)
+        row = replace(self, length=self.recomputed, rows=1, recomputed=0, ragged=False)
         held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
-        return held + row.cache_bytes() + row.workspace(min(chunk, REREAD_CHUNK))
+        return held + row.cache_bytes() + row.workspace(min(chunk, RECOMPUTE_CHUNK))
 
     @property
-    def reads_again_at_its_peak(self) -> bool:
+    def recomputes_at_its_peak(self) -> bool:
         """Whether recomputing a row takes the most memory."""
         chunk = self.chunk or CHUNKS[-1]
-        return self._rereading(chunk) > self.cache_bytes() + self.workspace(chunk)
+        return self._recomputing(chunk) > self.cache_bytes() + self.workspace(chunk)
 
     def longest(self, room: float) -> int:
         """The most tokens that fit, 0 if none do; at most the model's context."""
@@ -152,7 +152,7 @@ class Workload:
         return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows)
 
 
-def reread_at_boundary(config: Config) -> int:
+def recomputed_at_boundary(config: Config) -> int:
     """How many tokens are recomputed where an answer crosses LongRoPE's boundary, 0 without LongRoPE."""
     return 0 if config.longrope is None else config.original_max_position_embeddings + 1
 
@@ -187,7 +187,7 @@ def check_fits(workload: Workload, room: float, *, prompt: int = 0, kept: bool =
     rows, length = workload.rows, workload.length
     tokens = f"{rows} x {length:,} tokens" if rows > 1 else f"{length:,} tokens"
     parts = f" ({prompt:,} of the prompt, {length - prompt:,} for the answer)" if 0 < prompt < length else ""
-    again = f" to recompute {workload.rereads:,} tokens" if workload.reads_again_at_its_peak else ""
+    again = f" to recompute {workload.recomputed:,} tokens" if workload.recomputes_at_its_peak else ""
     raise MemoryLimitError(
         f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
         f"{size_text(plan.cache)}, work{again} {size_text(plan.workspace)}), and {size_text(room)} may be used: "

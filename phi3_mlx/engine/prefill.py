@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 
 import mlx.core as mx
 
-from ..models.cache import REREAD_CHUNK, KVBits, KVCache
+from ..models.cache import RECOMPUTE_CHUNK, KVBits, KVCache
 from ..models.decoder import Model
 from .steps import Stepper
 
@@ -54,7 +54,7 @@ def cache_for(
         given = model.make_cache(lengths, padding if any(padding) else None, bits)
     sequence = given[0].sequence
     sequence.prompt_length = tuple(lengths)
-    sequence.reread_chunk = min(chunk, REREAD_CHUNK)
+    sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
     return given
 
 

@@ -86,7 +86,7 @@ class PromptCache:
         self._layers = layers
 
     def _whole(self) -> bool:
-        """Whether the layers agree; a Ctrl-C can fall between two, or into the rereading at a regime's boundary."""
+        """Whether the layers agree; a Ctrl-C can fall between two, or into the recomputation at a regime's boundary."""
         layers = self._layers or []
         if not layers[0].offset or layers[0].sequence.long is None:
             return False

@@ -17,7 +17,7 @@ from ..values import shown, whole
 
 KV_BITS = (2, 3, 4, 6, 8)
 KV_GROUP_SIZES = (32, 64)
-REREAD_CHUNK = 512
+RECOMPUTE_CHUNK = 512
 _MOST_PIECES = 64  # arrays of ids, one a call, that are kept before they are joined
 
 
@@ -29,7 +29,7 @@ class SequenceState:
         self.prompt_length = prompt_length
         self.long: tuple[bool, ...] | None = None
         self.reader: object = None  # the run that it belongs to
-        self.reread_chunk = REREAD_CHUNK  # tokens recomputed at once
+        self.recompute_chunk = RECOMPUTE_CHUNK  # tokens recomputed at once
         self._pieces: list[mx.array] = []
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)

@@ -247,8 +247,8 @@ class Decoder(nn.Module):
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
             fresh = self.make_cache(SequenceState(prompt_length=(offset - padding,)), cache[0].bits)
-            for first in range(padding, offset, sequence.reread_chunk):
-                last = min(first + sequence.reread_chunk, offset)
+            for first in range(padding, offset, sequence.recompute_chunk):
+                last = min(first + sequence.recompute_chunk, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
                 mx.eval([layer.state for layer in fresh])
             if offset > padding:
