@@ -144,3 +144,19 @@ def test_weights_are_trained_in_float32_when_all_of_them_are():
         (dataclasses.replace(one, method="full", dtype="bfloat16"), "bfloat16"),
     ):
         assert training_dtype(settings) == dtype
+
+
+def test_the_largest_part_is_one_that_the_run_reads(monkeypatch):
+    lengths = [10] * 8 + [100]
+    short = next(seed for seed in range(20) if 8 not in schedule_of(lengths, steps=2, seed=seed).batch(0))
+    assert schedule_of(lengths, steps=1, seed=short).largest_part(1, lengths).tokens == 20
+    assert schedule_of(lengths, steps=5, seed=short).largest_part(1, lengths).tokens == 110
+    seen = []
+    batch = Schedule.batch
+    monkeypatch.setattr(Schedule, "batch", lambda self, step: seen.append(step) or batch(self, step))
+    schedule_of(lengths, steps=1000).largest_part(1, lengths)
+    assert seen == list(range(15))  # three epochs: a long run is not gone through
+
+
+def schedule_of(lengths, *, steps, seed=0):
+    return Schedule(lengths, 2, steps=steps, epochs=1, order="shuffle", seed=seed)
