@@ -2,8 +2,8 @@
 
 A link `../notebooks/longrope.ipynb` leads to the notebook as a page, `../bench/results/x.png` shows the picture, and
 `../weights/tiny/README.md` is a page. Notebooks are shown as they were saved, with their outputs; nothing is run. Text
-with a line of more than 80 columns is a message or an answer, and is broken to the page's width; other text is set in
-columns, as help pages are, and is left as it is.
+of one line, or with a line of more than 80 columns, is a message or an answer, and is broken to the page's width; other
+text is set in columns, as help pages are, and is left as it is.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
     def marked(block: re.Match[str]) -> str:
         lines = unescape(re.sub("<[^>]+>", "", block[1])).splitlines()
-        wide = max(map(len, lines), default=0) > _COLUMNS
-        return block[0].replace("highlight", "highlight wrapped") if wide else block[0]
+        columns = len(lines) > 1 and max(map(len, lines)) <= _COLUMNS
+        return block[0] if columns else block[0].replace("highlight", "highlight wrapped")
 
     return _TEXT.sub(marked, html)
 

@@ -212,10 +212,12 @@ def test_the_site_breaks_the_lines_of_messages_and_answers_and_no_others():
     def block(kind, text):
         return f'<div class="language-{kind} highlight"><pre><span></span><code>{text}\n</code></pre></div>'
 
-    columns = block("text", "&lt;" + "x" * 79)  # 80 of them
+    columns = block("text", "a b\n&lt;" + "x" * 79)  # 80 of them
+    message = block("text", "one line")
     sentence = block("text", "short\n" + "word " * 20)
     code = block("python", "x" * 100)
-    assert on_page_content(columns + sentence + code) == columns + sentence.replace("light", "light wrapped") + code
+    broken = (sentence + message).replace("light", "light wrapped")
+    assert on_page_content(columns + sentence + message + code) == columns + broken + code
     for page in ("commands.md", "how-it-works.md", "memory.md"):  # set in columns
         for kind, text in BLOCKS.findall(PAGES[page]):
             assert kind != "text" or max(map(len, text.splitlines())) <= 80, f"{page}: {text}"
