@@ -17,7 +17,8 @@ from .fields import kind_of, shorten
 
 # transformers 5 writes `rope_parameters` with theta and friends inside, older files `rope_scaling`.
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
-# Arrays of a token that are alive in a decoder layer at once: hidden states, and queries, keys and values side by side.
+# Arrays of a token that are alive in a decoder layer at once, fitted to the peaks of tests/test_plan.py on a CPU
+# (bench/LOG.md, "One kernel at a time"): hidden states, and queries, keys and values side by side.
 _HIDDEN_ARRAYS, _QKV_ARRAYS = 7, 3
 _MOST_OF_ALL = 2**31 - 1  # MLX counts in 32 bits
 # Ten times and more what any model has: what is made before the weights are looked at stays small.

@@ -27,8 +27,8 @@ _ONE_HEAD_SLOTS = 1024  # a packed cache with at least this many slots is read o
 _DIRECT_QUERIES = 32  # at most this many queries are multiplied by a packed cache as it is
 _MASKED = float(np.finfo(np.float32).min)  # the score of a key that a query does not see; finite, see `_over_blocks`
 
-# Bytes of a score of a block, by the bytes of a number: scores and weights in float32, and what is beside them where
-# the products before and after are in 16 bits.
+# Bytes of a score of a block, by the bytes of a number: scores and weights in float32, and in 16 bits the products
+# before and after beside them. Measured with the results of a block: 9 and 13.5 (bench/LOG.md, "One kernel at a time").
 _SCORE_BYTES = {4: 8, 2: 14}
 
 Mask = mx.array | str | None

@@ -20,7 +20,9 @@ import numpy as np
 from .linear import SLICES_ALIVE, dequantized_product, dequantizing_pays, one_of, packing_of, plain_weight
 
 _ROWS_TO_SORT = 64  # rows from which on sorting them, and on the CPU going expert by expert, costs less than it saves
-_ROW_ARRAYS = 7  # of a mixture's rows that are alive at once, each as wide as a token
+# Arrays of a mixture's rows that are alive at once, each as wide as a token: fitted to the peaks of
+# tests/test_phi_moe_tools.py (bench/LOG.md, "One kernel at a time").
+_ROW_ARRAYS = 7
 
 
 class Groups:

@@ -15,7 +15,8 @@ SLICE = 1 << 19  # numbers of a packed weight that are dequantized at a time
 # bench/LOG.md. In 16 bits MLX's CPU backend takes eight times as long for a packed product, and rounds more.
 DEQUANTIZED_ROWS = {4: 8, 2: 2}
 _NEVER = 1 << 30
-# Numbers of slices that are alive at once in `dequantized_product`, with MLX's CPU backend ten operations ahead.
+# Numbers of slices that are alive at once in `dequantized_product`, 3.4 of them, with MLX's CPU backend ten operations
+# ahead: 3.7 where a product runs alone in 3 bits, 2 in 4 and 3 in 8 (bench/LOG.md, "One kernel at a time").
 SLICES_ALIVE = SLICE * 17 // 5
 
 

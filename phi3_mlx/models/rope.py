@@ -15,7 +15,9 @@ import numpy as np
 
 from ..config import Config
 
-_HALVES = 11  # of queries that are alive at once on the CPU, where MLX rotates them in ten operations on their halves
+# Halves of queries that are alive at once on the CPU, where MLX rotates them in ten operations: fitted to the peaks of
+# "wide attention" of tests/test_plan_grid.py (bench/LOG.md, "One kernel at a time").
+_HALVES = 11
 # Whether the regime is the long one: for all rows, or for each.
 Regime = bool | tuple[bool, ...]
 

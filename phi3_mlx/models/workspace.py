@@ -15,13 +15,18 @@ from .linear import SLICE, dequantizes, most_dequantizing_bytes, slices_bytes
 from .pass_shape import PassShape
 from .rope import rotation_numbers
 
-# How many arrays are alive at once on the CPU, as measured. An array is as wide as hidden states, or as the MLP inside.
-_LOGITS = 2  # in float32
-_NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take
-_SLICED_HIDDEN, _SLICED_INNER = 3, 3.5  # beside the slices of a matrix that is dequantized
-_JOINED_INNER = 5  # while the products of its slices are joined; then half a slice fewer is alive
-_FEWER = 2  # hidden and inside, where a layer at a time is computed; and queries, keys and values once
-_NEAR_HIDDEN, _NEAR_INNER = 5, 2.4  # of the feed-forward parts before and after, while queries are rotated
+# How many arrays are alive at once on the CPU, each as wide as hidden states or as the MLP inside. They are fitted to
+# the peaks of whole runs; behind each stands the run that it decides, a case of tests/test_plan.py (shapes) or of
+# tests/test_plan_grid.py. All figures: bench/LOG.md, "One kernel at a time".
+_LOGITS = 2  # in float32, the sampler's among them; hardly any run is decided by it
+_NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take: wide hidden states in 16 bits
+# Beside the slices of a matrix that is dequantized: shapes[2] in 8 bits.
+_SLICED_HIDDEN, _SLICED_INNER = 3, 3.5
+# While the products of its slices are joined, when half a slice fewer is alive: a wide feed-forward part of many rows.
+_JOINED_INNER = 5
+_FEWER = 2  # hidden and inside, where a layer at a time is computed, and queries, keys and values once: seed 10
+# Of the feed-forward parts before and after, while queries are rotated: wide attention and inside.
+_NEAR_HIDDEN, _NEAR_INNER = 5, 2.4
 
 
 def workspace_bytes(shape: PassShape, step: int) -> int:

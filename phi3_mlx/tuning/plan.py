@@ -19,21 +19,29 @@ from .batches import PartSize, Schedule
 from .loss import places_at_once
 from .settings import Settings
 
-# How many copies of an array are alive at once, fitted to the peaks of float32 runs on the CPU.
-_BETWEEN = 4  # hidden states of each layer, which checkpointing keeps too
-_LAYER = 2.1  # what the layer in work keeps for the backward pass
-_RECOMPUTED, _RECOMPUTED_MIXTURE = 1, 2  # the same again, as checkpointing computes it; rows of experts are copied
-_SCORES, _SCORES_IN_BLOCKS, _SCORES_RECOMPUTED = 2.5, 1.5, 1  # attention scores of the layer in work
-_LOGITS, _PIECES = 2.1, 3.5  # of the output layer, and how many of its pieces
-_OVERLAP = 0.33  # of the smaller of output layer and layer in work, beside the larger
-_DEQUANTIZED, _SLICES = 3, 4  # of a matrix, but no more than slices of it
-_DEQUANTIZED_MIXTURE = 4  # stacks of experts, which are dequantized whole, as far ahead as MLX allocates
-_UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state
+# How many copies of an array are alive at once. They are fitted to the peaks of runs on the CPU; behind each stands the
+# run that it decides, a case of tests/test_tuning_plan.py. All figures: bench/LOG.md, "One kernel at a time".
+_BETWEEN = 4  # hidden states of each layer, which checkpointing keeps too: "deep, checkpointed"
+# What the layer in work keeps for the backward pass, and the same again as checkpointing computes it: "wide inside,
+# checkpointed" of tests/test_phi_moe_tools.py. A mixture's rows of experts are copied. On the CPU the part of a layer
+# that is widest decides a dense model's run instead.
+_LAYER = 2.1
+_RECOMPUTED, _RECOMPUTED_MIXTURE = 1, 2
+_SCORES = 2.5  # attention scores of the layer in work: "wide attention, checkpointed"
+_SCORES_IN_BLOCKS, _SCORES_RECOMPUTED = 1.5, 1  # "long, checkpointed"
+_LOGITS = 2.1  # of the output layer: "large vocabulary"
+_PIECES = 3.5  # of the output layer that are computed at once; no run of these trains as many tokens
+_OVERLAP = 0.33  # of the smaller of output layer and layer in work, beside the larger: "checkpointed and accumulated"
+_DEQUANTIZED, _SLICES = 3, 4  # of a matrix, but no more than slices of it: "4 bits"; "wide, 4 bits, checkpointed"
+# Stacks of experts, which are dequantized whole, as far ahead as MLX allocates: "4 bits, checkpointed" of
+# tests/test_phi_moe_tools.py.
+_DEQUANTIZED_MIXTURE = 4
+_UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state: "wide, full"
 # Numbers of a token in the layer in work on the CPU, where one part of it is much wider than the others: for each of
-# its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again.
-_QUERIES, _KEYS, _INNER = 19, 10, 14
-_QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21
-_NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take
+# its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again, more.
+_QUERIES, _KEYS, _INNER = 19, 10, 14  # "wide attention"; "wide inside"
+_QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21  # the same, checkpointed
+_NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take: "16 bits, checkpointed"
 
 
 @dataclass(frozen=True)
