@@ -20,7 +20,7 @@ _blas.preload()  # before anything imports MLX
 _PUBLIC = {
     "Chunk": "generation.answers",
     "Conversation": "generation.conversation",
-    "Generation": "engine.batch",
+    "Generation": "engine.generation",
     "KVBits": "models.cache",
     "Phi3Error": "errors",
     "Plan": "engine.plan",
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from .conversion.fuse import fuse as fuse
     from .conversion.pipeline import convert as convert
     from .display import ProgressBar as ProgressBar
-    from .engine.batch import Generation as Generation
     from .engine.capacity import longest_context as longest_context
     from .engine.capacity import memory_plan as memory_plan
+    from .engine.generation import Generation as Generation
     from .engine.machine import mac_working_set as mac_working_set
     from .engine.machine import memory_limit as memory_limit
     from .engine.plan import Plan as Plan

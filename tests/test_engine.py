@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.sampler import Sampler, filter_scores
+from phi3_mlx.engine.sampler import draw as draw_tokens
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError, Phi3Error, PromptError
 from phi3_mlx.models import decoder
@@ -152,8 +153,10 @@ def test_a_given_cache_that_the_prompt_takes_over_the_boundary_is_read_again_at_
 
 def test_the_last_token_of_a_long_prompt_is_read_alone(model):
     prompts, seen = [prompt_of(600), prompt_of(550, seed=1)], []
-    answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
+    run(model, prompts[:1], 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
     assert seen[-2:] == [(599, 600), (600, 600)]
+    answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
+    assert seen[-2:] == [(1000, 1150), (1150, 1150)]
     assert [ids(tokens) for tokens in answers] == [plain_greedy(model, prompt, 4) for prompt in prompts]
 
 
@@ -179,11 +182,12 @@ def test_statistics_count_what_was_done(model):
     seen = []
     _, generation = run(model, [prompt_of(30), prompt_of(10)], 5, prefill_chunk=8, on_prefill=lambda *a: seen.append(a))
     s = generation.statistics
-    assert (s.prompt_tokens, s.prefilled_tokens, s.generated_tokens, s.decoded_tokens) == (40, 40, 10, 8)
+    assert (s.prompt_tokens, s.prefilled_tokens, s.generated_tokens, s.decoded_tokens) == (40, 40, 10, 7)
+    # Not decoded: each row's first token, and the one that the first row got while the second was read.
     assert s.prompt_tps > 0
     assert s.decode_tps > 0
     assert s.peak_memory > 0
-    assert seen == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    assert seen == [(8, 40), (16, 40), (24, 40), (32, 40), (40, 40)]
 
 
 def test_finish_stops_one_row_and_leaves_the_others(model):
@@ -223,7 +227,7 @@ def test_the_next_step_is_queued_before_a_token_is_read(model, monkeypatch):
     monkeypatch.setattr(mx, "async_eval", lambda *a: (order.append("queued"), queued(*a)))
     for token in Generation(model, [prompt_of(5)], max_tokens=3, sampling=GREEDY):
         order.append(token.row)
-    assert order == ["queued", 0, "queued", 0, 0]
+    assert order == ["queued", "queued", 0, "queued", 0, 0]  # the prompt, and each next step before its token
 
 
 # ------------------------------------------------------------------------------------------ sampling
@@ -277,8 +281,8 @@ def test_filters_keep_what_the_definition_keeps(top_k, top_p, min_p):
 
 def test_draws_follow_the_distribution():
     logits = mx.array(np.log([[0.5, 0.3, 0.15, 0.05]]).astype(np.float32))
-    sampler = Sampler(Sampling(1.0, seed=0), [[0]], 4)
-    draws = [int(sampler(logits)[0].item()) for _ in range(4000)]
+    sampler = Sampler(Sampling(1.0, seed=0), [0], 4)
+    draws = [int(draw_tokens([sampler], logits)[0].item()) for _ in range(4000)]
     counts = np.bincount(draws, minlength=4) / len(draws)
     assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.03  # four standard deviations
 
@@ -298,17 +302,18 @@ def test_without_a_seed_equal_prompts_in_a_batch_differ(model):
 @pytest.mark.parametrize("sampling", [Sampling(1e-40, seed=0), Sampling(1e-5, seed=0), Sampling(1.0, 1e-50, seed=0)])
 def test_the_narrowest_settings_take_the_likeliest(sampling):
     logits = mx.array([[3.0, 5.0, 2.0, 4.9]])
-    sampler = Sampler(sampling, [[0]], 4)
-    assert {int(sampler(logits)[0].item()) for _ in range(20)} == {1}
+    sampler = Sampler(sampling, [0], 4)
+    assert {int(draw_tokens([sampler], logits)[0].item()) for _ in range(20)} == {1}
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
-    sampler = Sampler(Sampling(repetition_penalty=2.0), [[0, 1]], 4)
+    sampler = Sampler(Sampling(repetition_penalty=2.0), [0, 1], 4)
     logits = mx.array([[3.0, -1.0, 2.0, -1.5]])
     # 3 -> 1.5, -1 -> -2: token 2 wins; then it is halved too and token 0 wins.
-    assert [int(sampler(logits)[0].item()) for _ in range(2)] == [2, 0]
+    assert [int(draw_tokens([sampler], logits)[0].item()) for _ in range(2)] == [2, 0]
     # Below zero it multiplies: -1 -> -2, and token 1 wins.
-    assert int(Sampler(Sampling(repetition_penalty=2.0), [[0]], 2)(mx.array([[-1.0, -1.5]]))[0].item()) == 1
+    sampler = Sampler(Sampling(repetition_penalty=2.0), [0], 2)
+    assert int(draw_tokens([sampler], mx.array([[-1.0, -1.5]]))[0].item()) == 1
 
 
 @pytest.mark.parametrize(

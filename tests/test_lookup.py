@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, slim
 
 from phi3_mlx.engine import drafts
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.lookup import Drafter, accepted_of
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models.cache import KVBits, KVCache

@@ -13,7 +13,7 @@ from tuning_models import facts, write_jsonl
 from phi3_mlx import batch_generate, convert, generate, load
 from phi3_mlx.adapters.folder import Adapters
 from phi3_mlx.cli import main
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import parse_config
 from phi3_mlx.store import hub

@@ -12,8 +12,8 @@ import test_tuning_plan
 from mlx.utils import tree_flatten
 from test_tuning_plan import CHECKPOINTED
 
-from phi3_mlx.engine.batch import Generation
-from phi3_mlx.engine.plan import Workload
+from phi3_mlx.engine.generation import Generation
+from phi3_mlx.engine.plan import Workload, plan_together
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import build, decoder, linear, parse_config
 from phi3_mlx.models.cache import KVBits
@@ -47,8 +47,8 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(bits, bits) if bits else None
-    workload = Workload(model.config, weights, length, rows, kv_bits, itemsize=4, fused=False)
-    predicted = weights + workload.cache_bytes() + workload.workspace(chunk)
+    workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused=False, chunk=chunk)
+    predicted = plan_together([workload] * rows, math.inf).total
     peak = 0
     for _ in range(5):  # on the CPU a peak depends on how far one of MLX's threads gets ahead of another
         gc.collect()

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from moe_models import CONFIGS, EXPERTS, ORIGINAL, RAW
 from oracle import ids_of, last_logits, logits_of
 
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CheckpointError, ConfigError
 from phi3_mlx.models import build, experts, parse_config, shapes

@@ -28,7 +28,7 @@ from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
 from phi3_mlx.engine import machine
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import AdapterError, OptionError

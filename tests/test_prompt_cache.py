@@ -14,7 +14,7 @@ from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_gener
 from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.engine import machine, plan
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError

@@ -16,7 +16,7 @@ from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, stream_generate, tune
 from phi3_mlx.engine import machine
-from phi3_mlx.engine.batch import Generation
+from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.lookup import Drafter
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError

@@ -71,7 +71,6 @@ def test_a_pass_reads_no_more_than_there_is_and_sees_its_window():
     short = PassShape(config_of(), chunk=64, length=5, rows=2)
     assert (short.queries, short.tokens, short.keys) == (5, 10, 5)
     assert not short.is_masked(5)
-    assert PassShape(config_of(), chunk=64, length=5, rows=2, ragged=True).is_masked(5)
 
 
 def test_a_layer_of_more_demanding_bits_counts():

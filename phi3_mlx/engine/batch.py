@@ -1,169 +1,154 @@
-"""Token ids in, token ids out: prefill, decode, stop. Knows no text."""
+"""Rows that are answered together: they join and leave between any two steps. Knows no text."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..errors import OptionError
-from ..models.cache import KVBits, KVCache
+from ..errors import CacheError, Phi3Error
 from ..models.decoder import Model
-from ..threads import turn
-from ..values import refusal, whole
-from .drafts import decode_with_drafts
-from .fitting import fit
-from .machine import bounded_run
-from .prefill import PromptProgress, cache_for, read_prompts, shared_length
+from .drafts import draft_of, drafter_of, verify
+from .passes import Pass, queue_pass
 from .rows import Row
-from .sampler import Sampler
-from .sampling import Sampling
-from .steps import Drawn, Step, Stepper, read_drawn
-from .tokens import Statistics, Token, checked_prompts
+from .tokens import Token
+
+_NAN = "the model computed NaN: its weights are bad or its number type overflows; load it with dtype='float32'"
 
 
-class Generation:
-    """Some prompts decoded together; iterate once for their tokens, a step of all rows after another.
+@dataclass
+class Step:
+    """What a step gave.
 
-    Every row gives what it would give alone. `cache`: reuse the part that matches the prompt, drop the rest once the
-    run is sure to fit, and extend it.
-    `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of a new cache.
-    `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
-    `on_prefill(done, total)` is called after each chunk. `room` is how many bytes the run may take beside the weights,
-    by default what the machine has; the prefill chunk is as large as it allows unless `prefill_chunk` says it. `force`
-    refuses nothing. `kept`: the cache outlives the run, so a refusal cannot offer other bits for it.
-
-    Any thread may take the next token, and runs of several threads take turns: a chunk of a prompt, or a step.
-
-    Raises PromptError for no prompt, an empty one, one of other than token ids of the vocabulary, or one that leaves no
-    room to answer, OptionError for a value of another type or outside its range, MemoryLimitError for a run that does
-    not fit, and while it runs CacheError if the cache was given to another.
+    `tokens`: of each row the next, or several that were drafted. `read`: rows of which a part of the prompt was read,
+    `read_tokens` in all. `failed`: rows that ended with an error. `drafted`: how many tokens were verified.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop_ids: Collection[int] = (),
-        cache: list[KVCache] | None = None,
-        kv_bits: KVBits | None = None,
-        lookup: int = 0,
-        room: float | None = None,
-        force: bool = False,
-        kept: bool = False,
-        prefill_chunk: int | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
-    ):
-        prompts, max_tokens = checked_prompts(model, prompts), whole(max_tokens, "max_tokens")
-        if not isinstance(sampling, Sampling):
-            raise refusal(sampling, "sampling", "a Sampling")
-        if not 0 <= whole(lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
-            raise OptionError(f"lookup {lookup} is outside its range; give 0 (off) to {KVCache.spare}")
-        if cache is not None and len(prompts) != 1:
-            raise ValueError("a cache is for one prompt")
-        context, stop_ids = model.config.max_position_embeddings, frozenset(stop_ids)
-        self._rows = [
-            Row(index, prompt, min(max_tokens, context - len(prompt)), stop_ids) for index, prompt in enumerate(prompts)
-        ]
-        self._lookup = lookup if len(prompts) == 1 else 0
-        self._on_prefill = on_prefill
-        self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
-        bits = kv_bits if cache is None else cache[0].bits
-        with turn():
-            shared = 0 if cache is None else shared_length(cache, prompts[0])
-            self._fit = fit(
-                model,
-                self._rows,
-                cache=cache,
-                shared=shared,
-                bits=bits,
-                chunk=prefill_chunk,
-                room=room,
-                force=force,
-                kept=kept,
-            )
-            sampler = Sampler(sampling, prompts, model.config.vocab_size)
-            mx.eval(sampler.state)
-            cache = cache_for(model, prompts, given=cache, shared=shared, bits=bits, chunk=self._fit.chunk)
-            self._stepper = Stepper(model, cache, sampler)
+    tokens: list[Token] = field(default_factory=list)
+    read: list[Row] = field(default_factory=list)
+    failed: list[Row] = field(default_factory=list)
+    read_tokens: int = 0
+    drafted: int = 0
+
+
+class Batch:
+    """The one decode loop: every step reads a token of each row that answers, and a chunk of those that join.
+
+    Each row has a cache of its own, so what it reads, sees and holds is what it would alone; its weights are read once
+    for all rows. The next pass is queued before the last tokens are read, so the device never waits for Python.
+    """
+
+    def __init__(self, model: Model):
+        self._model = model
+        self.rows: list[Row] = []
+        self._queued: Pass | None = None
+
+    def add(self, row: Row, chunk: int) -> None:
+        """Let a row join with the next step. `chunk`: tokens that are read at once."""
+        row.begin(chunk)
+        self.rows.append(row)
+
+    def remove(self, row: Row) -> None:
+        """Let a row leave as it is, between two steps; what is queued of it is not told."""
+        self.rows.remove(row)
+        if self._queued is not None:
+            self._queued.leave_out(row)
 
     @property
-    def cache(self) -> list[KVCache]:
-        """What the run reads into, one entry a layer."""
-        return self._stepper.cache
+    def answering(self) -> bool:
+        """Whether some row has read its prompt."""
+        return any(not row.finished and not row.reading for row in self.rows)
 
-    def finish(self, row: int) -> None:
-        """The caller has seen enough of this row."""
-        self._rows[row].finish()
+    def step(self, chunk: int) -> Step:
+        """Queue the next pass, which reads `chunk` tokens of prompts at most, and tell what the last one gave.
 
-    def __iter__(self) -> Iterator[Token]:
-        with bounded_run(self._fit.spare):
-            mx.reset_peak_memory()
-            events = self._run()
-            while (event := self._turn(events)) is not None:
-                if isinstance(event, Token):
-                    yield event
-                elif self._on_prefill:
-                    self._on_prefill(*event)
+        An error in a row ends that row alone. What breaks the step off (Ctrl-C) ends all of them.
+        """
+        step = Step()
+        try:
+            self._step(step, chunk)
+        except BaseException:
+            self.settle()
+            self.rows, self._queued = [], None
+            raise
+        step.failed = [row for row in self.rows if row.error is not None]
+        self.rows = [row for row in self.rows if not row.finished]
+        return step
 
-    def _turn(self, events: Iterator[Token | PromptProgress]) -> Token | PromptProgress | None:
-        """The next of `events`, after which all that is kept is computed or queued."""
-        with turn():
-            try:
-                return next(events, None)
-            except BaseException:  # Ctrl-C may fall anywhere
-                self._stepper.settle()
-                raise
+    def settle(self) -> None:
+        """Compute all that caches keep: no other thread could, and some outlive the batch."""
+        mx.eval([row.to_compute for row in self.rows])
 
-    def _run(self) -> Iterator[Token | PromptProgress]:
-        """What a turn ends with: progress of the prompts, then tokens."""
-        started, prompts = time.perf_counter(), [row.prompt for row in self._rows]
-        self.statistics.prefilled_tokens = self.statistics.prompt_tokens - self._stepper.offset
-        first = self._stepper.begin((yield from read_prompts(self._stepper, prompts, self._fit.chunk)))
-        self.statistics.prompt_seconds = time.perf_counter() - started
-        longest = max(map(len, prompts))
-        yield longest, longest
+    def _step(self, step: Step, chunk: int) -> None:
+        queued, self._queued = self._queued, None
+        if queued is not None and queued.reading:
+            # Waited for: MLX would else hold the arrays of this chunk and of the next.
+            mx.eval([row.to_compute for row in queued.reading])
+            mx.clear_cache()
+            for row in queued.reading:
+                row.progress = row.read
+            step.read, step.read_tokens = queued.reading, queued.read_tokens
         started = time.perf_counter()
-        for step in self._steps(first):
-            self._count(step, time.perf_counter() - started)
-            for row, token, logprob in step.tokens:
-                if not row.finished:  # the caller may end it before its turn in the step comes, or inside a draft
-                    said = row.say(token, logprob)
-                    self.statistics.generated_tokens += 1
-                    yield said
+        drafting = self._drafting()
+        if drafting is not None and queued is None:
+            draft = draft_of(drafting, self._model)
+            if draft:
+                told = verify(drafting, draft, self._model)
+                drafter_of(drafting).saw_draft(len(draft), len(told) - 1, time.perf_counter() - started)
+                step.drafted = len(draft)
+                self._tell(told, step)
+                return
+        # A row that is likely to draft waits: a draft is read behind a token that is known.
+        waits = queued is not None and drafting is not None and bool(drafter_of(drafting).draft(1))
+        ahead = None if queued is None or waits else self._queue(queued, chunk)
+        if queued is not None:
+            self._tell(queued.tokens(), step)
+        if ahead is not None and drafting is not None and step.tokens:
+            drafter_of(drafting).saw_plain(time.perf_counter() - started)
+        if ahead is None and not waits:
+            ahead = self._queue(None, chunk)
+        if ahead is not None:
+            ahead.draw_late()
+        self._queued = ahead
 
-    def _steps(self, first: Drawn) -> Iterator[Step]:
-        if self._lookup:
-            return decode_with_drafts(self._stepper, self._rows[0], first, self._lookup)
-        return decode_plainly(self._stepper, self._rows, first)
+    def _drafting(self) -> Row | None:
+        """The row that drafts: one that is alone, for others keep the device as busy."""
+        rows = [row for row in self.rows if not row.finished]
+        return rows[0] if len(rows) == 1 and rows[0].drafts else None
 
-    def _count(self, step: Step, seconds: float) -> None:
-        """Add a step to the statistics; `seconds` since the first began."""
-        statistics = self.statistics
-        statistics.decode_seconds = seconds
-        statistics.peak_memory = mx.get_peak_memory()
-        decoded = sum(row.said > 0 for row, _, _ in step.tokens)  # a row's first token was drawn with its prompt
-        statistics.decoded_tokens += decoded
-        statistics.decode_steps += decoded > 0
-        if step.drafted:
-            statistics.drafted_tokens += step.drafted
-            statistics.accepted_tokens += len(step.tokens) - 1
+    def _queue(self, last: Pass | None, chunk: int) -> Pass | None:
+        """Begin the pass after `last`, whose tokens need not be known; after None, behind tokens that are."""
+        reading = [row for row in self.rows if row.reading]
+        if last is None:
+            decoding = [row for row in self.rows if not row.finished and not row.reading]
+        else:
+            decoding = [row for row in last.staying if not row.finished and row.left > 1]
+        for rows in (reading, decoding):
+            for row in list(rows):
+                try:
+                    row.check_claim()
+                except CacheError as error:
+                    row.fail(error)
+                    rows.remove(row)
+        if not reading and not decoding:
+            return None
+        ids = None
+        if decoding:
+            ids = mx.array([[row.answer[-1] for row in decoding]]) if last is None else last.ids_of(decoding)
+        try:
+            return queue_pass(self._model, decoding, ids, reading, chunk)
+        except Exception as error:  # of which row cannot be told
+            for row in (*decoding, *reading):
+                row.fail(error)
+            return None
 
-
-def decode_plainly(stepper: Stepper, rows: Sequence[Row], pending: Drawn) -> Iterator[Step]:
-    """The steps of all rows, a token of each, until every row is finished. `pending`: what the prompts' end gave."""
-    active = list(rows)
-    while slots := [slot for slot, row in enumerate(active) if not row.finished]:
-        if len(slots) < len(active):
-            active = [active[slot] for slot in slots]
-            pending = stepper.select(slots, pending)
-        drawn = pending
-        # The next step is queued before the last token is read, so the device never waits for Python.
-        if any(row.left > 1 for row in active):
-            pending = stepper.queue(drawn[0][:, None])
-        read = read_drawn(drawn)
-        yield Step([(row, *token) for row, token in zip(active, read, strict=True)])
+    def _tell(self, tokens: list[tuple[Row, int, float]], step: Step) -> None:
+        for row, token, logprob in tokens:
+            if row.finished:
+                continue
+            if math.isnan(logprob):
+                row.fail(Phi3Error(_NAN))
+            else:
+                step.tokens.append(row.say(token, logprob))

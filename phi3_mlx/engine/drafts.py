@@ -1,53 +1,55 @@
-"""Decoding one row with drafts: where earlier text suggests what comes next, a step verifies several tokens."""
+"""Drafts of a row: where earlier text suggests what comes next, a step verifies several tokens."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-
 import mlx.core as mx
 
+from ..models.decoder import Model
 from .lookup import Drafter, accepted_of
+from .passes import processed
 from .rows import Row
-from .steps import Drawn, Step, Stepper, read_drawn
+from .sampler import SamplerState, draw
 
 
-def decode_with_drafts(stepper: Stepper, row: Row, pending: Drawn, most: int) -> Iterator[Step]:
-    """The steps of the one row until it is finished, with drafts of `most` tokens at most.
+def drafter_of(row: Row) -> Drafter:
+    """The row's drafter, which knows its prompt and its answer so far, and hears of every further token."""
+    if row.drafter is None:
+        row.drafter = Drafter([*row.job.prompt, *row.answer], row.job.lookup)
+    return row.drafter
 
-    `pending`: what was drawn after the prompt. The tokens are those of plain decoding: one that was drafted counts only
-    if the same was drawn in its place.
+
+def draft_of(row: Row, model: Model) -> list[int]:
+    """The likely next tokens behind the last, none past a boundary of LongRoPE; perhaps empty."""
+    total, wanted = row.read + 1, row.left - 1
+    if not model.model.is_long(total) and model.model.is_long(total + wanted):
+        wanted = model.config.original_max_position_embeddings - total
+    return drafter_of(row).draft(wanted)
+
+
+def verify(row: Row, draft: list[int], model: Model) -> list[tuple[Row, int, float]]:
+    """Read the last token and the draft in one pass; what is drawn after the last and every right token of the draft.
+
+    The tokens are those of plain decoding: one that was drafted counts only if the same was drawn in its place.
     """
-    drafter = Drafter(row.prompt, most)
-    queued: Drawn | None = pending
-    last = 0  # the newest token, once one was read
-    while not row.finished:
-        started = time.perf_counter()
-        draft: list[int] = []
-        if queued is None:
-            draft = drafter.draft(stepper.most_ahead(row.left - 1))
-            if not draft:
-                queued = stepper.queue(mx.array([[last]]))
-                continue
-            read = _verify(stepper, last, draft)
-            drafter.saw_draft(len(draft), len(read) - 1, time.perf_counter() - started)
-        else:
-            drawn, queued = queued, None
-            # A step is queued before the last token is read, unless it is likely to become a draft's.
-            if row.left > 1 and not drafter.draft(1):
-                queued = stepper.queue(drawn[0][:, None])
-            read = read_drawn(drawn)
-            if queued is not None:
-                drafter.saw_plain(time.perf_counter() - started)
-        for last, _ in read:
-            drafter.add(last)
-        yield Step([(row, *token) for token in read], len(draft))
+    row.check_claim()
+    logits = model.logits(model.model(mx.array([[row.answer[-1], *draft]]), row.cache))[0].astype(mx.float32)
+    drawn, states = [], []
+    for position in range(len(draft) + 1):
+        scores = None
+        if row.job.processors:
+            scores = processed(row, logits[position], draft[:position])[None]
+        drawn.append(draw([row.sampler], logits[position : position + 1], scores))
+        states.append(row.sampler.state)
+    ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]
+    logprobs: list[float] = mx.concatenate([logprobs for _, logprobs in drawn]).tolist()  # type: ignore[assignment]
+    accepted = accepted_of(draft, ids)
+    _take_back(row, len(draft) - accepted, states[accepted])
+    return [(row, token, logprob) for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False)]
 
 
-def _verify(stepper: Stepper, last: int, draft: list[int]) -> list[tuple[int, float]]:
-    """Read `last` and the draft in one step; what is drawn after `last` and after every right token of the draft."""
-    drawn, states = stepper.draw_each(stepper.forward(mx.array([[last, *draft]])))
-    read = read_drawn(drawn)
-    accepted = accepted_of(draft, [token for token, _ in read])
-    stepper.take_back(len(draft) - accepted, states[accepted])
-    return read[: accepted + 1]
+def _take_back(row: Row, tokens: int, sampler: SamplerState) -> None:
+    """Forget the newest `tokens` of what was read, and all draws since the sampler was in that state."""
+    row.sampler.state = sampler
+    mx.async_eval(sampler)
+    for layer in row.cache:
+        layer.trim(tokens)

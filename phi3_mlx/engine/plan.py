@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +52,8 @@ class Workload:
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `ragged`: whether some of the rows are padded. `recomputed`: how many
-    tokens of a row are recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
+    read at once; without it, as many as fit. `recomputed`: how many tokens of a row are recomputed into a second cache
+    if the sequence crosses LongRoPE's boundary; 0: it cannot.
     """
 
     config: Config
@@ -65,7 +65,6 @@ class Workload:
     fused: bool = True
     chunk: int | None = None
     recomputed: int = 0
-    ragged: bool = False
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
@@ -104,14 +103,17 @@ class Workload:
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
-        chunks = [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
         cache = self.cache_bytes()
-        works = ((chunk, max(self.workspace(chunk), self._recomputing(chunk) - cache)) for chunk in chunks)
+        works = ((chunk, max(self.workspace(chunk), self.recomputing_beside(chunk) - cache)) for chunk in self.chunks())
         plans = (Plan(self.weights, cache, work, chunk) for chunk, work in works)
         for plan in plans:
             if plan.total <= room:
                 break
         return plan
+
+    def chunks(self) -> list[int]:
+        """How many tokens of a prompt may be read at once, best first."""
+        return [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
 
     def cache_bytes(self) -> int:
         """Keys and values of all rows at the end."""
@@ -121,19 +123,24 @@ class Workload:
         """Keys and values that all layers have of one row at the end."""
         return self.config.num_hidden_layers * kv_bytes(self.config, self.length, self.bits, self.itemsize)
 
-    def _recomputing(self, chunk: int) -> int:
-        """Bytes beside the weights while a row is recomputed, at most `RECOMPUTE_CHUNK` tokens at once."""
+    def recomputing_beside(self, chunk: int) -> int:
+        """Bytes beside the weights while a row is recomputed: its cache so far, the second one and its workspace."""
         if not 0 < self.recomputed <= self.length:
             return 0
-        row = replace(self, length=self.recomputed, rows=1, recomputed=0, ragged=False)
-        held = row.cache_bytes() if self.rows == 1 else self.cache_bytes()
-        return held + row.cache_bytes() + row.workspace(min(chunk, RECOMPUTE_CHUNK))
+        return replace(self, length=self.recomputed).row_bytes() + self.recomputing(chunk)
+
+    def recomputing(self, chunk: int) -> int:
+        """Bytes beside all caches while a row is recomputed, at most `RECOMPUTE_CHUNK` tokens at once."""
+        if not 0 < self.recomputed <= self.length:
+            return 0
+        row = replace(self, length=self.recomputed, rows=1, recomputed=0)
+        return row.cache_bytes() + row.workspace(min(chunk, RECOMPUTE_CHUNK))
 
     @property
     def recomputes_at_its_peak(self) -> bool:
         """Whether recomputing a row takes the most memory."""
         chunk = self.chunk or CHUNKS[-1]
-        return self._recomputing(chunk) > self.cache_bytes() + self.workspace(chunk)
+        return self.recomputing_beside(chunk) > self.cache_bytes() + self.workspace(chunk)
 
     def longest(self, room: float) -> int:
         """The most tokens that fit, 0 if none do; at most the model's context."""
@@ -148,8 +155,27 @@ class Workload:
 
     def workspace(self, chunk: int) -> int:
         """Bytes beside weights and cache while the last `chunk` tokens are read, or some are generated behind them."""
-        shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused, self.ragged)
+        shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused)
         return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows)
+
+
+def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
+    """The plan of rows with caches of their own that are read and answered together, as `Workload.plan` of one.
+
+    A chunk is of all prompts together. With it each row that answers reads a token.
+    """
+    longest = max(workloads, key=lambda workload: workload.length)
+    if len(workloads) == 1:
+        return longest.plan(room)
+    cache = sum(workload.cache_bytes() for workload in workloads)
+    step = replace(longest, rows=len(workloads)).workspace(1)
+    for chunk in longest.chunks():
+        tokens = chunk + len(workloads) - 1
+        chunks = (max(workload.workspace(tokens), workload.recomputing(chunk)) for workload in workloads)
+        plan = Plan(longest.weights, cache, max(step, *chunks), chunk)
+        if plan.total <= room:
+            break
+    return plan
 
 
 def recomputed_at_boundary(config: Config) -> int:

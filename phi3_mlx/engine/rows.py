@@ -1,41 +1,121 @@
-"""The rows of a batch: each a prompt, and how far its answer is."""
+"""The rows of a batch: each a job, and how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import mlx.core as mx
 
+from ..errors import CacheError
+from ..models.cache import RECOMPUTE_CHUNK, KVCache
+from ..models.decoder import Model
+from .jobs import Job
+from .lookup import Drafter
+from .prefill import cache_for, shared_length
+from .sampler import Sampler
 from .tokens import FinishReason, Token
 
 
 class Row:
-    """A prompt and its answer: `budget` tokens, or fewer where one of `stop_ids` or the caller ends it."""
+    """A job, the ids that it has read and made, and its cache once it was begun.
 
-    def __init__(self, index: int, prompt: Sequence[int], budget: int, stop_ids: Collection[int] = ()):
-        self.index, self.prompt, self.budget = index, prompt, budget
-        self.said = 0  # tokens of the answer so far
-        self._stop_ids = stop_ids
-        self._ended = False
+    `budget`: tokens of the answer at most. `error`: why it failed, where it did. `shared`: how many tokens of the
+    prompt the cache that the job brought has read; `brought`: the bytes of that cache.
+    """
+
+    def __init__(self, index: int, job: Job, model: Model):
+        self.index, self.job = index, job
+        self.prompt = list(job.prompt)  # what is to be read; after a pause the answer so far belongs to it
+        self.answer: list[int] = []
+        self.budget = model.config.max_position_embeddings - len(self.prompt)
+        if job.max_tokens is not None:
+            self.budget = min(job.max_tokens, self.budget)
+        self.error: Exception | None = None
+        self.cache: list[KVCache] = []
+        self.reused = 0  # tokens of the prompt that the cache had read
+        self.progress = 0  # tokens of the prompt that are in the cache, and computed
+        self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt)
+        self.brought = sum(layer.nbytes for layer in job.cache or ())
+        self.drafter: Drafter | None = None
+        self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
+        self._stop_ids = frozenset(job.stop_ids)
+        self._model = model
+        self.cancelled = self.paused = self._ended = False
+        self._claim: object = None
+
+    def begin(self, chunk: int) -> None:
+        """Make the cache, or take over the one that the job brought. `chunk`: tokens that are read at once."""
+        given = None if self.paused else self.job.cache  # after a pause another run may have it
+        bits = self.job.kv_bits if self.job.cache is None else self.job.cache[0].bits
+        self.cache = cache_for(self._model, self.prompt, given=given, shared=self.shared, bits=bits)
+        self.reused = self.progress = self.read
+        sequence = self.cache[0].sequence
+        sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
+        # Not this row itself: a cycle would keep keys and values until Python looks for cycles.
+        self._claim = sequence.reader = object()
+
+    def pause(self) -> None:
+        """Let go of keys and values; what was read and said is recomputed once the row begins anew."""
+        self.prompt = [*self.job.prompt, *self.answer]
+        self.cache, self.shared, self.brought, self.paused = [], 0, 0, True
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.cache)
+
+    @property
+    def read(self) -> int:
+        """Tokens in the cache."""
+        return self.cache[0].offset if self.cache else 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of the prompt is still to be read."""
+        return not self.finished and self.read < len(self.prompt)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens of the answer may be drafted now."""
+        return self.job.lookup > 0 and not self.reading
+
+    @property
+    def to_compute(self) -> list[mx.array]:
+        """All that the cache keeps, some of it perhaps not computed yet."""
+        return [array for layer in self.cache for array in layer.state] + self.ids_to_compute
+
+    @property
+    def ids_to_compute(self) -> list[mx.array]:
+        return self.cache[0].sequence.kept if self.cache else []
 
     @property
     def left(self) -> int:
         """How many more tokens the budget allows."""
-        return self.budget - self.said
+        return self.budget - len(self.answer)
 
     @property
     def finished(self) -> bool:
-        return self._ended or self.left <= 0
+        return self._ended or (self.left <= 0 and self.read >= len(self.prompt))
 
     def finish(self) -> None:
-        """End the answer here."""
-        self._ended = True
+        """The caller has seen enough."""
+        self.cancelled = self._ended = True
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self.error, self._ended = error, True
+
+    def check_claim(self) -> None:
+        """CacheError if another run has taken the cache over."""
+        if self.cache[0].sequence.reader is not self._claim:
+            raise CacheError("another run has taken over this prompt cache; use one cache for each stream")
 
     def say(self, token: int, logprob: float) -> Token:
         """Add the next token of the answer, and end the row with it where it is the last."""
-        self.said += 1
+        self.answer.append(token)
+        if self.drafter is not None:
+            self.drafter.add(token)
         reason: FinishReason | None = None
         if token in self._stop_ids:
             reason = "stop"
-            self.finish()
-        elif self.finished:
+            self._ended = True
+        elif self.left <= 0:
             reason = "length"
         return Token(self.index, token, logprob, reason)

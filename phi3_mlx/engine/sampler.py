@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -13,65 +14,83 @@ from .sampling import Sampling
 _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
-
-SamplerState = tuple[list[mx.array], mx.array | None]  # each row's random key, and the tokens seen (B, V) or None
+Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet
+SamplerState = tuple[mx.array, mx.array | None]  # the random key, and the tokens seen (V,) or None
 
 
 class Sampler:
-    """The state of drawing for some rows: their random keys and the tokens already seen."""
+    """How a row draws: its options, its random key and the tokens already seen."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int):
-        self._sampling = sampling
-        # A row draws as it would alone, so with a seed all rows start from the same key.
-        seeds = [int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed for _ in prompts]
-        self._keys = [mx.random.key(seed) for seed in seeds]
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int):
+        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
+        self._key = mx.random.key(seed)
         self._seen: mx.array | None = None
         if sampling.repetition_penalty != 1.0:
-            self._seen = mx.zeros((len(prompts), vocab_size), dtype=mx.bool_)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, mx.array(list(prompt))] = True
-
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """logits (B, V) -> token ids (B,) and their natural-log probabilities under the model itself (B,)."""
-        logits = logits.astype(mx.float32)
-        scores, sampling = logits, self._sampling
-        if self._seen is not None:
-            penalty = sampling.repetition_penalty
-            scores = mx.where(self._seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
-        if sampling.temperature < _COLD:
-            tokens = mx.argmax(scores, axis=-1)
-        else:
-            # The largest is 0 first, so that nothing overflows at a low temperature.
-            scores = (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature
-            scores = filter_scores(scores, sampling)
-            tokens = mx.argmax(scores + self._noise(scores.shape[-1]), axis=-1)
-        if self._seen is not None:
-            self._seen = mx.put_along_axis(self._seen, tokens[:, None], mx.array(True), axis=1)
-        logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
-        return tokens, logprobs
-
-    def _noise(self, vocab_size: int) -> mx.array:
-        """Gumbel noise (B, V); the argmax of scores plus it is a draw from their softmax."""
-        rows = []
-        for i, key in enumerate(self._keys):
-            self._keys[i], draw = mx.random.split(key)
-            rows.append(mx.random.gumbel((vocab_size,), key=draw))
-        return mx.stack(rows)
+            self._seen = mx.zeros((vocab_size,), dtype=mx.bool_)
+            self._seen[mx.array(list(prompt))] = True
+        self.rule = replace(sampling, seed=None)  # rows with the same one draw together
+        mx.eval(self.state)
 
     @property
     def state(self) -> SamplerState:
         """What the next draw depends on, to be set again when a draw is taken back."""
-        return list(self._keys), self._seen
+        return self._key, self._seen
 
     @state.setter
     def state(self, state: SamplerState) -> None:
-        self._keys, self._seen = list(state[0]), state[1]
+        self._key, self._seen = state
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows."""
-        self._keys = [self._keys[i] for i in rows]
+    def next_key(self) -> mx.array:
+        """A random key for one draw."""
+        self._key, key = mx.random.split(self._key)
+        return key
+
+    def saw(self, token: mx.array) -> None:
+        """Note that this token (a scalar) was drawn."""
         if self._seen is not None:
-            self._seen = self._seen[mx.array(list(rows))]
+            self._seen = mx.put_along_axis(self._seen, token[None], mx.array(True), axis=0)
+
+
+def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None = None) -> Drawn:
+    """logits (B, V), a row for each sampler -> token ids (B,) and their natural-log probabilities under the model (B,).
+
+    `scores` (B, V) are drawn from instead, where processors changed the logits.
+    """
+    logits = logits.astype(mx.float32)
+    scores = logits if scores is None else scores
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(sampler.rule, []).append(row)
+    if len(groups) == 1:
+        tokens = _draw_alike(samplers, scores)
+    else:
+        order = mx.array([row for rows in groups.values() for row in rows])
+        parts = [_draw_alike([samplers[row] for row in rows], scores[mx.array(rows)]) for rows in groups.values()]
+        tokens = mx.concatenate(parts)[mx.argsort(order)]
+    logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+    return tokens, logprobs
+
+
+def _draw_alike(samplers: Sequence[Sampler], scores: mx.array) -> mx.array:
+    """Token ids (B,) of rows with the same rule, from scores (B, V)."""
+    rule = samplers[0].rule
+    penalty = rule.repetition_penalty
+    if penalty != 1.0:
+        seen = mx.stack([sampler.state[1] for sampler in samplers])  # type: ignore[misc]
+        scores = mx.where(seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if rule.temperature < _COLD:
+        tokens = mx.argmax(scores, axis=-1)
+    else:
+        # The largest is 0 first, so that nothing overflows at a low temperature.
+        scores = (scores - scores.max(axis=-1, keepdims=True)) / rule.temperature
+        scores = filter_scores(scores, rule)
+        # With Gumbel noise added the largest score is a draw from their softmax. Each row draws as it would alone.
+        noise = [mx.random.gumbel(scores.shape[-1:], key=sampler.next_key()) for sampler in samplers]
+        tokens = mx.argmax(scores + mx.stack(noise), axis=-1)
+    if penalty != 1.0:
+        for row, sampler in enumerate(samplers):
+            sampler.saw(tokens[row])
+    return tokens
 
 
 def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:

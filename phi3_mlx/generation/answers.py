@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..engine.batch import Generation
+from ..engine.generation import Generation
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model

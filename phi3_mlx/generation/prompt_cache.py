@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..engine.batch import Generation
+from ..engine.generation import Generation
 from ..engine.prefill import common_length
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError

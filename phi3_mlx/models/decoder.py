@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from .dropout import Draws
 from .end_to_end import EndToEnd
 from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
+from .together import Addition, Together
 
 _ROTATED_TOGETHER = 32  # queries and keys of at most this many tokens are rotated in one call
 QUEUED = 1 << 26  # bytes that layers may write before the GPU is waited for
@@ -87,12 +89,30 @@ class Attention(nn.Module):
         blocks = [self._attended(block.gather(qkv), block.mask, None, 0, block.long) for block in joined.blocks]
         return self.output(joined.scatter(blocks))
 
+    def together(self, x: mx.array, joint: Together) -> mx.array:
+        """Sequences with caches of their own, side by side (1, L, hidden_size)."""
+        mixed = []
+        for block, qkv in zip(joint.blocks, joint.apart(self.qkv(x)), strict=True):
+            caches = [cache[self._index] for cache in block.caches]
+            if len(caches) == 1:
+                mixed.append(self._attended(qkv, block.mask, caches[0], block.offset, block.long))
+                continue
+            q, k, v = self._rotated(qkv, block.offset, block.long)
+            each = zip(*(mx.split(array, len(caches)) for array in (q, k, v)), caches, strict=True)
+            mixed.append(mx.concatenate([self.attend(q, k, v, cache, block.mask) for q, k, v, cache in each]))
+        return self.output(joint.joined(mixed))
+
     def _attended(
         self, qkv: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
     ) -> mx.array:
         """The output of `qkv`, whose first position is `offset` -> (B, L, H * D)."""
+        q, k, v = self._rotated(qkv, offset, long)
+        return self.attend(q, k, v, cache, mask)
+
+    def _rotated(self, qkv: mx.array, offset: int | mx.array, long: Regime) -> tuple[mx.array, mx.array, mx.array]:
+        """Rotated queries and keys, and values, of `qkv`, whose first position is `offset`."""
         q, k, v = self.split(qkv, lambda x: self._rope.rotate(x, offset, long))
-        return self.attend(self._rope.gain(q, long), k, v, cache, mask)
+        return self._rope.gain(q, long), k, v
 
 
 class DecoderLayer(nn.Module):
@@ -116,6 +136,10 @@ class DecoderLayer(nn.Module):
 
     def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
         x = x + self.self_attn.end_to_end(self.input_layernorm(x), joined)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    def together(self, x: mx.array, joint: Together) -> mx.array:
+        x = x + self.self_attn.together(self.input_layernorm(x), joint)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
 
@@ -154,22 +178,49 @@ class Decoder(nn.Module):
         return self.embedded(self.embed_tokens(ids))
 
     def __call__(self, ids: mx.array, cache: list[KVCache] | None = None) -> mx.array:
-        batch, length = ids.shape
         ids = ids.astype(mx.int32)  # the cache keeps this very array, so it is computed with what is read of it
         if cache is None:
-            return self._read(ids, None, self.is_long(length))
+            return self._read(ids, None, self.is_long(ids.shape[1]))
+        offset = cache[0].offset
+        long = self._enter(ids, cache)
+        try:
+            return self._read(ids, cache, long)
+        except BaseException:
+            _take_back(cache, offset)
+            raise
+
+    def together(self, ids: mx.array, lengths: Sequence[int], caches: Sequence[list[KVCache]]) -> mx.array:
+        """Sequences with caches of their own in one pass: ids (1, sum(lengths)) -> hidden states of the same tokens.
+
+        Each comes out as it would alone, and extends its cache, which has one row. Those of one token come first.
+        """
+        *cuts, _ = accumulate(lengths)
+        offsets = [cache[0].offset for cache in caches]
+        try:
+            rows = mx.split(ids.astype(mx.int32), cuts, axis=1)
+            longs = [self._enter(row, cache)[0] for row, cache in zip(rows, caches, strict=True)]
+            joint = Together([*map(Addition, caches, lengths, longs)], self._config.sliding_window)
+            return self._through(
+                ids, lambda layer, x: layer.together(x, joint), lambda i: any(cache[i].awaited for cache in caches)
+            )
+        except BaseException:
+            for cache, offset in zip(caches, offsets, strict=True):
+                _take_back(cache, offset)
+            raise
+
+    def _enter(self, ids: mx.array, cache: list[KVCache]) -> tuple[bool, ...]:
+        """Note in the cache that `ids` (B, L) come next, and recompute it if a regime changes.
+
+        Returns each row's regime.
+        """
         offset, sequence = cache[0].offset, cache[0].sequence
+        batch, length = ids.shape
         long = tuple(map(self.is_long, sequence.lengths_after(offset + length, batch)))
         if offset:
             self._recompute(cache, long)
         sequence.long = long
         sequence.read(ids, offset)
-        try:
-            return self._read(ids, cache, long)
-        except BaseException:
-            for layer in cache:
-                layer.trim(layer.offset - offset)
-            raise
+        return long
 
     def end_to_end(
         self, ids: mx.array, lengths: Sequence[int], *, checkpoint: bool = False, keys: mx.array | None = None
@@ -216,16 +267,33 @@ class Decoder(nn.Module):
             padding = cache[0].sequence.padding_array
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
+        if cache is None:
+            return self._through(ids, lambda layer, x: layer(x, mask, None, offset, long), None)
+        layers = iter(cache)
+        return self._through(
+            ids, lambda layer, x: layer(x, mask, next(layers), offset, long), lambda i: cache[i].awaited
+        )
+
+    def _through(
+        self,
+        ids: mx.array,
+        forward: Callable[[DecoderLayer, mx.array], mx.array],
+        awaited: Callable[[int], bool] | None,
+    ) -> mx.array:
+        """Embedding, layers and last norm of ids (B, L).
+
+        `awaited`: whether the output of layer i is needed at once; None where there is no cache.
+        """
         x = self.embed(ids)
         dequantizes = self._config.quantization is not None and ids.size >= dequantizing_pays(x.dtype.size)
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, cache[i] if cache else None, offset, long)
+            x = forward(layer, x)
             queued += layer_bytes
             # MLX allocates ahead of what it computes: on the CPU every layer would be dequantized at once, and a GPU
             # frees nothing that is in its queue. Without a cache this may be training, whose graph is one.
-            full = cache is not None and queued > QUEUED and fused_attention()
-            if (dequantizes or full) and (cache is None or cache[i].awaited):
+            full = awaited is not None and queued > QUEUED and fused_attention()
+            if (dequantizes or full) and (awaited is None or awaited(i)):
                 mx.eval(x)
                 queued = 0
         return self.last_norm(x)
@@ -254,6 +322,12 @@ class Decoder(nn.Module):
             if offset > padding:
                 for old, new in zip(cache, fresh, strict=True):
                     old.write_row(row, new)
+
+
+def _take_back(cache: list[KVCache], offset: int) -> None:
+    """Forget what a call that was broken off has read beyond `offset`."""
+    for layer in cache:
+        layer.trim(layer.offset - offset)
 
 
 class Model(nn.Module):

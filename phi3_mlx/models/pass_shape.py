@@ -13,7 +13,7 @@ class PassShape:
     """The last `chunk` tokens of `rows` sequences of `length` tokens, read at once.
 
     `itemsize`: bytes of a number in computation; `bits`: of the cache, None if it is not packed; `fused`: attention
-    keeps its scores in registers, as on a GPU; `ragged`: some rows are padded.
+    keeps its scores in registers, as on a GPU.
     """
 
     config: Config
@@ -23,7 +23,6 @@ class PassShape:
     bits: KVBits | None = None
     itemsize: int = 2
     fused: bool = True
-    ragged: bool = False
 
     @property
     def queries(self) -> int:
@@ -42,6 +41,6 @@ class PassShape:
         return self.length if window is None else min(self.length, self.chunk + window)
 
     def is_masked(self, keys: int) -> bool:
-        """Whether the mask of this many keys is an array: where a window or padding hides some."""
+        """Whether the mask of this many keys is an array: where a window hides some."""
         window = self.config.sliding_window
-        return self.ragged or (window is not None and keys > window)
+        return window is not None and keys > window

@@ -1,0 +1,115 @@
+"""Some prompts answered together, from the first to the last token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import mlx.core as mx
+
+from ..models.cache import KVBits, KVCache
+from ..models.decoder import Model
+from ..threads import turn
+from .batch import Step
+from .jobs import Job
+from .machine import bounded_run
+from .sampling import Sampling
+from .scheduler import Scheduler
+from .tokens import Statistics, Token, checked_prompts
+
+
+class Generation:
+    """Some prompts answered together; iterate once for their tokens, a step of all rows after another.
+
+    Every row gives what it would give alone. `cache`: reuse the part that matches the prompt, drop the rest once the
+    run is sure to fit, and extend it.
+    `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of new caches.
+    `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
+    `on_prefill(done, total)` is called after each chunk, with tokens of all prompts. `room` is how many bytes the run
+    may take beside the weights, by default what the machine has; prompts that do not fit beside others wait. The
+    prefill chunk is as large as it allows unless `prefill_chunk` says it. `force` refuses nothing. `kept`: the cache
+    outlives the run, so a refusal cannot offer other bits for it.
+
+    Any thread may take the next token, and runs of several threads take turns: a chunk of a prompt, or a step.
+
+    Raises PromptError for no prompt, an empty one, one of other than token ids of the vocabulary, or one that leaves no
+    room to answer, OptionError for a value of another type or outside its range, MemoryLimitError for a run that does
+    not fit, and while it runs CacheError if the cache was given to another.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+        cache: list[KVCache] | None = None,
+        kv_bits: KVBits | None = None,
+        lookup: int = 0,
+        room: float | None = None,
+        force: bool = False,
+        kept: bool = False,
+        prefill_chunk: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ):
+        prompts = checked_prompts(model, prompts)
+        if cache is not None and len(prompts) != 1:
+            raise ValueError("a cache is for one prompt")
+        stop_ids, lookup = frozenset(stop_ids), lookup if len(prompts) == 1 else 0
+        self._on_prefill = on_prefill
+        with turn():
+            self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk)
+            self._rows = [
+                self._scheduler.submit(Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup))
+                for prompt in prompts
+            ]
+            self._scheduler.admit()
+        self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
+
+    @property
+    def cache(self) -> list[KVCache]:
+        """What the one prompt is read into, one entry a layer."""
+        return self._rows[0].cache
+
+    def finish(self, row: int) -> None:
+        """The caller has seen enough of this row."""
+        self._rows[row].finish()
+
+    def __iter__(self) -> Iterator[Token]:
+        with bounded_run(self._scheduler.spare):
+            mx.reset_peak_memory()
+            seen = time.perf_counter()
+            while self._scheduler.busy:
+                with turn():
+                    step = self._scheduler.step()
+                now = time.perf_counter()
+                self._count(step, now - seen)
+                seen = now
+                if step.read and self._on_prefill:
+                    self._on_prefill(
+                        sum(min(row.progress, len(row.job.prompt)) for row in self._rows), self.statistics.prompt_tokens
+                    )
+                for token in step.tokens:
+                    if not self._rows[token.row].cancelled:  # perhaps before its turn in the step came
+                        self.statistics.generated_tokens += 1
+                        yield token
+                for row in step.failed:
+                    assert row.error is not None
+                    raise row.error
+
+    def _count(self, step: Step, seconds: float) -> None:
+        """Add a step to the statistics; `seconds` since the one before."""
+        statistics = self.statistics
+        statistics.prefilled_tokens = sum(len(row.job.prompt) - row.reused for row in self._rows)
+        statistics.peak_memory = mx.get_peak_memory()
+        if step.read or not statistics.generated_tokens:
+            statistics.prompt_seconds += seconds
+            return
+        statistics.decode_seconds += seconds
+        statistics.decoded_tokens += len(step.tokens)
+        statistics.decode_steps += bool(step.tokens)
+        if step.drafted:
+            statistics.drafted_tokens += step.drafted
+            statistics.accepted_tokens += len(step.tokens) - 1

@@ -1,0 +1,141 @@
+"""A pass through the model for the rows of a batch: the tokens that each brings, and what is drawn after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..models.decoder import Model
+from .prefill import chunk_end
+from .rows import Row
+from .sampler import SamplerState, draw
+
+
+class Pass:
+    """What was queued: `ids` and `logprobs` (rows,) are the next tokens of `rows`, perhaps not computed yet.
+
+    Rows whose processors read the answer stand last; they are drawn by `draw_late`, when the token before is known.
+    `reading` are the rows of which a part of the prompt is read, `read_tokens` in all.
+    """
+
+    def __init__(self, rows: list[Row], reading: list[Row], read_tokens: int, logits: mx.array | None):
+        self.reading, self.read_tokens = reading, read_tokens
+        self.rows: list[Row] = []
+        self._late = [row for row in rows if any(processor.reads_answer for processor in row.job.processors)]
+        self._late_logits: mx.array | None = None
+        self._drawn: list[tuple[mx.array, mx.array]] = []
+        self._before: dict[Row, SamplerState] = {}
+        if logits is None:
+            return
+        early = [row for row in rows if row not in self._late]
+        if self._late:
+            self._late_logits = logits[mx.array([rows.index(row) for row in self._late])]
+            mx.async_eval(self._late_logits)
+            logits = logits[mx.array([rows.index(row) for row in early])] if early else None
+        if logits is not None:
+            self._draw(early, logits)
+
+    def leave_out(self, row: Row) -> None:
+        """Tell nothing of this row, and undo its draw: it leaves, and may come back."""
+        if row in self._before:
+            row.sampler.state = self._before.pop(row)
+
+    def draw_late(self) -> None:
+        """Draw the rows that waited for the token before."""
+        late, logits, self._late, self._late_logits = self._late, self._late_logits, [], None
+        kept = [i for i, row in enumerate(late) if not row.finished]
+        if logits is not None and kept:
+            self._draw([late[i] for i in kept], logits[mx.array(kept)])
+
+    def _draw(self, rows: list[Row], logits: mx.array) -> None:
+        """Draw the next token of each row from logits (rows, vocab_size); a processor that fails ends its row alone."""
+        logits = logits.astype(mx.float32)
+        scores = None
+        if any(row.job.processors for row in rows):
+            changed: dict[Row, mx.array] = {}
+            for row, own_logits in zip(rows, logits, strict=True):
+                try:
+                    changed[row] = processed(row, own_logits)
+                except Exception as error:
+                    row.fail(error)
+            kept = [i for i, row in enumerate(rows) if row in changed]
+            if not kept:
+                return
+            rows, logits, scores = list(changed), logits[mx.array(kept)], mx.stack(list(changed.values()))
+        self.rows += rows
+        self._before |= {row: row.sampler.state for row in rows}
+        self._drawn.append(draw([row.sampler for row in rows], logits, scores))
+        mx.async_eval(self._drawn[-1], [row.sampler.state for row in rows], [row.ids_to_compute for row in rows])
+
+    def ids_of(self, rows: Sequence[Row]) -> mx.array:
+        """The next tokens of these rows (1, rows), perhaps not computed yet."""
+        ids = _joined([ids for ids, _ in self._drawn])
+        if len(rows) < len(self.rows):
+            ids = ids[mx.array([self.rows.index(row) for row in rows])]
+        return ids[None]
+
+    def tokens(self) -> list[tuple[Row, int, float]]:
+        """Wait for the tokens of all rows and their log-probabilities."""
+        if not self._drawn:
+            return []
+        ids: list[int] = _joined([ids for ids, _ in self._drawn]).tolist()  # type: ignore[assignment]
+        logprobs: list[float] = _joined([logprobs for _, logprobs in self._drawn]).tolist()  # type: ignore[assignment]
+        told = zip(self.rows, ids, logprobs, strict=True)
+        return [(row, token, logprob) for row, token, logprob in told if row in self._before]
+
+    @property
+    def staying(self) -> list[Row]:
+        """Its rows without those that have left."""
+        return [row for row in self.rows if row in self._before]
+
+
+def processed(row: Row, logits: mx.array, draft: Sequence[int] = ()) -> mx.array:
+    """logits (vocab_size,) as the row's processors change them, after its answer so far and a draft."""
+    answer = (*row.answer, *draft)
+    for processor in row.job.processors:
+        logits = processor(answer, logits)
+    return logits
+
+
+def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading: Sequence[Row], chunk: int) -> Pass:
+    """Begin a pass, and wait for nothing.
+
+    The rows that are `decoding` bring the tokens `ids` (1, rows). Those that are still `reading` bring the next tokens
+    of their prompts, in this order, `chunk` at most in all.
+    """
+    parts: list[tuple[Row, mx.array]] = []
+    for row in reading:
+        first, last = row.read, chunk_end(row.read, chunk, len(row.prompt))
+        if last > first:
+            parts.append((row, mx.array([row.prompt[first:last]], dtype=mx.int32)))
+            chunk -= last - first
+    # The model wants those of one token first.
+    singles = [part for part in parts if part[1].shape[1] == 1]
+    others = [part for part in parts if part[1].shape[1] > 1]
+    rows = [*decoding, *(row for row, _ in singles), *(row for row, _ in others)]
+    arrays = [*([] if ids is None else [ids]), *(ids for _, ids in singles), *(ids for _, ids in others)]
+    lengths = [1] * (len(decoding) + len(singles)) + [ids.shape[1] for _, ids in others]
+    joined = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=1)
+    if len(rows) == 1:
+        hidden = model.model(joined, rows[0].cache)[0]  # (tokens, hidden_size)
+    else:
+        hidden = model.model.together(joined, lengths, [row.cache for row in rows])[0]
+    drawing, ends, end = [], [], -1
+    for row, length in zip(rows, lengths, strict=True):
+        end += length
+        if row.read >= len(row.prompt) and row.left > 0:
+            drawing.append(row)
+            ends.append(end)
+    read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
+    if not drawing:
+        return Pass([], read, read_tokens, None)
+    if ends == [len(hidden) - 1]:
+        hidden = hidden[-1:]
+    elif len(ends) < len(hidden):
+        hidden = hidden[mx.array(ends)]
+    return Pass(drawing, read, read_tokens, model.logits(hidden))
+
+
+def _joined(arrays: list[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)

@@ -1,0 +1,158 @@
+"""Which jobs run: what fits joins, what does not yet waits; prompts are read in chunks between the others' steps."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..errors import MemoryLimitError
+from ..models.decoder import Model
+from . import machine
+from .batch import Batch, Step
+from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
+from .jobs import Job
+from .plan import Plan, Workload, check_fits, plan_together
+from .rows import Row
+from .tokens import checked_prompts
+
+CHUNK_SECONDS = 0.5  # the longest that rows which answer wait for a chunk of a newcomer's prompt
+_LEAST_CHUNK = 32
+
+
+class Scheduler:
+    """Runs jobs of one model, each as it would run alone; `step` while it is `busy`.
+
+    `room` is how many bytes the jobs may take beside the weights, by default what the machine has. A chunk of prompts
+    is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer. `force`
+    refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs, so a refusal cannot offer other bits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        room: float | None = None,
+        force: bool = False,
+        kept: bool = False,
+        chunk: int | None = None,
+        chunk_seconds: float = CHUNK_SECONDS,
+    ):
+        self._model, self._room, self._force, self._kept = model, room, force, kept
+        self._given_chunk, self._chunk_seconds = chunk, chunk_seconds
+        self._batch = Batch(model)
+        self._waiting: deque[Row] = deque()
+        self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first
+        self._plan: Plan | None = None
+        self._submitted = 0
+        self._rate: float | None = None  # tokens of prompts a second
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._batch.rows)
+
+    @property
+    def spare(self) -> float:
+        """Bytes of the room that the plan of what runs leaves."""
+        return 0.0 if self._plan is None else max(self._available(self._workloads) - self._plan.total, 0.0)
+
+    def submit(self, job: Job) -> Row:
+        """Let a job join as soon as it fits.
+
+        Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer, and
+        MemoryLimitError, with the numbers, for a job that would not fit alone.
+        """
+        checked_prompts(self._model, [job.prompt])
+        row = Row(self._submitted, job, self._model)
+        if not self._force:
+            self._check_alone(row, workload_of(self._model, row, self._given_chunk))
+        self._submitted += 1
+        self._waiting.append(row)
+        return row
+
+    def admit(self) -> None:
+        """Let rows that wait join, in their order, until one does not fit yet."""
+        while self._waiting:
+            row = self._waiting[0]
+            if row.finished:
+                self._waiting.popleft()
+                continue
+            workload = workload_of(self._model, row, self._given_chunk)
+            workloads = {**self._workloads, row: workload}
+            room = self._available(workloads)
+            plan = plan_together(list(workloads.values()), room)
+            if plan.total > room and not self._force:
+                if self._workloads:
+                    return
+                self._check_alone(row, workload)
+            self._waiting.popleft()
+            self._plan, self._workloads = plan, workloads
+            self._batch.add(row, plan.chunk)
+
+    def step(self) -> Step:
+        """Admit what fits, and take a step of all rows that run."""
+        try:
+            self.admit()
+        except MemoryLimitError as error:  # what fitted when it was submitted does no longer
+            row = self._waiting.popleft()
+            row.fail(error)
+            return Step(failed=[row])
+        if not self._batch.rows:
+            return Step()
+        started = time.perf_counter()
+        step = self._batch.step(self._chunk())
+        if step.read_tokens:
+            self._rate = step.read_tokens / (time.perf_counter() - started)
+        self._workloads = {row: workload for row, workload in self._workloads.items() if not row.finished}
+        for row in list(self._workloads):
+            if row in self._workloads and row.job.max_tokens is None:
+                self._extend(row)
+        return step
+
+    def _chunk(self) -> int:
+        """How many tokens of prompts the next pass reads at most."""
+        assert self._plan is not None
+        if self._rate is None or not self._batch.answering:
+            return self._plan.chunk
+        return int(min(self._plan.chunk, max(_LEAST_CHUNK, self._rate * self._chunk_seconds)))
+
+    def _extend(self, row: Row) -> None:
+        """Reserve memory for a further block of an answer without a limit, if it is about to need it.
+
+        Where there is none left, the youngest row pauses. A row that is alone ends with the token that is on its way.
+        """
+        workload = self._workloads[row]
+        if row.read + 2 <= workload.length or row.left <= 1:
+            return
+        longer = replace(workload, length=min(workload.length + ANSWER_BLOCK, row.read + row.left))
+        while True:
+            workloads = {**self._workloads, row: longer}
+            room = self._available(workloads)
+            plan = plan_together(list(workloads.values()), room)
+            if plan.total <= room or self._force:
+                self._plan, self._workloads = plan, workloads
+                return
+            youngest = list(self._workloads)[-1]
+            if len(self._workloads) == 1:
+                row.budget = len(row.answer) + 1
+                return
+            del self._workloads[youngest]
+            self._batch.remove(youngest)
+            youngest.pause()
+            self._waiting.appendleft(youngest)
+            if youngest is row:
+                return
+
+    def _check_alone(self, row: Row, workload: Workload) -> None:
+        """MemoryLimitError if the row would not fit even if no other ran."""
+        room = self._available({**self._workloads, row: workload})
+        kept = self._kept or row.job.cache is not None
+        check_fits(workload, room, prompt=len(row.prompt), kept=kept)
+
+    def _available(self, workloads: Mapping[Row, Workload]) -> float:
+        """Bytes that these rows may take, weights and what they hold already among them."""
+        weights = Workload.of_model(self._model, 1).weights
+        if self._room is None or self._force:
+            return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
+        return self._room + weights + sum(brought_by(row, workload) for row, workload in workloads.items())

@@ -1,0 +1,76 @@
+"""Sequences with caches of their own in one pass: each attends alone, all other layers treat their tokens as one row.
+
+So every weight is read once for all of them, while each sequence keeps the length, the LongRoPE regime, the window and
+the packing that it has alone. Sequences that bring one token are rotated and cut from the row together, which spares
+Python most of its work in a step of decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import mlx.core as mx
+
+from .attention import Mask, make_mask
+from .cache import KVCache
+from .rope import Regime
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a sequence adds: `length` tokens behind those that its cache has read, in its regime."""
+
+    cache: list[KVCache]
+    length: int
+    long: bool
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Sequences that bring equally many tokens: their caches, and what attention asks beside queries and keys."""
+
+    caches: list[list[KVCache]]
+    length: int
+    mask: Mask
+    offset: int | mx.array
+    long: Regime
+
+    def rows(self, row: mx.array) -> mx.array:
+        """The block's part of a row of tokens (1, n, width) -> (sequences, length, width)."""
+        return row.reshape(len(self.caches), self.length, row.shape[-1])
+
+
+class Together:
+    """How a row of tokens is cut into blocks for attention, and joined again.
+
+    `parts` stand in the row in this order; those of one token come first.
+    """
+
+    def __init__(self, parts: Sequence[Addition], window: int | None):
+        singles = [part for part in parts if part.length == 1]
+        others = [part for part in parts if part.length > 1]
+        if [*singles, *others] != list(parts):
+            raise ValueError("parts of one token come first")
+        self.blocks: list[Alike] = []
+        if singles:
+            offsets = mx.array([part.cache[0].offset for part in singles])
+            caches = [part.cache for part in singles]
+            # One query sees every key that its cache gives it, so there is no mask.
+            self.blocks.append(Alike(caches, 1, None, offsets, tuple(part.long for part in singles)))
+        for part in others:
+            mask = make_mask(part.length, window, part.cache[0])
+            self.blocks.append(Alike([part.cache], part.length, mask, part.cache[0].offset, part.long))
+        ends = accumulate(len(block.caches) * block.length for block in self.blocks)
+        self._cuts = list(ends)[:-1]
+
+    def apart(self, row: mx.array) -> list[mx.array]:
+        """(1, tokens, width) -> of each block (sequences, length, width)."""
+        pieces = mx.split(row, self._cuts, axis=1) if self._cuts else [row]
+        return [block.rows(piece) for block, piece in zip(self.blocks, pieces, strict=True)]
+
+    def joined(self, blocks: Sequence[mx.array]) -> mx.array:
+        """What `apart` made, in one row again."""
+        rows = [block.reshape(1, -1, block.shape[-1]) for block in blocks]
+        return rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=1)
