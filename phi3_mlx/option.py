@@ -62,9 +62,15 @@ def option_type(field: Option) -> str:
     return str(field.type).removesuffix(" | None")
 
 
-def arguments(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a function's arguments, its `locals()` at the beginning, that are fields of the dataclass `kind`."""
-    return {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+def arguments(kind: type, given: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """Those of a function's arguments, its `locals()` at the beginning, that are fields of the dataclass `kind`.
+
+    TypeError unless the function takes every field but those named in `without`.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    if missing := [name for name in names if (name in given) == (name in without)]:
+        raise TypeError(f"a function of {kind.__name__} takes every field but {[*without]}; see {', '.join(missing)}")
+    return {name: given[name] for name in names if name in given}
 
 
 def settle(options: Any) -> None:

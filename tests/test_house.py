@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phi3_mlx"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.+?) \| (.+?) \|$", CONTRIBUTING, re.M)
+FOLDERS = re.findall(r"^\| `([\w/]+)/` \| (.+?) \| (.+?) \|$", CONTRIBUTING, re.M)  # rooms, and folders in them
 ROOMS = [room for room, _, _ in LINES]  # from the top
 GROUND = re.findall(r"`(\w+)\.py`", CONTRIBUTING.split("The ground, from the top:")[1].split("\n\n")[0])
 
@@ -90,6 +91,23 @@ def test_every_room_has_a_line():
     assert all(len(belongs) > 20 for _, belongs, _ in LINES)
     assert len(ARROWS) > 100
     assert sum(map(len, ARROWS.values())) > 500
+
+
+def test_every_folder_with_modules_has_a_line():
+    there = {path.parent.relative_to(PACKAGE).as_posix() for path in MODULES.values()} - {"."}
+    assert sorted(folder for folder, _, _ in FOLDERS) == sorted(there)
+    assert all(len(belongs) > 20 for _, belongs, _ in FOLDERS)
+
+
+def test_a_folder_in_a_room_imports_what_its_line_names_and_has_one_door():
+    for folder, belongs, may in FOLDERS:
+        if "/" not in folder:
+            continue
+        inside = {name for name in MODULES if f"{name}.".startswith(f"phi3_mlx.{folder.replace('/', '.')}.")}
+        rooms = {room_of(target) for name in inside for target in ARROWS[name] - inside}
+        assert rooms - {*GROUND} == {*re.findall(r"`(\w+)`", may)}, folder
+        doors = {name for name in MODULES if name not in inside and ARROWS[name] & inside}
+        assert doors == {f"phi3_mlx.{door.replace('/', '.')}" for door in re.findall(r"`([\w/]+)` alone", belongs)}
 
 
 def test_rooms_import_what_their_lines_name_which_stands_below():

@@ -241,11 +241,24 @@ def test_a_field_is_checked_by_type_choice_and_range():
 
 
 def test_arguments_are_those_that_are_fields():
+    rest = {field.name for field in fields(Cake)} - {"layers", "cream"}
+
     def function(layers=Cake.layers, *, cream=False, other=3):
-        return arguments(Cake, locals())
+        return arguments(Cake, locals(), without=rest)
 
     assert function(4) == {"layers": 4, "cream": False}
     assert function(other=5, cream=True) == {"layers": 3, "cream": True}
+
+
+def test_a_function_that_lacks_a_field_or_takes_one_that_it_says_it_lacks_fails():
+    every = {field.name: field.default for field in fields(Cake)}
+    assert arguments(Cake, {**every, "other": 3}) == every
+    lacking = {name: value for name, value in every.items() if name != "oven"}
+    with pytest.raises(TypeError, match=r"takes every field but .*; see oven$"):
+        arguments(Cake, lacking)
+    assert arguments(Cake, lacking, without=["oven"]) == lacking
+    with pytest.raises(TypeError, match=r"see cream$"):
+        arguments(Cake, every, without=["cream"])
 
 
 # ------------------------------------------------------------------------------------- one place
@@ -265,7 +278,7 @@ for home, name in json.loads(sys.argv[1]):
     setattr(module, name, kind)
 
     def function(*, gusto=kind.gusto):
-        given = arguments(kind, locals())
+        given = arguments(kind, locals(), without={field.name for field in dataclasses.fields(kind)} - {"gusto"})
         return kind.of({"data": "d", "output": "o", **given}) if name == "Settings" else kind(**given)
 
     assert function().gusto == 3

@@ -98,6 +98,23 @@ def asked(monkeypatch):
     return request_of
 
 
+@pytest.mark.parametrize("of_conversation", [False, True])
+@pytest.mark.parametrize("of_request", [False, True])
+def test_a_conversation_forces_an_answer_if_it_or_the_request_says_so(loaded, asked, of_conversation, of_request):
+    chat = phi3_mlx.Conversation(*loaded, force=of_conversation)
+    assert asked(lambda: chat.ask("Hi", Request(force=of_request))).force == (of_conversation or of_request)
+    assert asked(lambda: chat.send("Hi")).force == of_conversation
+
+
+def test_a_conversation_refuses_what_is_not_of_a_message(loaded):
+    chat = phi3_mlx.Conversation(*loaded)
+    with pytest.raises(OptionError, match=r"^raw=True has no effect on a message"):
+        chat.ask("Hi", Request(raw=True))
+    with pytest.raises(OptionError, match=r"^kv_bits has no effect beside a prompt_cache"):
+        chat.ask("Hi", Request(kv_bits=8))
+    assert chat.messages == []
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__qualname__)
 def test_functions_take_the_fields_with_their_defaults(function):
     parameters = inspect.signature(function).parameters

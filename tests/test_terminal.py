@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 import phi3_mlx.cli
 from phi3_mlx.cli import main, terminal
+from phi3_mlx.cli.progress import ConversionProgress, PrefillProgress, Pulse, ReadingProgress
 from phi3_mlx.cli.reading import check_text
+from phi3_mlx.conversion.sinks import Progress
 from phi3_mlx.errors import PromptError
 from phi3_mlx.generation.answers import Chunk
 
@@ -179,6 +182,68 @@ def test_help_is_written_in_any_encoding(monkeypatch: pytest.MonkeyPatch):
     for command in ("generate", "tune"):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
         assert ran(command, "--help") == 0
+
+
+def of_stage(stage: str, done: int) -> Progress:
+    return Progress(stage, "tensors", done, 8, done * 10**6, 8 * 10**6)
+
+
+# Each kind of progress, its reports, and what a terminal then shows of them.
+KINDS = [
+    (ReadingProgress, [(1024, 2048), (2048, 2048)], ["reading", "1,024 of 2,048 tokens", "2,048 of 2,048 tokens"]),
+    (lambda: ReadingProgress("layers"), [(1, 8)], ["1 of 8 layers"]),
+    (lambda: PrefillProgress(4096), [(512, 4096), (4096, 4096)], ["reading the prompt", "512 of 4,096 tokens"]),
+    (
+        ConversionProgress,
+        [(of_stage("packing", 3),), (of_stage("com\x1bparing", 4),)],
+        ["loading", "packing", "3 of 8 tensors, 3.0 MB of 8.0 MB", r"com\x1bparing", "4 of 8 tensors"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "reports", "shown"), KINDS, ids=["tokens", "layers", "prompt", "conversion"])
+def test_long_work_has_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, kind, reports, shown):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(Pulse, "SECONDS", 0.0)
+    _, err = screens(monkeypatch)
+    with kind() as progress:
+        for report in reports:
+            progress.update(*report)
+            if progress._bar.live.is_started:
+                progress._bar.refresh()
+    assert not progress._bar.live.is_started
+    assert [text for text in shown if text not in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", err.getvalue())] == []
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    with kind() as progress:
+        for report in reports:
+            progress.update(*report)
+    lines = log.getvalue().splitlines()
+    assert progress._bar is None
+    assert lines
+    assert all(
+        re.fullmatch(r"(read|packing:|com\x1bparing:) [\d,]+ of [\d,]+ (tokens|layers|tensors.*)", x) for x in lines
+    )
+
+
+def test_a_short_prompt_has_no_bar(monkeypatch: pytest.MonkeyPatch):
+    screens(monkeypatch)
+    with PrefillProgress(2048) as progress:
+        assert progress._bar is None
+
+
+def test_the_bar_of_a_prompt_goes_before_the_answer_begins(monkeypatch: pytest.MonkeyPatch):
+    screens(monkeypatch)
+    with PrefillProgress(2049) as progress:
+        progress.update(2049, 2049)
+        assert not progress._bar.live.is_started
+
+
+def test_models_are_compared_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "text").write_text("Once there was a boy named Tim. " * 4)
+    out, err = screens(monkeypatch)
+    assert ran("compare", "tiny", "tiny", "--text", str(tmp_path / "text")) == 0
+    assert "same likeliest token" in out.getvalue()
+    assert "tokens" in err.getvalue()
 
 
 def test_messages_to_a_terminal_that_was_closed_do_not_end_the_work(monkeypatch: pytest.MonkeyPatch):

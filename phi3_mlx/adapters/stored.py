@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models import read_config, shapes
-from ..store.checkpoint import read_arrays
+from ..store.checkpoint import read_array
 from ..store.quantization import find_packing
 from ..store.safetensors import Tensor, find_weights
 
@@ -19,9 +19,9 @@ class StoredLayers:
     """The layers, packed or not, of a model directory that `checkpoint.outline` has checked."""
 
     def __init__(self, directory: Path):
-        weights = find_weights(directory)
-        self.tensors: dict[str, Tensor] = dict(weights.tensors)
-        self._homes, self._where = weights.homes, str(directory / "config.json")
+        self._weights = find_weights(directory)
+        self.tensors: dict[str, Tensor] = dict(self._weights.tensors)
+        self._where = str(directory / "config.json")
         config = read_config(directory)
         self.quantization, self._shapes = config.quantization, shapes(config)
 
@@ -38,8 +38,7 @@ class StoredLayers:
 
     def read(self, name: str) -> mx.array:
         """A tensor, read when it is evaluated."""
-        # The file is opened each time: arrays kept from an earlier call would keep their memory.
-        return read_arrays(self._homes[name])[name]
+        return read_array(self._weights, name)
 
 
 def read_layer(path: str, packing: Mapping[str, Any] | None, read: Callable[[str], mx.array]) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from ..errors import CheckpointError
 from ..evaluation.options import CompareOptions
 from .declare import options_of
 from .options import compute_dtype, within_memory
-from .progress import Pulse
+from .progress import ReadingProgress
 from .reading import read_input
-from .terminal import progress_bar, show, show_json
+from .terminal import show, show_json
 
 if TYPE_CHECKING:
     from ..evaluation.quality import Comparison, Quality
@@ -76,7 +75,7 @@ def compare(
             check_comparison(directory, model, window, dtype)
         loaded.append(load(directory, dtype=dtype, force=True))
     (model_a, tokenizer_a), (model_b, tokenizer_b) = loaded
-    with _Bar() as bar:
+    with ReadingProgress() as bar:
         comparison = compare_models(
             model_a, tokenizer_a, model_b, tokenizer_b, content, window=window, force=True, progress=bar.update
         )
@@ -88,7 +87,7 @@ def compare(
     ]
     if output is not None:
         sources[0].name = a
-        with new_directory(Path(output)) as folder, _Bar("layers") as bar:
+        with new_directory(Path(output)) as folder, ReadingProgress("layers") as bar:
             made = report.make_report(
                 places[1],
                 sources[0],
@@ -149,32 +148,3 @@ def _lines(a: str, b: str, text: str, comparison: Comparison, sizes: Sequence[tu
     lines = [f"A: {a}", f"B: {b}", f"text: {text}, {comparison.a.characters:,} characters", ""]
     lines += [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     return lines if comparison.note is None else [*lines, "", f"note: {comparison.note}"]
-
-
-class _Bar:
-    """Positions read, on a terminal; a line now and then in a log."""
-
-    def __init__(self, unit: str = "tokens") -> None:
-        self._bar: Any = None
-        self._unit = unit
-        self._pulse = Pulse()
-
-    def __enter__(self) -> _Bar:
-        if sys.stderr.isatty():
-            from rich.progress import BarColumn, TextColumn
-
-            columns = ("reading", BarColumn(), TextColumn(f"{{task.completed:,.0f}} of {{task.total:,}} {self._unit}"))
-            self._bar = progress_bar(*columns)
-            self._task = self._bar.add_task("", total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._pulse.say(f"{done:,} of {total:,} {self._unit}")
-        else:
-            self._bar.update(self._task, completed=done, total=total)

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..models import parse_config, shapes
 from ..places import no_model
 from ..store.assembly import assemble
-from ..store.checkpoint import read_arrays
+from ..store.checkpoint import read_array
 from ..store.hub import COMPANIONS
 from ..store.quantization import FLOATS, find_packing
 from ..store.safetensors import Tensor, find_weights, lacks
@@ -42,7 +42,7 @@ class DirectorySource:
         where = str(directory / "config.json")
         raw = read_json(directory / "config.json")
         weights = find_weights(directory)
-        self.stored, self._homes = weights.tensors, weights.homes
+        self._weights, self.stored = weights, weights.tensors
         self.quantization = raw.pop("quantization", None)
         if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
             del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
@@ -88,9 +88,8 @@ class DirectorySource:
         return mx.dequantize(self.load(name), self.load(f"{path}.scales"), biases, **packing, dtype=dtype)
 
     def load(self, name: str) -> mx.array:
-        """A tensor of `stored` as it is there, read when it is used."""
-        # Opened for each tensor: arrays kept from an earlier call would keep their memory.
-        return read_arrays(self._homes[name])[name]
+        """A tensor of `stored`, as it is there."""
+        return read_array(self._weights, name)
 
     def _dtype_of(self, parts: Sequence[str]) -> str:
         """What a tensor that is stored as `parts` is read in. CheckpointError for a part that holds no floats."""

@@ -139,7 +139,7 @@ def batch_generate(
         raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
     if not several:
         return []
-    request = Request(**arguments(Request, locals()), lookup=0)
+    request = Request(**arguments(Request, locals(), without=("lookup",)), lookup=0)
     texts: list[list[str]] = [[] for _ in several]
     for token, text, _ in Answers(model, tokenizer, several, request):
         texts[token.row].append(text)

@@ -6,10 +6,11 @@ import html
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import values
-from ..errors import CacheError, PromptError
+from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
 from ..text.chat import render_chat
 from .answers import Answers, Chunk
@@ -20,6 +21,8 @@ from .request import CHAT_TOKENS, Request
 if TYPE_CHECKING:
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
+
+_OF_THE_CONVERSATION = ("raw", "kv_bits", "kv_group_size", "force")  # not of one message
 
 
 class Conversation:
@@ -101,11 +104,17 @@ class Conversation:
         lookup: int = Request.lookup,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        request = Request(**arguments(Request, locals()), force=self._memory.force)
-        return self.ask(text, request)
+        return self.ask(text, Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION)))
 
     def ask(self, text: str, request: Request) -> Generator[Chunk, None, None]:
-        """`send`, with all options at once; those of the cache are the conversation's own."""
+        """`send`, with all options at once.
+
+        The cache's bits are the conversation's: others in the request are an OptionError. So is `raw`, since a message
+        needs the chat template. `force` holds if the request has it or the conversation.
+        """
+        if request.raw:
+            raise OptionError("raw=True has no effect on a message, which needs the chat template; leave it out")
+        request = replace(request, force=request.force or self._memory.force)
         with self._changing:
             self._end_answer()
             if not values.text(text, "the message").strip():

@@ -75,6 +75,12 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
+def read_array(weights: Weights, name: str) -> mx.array:
+    """One tensor of a model directory, as it is stored; read when it is evaluated."""
+    # The file is opened each time: arrays kept from an earlier call would keep their memory.
+    return read_arrays(weights.homes[name])[name]
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What the memory of a model depends on, from the headers of its directory."""
