@@ -374,7 +374,7 @@ from phi3_mlx.engine.rows import Row
 say = Row.say
 
 def interrupted(self, *given):
-    if self.said == 20:
+    if len(self.answer) == 20:
         os.kill(os.getpid(), signal.SIGINT)
     return say(self, *given)
 
