@@ -21,6 +21,7 @@ from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.errors import AdapterError, OptionError
 from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.store.safetensors import find_weights
 
 IDS = mx.array([[5, 40, 100, 7, 99, 1000, 3, 17, 2500, 44]])
 
@@ -125,7 +126,7 @@ def test_another_base_is_refused(base, packed, tmp_path):
 
 
 def test_fingerprint_is_of_weights_not_of_files(base, tmp_path):
-    expected = fingerprint(base)
+    expected = fingerprint(find_weights(base))
     again = copy_of(base, tmp_path / "shards")
     arrays = mx.load(str(again / "model.safetensors"))
     mx.eval(arrays)
@@ -136,11 +137,11 @@ def test_fingerprint_is_of_weights_not_of_files(base, tmp_path):
         mx.save_safetensors(str(again / file), {name: arrays[name] for name in own})
     index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
     (again / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert fingerprint(again) == expected
+    assert fingerprint(find_weights(again)) == expected
     changed = copy_of(base, tmp_path / "changed")
     arrays["model.layers.1.mlp.down_proj.weight"] = arrays["model.layers.1.mlp.down_proj.weight"] * 1.001
     mx.save_safetensors(str(changed / "model.safetensors"), arrays)
-    assert fingerprint(changed) != expected
+    assert fingerprint(find_weights(changed)) != expected
 
 
 def test_several_are_weighted_and_switched(base, tmp_path):

@@ -28,9 +28,9 @@ from ..models.decoder import Model
 from ..places import instead_of_adapter
 from ..store import hub
 from ..store.atomic import named, new_files
-from ..store.checkpoint import read_arrays
+from ..store.checkpoint import Checkpoint, open_checkpoint, read_arrays
 from ..store.finite import is_finite
-from ..store.safetensors import find_weights, read_header
+from ..store.safetensors import Weights, read_header
 from .config import CONFIG, adapter_kind, check_config, scale_in
 from .lora import AdaptedLinear, Adapter, get_layer, set_layer
 
@@ -47,27 +47,29 @@ class Base:
     fingerprint: str
 
 
-def base_of(directory: Path, name: str, revision: str | None = None) -> Base:
+def base_of(source: Path | Checkpoint, name: str, revision: str | None = None) -> Base:
     """The base in a model directory, under a name that means the same later and elsewhere.
 
     For a downloaded repository that is its own name and its commit, not the alias or branch that was asked for; for any
     other directory its whole path. "tiny" stays "tiny".
     """
-    repository = hub.snapshot_of(directory)
+    checkpoint = open_checkpoint(source)
+    repository = hub.snapshot_of(checkpoint.directory)
     if repository is not None:
         name, revision = repository
     elif name.lower() != "tiny":
-        name = str(directory)
-    return Base(name, revision, fingerprint(directory))
+        name = str(checkpoint.directory)
+    return Base(name, revision, fingerprint(checkpoint.weights))
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(weights: Weights) -> str:
     """A hash of names, dtypes, shapes and samples of all weights, which does not depend on how files are sharded."""
     parts = []
-    for file in find_weights(directory).files:
+    for file in weights.files:
         with file.open("rb") as data:
             start = 8 + int.from_bytes(data.read(8), "little")
-            for name, tensor in read_header(file).items():  # in the order of their data, which has no holes
+            tensors = {name: tensor for name, tensor in weights.tensors.items() if weights.homes[name] == file}
+            for name, tensor in tensors.items():  # in the order of their data, which has no holes
                 digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
                 for offset in sorted({0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE)}):
                     data.seek(start + offset)
@@ -229,7 +231,9 @@ class Adapters:
         """Read a folder and keep it under `name`; it is not in use before `use`. Raises AdapterError."""
         if not name or "." in name:
             raise OptionError(f"{name!r} cannot name an adapter; give a name without dots")
-        tensors, config = read_adapter(directory)
+        self._keep(name, directory, *read_adapter(directory))
+
+    def _keep(self, name: str, directory: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
         if self._base is not None:
             check_base(directory, config, self._base)
         if adapter_kind(directory, config) == "full":
@@ -285,7 +289,7 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
     weights, names = {folder: finite_weight(weight, folder) for folder, weight in weights.items()}, {}
     for n, (folder, weight) in enumerate(weights.items()):
         directory = Path(folder).expanduser()
-        config = read_config_of(directory)
+        tensors, config = read_adapter(directory)
         if adapter_kind(directory, config) == "full":
             if len(weights) > 1 or weight != 1.0:
                 raise AdapterError(
@@ -293,10 +297,10 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
                 )
             if base is not None:
                 check_base(directory, config, base)
-            load_full(model, directory, read_adapter(directory)[0])
+            load_full(model, directory, tensors)
             return
         names[f"adapter {n}"] = weight
-        adapters.load(f"adapter {n}", directory)
+        adapters._keep(f"adapter {n}", directory, tensors, config)
     adapters.use(names)
 
 

@@ -21,7 +21,7 @@ from ..fields import Fields, shorten
 from ..models.decoder import Model
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
-from ..store.checkpoint import outline
+from ..store.checkpoint import open_checkpoint, outline
 from .config import CONFIG, adapter_kind, is_rslora
 from .folder import (
     WEIGHTS,
@@ -64,13 +64,13 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
     )
     check_destination(output, fault=AdapterError)
     config, tensors = _read(source)
-    directory = hub.resolve(model, revision)
-    shapes = outline(directory)
-    adapters = adapters_of_peft(source, config, tensors, shapes, StoredLayers(directory))
+    checkpoint = open_checkpoint(hub.resolve(model, revision))
+    shapes = outline(checkpoint)
+    adapters = adapters_of_peft(source, config, tensors, shapes, StoredLayers(checkpoint))
     facts = {
         "phi3_mlx": {"alpha": config.alpha, "rank": config.rank, "rslora": config.rslora, "imported": "peft"},
     }
-    base = base_of(directory, model, revision)
+    base = base_of(checkpoint, model, revision)
     files = adapter_files(adapters, shapes.config.num_hidden_layers, base, **facts, model=base.name)
     with new_directory(output, fault=AdapterError) as folder:
         write_adapter(folder, *files)
@@ -249,10 +249,10 @@ def export_peft(
         raise AdapterError(f"{source} holds whole weights, which PEFT has no place for; fuse it and share the model")
     if model is None:
         model, revision = trained_on(source, config, revision)
-    directory = hub.resolve(model, revision)
-    base = base_of(directory, model, revision)
+    checkpoint = open_checkpoint(hub.resolve(model, revision))
+    base = base_of(checkpoint, model, revision)
     check_base(source, config, base)
-    shapes = outline(directory)
+    shapes = outline(checkpoint)
     adapters = make_adapters(source, tensors, config, shapes)
     arrays, ranks = peft_tensors(adapters, shapes.config, split)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -263,7 +263,7 @@ def export_peft(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name if "/" in base.name else str(directory),
+        "base_model_name_or_path": base.name if "/" in base.name else str(checkpoint.directory),
         "revision": base.revision,
         "inference_mode": True,
         "bias": "none",

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models import read_config, shapes
-from ..store.checkpoint import read_array
+from ..models import shapes
+from ..store.checkpoint import Checkpoint, read_array
 from ..store.quantization import find_packing
-from ..store.safetensors import Tensor, find_weights
 
 
 class StoredLayers:
-    """The layers, packed or not, of a model directory that `checkpoint.outline` has checked."""
+    """The layers, packed or not, of a checkpoint."""
 
-    def __init__(self, directory: Path):
-        self._weights = find_weights(directory)
-        self.tensors: dict[str, Tensor] = dict(self._weights.tensors)
-        self._where = str(directory / "config.json")
-        config = read_config(directory)
-        self.quantization, self._shapes = config.quantization, shapes(config)
+    def __init__(self, checkpoint: Checkpoint):
+        self._weights, self._where = checkpoint.weights, str(checkpoint.directory / "config.json")
+        self.tensors = checkpoint.weights.tensors
+        self.quantization, self._shapes = checkpoint.config.quantization, shapes(checkpoint.config)
 
     def packing(self, path: str) -> dict[str, Any] | None:
         """Group size, bits and mode of a layer, None if it is not packed."""

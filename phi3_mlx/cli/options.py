@@ -72,9 +72,11 @@ class ModelOptions:
         """
         from ..engine.plan import plan_run
         from ..generation.loading import load_adapted
+        from ..store.checkpoint import open_checkpoint
 
+        checkpoint = open_checkpoint(directory)
         plan_run(
-            directory,
+            checkpoint,
             prompt,
             request.max_tokens,
             dtype=self.dtype,
@@ -85,7 +87,7 @@ class ModelOptions:
         )
         adapters = _weights(self.adapter)
         return load_adapted(
-            directory, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
+            checkpoint, self.model, self.revision, dtype=self.dtype, longrope=self.longrope, adapters=adapters
         )
 
 

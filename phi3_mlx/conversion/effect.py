@@ -9,9 +9,8 @@ import mlx.core as mx
 
 from ..adapters.folder import Adapters, Base
 from ..errors import OptionError
-from ..models import read_config
 from ..models.decoder import Model
-from ..store.checkpoint import read_model
+from ..store.checkpoint import Checkpoint, read_model
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -23,11 +22,11 @@ EFFECT_LOGITS = 6.6  # copies of the text's logits, float32, that are alive at o
 class Effect:
     """How an adapter changes the log-probabilities of a text, to compare the fused model with."""
 
-    def __init__(self, directory: Path, base: Base, folder: Path, text: str | None):
+    def __init__(self, checkpoint: Checkpoint, base: Base, folder: Path, text: str | None):
         from ..text.tokenizer import read_tokenizer
 
-        self._ids = _ids(read_tokenizer(directory), text, read_config(directory).max_position_embeddings)
-        model = read_model(directory)
+        self._ids = _ids(read_tokenizer(checkpoint.directory), text, checkpoint.config.max_position_embeddings)
+        model = read_model(checkpoint)
         adapters = Adapters(model, base)
         self._base = _log_probabilities(model, self._ids)
         adapters.load("adapter", folder)

@@ -22,7 +22,7 @@ from ..errors import OptionError
 from ..option import arguments
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
-from ..store.checkpoint import outline, read_model
+from ..store.checkpoint import open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
 from .directory import DirectorySource
 from .effect import Effect
@@ -79,9 +79,10 @@ def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fu
     if model is None:
         model, revision = trained_on(folder, config, revision)
     directory = hub.resolve(model, revision)
-    opened, base = DirectorySource(directory), base_of(directory, model, revision)
+    opened, checkpoint = DirectorySource(directory), open_checkpoint(directory)
+    base = base_of(checkpoint, model, revision)
     check_base(folder, config, base)
-    shapes = outline(directory)
+    shapes = outline(checkpoint)
     adapters: Mapping[str, Adapter] = {}
     replaced: Mapping[str, mx.array] = {}
     if adapter_kind(folder, config) == "full":
@@ -101,8 +102,8 @@ def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fu
     if text is not None and not source.rounds_adapters:
         raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")
     if not force:
-        check_fusion(folder, directory, source, layout, sum(array.nbytes for array in tensors.values()))
-    effect = Effect(directory, base, folder, text) if source.rounds_adapters else None
+        check_fusion(folder, checkpoint, source, layout, sum(array.nbytes for array in tensors.values()))
+    effect = Effect(checkpoint, base, folder, text) if source.rounds_adapters else None
     gc.collect()
     mx.clear_cache()
     with new_directory(destination, force=force) as unfinished:

@@ -13,6 +13,7 @@ from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models.attention import fused_attention
 from ..models.linear import dequantizing_bytes, most_dequantizing_bytes
 from ..sizes import size_text
+from ..store.checkpoint import Checkpoint
 from ..store.quantization import FLOATS
 from . import gptq, sensitivity
 from .adapted import AdaptedSource
@@ -42,16 +43,16 @@ def check_conversion(source: Source, checked: Source, layout: Layout, ids: Seque
     )
 
 
-def check_fusion(folder: Path, directory: Path, source: AdaptedSource, layout: Layout, adapter_bytes: int) -> None:
+def check_fusion(folder: Path, base: Checkpoint, source: AdaptedSource, layout: Layout, adapter_bytes: int) -> None:
     """MemoryLimitError unless `source` can be written in `layout`, and the effect that its adapters keep be measured.
 
-    `folder`: the adapter's, whose tensors take `adapter_bytes`; `directory`: the base's.
+    `folder`: the adapter's, whose tensors take `adapter_bytes`; `base`: what it changes.
     """
     writing = {"the adapter": adapter_bytes, "a matrix at a time": _one_matrix(source, layout)}
     if not source.rounds_adapters:
         plan.check_room(f"fusing {folder}", writing, "free some")
         return
-    workload = Workload.of_directory(directory, EFFECT_TOKENS)
+    workload = Workload.of_directory(base, EFFECT_TOKENS)
     logits = EFFECT_LOGITS * 4 * workload.length * workload.config.vocab_size
     fused = sum(
         math.prod(tensor.shape) * workload.itemsize if tensor.dtype in FLOATS else tensor.nbytes

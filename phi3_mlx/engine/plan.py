@@ -17,7 +17,7 @@ from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
 from ..models.pass_shape import PassShape
 from ..models.workspace import workspace_bytes
 from ..sizes import size_text
-from ..store.checkpoint import model_size
+from ..store.checkpoint import Checkpoint, model_size
 from . import machine
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Workload:
     @classmethod
     def of_directory(
         cls,
-        directory: Path,
+        directory: Path | Checkpoint,
         length: int,
         *,
         dtype: str | None = None,
@@ -243,7 +243,7 @@ def check_length(config: Config, prompt: int) -> None:
 
 
 def plan_run(
-    directory: Path,
+    directory: Path | Checkpoint,
     prompt: int,
     max_tokens: int,
     *,

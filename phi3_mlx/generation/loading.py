@@ -15,6 +15,7 @@ from ..values import flag, number, path, refusal, shown
 
 if TYPE_CHECKING:
     from ..models.decoder import LongRopeRule
+    from ..store.checkpoint import Checkpoint
     from ..text.tokenizer import Tokenizer
 
 
@@ -36,7 +37,7 @@ def load(
     Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError, OptionError or
     MemoryLimitError.
     """
-    from ..store import hub
+    from ..store import checkpoint, hub
     from ..text import tokenizer
 
     folder = "an adapter's folder, or several with their weights"
@@ -44,12 +45,13 @@ def load(
     weights = {path(source, "adapter", folder): number(weight, "an adapter's weight") for source, weight in given}
     directory = hub.resolve(name, revision)
     vocabulary = tokenizer.read_tokenizer(directory)  # first: it reads little and fails fast
-    plan_loading(directory, str(name), dtype=dtype, adapters=weights, force=force)
-    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), vocabulary
+    source = checkpoint.open_checkpoint(directory)
+    plan_loading(source, str(name), dtype=dtype, adapters=weights, force=force)
+    return load_adapted(source, str(name), revision, dtype=dtype, longrope=longrope, adapters=weights), vocabulary
 
 
 def load_adapted(
-    directory: Path,
+    source: Checkpoint,
     name: str,
     revision: str | None = None,
     *,
@@ -57,14 +59,14 @@ def load_adapted(
     longrope: LongRopeRule,
     adapters: Mapping[str, float],
 ) -> Model:
-    """The model of `directory`, which was asked for by `name`, with the adapters of these folders in use."""
+    """The model of a checkpoint that was asked for by `name`, with the adapters of these folders in use."""
     from ..store import checkpoint
 
-    model = checkpoint.read_model(directory, dtype=dtype, longrope=longrope)
+    model = checkpoint.read_model(source, dtype=dtype, longrope=longrope)
     if adapters:
         from ..adapters.folder import apply, base_of
 
-        apply(model, base_of(directory, name, revision), adapters)
+        apply(model, base_of(source, name, revision), adapters)
     return model
 
 
@@ -77,11 +79,11 @@ def load_model(
     force: bool = False,
 ) -> Model:
     """The model of `load` alone."""
-    from ..store import hub
+    from ..store import checkpoint, hub
 
-    directory = hub.resolve(name, revision)
-    plan_loading(directory, str(name), dtype=dtype, force=force)
-    return load_adapted(directory, str(name), revision, dtype=dtype, longrope=longrope, adapters={})
+    source = checkpoint.open_checkpoint(hub.resolve(name, revision))
+    plan_loading(source, str(name), dtype=dtype, force=force)
+    return load_adapted(source, str(name), revision, dtype=dtype, longrope=longrope, adapters={})
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
@@ -93,9 +95,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
 
 
 def plan_loading(
-    directory: Path, name: str, *, dtype: str | None = None, adapters: Iterable[str] = (), force: bool = False
+    source: Checkpoint, name: str, *, dtype: str | None = None, adapters: Iterable[str] = (), force: bool = False
 ) -> None:
-    """Raise MemoryLimitError if the weights of `directory`, asked for by `name`, do not fit (and not `force`).
+    """Raise MemoryLimitError if the weights of a checkpoint, asked for by `name`, do not fit (and not `force`).
 
     With those of the folders `adapters`. A run is planned when it begins, with its cache and work.
     """
@@ -104,7 +106,7 @@ def plan_loading(
 
     if flag(force, "force"):
         return
-    size = checkpoint.model_size(directory, dtype)
+    size = checkpoint.model_size(source, dtype)
     adapted = sum(
         file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
     )

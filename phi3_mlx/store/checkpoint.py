@@ -27,7 +27,21 @@ _STORED_AS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # as s
 _LISTED = 20  # mismatches shown; a wrong config makes hundreds
 
 
-def read_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose weights fit its config, as its headers say: they are read once, by `open_checkpoint`.
+
+    `needed` names the tensors that the model has.
+    """
+
+    directory: Path
+    config: Config
+    weights: Weights
+    view: View
+    needed: tuple[str, ...]
+
+
+def read_model(source: Path | Checkpoint, *, dtype: str | None = None, longrope: LongRopeRule = "auto") -> Model:
     """The model of a directory in Hugging Face's or MLX's format, its weights in memory, in eval mode.
 
     Floating weights (scales and biases of packed layers too) take `dtype`: "float32", "bfloat16" or "float16".
@@ -41,25 +55,26 @@ def read_model(directory: Path, *, dtype: str | None = None, longrope: LongRopeR
         choice(dtype, "dtype", DTYPES)
     choice(longrope, "longrope", get_args(LongRopeRule))
     refuse_fork()
-    checked = _check(directory)
-    model = _built(directory, checked)
-    _read(directory, model, checked, _target(dtype))
+    checkpoint = open_checkpoint(source)
+    model = _built(checkpoint)
+    _read(checkpoint, model, _target(dtype))
     model.model.longrope = longrope
     model.eval()
     return model
 
 
-def outline(directory: Path) -> Model:
+def outline(source: Path | Checkpoint) -> Model:
     """The model of `read_model` with random weights that are not computed: for its modules and their shapes."""
-    model = _built(directory, _check(directory))
+    model = _built(open_checkpoint(source))
     model.eval()
     return model
 
 
-def _built(directory: Path, checked: _Checked) -> Model:
-    model = build(checked.config)
-    if checked.config.quantization is not None:
-        pack_like(model, checked.config.quantization, checked.view.tensors, str(directory / "config.json"))
+def _built(checkpoint: Checkpoint) -> Model:
+    config, where = checkpoint.config, str(checkpoint.directory / "config.json")
+    model = build(config)
+    if config.quantization is not None:
+        pack_like(model, config.quantization, checkpoint.view.tensors, where)
     return model
 
 
@@ -92,22 +107,22 @@ class ModelSize:
     numbers: int  # how many are stored
 
 
-def model_size(directory: Path, dtype: str | None = None) -> ModelSize:
-    """The size of the model that `read_model` would read with this dtype; its headers are read once.
+def model_size(source: Path | Checkpoint, dtype: str | None = None) -> ModelSize:
+    """The size of the model that `read_model` would read with this dtype.
 
     Raises what `read_model` does for a directory that it would not read.
     """
-    target, checked = _target(dtype), _check(directory)
-    stored = checked.weights.tensors.values()
+    target, checkpoint = _target(dtype), open_checkpoint(source)
+    stored = checkpoint.weights.tensors.values()
     cast = set() if target is None else {*FLOATS} - {_STORED_AS[target]}
     return ModelSize(
-        checked.config,
+        checkpoint.config,
         sum(
             math.prod(tensor.shape) * target.size if target and tensor.dtype in FLOATS else tensor.nbytes
-            for tensor in (checked.view.tensors[name] for name in checked.needed)
+            for tensor in (checkpoint.view.tensors[name] for name in checkpoint.needed)
         ),
         max((tensor.nbytes for tensor in stored if tensor.dtype in cast), default=0),
-        target.size if target else 4 if checked.config.dtype == "float32" else 2,
+        target.size if target else 4 if checkpoint.config.dtype == "float32" else 2,
         sum(math.prod(tensor.shape) for tensor in stored),
     )
 
@@ -119,21 +134,14 @@ def _target(dtype: str | None) -> mx.Dtype | None:
     return None if mx.default_device() == mx.gpu else mx.float32
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A model directory whose weights fit its config; `needed` names the tensors that the model has."""
-
-    config: Config
-    weights: Weights
-    view: View
-    needed: tuple[str, ...]
-
-
-def _check(directory: Path) -> _Checked:
-    """A model directory, checked by its config and headers; no module is made before they are known to agree.
+def open_checkpoint(source: Path | Checkpoint) -> Checkpoint:
+    """A model directory, checked by its config and headers, or one that was; no module is made before they agree.
 
     Raises one CheckpointError that lists all differences between the files and the model that the config describes.
     """
+    if isinstance(source, Checkpoint):
+        return source
+    directory = source
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory; name a directory with config.json and model.safetensors"
@@ -147,7 +155,7 @@ def _check(directory: Path) -> _Checked:
         raise
 
 
-def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
+def _fitted(directory: Path, config: Config, weights: Weights) -> Checkpoint:
     check_layers(config, weights.tensors, str(directory))
     layout = shapes(config)
     seen = view(config, layout, weights.tensors)
@@ -157,7 +165,7 @@ def _fitted(directory: Path, config: Config, weights: Weights) -> _Checked:
     _refuse_differences(directory, {"among parts": list(seen.faults), **_differences(needed, present)})
     if not any(name.endswith(".scales") for name in present):  # a tool dequantized them and left it in the config
         config = replace(config, quantization=None)
-    return _Checked(config, weights, seen, tuple(needed))
+    return Checkpoint(directory, config, weights, seen, tuple(needed))
 
 
 def _refuse_other_formats(directory: Path, config: Config, present: Mapping[str, Tensor]) -> None:
@@ -206,12 +214,16 @@ def _refuse_differences(directory: Path, kinds: Mapping[str, list[str]]) -> None
     )
 
 
-def _read(directory: Path, model: Model, checked: _Checked, target: mx.Dtype | None) -> None:
+def _read(checkpoint: Checkpoint, model: Model, target: mx.Dtype | None) -> None:
     """Fill the model tensor by tensor: with a cast, at most one is in memory in both types."""
-    needed, seen = checked.needed, checked.view
+    directory, needed, seen = checkpoint.directory, checkpoint.needed, checkpoint.view
     arrays: dict[str, mx.array] = {}  # not read before they are evaluated
-    for file in checked.weights.files:
+    for file in checkpoint.weights.files:
         arrays |= read_arrays(file)
+    if {name: array.shape for name, array in arrays.items()} != {
+        name: tensor.shape for name, tensor in checkpoint.weights.tensors.items()
+    }:
+        raise CheckpointError(f"{directory} was changed while it was read; type the command again")
     left = Counter(part for name in needed for part in seen.origins.get(name, (name,)))
 
     def take(name: str) -> mx.array:

@@ -18,9 +18,8 @@ from ..adapters.folder import Base, base_of
 from ..adapters.lora import Adapter, attach
 from ..adapters.targets import find_targets
 from ..engine.machine import bounded_run, room
-from ..models import read_config
 from ..store import hub
-from ..store.checkpoint import model_size
+from ..store.checkpoint import Checkpoint, model_size, open_checkpoint
 from ..threads import refuse_fork
 from .checkpoints import newest_checkpoint
 from .checks import check_examples, check_is_model, check_method, check_samples, with_length, with_validation
@@ -73,7 +72,7 @@ class Prepared:
     """All that is known of a run before its model is loaded."""
 
     settings: Settings
-    directory: Path
+    checkpoint: Checkpoint
     base: Base
     tokenizer: Tokenizer
     train: Encoded
@@ -123,11 +122,12 @@ def prepare(
     splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
     directory = hub.resolve(settings.model, settings.revision)
     check_is_model(settings, directory)
-    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    config = checkpoint.config
     check_method(settings, config)
     settings = with_length(settings, config)
     find_targets(config, settings.targets, settings.layers)  # a wrong name fails here
-    base = base_of(directory, settings.model, settings.revision)
+    base = base_of(checkpoint, settings.model, settings.revision)
     start = None
     if settings.from_adapter is not None:
         begun = Path(settings.from_adapter)
@@ -138,7 +138,7 @@ def prepare(
     check_examples(settings, train, valid, resume=resume)
     check_samples(settings, vocabulary, config)
     numbers = None if start is None else start.numbers
-    size = model_size(directory, training_dtype(settings))
+    size = model_size(checkpoint, training_dtype(settings))
 
     def replan(changed: Settings) -> TrainingPlan:
         return plan_memory(size, changed, *sizes(train, changed), ranks, numbers=numbers)
@@ -155,7 +155,7 @@ def prepare(
     limit = allowed_bytes(settings, available)
     way_out = "" if plan.total <= limit else find_way_out(settings, limit, replan)
     prepared = Prepared(
-        settings, directory, base, vocabulary, train, valid, plan, available, notes, warned, way_out, start
+        settings, checkpoint, base, vocabulary, train, valid, plan, available, notes, warned, way_out, start
     )
     for note in notes:
         if notify:
@@ -203,7 +203,7 @@ def load_for_training(prepared: Prepared) -> tuple[Model, dict[str, Adapter]]:
     from ..store.checkpoint import read_model
 
     settings = prepared.settings
-    model = read_model(prepared.directory, dtype=training_dtype(settings))
+    model = read_model(prepared.checkpoint, dtype=training_dtype(settings))
     mx.random.seed(settings.seed)
     if settings.from_adapter is not None:
         return model, attach_start(model, Path(settings.from_adapter), settings.dropout)
