@@ -347,13 +347,13 @@ def test_plans_of_training_are_what_runs_take(tmp_path_factory):
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory()
-        model, _ = runs.load_for_training(type("Prepared", (), {"settings": settings, "directory": directory}))
+        model, _ = runs.load_for_training(type("Prepared", (), {"settings": settings, "checkpoint": directory}))
         mx.eval(model.parameters())
         mx.reset_peak_memory()
         Trainer(model, data, [], settings, folder / "checkpoints", {}).run()
         ratios[name] = planned / (mx.get_peak_memory() - before)
         del model
-    # How many unpacked stacks MLX allocates ahead depends on its haste: the plan is for the most.
+    # How many dequantized stacks MLX allocates ahead depends on its haste: the plan is for the most.
     assert all(0.85 < value < (1.5 if "4 bits" in name else 1.18) for name, value in ratios.items()), ratios
 
 

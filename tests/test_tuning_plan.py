@@ -60,7 +60,7 @@ def ratio(folder, changes, lengths, trained, options) -> float:
     gc.collect()  # what earlier tests have left
     mx.clear_cache()
     before = mx.get_active_memory()
-    prepared = type("Prepared", (), {"settings": settings, "directory": directory})
+    prepared = type("Prepared", (), {"settings": settings, "checkpoint": directory})
     model, _ = runs.load_for_training(prepared)
     mx.eval(model.parameters())
     mx.reset_peak_memory()

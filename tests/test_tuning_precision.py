@@ -25,7 +25,7 @@ def make(base, dtype, strength=1.0, **options):
     """A model with adapters that change something, and its settings."""
     settings = Settings(**{"model": str(base), "data": "-", "output": "-", "rank": 2, "dtype": dtype, **options})
     model, adapters = runs.load_for_training(
-        type("Prepared", (), {"settings": settings, "directory": base, "start": None})
+        type("Prepared", (), {"settings": settings, "checkpoint": base, "start": None})
     )
     randomize(adapters)
     for adapter in adapters.values():
