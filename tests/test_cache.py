@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
 
-from phi3_mlx.models.cache import KVCache
+from phi3_mlx.models.cache import KVBits, KVCache, fork
 from phi3_mlx.models.decoder import DecoderLayer
 
 SAME = 3e-4  # float32 sums in another order
@@ -295,6 +295,56 @@ def test_a_deep_copy_goes_its_own_way(model, small_step):
     trim(other, 20)
     feed(model, other, right)
     assert_same(model, feed(model, cache, left), np.concatenate([IDS[:, : ORIGINAL - 2], left, left], axis=1))
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(8, 8)])
+@pytest.mark.parametrize("read", [10, ORIGINAL - 2, ORIGINAL + 40])
+def test_a_fork_and_its_origin_go_their_own_ways(model, read, bits, small_step):
+    def assert_same_as_alone(last, ids):
+        alone = feed(model, model.make_cache(ids.shape[1], bits=bits), ids)
+        assert np.abs(last - alone).max() < (SAME if bits is None else 0.05)
+
+    cache = model.make_cache(bits=bits)
+    feed(model, cache, IDS[:, :read], 13)
+    other, third = fork(cache), fork(cache)
+    assert all(layer.sequence is other[0].sequence for layer in other)
+    trim(other, 9)  # perhaps out of a regime, or into what the window dropped
+    left, right = ids_of(8, seed=1), ids_of(8, seed=2)
+    for first in range(8):
+        for branch, kept, ids in ((cache, read, left), (other, read - 9, right)):
+            expected = np.concatenate([IDS[:, :kept], ids[:, : first + 1]], axis=1)
+            assert_same_as_alone(feed(model, branch, ids[:, first : first + 1]), expected)
+    assert_same_as_alone(feed(model, third, right), np.concatenate([IDS[:, :read], right], axis=1))
+
+
+def test_a_fork_belongs_to_no_run_and_keeps_what_was_declared():
+    model = MODELS["3.5-mini"]
+    cache = model.make_cache(prompt_length=ORIGINAL + 5)
+    feed(model, cache, IDS[:, :20])
+    cache[0].sequence.reader = object()
+    other = fork(cache)
+    assert other[0].sequence.reader is None
+    trim(cache, 20)
+    assert_same(model, feed(model, other, IDS[:, 20 : ORIGINAL + 5]), IDS[:, : ORIGINAL + 5])
+    assert other[-1].is_last
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(4, 4)])
+def test_a_fork_takes_memory_when_it_is_written_to(bits):
+    model = MODELS["3.5-mini"]
+    cache = model.make_cache(bits=bits)
+    feed(model, cache, IDS[:, :ORIGINAL])
+    mx.eval([layer.state for layer in cache])
+    before, size = mx.get_active_memory(), sum(layer.nbytes for layer in cache)
+    forks = [fork(cache) for _ in range(20)]
+    mx.eval([layer.state for other in forks for layer in other])
+    assert mx.get_active_memory() == before
+    trim(forks[3], 2)
+    feed(model, forks[3], IDS[:, :2])
+    mx.eval([layer.state for layer in forks[3]])
+    assert size <= mx.get_active_memory() - before < 2 * size  # and ids, in pages
+    del forks
+    assert mx.get_active_memory() == before
 
 
 def test_a_plain_list_of_the_layers_is_the_cache(model):

@@ -6,6 +6,7 @@ what is stored is no longer valid (a LongRoPE regime that changed, a window that
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,12 @@ class SequenceState:
             return 0
         padding = self.left_padding or (0,) * len(self.prompt_length)
         return max(length + pad for length, pad in zip(self.prompt_length, padding, strict=False))
+
+    def fork(self) -> SequenceState:
+        """The same tokens, to be continued otherwise; no run has it yet."""
+        other = copy.copy(self)
+        other.reader, other._pieces = None, list(self._pieces)
+        return other
 
     def select(self, rows: mx.array) -> None:
         """Keep only these rows of a batch, in this order."""
@@ -219,6 +226,14 @@ class KVCache:
         for array, part in zip(self.state, other.state, strict=True):
             array[row, :, end - n : end] = part[0, :, other_end - n : other_end]
 
+    def fork(self, sequence: SequenceState) -> KVCache:
+        """What was read, to be continued otherwise; `sequence` is the fork's. See `fork`."""
+        other = copy.copy(self)
+        other.sequence = sequence
+        # Other objects of the same arrays: writing into slots gives an object another array.
+        other.state = [copy.copy(array) for array in self.state]
+        return other
+
     def select(self, rows: mx.array) -> None:
         """Keep only these rows of a batch. The shared `sequence` is the caller's to select, once."""
         self.state = [array[rows] for array in self.state]
@@ -248,6 +263,15 @@ class KVCache:
             self.state = []
             self.start = 0
         return n
+
+
+def fork(cache: Sequence[KVCache]) -> list[KVCache]:
+    """A second cache that has read the same; each goes its own way, is trimmed and recomputed as if it were alone.
+
+    They share their arrays until one of them is written to, which then copies its own, so a fork takes no memory yet.
+    """
+    sequence = cache[0].sequence.fork()
+    return [layer.fork(sequence) for layer in cache]
 
 
 def _empty(like: mx.array, slots: int) -> mx.array:
