@@ -3,7 +3,7 @@
     python -m bench kvquality [--model NAME] [--bits B] [--group-size N] [--tokens N] [--window N]
 
 The text is read 16 tokens at a time, in windows: every token attends to quantized keys and values by the
-path that decoding takes. KL is that of the next token's distribution, packed from unpacked, in nats; "same choice" is
+path that decoding takes. KL is that of the next token's distribution, packed from floats, in nats; "same choice" is
 how often both find the same token likeliest. Then both go on by themselves, greedily, from four places of the text.
 The result is `kvquality`, for other models `kvquality-NAME`.
 """
@@ -61,7 +61,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
     expected = [hidden_states(model, inputs, None) for inputs, _ in windows]
     said = continuations(model, ids, None)
     workload = replace(Workload.of_model(model, 1024), itemsize=2)  # as on a GPU
-    unpacked = workload.cache_bytes()
+    in_floats = workload.cache_bytes()
     rows = []
     for bits in settings:
         difference = Difference()
@@ -74,7 +74,7 @@ def measure(directory: Path, settings: list[KVBits], tokens: int, window: int) -
             "keys": bits.keys,
             "values": bits.values,
             "group_size": bits.group_size,
-            "size": replace(workload, bits=bits).cache_bytes() / unpacked,
+            "size": replace(workload, bits=bits).cache_bytes() / in_floats,
             "kl": found.kl,
             "same_choice": found.top1,
             "perplexity": found.b.perplexity,

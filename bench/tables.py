@@ -153,7 +153,7 @@ def kvquality() -> str:
     for result in results:
         one = result["rows"][0]
         lines += [
-            f"{result['model']} (perplexity {one['unpacked_perplexity']:.2f} unpacked; *size*: of 16-bit numbers):",
+            f"{result['model']} (perplexity {one['unpacked_perplexity']:.2f} in floats; *size*: of 16-bit numbers):",
             "",
             "| `--kv-bits` | `--kv-group-size` | size | KL, nats | same choice | perplexity | tokens alike |",
             "|---|--:|--:|--:|--:|--:|--:|",

@@ -115,7 +115,7 @@ class Config:
 
     @property
     def delicate(self) -> tuple[str, ...]:
-        """Those of `linears` that stay unpacked unless a recipe names them."""
+        """Those of `linears` that stay in floats unless a recipe names them."""
         return ()
 
     @property
@@ -247,7 +247,7 @@ class Reader:
         for key, allowed in must_be.items():
             value = self.raw.get(key)
             # Without a method it is MLX's repetition of `quantization`, which nobody reads, and which some tools leave
-            # when they unpack a model. Packed weights without `quantization` are refused when they are found.
+            # when they dequantize a model. Packed weights without `quantization` are refused when they are found.
             repeated = key == "quantization_config" and isinstance(value, Mapping) and "quant_method" not in value
             if value is not None and value not in allowed and not repeated:
                 kind = self.raw["model_type"]

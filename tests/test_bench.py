@@ -23,8 +23,8 @@ from bench.contenders import alike
 from phi3_mlx.store import hub
 
 SHARED = {"agreement", "contenders", "models", "plots", "published", "record", "tables"}
-# feelings makes data, unpacking measures for a constant
-NOT_BENCHES = {"__init__", "__main__", "feelings", "notebooks", "terminal", "unpacking", *SHARED}
+# feelings makes data, dequantizing measures for a constant
+NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}
 
 
 @pytest.fixture

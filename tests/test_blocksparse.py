@@ -100,7 +100,7 @@ def test_rows_of_any_padding_are_as_alone(case, padding):
 
 @settings(max_examples=25, deadline=None)
 @given(cases(), st.sampled_from([KVBits(8, 8), KVBits(4, 8), KVBits(3, 2)]), st.sampled_from([None, (3, 0)]))
-def test_a_packed_cache_is_the_oracle_on_what_it_unpacks_to(case, bits, padding):
+def test_a_packed_cache_is_the_oracle_on_what_it_dequantizes_to(case, bits, padding):
     pattern, heads, kv_heads, length, edges, tile, few = case
     padding = None if padding is None else tuple(min(n, length - 1) for n in padding)
     arrays = random(heads, kv_heads, length, len(padding or (0,)))

@@ -149,7 +149,7 @@ def test_reads_what_mlx_lm_writes(tmp_path, capsys, mode):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_packed_scales_in_float32(tmp_path, bits):
-    """Scales stored in bfloat16 become float32 on the CPU, and layers compute what their unpacked weights say."""
+    """Scales stored in bfloat16 become float32 on the CPU, and layers compute what their dequantized weights say."""
     model, config = packed(bits=bits, group_size=64)
 
     def cast(weights):
@@ -162,7 +162,7 @@ def test_packed_scales_in_float32(tmp_path, bits):
     x = np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32)
     out = layer(mx.array(x))
     assert out.dtype == mx.float32
-    # Unpacked by hand: value = scale * code + bias, codes in `bits` bits from the lowest bit up.
+    # Dequantized by hand: value = scale * code + bias, codes in `bits` bits from the lowest bit up.
     stored = np.array(layer.weight).view(np.uint8)
     codes = np.unpackbits(stored, axis=1, bitorder="little").reshape(192, 256, bits) @ (1 << np.arange(bits))
     scales, biases = (np.repeat(np.array(array), 64, axis=1) for array in (layer.scales, layer.biases))
@@ -246,7 +246,7 @@ def test_many_layers_are_refused_by_every_reader_before_any_is_made(tmp_path, mo
 
 
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
-def test_quantization_that_a_tool_left_when_it_unpacked_says_nothing(tmp_path, key):
+def test_quantization_that_a_tool_left_when_it_dequantized_says_nothing(tmp_path, key):
     """mlx-lm packs the layers that have scales."""
     directory = write(tmp_path / "model")
     (directory / "config.json").write_text(json.dumps({**RAW, key: {"group_size": 64, "bits": 4}}))

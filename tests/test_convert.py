@@ -346,22 +346,24 @@ def check_finite(dtype):
 def test_a_packed_source_is_rounded_again_only_when_asked(tmp_path, source):
     convert(source, tmp_path / "packed", bits=8, group_size=32, report=False)
     text = refusal(OptionError, tmp_path / "packed", tmp_path / "new")
-    assert "is 8-bit already; dequantize=True unpacks it, bits=N unpacks it and rounds a second time" in text
+    assert (
+        "is 8-bit already; dequantize=True writes it in floats, bits=N dequantizes it and rounds a second time" in text
+    )
     done = convert(tmp_path / "packed", tmp_path / "again", bits=4, report=False)
-    assert "is 8-bit already: it was unpacked and rounded a second time" in done.notes[0]
+    assert "is 8-bit already: it was dequantized and rounded a second time" in done.notes[0]
     convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, report=False)
     convert(tmp_path / "plain", tmp_path / "by steps", bits=4, report=False)
     assert same(read(tmp_path / "again"), read(tmp_path / "by steps"))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_in_every_mode_and_unpacked(tmp_path, mode):
+def test_packed_in_every_mode_and_dequantized(tmp_path, mode):
     source = write(tmp_path / "source", {**RAW, "torch_dtype": "bfloat16"}, dtype=mx.bfloat16)
     convert(source, tmp_path / "packed", mode=mode, report=False)
     convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, report=False)
     packed, plain = read_model(tmp_path / "packed"), read_model(tmp_path / "plain")
     difference = np.abs(oracle.logits_of(packed, IDS[None]) - oracle.logits_of(plain, IDS[None])).max()
-    assert difference < 0.1  # bfloat16 rounds what is unpacked
+    assert difference < 0.1  # bfloat16 rounds what is dequantized
     assert {tensor.dtype for tensor in find_weights(tmp_path / "plain").tensors.values()} == {"BF16"}
 
 
@@ -395,7 +397,7 @@ def test_damaged_packed_sources(tmp_path, source):
 
 
 def test_sharded_in_sharded_out(tmp_path, monkeypatch):
-    limit = 100_000  # the embedding, packed, has 15,360 bytes of weights; down_proj unpacked is larger
+    limit = 100_000  # the embedding, packed, has 15,360 bytes of weights; down_proj in floats is larger
     source = write(tmp_path / "source", shards=4)
     convert(source, tmp_path / "one", report=False)
     assert not (tmp_path / "one" / INDEX).exists()
@@ -783,7 +785,7 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
         (["tiny"], 2, "-o"),
         (["tiny", "-o", "new", "--bits", "7"], 2, "'7'"),
         (["tiny", "-o", "new", "--mode", "mxfp4", "--bits", "8"], 2, "no such quantization"),
-        (["tiny", "-o", "new"], 2, "--dequantize unpacks it"),
+        (["tiny", "-o", "new"], 2, "--dequantize writes it in floats"),
         (["tiny", "-o", "here", "--bits", "8"], 1, "exists already"),
         (["nowhere/at/all", "-o", "new"], 1, "no such directory"),
         (["tiny", "-o", "new", "--bits", "8", "--text", "missing.txt"], 1, "missing.txt"),

@@ -177,7 +177,7 @@ def test_types_the_library_only_reads(tmp_path: Path, kind):
     np.testing.assert_array_equal(queries[3, 0, 31], values.reshape(4, 64, 256)[3, 62])
 
 
-def test_blocks_unpacked_by_hand(tmp_path: Path):
+def test_blocks_dequantized_by_hand(tmp_path: Path):
     rng = np.random.default_rng(0)
     scale, low = np.float16(0.031), np.float16(-0.25)
     nibbles = rng.integers(0, 16, 32)
@@ -333,7 +333,7 @@ def test_tensors_that_are_refused(tmp_path: Path, message: str):
 def test_types_that_are_refused(tmp_path: Path):
     packed = np.zeros((4, 4), np.int8)
     path = write_gguf(tmp_path / "x.gguf", "phi3", {}, {"x": packed.view(np.uint8)}, {"x": TYPES.I8})
-    with pytest.raises(CheckpointError, match="stores x in the type I8, which the gguf library cannot unpack"):
+    with pytest.raises(CheckpointError, match="stores x in the type I8, which the gguf library cannot dequantize"):
         GgufFile(path)
     data = bytearray(path.read_bytes())
     at = data.index(b"x", data.index(b"phi3") + 4) + 1 + 4 + 2 * 8  # after name, number of dimensions, dimensions

@@ -1,6 +1,7 @@
 """The plan of the house in CONTRIBUTING.md against the imports that there are."""
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -209,6 +210,47 @@ def f(words, *, one=1):
     return [found for found in words if (it := found)]
 """
     assert {*variables_of(ast.parse(code))} == {*EMPTY_WORDS, "it"}
+
+
+# A word has one meaning: what is packed is quantized, and back it is dequantized; a plan says how many bytes something
+# will take; a run is one training (what else runs is a verb).
+PACKED_BACK = re.compile(r"(?i)\b(un|re)-?pack\w*|\bpacked examples")
+PLANNERS = {"engine/plan", "engine/capacity", "generation/loading", "tuning/plan", "tuning/run", "cli/plan"}
+
+
+def test_what_is_quantized_is_dequantized_and_not_unpacked():
+    pages = [
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*.md"),
+        *MODULES.values(),
+        *(ROOT / "notebooks").glob("*.ipynb"),
+    ]
+    for page in pages:
+        if page.name != "results.md":  # it repeats commands as they were run
+            text = page.read_text(encoding="utf-8").replace("struct.unpack", "")
+            assert not PACKED_BACK.search(text), page.name
+    assert PACKED_BACK.search("it was unpacked and Re-packed")
+
+
+def test_a_plan_is_of_memory_and_a_run_of_a_training():
+    names = {name: modules for pattern in (r"\w*[Pp]lan", r"\w*Run") for name, modules in homes_of(pattern).items()}
+    for name, modules in names.items():
+        for module in modules:
+            if re.search(r"[Pp]lan(?!ning)", name):
+                assert module.removeprefix("phi3_mlx.").replace(".", "/") in PLANNERS, name
+            elif "Run" in name:
+                assert room_of(module) == "tuning", name
+    plans = {name for name in names if name.endswith("Plan")}
+    assert plans == {"Plan", "TrainingPlan"}
+    for name in plans:
+        (module,) = names[name]
+        assert isinstance(getattr(importlib.import_module(module), name).total, property)
+
+
+def test_no_variable_is_called_fused_alone():
+    """It would not say whether a kernel, a layer or a model that an adapter was merged into."""
+    for module, path in MODULES.items():
+        assert "fused" not in variables_of(ast.parse(path.read_text(encoding="utf-8"))), module
 
 
 def defined_in(tree):

@@ -98,17 +98,17 @@ def test_an_array_that_is_not_the_layouts_ends_the_writing(tmp_path):
         DirectorySink(tmp_path).write(Layout.of(source, None), lambda entry: [source.read(entry.name)[:1]])
 
 
-def test_a_fusion_unpacks_the_layers_it_changes_and_no_others(tmp_path):
+def test_a_fusion_dequantizes_the_layers_it_changes_and_no_others(tmp_path):
     directory = make_directory(tmp_path / "base", bits=4)
     base = DirectorySource(directory)
-    source = AdaptedSource(base, adapters={QKV: change_of(base.unpacked[f"{QKV}.weight"].shape)}, bits=8)
+    source = AdaptedSource(base, adapters={QKV: change_of(base.dequantized[f"{QKV}.weight"].shape)}, bits=8)
     layout = source.layout()
     assert layout.packings[f"{QKV}.weight"]["bits"] == layout.recipe[QKV]["bits"] == 8
     assert layout.packings[f"{DOWN}.weight"]["bits"] == layout.recipe["bits"] == 4
-    unpacked = []
-    source.read = lambda name: unpacked.append(name) or AdaptedSource.read(source, name)
+    dequantized = []
+    source.read = lambda name: dequantized.append(name) or AdaptedSource.read(source, name)
     made = arrays_of(layout, rounded(source))
-    packed = [name for name in unpacked if name in base.packings]
+    packed = [name for name in dequantized if name in base.packings]
     assert packed == [f"{QKV}.weight"]
     for part in ("weight", "scales", "biases"):
         assert mx.array_equal(made[f"{DOWN}.{part}"], base.load(f"{DOWN}.{part}"))

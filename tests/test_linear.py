@@ -34,10 +34,10 @@ def test_both_ways_give_the_dequantized_product(bits, mode, bias, slice_, monkey
         assert np.abs(np.array(gradient) - 2 * expected @ np.array(weight.astype(mx.float32))).max() < 1e-3
 
 
-def test_a_large_weight_is_unpacked_slice_by_slice(monkeypatch):
-    """Forward and backward in memory of some slices, which a whole unpacked weight would exceed."""
+def test_a_large_weight_is_dequantized_slice_by_slice(monkeypatch):
+    """Forward and backward in memory of some slices, which a whole dequantized weight would exceed."""
     monkeypatch.setattr(linear, "dequantizing_pays", lambda _: 1)
-    packed = linear.Linear(1024, 8192, bias=False).to_quantized(64, 4)  # 33.6 MB unpacked
+    packed = linear.Linear(1024, 8192, bias=False).to_quantized(64, 4)  # 33.6 MB in floats
     x = mx.random.normal((4, 1024))
     mx.eval(packed.parameters(), x)
     for product in (packed, mx.grad(lambda x: packed(x).sum())):
@@ -92,16 +92,18 @@ def test_without_a_fast_blas_weights_stay_packed():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_from_those_rows_on_a_layer_unpacks(dtype, monkeypatch):
+def test_from_those_rows_on_a_layer_dequantizes(dtype, monkeypatch):
     monkeypatch.setattr(linear, "dequantizing_pays", linear.DEQUANTIZED_ROWS.get)
     from_rows = linear.DEQUANTIZED_ROWS[dtype.size]
-    unpacked = []
-    monkeypatch.setattr(linear, "dequantized_product", lambda weight, *a, **k: lambda x: unpacked.append(len(x)) or x)
+    dequantized = []
+    monkeypatch.setattr(
+        linear, "dequantized_product", lambda weight, *a, **k: lambda x: dequantized.append(len(x)) or x
+    )
     packed = linear.Linear(64, 64, bias=False).to_quantized(32, 4)
     packed.set_dtype(dtype)
     for rows in (1, from_rows - 1, from_rows):
         packed(mx.zeros((rows, 64), dtype))
-    assert unpacked == [from_rows]
+    assert dequantized == [from_rows]
 
 
 def test_on_a_gpu_weights_stay_packed(monkeypatch):

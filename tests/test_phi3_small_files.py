@@ -117,7 +117,7 @@ def test_what_is_packed_and_what_is_not(folder, packed):
     assert 0 < change < 3
 
 
-def test_unpacked_again(packed, tmp_path):
+def test_dequantized_again(packed, tmp_path):
     convert(packed, tmp_path / "plain", dequantize=True)
     ids = mx.array(ids_of(30))
     one, other = read_model(packed)(ids), read_model(tmp_path / "plain")(ids)

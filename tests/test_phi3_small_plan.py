@@ -47,7 +47,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(bits, bits) if bits else None
-    workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused=False, chunk=chunk)
+    workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused_kernel=False, chunk=chunk)
     predicted = plan_together([workload] * rows, math.inf).total
     peak = 0
     for _ in range(5):  # on the CPU a peak depends on how far one of MLX's threads gets ahead of another

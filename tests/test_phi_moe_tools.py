@@ -90,7 +90,7 @@ def test_mlx_lm_loads_it(packed):
 
 
 @pytest.mark.parametrize("layout", ["hugging_face", "transformers_5"])
-def test_what_is_unpacked_is_the_source(layout, source, tmp_path):
+def test_what_is_dequantized_is_the_source(layout, source, tmp_path):
     weights = moe_models.random_weights(VOCAB, near=0.5)
     other = moe_models.write(tmp_path / "other", VOCAB, getattr(moe_models, layout)(weights), tokenizer=True)
     convert(other, tmp_path / "plain", dequantize=True)
@@ -303,7 +303,7 @@ def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight
     )
     list(generation)
     peak = generation.statistics.peak_memory - others
-    workload = Workload(model.config, weights, length, 1, kv_bits, itemsize=4, fused=False)
+    workload = Workload(model.config, weights, length, 1, kv_bits, itemsize=4, fused_kernel=False)
     predicted = weights + workload.cache_bytes() + workload.workspace(chunk)
     assert 0.88 * peak < predicted < 1.12 * peak
 

@@ -102,7 +102,7 @@ def test_so_it_is_for_long_prompts(case, small, monkeypatch):
     ("shape", "chunk", "length", "bits", "rows", "pays", "packing"),
     [
         *[(*case, None, 8) for case in SHAPES],  # plain weights
-        *[(*SHAPES[i], 1, 8) for i in (0, 2, 4, 6)],  # packed weights, on machines where they are better unpacked
+        *[(*SHAPES[i], 1, 8) for i in (0, 2, 4, 6)],  # packed weights, on machines where they are better dequantized
         *[(*SHAPES[6], 1, packing) for packing in (3, 4, 6)],
         ((256, 704, 3, 4, 2), 64, 128, None, 1, 10**9, 8),  # and on others
     ],
@@ -119,7 +119,7 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     kv_bits = KVBits(*bits) if bits else None
     prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
-    workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused=False, chunk=chunk)
+    workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused_kernel=False, chunk=chunk)
     predicted = plan_together([workload] * rows, math.inf).total
     peak = 0
     # On the CPU a peak depends on how far one of MLX's threads gets ahead of another; the plan is of the largest.
@@ -291,7 +291,7 @@ def test_every_way_to_generate_is_planned(tiny, scarce, monkeypatch):
 
 def test_a_run_whose_chunk_is_said_is_planned_with_it(tiny):
     model, _ = tiny
-    workload = Workload(model.config, 0, 1010, itemsize=4, fused=False)
+    workload = Workload(model.config, 0, 1010, itemsize=4, fused_kernel=False)
     small, large = (dataclasses.replace(workload, chunk=chunk).plan(0) for chunk in (64, 1000))
     assert (small.chunk, large.chunk) == (64, 1000)
     assert small.total < large.total
@@ -349,7 +349,7 @@ def test_the_command_line_refuses_before_it_loads(scarce, monkeypatch, capsys):
 def test_an_answer_over_the_boundary_is_refused_before_the_model_is_loaded_and_the_advice_fits(tmp_path, capsys):
     """Where LongRoPE's factors change the prompt is recomputed, which may take more than everything else."""
     model = random_model(128, 256, 4, 2, 2, vocab=4032, **LONGROPE)
-    workload = Workload(model.config, 0, 1200, itemsize=4, fused=attention.fused_attention())
+    workload = Workload(model.config, 0, 1200, itemsize=4, fused_kernel=attention.fused_attention())
     crossing = workload.crossing()
     assert crossing.plan(0).total > workload.plan(0).total
     assert crossing.longest(workload.plan(0).total) == LONGROPE["original_max_position_embeddings"]
@@ -588,17 +588,17 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("this machine (20.0 MB)")]
     longest = int(line.split()[-6].replace(",", ""))
-    fused = attention.fused_attention()
+    fused_kernel = attention.fused_attention()
     model, _ = load("tiny")
     weights = model_size(hub.resolve("tiny")).weights
-    workload = Workload(model.config, weights, 1, itemsize=2 if fused else 4, fused=fused)
+    workload = Workload(model.config, weights, 1, itemsize=2 if fused_kernel else 4, fused_kernel=fused_kernel)
     assert longest == workload.longest(20_000_000) < 4096
     assert "4,096 tokens fit with --kv-bits" in out
     monkeypatch.setattr(hub, "on_disk", lambda *_: None)
     monkeypatch.setattr(machine, "room", lambda: 16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")
-    workload = Workload(alias.shape, alias.bytes, 1, itemsize=2 if fused else 4, fused=fused)
+    workload = Workload(alias.shape, alias.bytes, 1, itemsize=2 if fused_kernel else 4, fused_kernel=fused_kernel)
     assert json.loads(out)["machines"][0]["longest"][str(8 * workload.itemsize)] == workload.longest(16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--memory", "2GB")
     assert code == 0

@@ -44,7 +44,7 @@ def drawn(seed):
         },
         "dtype": dtype,
         "weight_bits": rng.choice([None, None, 3, 4, 8]),
-        "unpacks": rng.choice([1, NEVER]),
+        "dequantizes": rng.choice([1, NEVER]),
         "lengths": [length] + [max(1, length - rng.randrange(1 + length // 3)) for _ in range(rows - 1)],
         "kv_bits": kv_bits,
         "chunk": rng.choice([64, 128, 256]),
@@ -66,7 +66,7 @@ def odd(dtype, hidden, inner, heads, kv_heads, dim, **more):
     shape = {"hidden_size": hidden, "intermediate_size": inner, "head_dim": dim, "vocab_size": 512}
     heads = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     raw = {**oracle.BASE, **shape, **heads, "sliding_window": more.get("window")}
-    case = {"raw": raw, "dtype": dtype, "weight_bits": None, "unpacks": NEVER, "lengths": [128], "kv_bits": None}
+    case = {"raw": raw, "dtype": dtype, "weight_bits": None, "dequantizes": NEVER, "lengths": [128], "kv_bits": None}
     return {**case, "chunk": 256, **more}
 
 
@@ -76,7 +76,7 @@ ODD = {
     "wide attention and inside": odd(mx.float32, 128, 384, 16, 1, 64),
     "wide hidden states in 16 bits": odd(mx.bfloat16, 2048, 64, 1, 1, 64),
     "a wide feed-forward part of many rows, in several slices": odd(
-        mx.float32, 256, 2048, 4, 2, 16, weight_bits=4, unpacks=1, lengths=[500, 480, 450], chunk=512
+        mx.float32, 256, 2048, 4, 2, 16, weight_bits=4, dequantizes=1, lengths=[500, 480, 450], chunk=512
     ),
     "wide attention in blocks, in 16 bits": odd(mx.bfloat16, 64, 64, 16, 2, 128, lengths=[600]),
 }
@@ -96,7 +96,7 @@ def test_no_plan_is_five_percent_short_or_much_too_large(seed, monkeypatch):
 def check(case, slack, monkeypatch):
     """A run's peak against its plan."""
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: case["unpacks"])
+        monkeypatch.setattr(module, "dequantizing_pays", lambda _: case["dequantizes"])
     model = model_of(case["raw"], case["dtype"], case["weight_bits"])
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     plans, together = [], scheduler.plan_together
@@ -133,6 +133,6 @@ def test_above_fifty_megabytes_no_plan_is_twice_what_is_taken(monkeypatch):
     generation = Generation(model, [[1 + i % 400 for i in range(300)]], max_tokens=2, sampling=Sampling())
     list(generation)
     taken = generation.statistics.peak_memory - others
-    plan = Workload(model.config, weights, 302, itemsize=4, fused=False, chunk=512).plan(0)
+    plan = Workload(model.config, weights, 302, itemsize=4, fused_kernel=False, chunk=512).plan(0)
     assert taken > 50e6
     assert taken / 1.05 < plan.total < 2 * taken

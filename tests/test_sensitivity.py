@@ -211,7 +211,7 @@ def test_mixed_bits_beat_uniform_at_equal_size(tiny, reference, tmp_path, bits):
     assert kl[1] < kl[0]
 
 
-def test_widths_that_no_group_divides_stay_unpacked():
+def test_widths_that_no_group_divides_stay_in_floats():
     source = RandomSource(num_hidden_layers=1, intermediate_size=288)
     recipe = choose_recipe(source, target_bpw=9.0, ids=random_ids(128), bits=(2, 4, 8))
     found = Layout.of(source, recipe).packings

@@ -62,7 +62,7 @@ def test_its_special_tokens_are_phi3s(tiny):
 
 @pytest.fixture(scope="module")
 def reference(tiny):
-    """transformers' model with the bundled weights, unpacked."""
+    """transformers' model with the bundled weights, dequantized."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import torch
@@ -78,8 +78,8 @@ def reference(tiny):
     weights = {}
     for name, module in model.named_modules():
         if hasattr(module, "scales"):
-            unpacked = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-            weights[f"{name}.weight"] = torch.tensor(np.array(unpacked.astype(mx.float32)))
+            dequantized = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            weights[f"{name}.weight"] = torch.tensor(np.array(dequantized.astype(mx.float32)))
     for name, array in tree_flatten(model.parameters()):
         if name.endswith("norm.weight"):
             weights[name] = torch.tensor(np.array(array.astype(mx.float32)))

@@ -57,9 +57,9 @@ def test_a_plan_is_the_weights_the_rows_and_the_workspace():
 
 
 def test_a_step_of_one_row_is_a_draft_and_of_several_a_token_each():
-    one, three = (Workload(config_of(), 0, 500, rows, itemsize=4, fused=False) for rows in (1, 3))
+    one, three = (Workload(config_of(), 0, 500, rows, itemsize=4, fused_kernel=False) for rows in (1, 3))
     for workload, step in ((one, VERIFIED), (three, 3)):
-        shape = PassShape(workload.config, 64, 500, workload.rows, itemsize=4, fused=False)
+        shape = PassShape(workload.config, 64, 500, workload.rows, itemsize=4, fused_kernel=False)
         assert workload.workspace(64) == workspace_bytes(shape, step)
 
 

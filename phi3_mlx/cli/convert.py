@@ -50,5 +50,5 @@ def _describe(done: Conversion) -> None:
     for sentence in done.notes:
         note(in_options(sentence, click.get_current_context().command))
     if done.kept:
-        note(f"kept unpacked, since the groups do not divide their width: {', '.join(done.kept)}")
+        note(f"kept in floats, since the groups do not divide their width: {', '.join(done.kept)}")
     say(f"{done.path}: {size_text(done.bytes)}, {done.bits_per_weight:.2f} bits a weight")

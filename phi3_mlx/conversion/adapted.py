@@ -57,7 +57,7 @@ class AdaptedSource:
             self.raw_config["torch_dtype"] = written_in
             self.raw_config.pop("dtype", None)
         self.tensors = {
-            name: tensor_of(self._dtype_of(name, dtype), tensor.shape) for name, tensor in base.unpacked.items()
+            name: tensor_of(self._dtype_of(name, dtype), tensor.shape) for name, tensor in base.dequantized.items()
         }
         self.blocks: Mapping[str, Blocks] = {
             name: Blocks(packing, partial(self._as_stored, name))
@@ -96,7 +96,7 @@ class AdaptedSource:
 
     def _dtype_of(self, name: str, given: str | None) -> str:
         """What a tensor is read in: packing rounds to values that scales of that type can spell."""
-        packing, stored = self.base.packings.get(name), self.base.unpacked[name].dtype
+        packing, stored = self.base.packings.get(name), self.base.dequantized[name].dtype
         if not self.stays_packed:
             return SPELLING[given or own_dtype(self.base.config) or "bfloat16"] if given or packing else stored
         return "F32" if packing is not None and packing["mode"] != "affine" else stored

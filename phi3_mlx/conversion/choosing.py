@@ -50,10 +50,11 @@ def _about_packed(source: Source, options: ConvertOptions) -> tuple[str, ...]:
     now = f"{source.quantization.get('bits', '?')}-bit"
     if not options.names_packing:
         raise OptionError(
-            f"{source.name} is {now} already; dequantize=True unpacks it, bits=N unpacks it and rounds a second time"
+            f"{source.name} is {now} already; dequantize=True writes it in floats, bits=N dequantizes it and rounds a "
+            "second time"
         )
     return (
-        f"{source.name} is {now} already: it was unpacked and rounded a second time, which costs quality; "
+        f"{source.name} is {now} already: it was dequantized and rounded a second time, which costs quality; "
         "convert the original if you can",
     )
 

@@ -28,7 +28,7 @@ _EXTRAS = (*COMPANIONS, "LICENSE*", "NOTICE*")  # the licence, because it asks t
 class DirectorySource:
     """A directory in Hugging Face's format or MLX's: in shards or not, packed or not, projections fused or split.
 
-    By the names in its files: `stored` has the tensors as they are there, `unpacked` what they are once dequantized,
+    By the names in its files: `stored` has the tensors as they are there, `dequantized` what they are in floats,
     without scales and biases, and `packings` how each packed weight is packed.
     """
 
@@ -45,18 +45,18 @@ class DirectorySource:
         self._weights, self.stored = weights, weights.tensors
         self.quantization = raw.pop("quantization", None)
         if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
-            del raw["quantization_config"]  # it repeats the other, or was left by a tool that unpacked
+            del raw["quantization_config"]  # it repeats the other, or was left by a tool that dequantized
         if self.quantization is not None and not isinstance(self.quantization, Mapping):
             raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
         self.raw_config = phi3_config(raw, self.name)
         self.raw_config.pop("auto_map", None)  # names code files, and code is not copied
         self.config = parse_config(self.raw_config, self.name)
         self.packings = self._find_packings(where)
-        if not self.packings:  # the config has kept what a tool has unpacked
+        if not self.packings:  # the config has kept what a tool has dequantized
             self.quantization = None
-        self.unpacked = {name: self._unpacked(name) for name in self.stored if not self._belongs_to_packed(name)}
+        self.dequantized = {name: self._dequantized(name) for name in self.stored if not self._belongs_to_packed(name)}
         try:
-            self._parts = find_parts(self.config, self.unpacked, self.name)
+            self._parts = find_parts(self.config, self.dequantized, self.name)
         except CheckpointError as error:
             if weights.absent:
                 raise CheckpointError(lacks(directory, weights.absent)) from error
@@ -84,7 +84,7 @@ class DirectorySource:
             return self.load(name)
         path = name.removesuffix(".weight")
         biases = self.load(f"{path}.biases") if packing["mode"] == "affine" else None
-        dtype = to_mlx(self.unpacked[name].dtype)
+        dtype = to_mlx(self.dequantized[name].dtype)
         return mx.dequantize(self.load(name), self.load(f"{path}.scales"), biases, **packing, dtype=dtype)
 
     def load(self, name: str) -> mx.array:
@@ -93,7 +93,7 @@ class DirectorySource:
 
     def _dtype_of(self, parts: Sequence[str]) -> str:
         """What a tensor that is stored as `parts` is read in. CheckpointError for a part that holds no floats."""
-        dtypes = {self.unpacked[part].dtype: part for part in reversed(parts)}
+        dtypes = {self.dequantized[part].dtype: part for part in reversed(parts)}
         for dtype, part in dtypes.items():
             if dtype not in FLOATS:
                 expected = " or ".join(FLOATS)
@@ -143,8 +143,8 @@ class DirectorySource:
         path, _, kind = name.rpartition(".")
         return kind in ("scales", "biases") and f"{path}.weight" in self.packings
 
-    def _unpacked(self, name: str) -> Tensor:
-        """What a stored tensor is once it is unpacked."""
+    def _dequantized(self, name: str) -> Tensor:
+        """What a stored tensor is in floats."""
         packing = self.packings.get(name)
         if packing is None:
             return self.stored[name]

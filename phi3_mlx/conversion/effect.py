@@ -1,4 +1,4 @@
-"""How much of an adapter is left in a model that was fused and packed again."""
+"""How much of an adapter is left in a model that it was merged into and that was packed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EFFECT_LOGITS = 6.6  # copies of the text's logits, float32, that are alive at o
 
 
 class Effect:
-    """How an adapter changes the log-probabilities of a text, to compare the fused model with."""
+    """How an adapter changes the log-probabilities of a text, to compare the merged model with."""
 
     def __init__(self, checkpoint: Checkpoint, base: Base, folder: Path, text: str | None):
         from ..text.tokenizer import read_tokenizer
@@ -33,10 +33,10 @@ class Effect:
         adapters.use("adapter")
         self._adapted = _log_probabilities(model, self._ids)
 
-    def survived(self, fused: Model) -> float:
-        """1 - |fused - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
+    def survived(self, merged: Model) -> float:
+        """1 - |merged - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
         effect = float(mx.sum(mx.square(self._adapted - self._base)))
-        lost = float(mx.sum(mx.square(_log_probabilities(fused, self._ids) - self._adapted)))
+        lost = float(mx.sum(mx.square(_log_probabilities(merged, self._ids) - self._adapted)))
         return 1.0 if effect == 0 else 1 - lost / effect
 
 

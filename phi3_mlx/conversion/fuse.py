@@ -32,7 +32,7 @@ from .rounding import rounded
 from .sinks import write_model
 from .writer import DirectorySink
 
-ENOUGH = 0.9  # of an adapter's effect; below it the fused model is no longer what was trained
+ENOUGH = 0.9  # of an adapter's effect; below it the merged model is no longer what was trained
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def fuse(
 
     `model` is what the adapter was trained on, by default under the name that it was given then.
     A model in floats is written in `dtype` (its own by default). A packed one is packed again as it was, the changed
-    layers in `bits` if given (5, 6 or 8 keep more of the adapter), or unpacked with `dequantize`. `text` is what the
-    measurement reads, a bundled sample by default. A matrix is in memory at a time, and for the measurement the whole
-    model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces what is there, and
-    refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load` raises.
+    layers in `bits` if given (5, 6 or 8 keep more of the adapter), or written in floats with `dequantize`. `text` is
+    what the measurement reads, a bundled sample by default. A matrix is in memory at a time, and for the measurement
+    the whole model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces what is
+    there, and refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load` raises.
     """
     return fuse_as(adapter, output, FuseOptions(**arguments(FuseOptions, locals())))
 

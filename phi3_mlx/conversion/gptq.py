@@ -32,7 +32,7 @@ def calibrated(source: Source, layout: Layout, ids: Sequence[int], *, window: in
 
     `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
     read, the better. In memory: one layer in float32, the text's activations, and for a layer of n inputs three
-    matrices of n x n. An embedding that is also the head is rounded for both tasks, for which the unpacked model runs
+    matrices of n x n. An embedding that is also the head is rounded for both tasks, for which the model in floats runs
     first. For an embedding that is only looked up, each group gets the grid of least error.
 
     Raises OptionError for a layout that is not affine throughout, PromptError for a text shorter than one window, and

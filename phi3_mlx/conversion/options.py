@@ -54,7 +54,7 @@ class ConvertOptions:
         choices=DTYPE_NAMES,
         read=_read_dtype,
     )
-    dequantize: bool = option(False, "Write plain weights, dequantized and fused.")
+    dequantize: bool = option(False, "Write weights in floats, projections fused.")
     target_bpw: float | None = option(None, "Choose bits layer by layer: X bits a weight in all.", metavar="X")
     target_size: int | str | None = option(None, "The same by size: 2.0GB.", read=_size, metavar="SIZE")
     recipe: str | Path | Mapping[str, Any] | None = option(

@@ -41,8 +41,8 @@ RECIPE = "recipe.json"
 class Conversion:
     """What `convert` has made.
 
-    `recipe` is None for an unpacked model; `bytes` counts the weights, `bits_per_weight` their average, scales and
-    biases included. `kept` names the matrices that stay unpacked because no group of the recipe divides their width.
+    `recipe` is None for a model in floats; `bytes` counts the weights, `bits_per_weight` their average, scales and
+    biases included. `kept` names the matrices that stay in floats because no group of the recipe divides their width.
     `report` is the comparison with the source, if there was one; `notes` are sentences that the caller should see.
     """
 

@@ -1,4 +1,4 @@
-"""The memory that converting and fusing take, computed from headers before a weight is read."""
+"""The memory that converting, and merging an adapter, take, computed from headers before a weight is read."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def check_fusion(folder: Path, base: Checkpoint, source: AdaptedSource, layout: 
         return
     workload = Workload.of_directory(base, EFFECT_TOKENS)
     logits = EFFECT_LOGITS * 4 * workload.length * workload.config.vocab_size
-    fused = sum(
+    merged = sum(
         math.prod(tensor.shape) * workload.itemsize if tensor.dtype in FLOATS else tensor.nbytes
         for tensor in layout.stored.values()
     )
     measuring = {
-        "weights": max(workload.weights, fused),
+        "weights": max(workload.weights, merged),
         "work": max(workload.workspace(workload.length), int(logits)),
         "the adapter": 2 * adapter_bytes,  # what is written, and what is measured
     }
@@ -72,11 +72,11 @@ def check_fusion(folder: Path, base: Checkpoint, source: AdaptedSource, layout: 
 
 
 def _one_matrix(source: AdaptedSource, layout: Layout) -> int:
-    """Bytes that the largest tensor of a fused model takes to make."""
-    return max(_fused_tensor(source, entry) for entry in layout.entries)
+    """Bytes that the largest tensor of a merged model takes to make."""
+    return max(_merged_tensor(source, entry) for entry in layout.entries)
 
 
-def _fused_tensor(source: AdaptedSource, entry: Entry) -> int:
+def _merged_tensor(source: AdaptedSource, entry: Entry) -> int:
     """Bytes of a tensor as it is stored and written, and between them in float32 where it is changed or dequantized."""
     stored, packing = source.base.stored[entry.name], source.base.packings.get(entry.name)
     adapter = source.adapters.get(entry.path)
@@ -111,7 +111,7 @@ def _layer(source: Source) -> tuple[int, int]:
 
 def _work(source: Source, window: int, tokens: int) -> int:
     """Bytes beside its weights that a layer, in float32, takes to read `tokens` tokens in windows."""
-    workload = Workload.of_release(source.config, 0, fused=fused_attention())
+    workload = Workload.of_release(source.config, 0, fused_kernel=fused_attention())
     return replace(workload, length=window, rows=max(1, tokens // window), itemsize=4).workspace(window)
 
 

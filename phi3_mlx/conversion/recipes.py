@@ -24,6 +24,6 @@ def uniform(bits: int | None = None, group_size: int | None = None, mode: str = 
 
 
 def left_alone(config: Config) -> Recipe:
-    """The entries for the layers that stay unpacked, whatever the bits of the rest."""
+    """The entries for the layers that stay in floats, whatever the bits of the rest."""
     layers = range(config.num_hidden_layers)
     return {f"model.layers.{i}.{path}": False for i in layers for path in config.delicate}

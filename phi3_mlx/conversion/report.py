@@ -60,7 +60,7 @@ class TensorReport:
 class Report:
     """A conversion's cost, or how far one model is from another. `text` says what was read.
 
-    Bytes and bits per weight are of all tensors, the source's as if unpacked; `notes` qualify the figures.
+    Bytes and bits per weight are of all tensors, the source's as if dequantized; `notes` qualify the figures.
     """
 
     source: str

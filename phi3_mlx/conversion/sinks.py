@@ -38,7 +38,7 @@ class Sink(Protocol):
         """Write what `arrays` makes of each entry of `layout`; takes the memory of one entry."""
 
     def write_config(self, config: Mapping[str, Any], layout: Layout) -> None:
-        """Write the keys of the unpacked model's config.json, and how the layout packs it."""
+        """Write the keys of the dequantized model's config.json, and how the layout packs it."""
 
 
 def write_model(

@@ -1,4 +1,4 @@
-"""What can be converted: a checkpoint as the unpacked tensors of a model, fused and stacked, read one at a time."""
+"""What can be converted: a checkpoint as a model's tensors, dequantized, fused and stacked, read one at a time."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Blocks:
 class Source(Protocol):
     """A checkpoint to convert.
 
-    `name` is what messages call it. `raw_config` is the config.json of the unpacked phi3 model, and `config` what it
-    says. `tensors` are the model's tensors, unpacked and fused, in the model's order, `quantization` how the checkpoint
-    itself is packed, if it is. `blocks` are those of the tensors that can be taken as they are stored.
+    `name` is what messages call it. `raw_config` is the config.json of the phi3 model in floats, and `config` what it
+    says. `tensors` are the model's tensors, dequantized, projections fused, in the model's order; `quantization` is how
+    the checkpoint itself is packed, if it is. `blocks` are those of the tensors that can be taken as they are stored.
     """
 
     name: str
@@ -58,7 +58,7 @@ def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def weights_of(source: Source) -> int:
-    """How many weights the unpacked model has: bits per weight are counted for each of them."""
+    """How many weights the model has in floats: bits per weight are counted for each of them."""
     return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
 
 

@@ -45,9 +45,9 @@ _LISTED = 20  # faults shown; a wrong config makes hundreds
 def find_parts(config: Config, tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[str, ...]]:
     """The names of what a checkpoint stores for each tensor of the model, in the model's order.
 
-    `assembly.assemble` makes the tensor of these. `config` is the model's, `tensors` are the checkpoint's, unpacked, by
-    name; `source` names it in errors. Raises CheckpointError where tensors are missing, of a shape the config does not
-    give, or not Phi-3's (biases): all of them listed.
+    `assembly.assemble` makes the tensor of these. `config` is the model's, `tensors` are the checkpoint's by name,
+    dequantized; `source` names it in errors. Raises CheckpointError where tensors are missing, of a shape the config
+    does not give, or not Phi-3's (biases): all of them listed.
     """
     check_layers(config, tensors, source)
     parts = {name: origin(config, name, tensors) for name in shapes(config)}

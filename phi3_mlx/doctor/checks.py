@@ -161,7 +161,7 @@ def _models(machine: Machine, room: int) -> Finding:
     gpu = machine.mlx["backend"] != "CPU"
     fits = {}
     for alias in hub.ALIASES:
-        workload = Workload.of_release(alias.shape, alias.bytes, fused=gpu)
+        workload = Workload.of_release(alias.shape, alias.bytes, fused_kernel=gpu)
         if longest := workload.crossing().longest(room):
             fits[alias] = longest
     if not fits:

@@ -24,13 +24,13 @@ def workload_named(name: str | Path, revision: str | None = None, *, here: bool 
     One token long, on a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any
     length, so that an answer may begin on this side of LongRoPE's boundary and end beyond it.
     """
-    fused = not here or fused_attention()
+    fused_kernel = not here or fused_attention()
     alias = hub.find_alias(str(name))
     if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
-        return Workload.of_release(alias.shape, alias.bytes, fused=fused).crossing()
+        return Workload.of_release(alias.shape, alias.bytes, fused_kernel=fused_kernel).crossing()
     directory = hub.resolve(name, revision)
-    dtype = "float32" if read_config(directory).dtype == "float32" or not fused else "bfloat16"
-    return Workload.of_directory(directory, 1, dtype=dtype, fused=fused).crossing()
+    dtype = "float32" if read_config(directory).dtype == "float32" or not fused_kernel else "bfloat16"
+    return Workload.of_directory(directory, 1, dtype=dtype, fused_kernel=fused_kernel).crossing()
 
 
 def memory_plan(
@@ -77,7 +77,7 @@ def longest_context(
 class FamilyRow:
     """A line of the family table. Bytes of the weights at 4 bits; the longest context on Macs, by their gigabytes.
 
-    The context is that of 4-bit weights with unpacked keys and values, within what Metal recommends to use.
+    The context is that of 4-bit weights with keys and values in floats, within what Metal recommends to use.
     """
 
     name: str

@@ -51,9 +51,9 @@ class Workload:
     `of_model`, `of_directory` and `of_release` make one for a model in memory, on disk, or not downloaded.
 
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
-    `fused`, whether attention keeps its scores in registers, as on a GPU. `chunk` is how many tokens of a prompt are
-    read at once; without it, as many as fit. `recomputed`: how many tokens of a row are recomputed into a second cache
-    if the sequence crosses LongRoPE's boundary; 0: it cannot.
+    `fused_kernel`, whether attention is one kernel that keeps its scores in registers, as on a GPU. `chunk` is how many
+    tokens of a prompt are read at once; without it, as many as fit. `recomputed`: how many tokens of a row are
+    recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class Workload:
     rows: int = 1
     bits: KVBits | None = None
     itemsize: int = 2
-    fused: bool = True
+    fused_kernel: bool = True
     chunk: int | None = None
     recomputed: int = 0
 
@@ -80,22 +80,22 @@ class Workload:
         *,
         dtype: str | None = None,
         kv_bits: KVBits | None = None,
-        fused: bool | None = None,
+        fused_kernel: bool | None = None,
     ) -> Workload:
         """For a model on disk, as `load_model` would load it; only headers are read.
 
-        A `length` beyond the model's context is cut to it. `fused`: on a GPU or not, this machine's way without it.
+        A `length` beyond the model's context is cut to it. `fused_kernel`: this machine's without it.
         Raises CheckpointError and ConfigError as `load_model` does.
         """
         size = model_size(directory, dtype)
         length = min(length, size.config.max_position_embeddings)
-        fused = fused_attention() if fused is None else fused
-        return cls(size.config, size.weights, length, bits=kv_bits, itemsize=size.itemsize, fused=fused)
+        fused_kernel = fused_attention() if fused_kernel is None else fused_kernel
+        return cls(size.config, size.weights, length, bits=kv_bits, itemsize=size.itemsize, fused_kernel=fused_kernel)
 
     @classmethod
-    def of_release(cls, shape: Config, weights: int, *, fused: bool = True) -> Workload:
+    def of_release(cls, shape: Config, weights: int, *, fused_kernel: bool = True) -> Workload:
         """For a released model with `weights` bytes of weights, one token long; on a GPU, or on the CPU in float32."""
-        return cls(shape, weights, 1, itemsize=2 if fused else 4, fused=fused)
+        return cls(shape, weights, 1, itemsize=2 if fused_kernel else 4, fused_kernel=fused_kernel)
 
     def crossing(self) -> Workload:
         """The same for a prompt that LongRoPE reads with the short factors and an answer that may need the long."""
@@ -113,7 +113,7 @@ class Workload:
 
     def chunks(self) -> list[int]:
         """How many tokens of a prompt may be read at once, best first."""
-        return [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused or chunk <= _CPU_CHUNK]
+        return [self.chunk] if self.chunk else [chunk for chunk in CHUNKS if self.fused_kernel or chunk <= _CPU_CHUNK]
 
     def cache_bytes(self) -> int:
         """Keys and values of all rows at the end."""
@@ -155,7 +155,7 @@ class Workload:
 
     def workspace(self, chunk: int) -> int:
         """Bytes beside weights and cache while the last `chunk` tokens are read, or some are generated behind them."""
-        shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused)
+        shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused_kernel)
         return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows)
 
 

@@ -60,7 +60,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
 
 def attention_bytes(shape: PassShape, keys: int) -> int:
     """Bytes that a call of `attend` writes beside its result, where the queries of `shape` see `keys` keys of a row."""
-    if shape.fused:
+    if shape.fused_kernel:
         return _fused_bytes(shape, keys) if shape.bits is None else _some_heads_bytes(shape, keys)
     written = unblocked_bytes(shape, keys)
     if attends_in_blocks(shape, keys):
@@ -126,13 +126,13 @@ def _attend_packed(q: mx.array, seen: list[mx.array], bits: KVBits, scale: float
     return mx.concatenate(parts, axis=1).reshape(batch, heads, length, dim)
 
 
-def heads_at_once(queries: int, slots: int, fused: bool) -> int:
-    """How many kv heads of a packed cache, with `queries` queries each, are read at once; `fused`: on a GPU.
+def heads_at_once(queries: int, slots: int, fused_kernel: bool) -> int:
+    """How many kv heads of a packed cache, with `queries` queries each, are read at once; `fused_kernel`: on a GPU.
 
     MLX's CPU backend copies arrays that are not contiguous. The slots in use are contiguous within one head alone, so a
     long cache is read head by head there.
     """
-    return 1 if slots >= _ONE_HEAD_SLOTS and not fused else max(1, SCORES_AT_ONCE // (queries * slots))
+    return 1 if slots >= _ONE_HEAD_SLOTS and not fused_kernel else max(1, SCORES_AT_ONCE // (queries * slots))
 
 
 def decoding_bytes(shape: PassShape, step: int) -> int:
@@ -143,10 +143,10 @@ def decoding_bytes(shape: PassShape, step: int) -> int:
     keys, kv_heads = shape.keys, shape.config.num_key_value_heads
     queries = step * (shape.config.num_attention_heads // kv_heads)  # of a key head
     if shape.bits is None:
-        return 0 if shape.fused else 4 * queries * kv_heads * keys
-    if shape.fused and on_cuda():
+        return 0 if shape.fused_kernel else 4 * queries * kv_heads * keys
+    if shape.fused_kernel and on_cuda():
         return _some_heads_bytes(shape, keys)
-    return (4 + shape.itemsize) * queries * min(kv_heads, heads_at_once(queries, keys, shape.fused)) * keys
+    return (4 + shape.itemsize) * queries * min(kv_heads, heads_at_once(queries, keys, shape.fused_kernel)) * keys
 
 
 def scores_of(q: mx.array, keys: list[mx.array], bits: KVBits | None) -> mx.array:
@@ -248,7 +248,7 @@ def _attend_in_blocks(
 def attends_in_blocks(shape: PassShape, keys: int) -> bool:
     """Whether a pass is computed by `_attend_in_blocks`, each block before the next is asked for."""
     scores = shape.config.num_attention_heads * shape.tokens * keys
-    return not shape.fused and (shape.bits is not None or scores > BLOCK)
+    return not shape.fused_kernel and (shape.bits is not None or scores > BLOCK)
 
 
 def _block_bytes(shape: PassShape, keys: int) -> int:
@@ -267,7 +267,7 @@ def _block_bytes(shape: PassShape, keys: int) -> int:
 
 def kv_dequantizing_bytes(shape: PassShape) -> tuple[int, int]:
     """Bytes for a number of packed keys, and one of values, while they are dequantized on the CPU."""
-    if shape.bits is None or shape.fused:
+    if shape.bits is None or shape.fused_kernel:
         return shape.itemsize, shape.itemsize
     return dequantizing_bytes(shape.bits.keys, shape.itemsize), dequantizing_bytes(shape.bits.values, shape.itemsize)
 

@@ -159,7 +159,7 @@ def tile_bytes(shape: PassShape, pattern: BlockPattern) -> int:
     of_key_and_value = 2 * _TILES_ALIVE * shape.itemsize
     if shape.bits is not None:
         of_key_and_value = max(of_key_and_value, sum(attention.kv_dequantizing_bytes(shape)))
-    scores = 0 if shape.fused else 4 * _TILES_ALIVE * shape.rows * heads * queries * keys
+    scores = 0 if shape.fused_kernel else 4 * _TILES_ALIVE * shape.rows * heads * queries * keys
     return shape.rows * kv_heads * keys * shape.config.head_dim * of_key_and_value + scores
 
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from .. import blas
 
 SLICE = 1 << 19  # numbers of a packed weight that are dequantized at a time
-# Rows from which on dequantizing is no slower, by the bytes of a number: `python -m bench.unpacking`, 2026-11-29 in
+# Rows from which on dequantizing is no slower, by the bytes of a number: `python -m bench.dequantizing`, 2026-11-29 in
 # bench/LOG.md. In 16 bits MLX's CPU backend takes eight times as long for a packed product, and rounds more.
 DEQUANTIZED_ROWS = {4: 8, 2: 2}
 _NEVER = 1 << 30
@@ -155,9 +155,9 @@ def slices_bytes(numbers: int, dequantizing: int) -> int:
     return min(2 * numbers, 2 * SLICE + numbers // 2, SLICES_ALIVE) * dequantizing
 
 
-def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, itemsize: int, fused: bool) -> bool:
-    """Whether packed weights are dequantized for this many tokens; never where attention is fused, on a GPU."""
-    return not fused and quantization is not None and tokens >= dequantizing_pays(itemsize)
+def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, itemsize: int, fused_kernel: bool) -> bool:
+    """Whether packed weights are dequantized for this many tokens; never on a GPU (`fused_kernel`)."""
+    return not fused_kernel and quantization is not None and tokens >= dequantizing_pays(itemsize)
 
 
 def dequantizing_pays(itemsize: int) -> int:

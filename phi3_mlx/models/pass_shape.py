@@ -12,8 +12,8 @@ from .cache import KVBits
 class PassShape:
     """The last `chunk` tokens of `rows` sequences of `length` tokens, read at once.
 
-    `itemsize`: bytes of a number in computation; `bits`: of the cache, None if it is not packed; `fused`: attention
-    keeps its scores in registers, as on a GPU.
+    `itemsize`: bytes of a number in computation; `bits`: of the cache, None if it is not packed; `fused_kernel`:
+    whether attention is one kernel that keeps its scores in registers, as on a GPU.
     """
 
     config: Config
@@ -22,7 +22,7 @@ class PassShape:
     rows: int = 1
     bits: KVBits | None = None
     itemsize: int = 2
-    fused: bool = True
+    fused_kernel: bool = True
 
     @property
     def queries(self) -> int:

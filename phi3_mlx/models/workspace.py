@@ -47,7 +47,7 @@ def _scoring_bytes(shape: PassShape, step: int) -> int:
     """Logits (rows, vocab_size), and what of the output layer is dequantized for as many tokens."""
     config = shape.config
     logits = _LOGITS * 4 * shape.rows * config.vocab_size
-    if not dequantizes(step, config.quantization, shape.itemsize, shape.fused):
+    if not dequantizes(step, config.quantization, shape.itemsize, shape.fused_kernel):
         return logits
     dequantizing = most_dequantizing_bytes(config.quantization, shape.itemsize)
     return logits + slices_bytes(config.vocab_size * config.hidden_size, dequantizing)
@@ -57,7 +57,7 @@ def _layers_bytes(shape: PassShape) -> int:
     """Of a layer, or on a GPU of those that wait in its queue, whichever way it is computed."""
     if shape.config.experts_per_token > 1:
         return _mixture_bytes(shape)
-    if dequantizes(shape.tokens, shape.config.quantization, shape.itemsize, shape.fused):
+    if dequantizes(shape.tokens, shape.config.quantization, shape.itemsize, shape.fused_kernel):
         return _dequantized_layer_bytes(shape)
     if attends_in_blocks(shape, shape.keys):
         return _layer_in_blocks_bytes(shape)
@@ -69,7 +69,7 @@ def _mixture_bytes(shape: PassShape) -> int:
     config, itemsize = shape.config, shape.itemsize
     rows = rows_bytes(shape.tokens, config.experts_per_token, config.hidden_size, itemsize)
     routed = shape.tokens * config.inner_in_work * itemsize
-    if dequantizes(shape.tokens, config.quantization, itemsize, shape.fused):
+    if dequantizes(shape.tokens, config.quantization, itemsize, shape.fused_kernel):
         dequantizing = most_dequantizing_bytes(config.quantization, itemsize)
         routed += expert_bytes(config.largest_linear, dequantizing, itemsize)
     attention = _attention_bytes(shape)
@@ -107,7 +107,7 @@ def _queued_layers_bytes(shape: PassShape) -> int:
     config = shape.config
     numbers = max(config.numbers_in_work + _norm_numbers(shape), _rotating_near_others(shape))
     layer = shape.tokens * numbers * shape.itemsize
-    layers = min(config.num_hidden_layers, QUEUED // layer + 1) if shape.fused else 1
+    layers = min(config.num_hidden_layers, QUEUED // layer + 1) if shape.fused_kernel else 1
     return layers * layer + _attention_bytes(shape)
 
 
@@ -127,12 +127,12 @@ def _attention_bytes(shape: PassShape) -> int:
 
 def _norm_numbers(shape: PassShape) -> int:
     """Numbers of a token that the norms hold beside the others: on the CPU they copy 16-bit ones into float32."""
-    return 0 if shape.fused or shape.itemsize == 4 else _NORMS * shape.config.hidden_size
+    return 0 if shape.fused_kernel or shape.itemsize == 4 else _NORMS * shape.config.hidden_size
 
 
 def _rotating_numbers(shape: PassShape) -> int:
     """Numbers of a token while queries are rotated on the CPU: hidden states, queries, keys and values among them."""
-    if shape.fused:
+    if shape.fused_kernel:
         return 0
     config = shape.config
     rotated = rotation_numbers(config.num_attention_heads * config.head_dim)
@@ -143,4 +143,4 @@ def _rotating_near_others(shape: PassShape) -> int:
     """The same where feed-forward parts before and after are computed without a wait."""
     config = shape.config
     near = _NEAR_HIDDEN * config.hidden_size + int(_NEAR_INNER * config.mlp_width)
-    return 0 if shape.fused else _rotating_numbers(shape) + near
+    return 0 if shape.fused_kernel else _rotating_numbers(shape) + near

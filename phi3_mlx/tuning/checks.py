@@ -35,7 +35,7 @@ def check_method(settings: Settings, config: Config) -> None:
     if config.quantization is not None:
         raise OptionError(
             f"{settings.model} is quantized, and packed weights cannot be trained; take method='lora', or "
-            "unpack it first with phi3-mlx convert --dequantize"
+            "dequantize it first with phi3-mlx convert --dequantize"
         )
     if settings.dtype == "float16":
         raise OptionError(

@@ -20,7 +20,7 @@ from ..models.dropout import Draws
 from .batches import Part
 
 CHUNK_LOGITS = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
-_ROWS = 64  # at least, since a packed output layer may be unpacked for every piece
+_ROWS = 64  # at least, since a packed output layer may be dequantized for every piece
 
 
 def part_loss(model: Model, part: Part, *, checkpoint: bool = False, keys: mx.array | None = None) -> mx.array:

@@ -2,7 +2,7 @@
 
 The format (github.com/ggml-org/ggml, docs/gguf.md): magic, version, counts; the metadata, each entry a name, a type
 and a value; for each tensor its name, dimensions (fastest first), type and offset; then, aligned, the values. The
-`gguf` library knows the types and unpacks them. Its own reader makes several array objects of every token of the
+`gguf` library knows the types and dequantizes them. Its own reader makes several array objects of every token of the
 vocabulary (half a minute and a gigabyte for 50,000 of them), so the header is read here.
 """
 
@@ -31,7 +31,7 @@ _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Types whose blocks mlx has too, as affine groups of 32, by their bits.
 BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_CHUNK_BYTES = 1 << 20  # unpacked at a time: what fits a processor's cache is unpacked fastest
+_CHUNK_BYTES = 1 << 20  # dequantized at a time: what fits a processor's cache is fastest
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Header:
                 gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
             except NotImplementedError:
                 self.owner.fail(
-                    f"stores {name} in the type {kind.name}, which the gguf library cannot unpack; use another file"
+                    f"stores {name} in the type {kind.name}, which the gguf library cannot dequantize; use another file"
                 )
         return kind.name, block, block_bytes
 

@@ -1,4 +1,4 @@
-"""GGUF files as a source: the architectures `phi3` and `llama`, in every type the `gguf` library can unpack.
+"""GGUF files as a source: the architectures `phi3` and `llama`, in every type the `gguf` library can dequantize.
 
 What llama.cpp's converter does to a checkpoint is undone here: names, the order of Llama's query and key rows,
 LongRoPE's factor lists as tensors. Source: convert_hf_to_gguf.py (Phi3MiniModel, LlamaModel) and gguf's constants.

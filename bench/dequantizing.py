@@ -1,4 +1,4 @@
-"""From how many rows on dequantized weights are multiplied faster than packed ones: `python -m bench.unpacking`.
+"""From how many rows on dequantized weights are multiplied faster than quantized ones: `python -m bench.dequantizing`.
 
 `phi3_mlx.models.linear.DEQUANTIZED_ROWS` comes from here. Every figure is the least of several runs, in seconds of the
 processor, so that a busy machine changes little; OPENBLAS_NUM_THREADS=1 keeps threads from being counted together.
