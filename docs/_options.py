@@ -15,6 +15,20 @@ from typing import Any
 DOCS = Path(__file__).parent
 # Between these lines of a page stands a table.
 _PLACE = re.compile(r"(<!-- Written by docs/_options.py, of (\w+), from here -->\n).*?(<!-- to here. -->\n)", re.DOTALL)
+# What a reader gives for each type of an annotation.
+_GIVEN = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "`True` or `False`",
+    "str": "a text",
+    "Path": "a path",
+    "tuple[int, int]": "a pair of them",
+    "tuple[str, ...]": "one or more texts",
+    "Sequence[str]": "several texts",
+    "Mapping[str, Any]": "a dictionary",
+}
+# A bound that no sensible value comes near is the message's to name, for who exceeds it.
+_FAR = re.compile(r"^(\d+) to (?:[\d,]{10,}|2\*\*64 - 1)")
 
 
 def doors() -> dict[type, Callable[..., Any]]:
@@ -31,16 +45,21 @@ def doors() -> dict[type, Callable[..., Any]]:
 def table(kind: type, function: Callable[..., Any]) -> str:
     """A row a field, as Markdown, in the order of the function's arguments."""
     order = [*inspect.signature(function).parameters]
-    rows = ["| argument | type | default | range | what it does |", "|---|---|---|---|---|"]
+    rows = ["| argument | give | default | range | what it does |", "|---|---|---|---|---|"]
     for field in sorted(fields(kind), key=lambda field: order.index(field.name)):
         known = field.metadata
-        annotated = re.sub(r"Literal\[.*?\]", "str", str(field.type))
-        spelled = " or ".join(f"`{part}`" for part in annotated.split(" | "))
         within = known["within"].said if known["within"] else ", ".join(f"`{value}`" for value in known["offered"])
-        default = f"`{field.default}`" if field.default != "" else "(to be given)"
-        cells = (f"`{field.name}`", spelled, default, within, known["help"])
+        default = {"": "(to be given)", (): "none"}.get(field.default, f"`{field.default}`")
+        cells = (f"`{field.name}`", given_for(str(field.type)), default, _FAR.sub(r"\1 or more", within), known["help"])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def given_for(annotation: str) -> str:
+    """What a reader gives for a type: "a text or several texts". None is left to the default."""
+    parts = re.sub(r"Literal\[.*?\]", "str", annotation).removesuffix(" | None").split(" | ")
+    *most, last = dict.fromkeys(_GIVEN[part] for part in parts)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def with_tables(text: str) -> str:

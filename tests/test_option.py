@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -26,9 +27,10 @@ from phi3_mlx.evaluation.options import CompareOptions
 from phi3_mlx.models.decoder import LongRopeRule
 from phi3_mlx.option import DTYPE_NAMES, Range, arguments, option, settle
 from phi3_mlx.store.checkpoint import DTYPES
+from phi3_mlx.tuning.settings import Settings
 
 sys.path.insert(0, str(ROOT / "docs"))
-from _options import doors, table, with_tables
+from _options import doors, given_for, table, with_tables
 
 # Of `Request` and `Settings` test_request.py and test_tuning_run.py say the same.
 FUNCTIONS = {
@@ -160,6 +162,29 @@ def test_the_tables_of_the_pages_are_those_of_the_fields():
         rows = table(kind, function)
         assert sum(text.count(rows) for text in pages.values()) == 1
         assert rows.count("\n") == 2 + len(fields(kind))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "given"),
+    [
+        ("int", "a whole number"),
+        ("tuple[str, ...]", "one or more texts"),
+        ("str | Sequence[str] | None", "a text or several texts"),
+        ("str | Path | Mapping[str, Any] | None", "a text, a path or a dictionary"),
+        ("Literal['lora', 'full'] | None", "a text"),
+    ],
+)
+def test_the_tables_say_what_to_give_and_not_how_python_spells_it(annotation, given):
+    assert given_for(annotation) == given
+
+
+def test_the_tables_have_no_type_of_python_and_no_bound_that_nobody_comes_near():
+    for kind, function in doors().items():
+        cells = [row.split(" | ")[1:4] for row in table(kind, function).splitlines()[2:]]
+        for given, _, within in cells:
+            assert not re.search(r"\b(str|int|float|tuple|Sequence|Mapping)\b|\[|None", given)
+            assert not re.search(r"\d{10}|,\d{3},|\*\*", within)
+    assert "| `rank` | a whole number | `8` | 1 or more |" in table(Settings, phi3_mlx.tune)
 
 
 # ------------------------------------------------------------------------------------- what a field says
@@ -356,5 +381,5 @@ def test_an_option_that_is_added_to_a_dataclass_is_in_its_table():
         pass
 
     rows, before = (table(kind, function).splitlines() for kind in (More, FuseOptions))
-    assert rows[4] == "| `gusto` | `int` or `None` | `None` | 0 or more | How much gusto. |"
+    assert rows[4] == "| `gusto` | a whole number | `None` | 0 or more | How much gusto. |"
     assert [*rows[:4], *rows[5:]] == before

@@ -108,13 +108,25 @@ def test_a_way_is_gone_as_it_is_drawn(tmp_path, name, drawing):
     assert {module: count for module, count in calls.items() if DOES[name][module] in ONCE and count != 1} == {}
 
 
-def test_a_prompt_goes_the_same_way_in_contributing(tmp_path):
-    way = CONTRIBUTING.split("- **A prompt.**")[1].split("- **")[0]
-    told = [name for name in re.findall(r"`(\w+/\w+)`", way) if name in DOES["generate"]]
-    assert len(told) > 7
-    assert (
-        returns_of(command_of("generate", tmp_path), {module: DOES["generate"][module] for module in told})[0] == told
-    )
+# Of modules that CONTRIBUTING names beside them.
+ALSO = {
+    "generate": {},
+    "convert": {"conversion/opening": "open_source", "conversion/sinks": "write_model"},
+    "tune": {"tuning/rows": "read_row", "tuning/examples": "_encode", "tuning/folder": "_write"},
+}
+
+
+@pytest.mark.parametrize(("name", "what"), [("generate", "prompt"), ("tune", "example"), ("convert", "tensor")])
+def test_the_same_way_is_told_in_contributing_stage_by_stage(tmp_path, name, what):
+    """What an arrow leads to returns later than what is before it."""
+    way = re.split(rf"- \*\*An? {what}\.\*\*", CONTRIBUTING)[1].split("- **")[0]
+    does = {**DOES[name], **ALSO[name]}
+    stages = [[module for module in re.findall(r"`(\w+/\w+)`", stage) if module in does] for stage in way.split("→")]
+    told = [module for stage in stages for module in stage]
+    assert {*ALSO[name]} <= {*told}
+    assert len(told) == len({*told}) >= {"generate": 8, "tune": 9, "convert": 6}[name]
+    finished, _ = returns_of(command_of(name, tmp_path), {module: does[module] for module in told})
+    assert finished == [module for stage in stages for module in sorted(stage, key=finished.index)]
 
 
 def test_ways_name_modules_that_there_are():
