@@ -28,17 +28,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Module -> the test files that must notice, the most telling first.
 TESTS = {
-    "engine/batch": ["test_engine", "test_generation", "test_lookup", "test_traffic"],
+    "engine/batch": ["test_jobs", "test_engine", "test_generation", "test_lookup", "test_traffic"],
     "conversion/choosing": ["test_gguf", "test_convert"],
     "conversion/layout": ["test_layout", "test_split", "test_convert"],
     "conversion/rounding": ["test_gptq", "test_quality", "test_convert"],
-    "engine/drafts": ["test_lookup", "test_engine", "test_generation"],
+    "engine/drafts": ["test_jobs", "test_lookup", "test_engine", "test_generation"],
     "engine/fitting": ["test_fitting", "test_traffic", "test_memory_first"],
     "engine/prefill": ["test_engine", "test_generation", "test_memory"],
-    "engine/rows": ["test_traffic", "test_engine", "test_generation"],
-    "engine/passes": ["test_traffic", "test_engine", "test_lookup"],
-    "engine/scheduler": ["test_traffic", "test_fitting", "test_engine"],
-    "engine/sampler": ["test_engine", "test_traffic"],
+    "engine/rows": ["test_jobs", "test_traffic", "test_engine", "test_generation"],
+    "engine/passes": ["test_jobs", "test_traffic", "test_engine", "test_lookup"],
+    "engine/scheduler": ["test_jobs", "test_traffic", "test_fitting", "test_engine"],
+    "engine/sampler": ["test_jobs", "test_engine", "test_traffic"],
     "engine/sampling": ["test_request", "test_engine"],
     "generation/request": ["test_request"],
     "models/attention": ["test_attention", "test_blocksparse", "test_model"],

@@ -349,7 +349,7 @@ def test_an_answer_without_a_limit_grows_by_blocks_and_the_youngest_pauses_where
     for _ in range(3000):
         for token in runs.step().tokens:
             said[token.row].append((token.id, token.logprob))
-        paused += rows[1].paused and not rows[1].begun
+        paused += bool(said[1]) and not rows[1].begun
         if len(said[0]) >= 400:
             rows[0].finish()
         if len(said[1]) >= 400:

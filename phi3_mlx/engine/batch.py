@@ -15,6 +15,7 @@ from .passes import Pass, queue_pass
 from .rows import Row
 from .tokens import Token
 
+_NOTHING_LEFT = "the processors of this request exclude every token, or make a logit NaN, so no token can be drawn"
 _NAN = "the model computed NaN: its weights are bad or its number type overflows; load it with dtype='float32'"
 
 
@@ -64,22 +65,28 @@ class Batch:
     def step(self, chunk: int) -> Step:
         """Queue the next pass, which reads `chunk` tokens of prompts at most, and tell what the last one gave.
 
-        An error in a row ends that row alone. What breaks the step off (Ctrl-C) ends all of them.
+        An error in a row ends that row alone, and one of the whole pass ends all of them. So does what breaks the step
+        off (Ctrl-C), which is raised.
         """
         step = Step()
         try:
             self._step(step, chunk)
+        except Exception as error:  # of which row cannot be told
+            self._queued = None
+            for row in self.rows:
+                row.fail(error)
         except BaseException:
-            self.settle()
-            self.rows, self._queued = [], None
+            rows, self.rows, self._queued = self.rows, [], None
+            for row in rows:
+                row.finish()
+            _settle(rows)
             raise
         step.failed = [row for row in self.rows if row.error is not None]
+        _settle(step.failed)
         self.rows = [row for row in self.rows if not row.finished]
+        if not self.rows:
+            self._queued = None  # it holds the last rows, and nobody may take a further step
         return step
-
-    def settle(self) -> None:
-        """Compute all that caches keep: no other thread could, and some outlive the batch."""
-        mx.eval([row.to_compute for row in self.rows])
 
     def _step(self, step: Step, chunk: int) -> None:
         queued, self._queued = self._queued, None
@@ -137,12 +144,7 @@ class Batch:
         ids = None
         if decoding:
             ids = mx.array([[row.answer[-1] for row in decoding]]) if last is None else last.ids_of(decoding)
-        try:
-            return queue_pass(self._model, decoding, ids, reading, chunk)
-        except Exception as error:  # of which row cannot be told
-            for row in (*decoding, *reading):
-                row.fail(error)
-            return None
+        return queue_pass(self._model, decoding, ids, reading, chunk)
 
     def _tell(self, tokens: list[tuple[Row, int, float]], step: Step) -> None:
         for row, token, logprob in tokens:
@@ -150,5 +152,12 @@ class Batch:
                 continue
             if math.isnan(logprob):
                 row.fail(Phi3Error(_NAN))
+            elif math.isinf(logprob):
+                row.fail(Phi3Error(_NOTHING_LEFT))
             else:
                 step.tokens.append(row.say(token, logprob))
+
+
+def _settle(rows: list[Row]) -> None:
+    """Compute all that the rows' caches keep: no other thread could, and some outlive the batch."""
+    mx.eval([row.to_compute for row in rows])

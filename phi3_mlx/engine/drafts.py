@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..models.decoder import Model
 from .lookup import Drafter, accepted_of
-from .passes import processed
+from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
 
@@ -37,7 +37,7 @@ def verify(row: Row, draft: list[int], model: Model) -> list[tuple[Row, int, flo
     for position in range(len(draft) + 1):
         scores = None
         if row.job.processors:
-            scores = processed(row, logits[position], draft[:position])[None]
+            scores = processed(row.job.processors, [*row.answer, *draft[:position]], logits[position])[None]
         drawn.append(draw([row.sampler], logits[position : position + 1], scores))
         states.append(row.sampler.state)
     ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]

@@ -14,14 +14,13 @@ ANSWER_BLOCK = 512  # tokens of an answer without a limit that memory is reserve
 def workload_of(model: Model, row: Row, chunk: int | None) -> Workload:
     """Of a row whose answer takes what it may, or, where it has no limit, a block. `chunk`: tokens read at once."""
     answer = row.left if row.job.max_tokens is not None else min(row.left, ANSWER_BLOCK)
-    bits = row.job.kv_bits if row.job.cache is None else row.job.cache[0].bits
-    workload = Workload.of_model(model, len(row.prompt) + answer, kv_bits=bits)
+    workload = Workload.of_model(model, len(row.prompt) + answer, kv_bits=row.bits)
     return replace(workload, chunk=chunk, recomputed=_recomputed(model, row))
 
 
 def _recomputed(model: Model, row: Row) -> int:
     """The most tokens that are recomputed, into a second cache."""
-    is_long, cache, shared = model.model.is_long, row.job.cache, row.shared
+    is_long, cache, shared = model.model.is_long, row.given, row.shared
     begins_long = is_long(len(row.prompt))
     recomputed = 0
     if cache is not None and (cache[0].lost_at(shared) or cache[0].sequence.long != (begins_long,)):

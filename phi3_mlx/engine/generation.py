@@ -9,10 +9,10 @@ import mlx.core as mx
 
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
-from ..threads import turn
 from .batch import Step
 from .jobs import Job
 from .machine import bounded_run
+from .rows import Row
 from .sampling import Sampling
 from .scheduler import Scheduler
 from .tokens import Statistics, Token, checked_prompts
@@ -59,13 +59,12 @@ class Generation:
             raise ValueError("a cache is for one prompt")
         stop_ids, lookup = frozenset(stop_ids), lookup if len(prompts) == 1 else 0
         self._on_prefill = on_prefill
-        with turn():
-            self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk)
-            self._rows = [
-                self._scheduler.submit(Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup))
-                for prompt in prompts
-            ]
-            self._scheduler.admit()
+        self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk)
+        self._rows = [
+            self._scheduler.submit(Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup))
+            for prompt in prompts
+        ]
+        _raise_errors(self._scheduler.admit())
         self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
 
     @property
@@ -82,8 +81,7 @@ class Generation:
             mx.reset_peak_memory()
             seen = time.perf_counter()
             while self._scheduler.busy:
-                with turn():
-                    step = self._scheduler.step()
+                step = self._scheduler.step()
                 now = time.perf_counter()
                 self._count(step, now - seen)
                 seen = now
@@ -95,9 +93,7 @@ class Generation:
                     if not self._rows[token.row].cancelled:  # perhaps before its turn in the step came
                         self.statistics.generated_tokens += 1
                         yield token
-                for row in step.failed:
-                    assert row.error is not None
-                    raise row.error
+                _raise_errors(step.failed)
 
     def _count(self, step: Step, seconds: float) -> None:
         """Add a step to the statistics; `seconds` since the one before."""
@@ -113,3 +109,10 @@ class Generation:
         if step.drafted:
             statistics.drafted_tokens += step.drafted
             statistics.accepted_tokens += len(step.tokens) - 1
+
+
+def _raise_errors(failed: Sequence[Row]) -> None:
+    """Raise the error of the first row that failed, if there is one."""
+    for row in failed:
+        assert row.error is not None
+        raise row.error

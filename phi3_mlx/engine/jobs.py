@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
-from ..values import refusal, whole
+from ..values import refusal, token_ids, whole
 from .processors import Processor
 from .sampling import Sampling
 
@@ -38,9 +38,16 @@ class Job:
     scored_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            whole(self.max_tokens, "max_tokens")
+        if self.max_tokens is not None and whole(self.max_tokens, "max_tokens") < 0:
+            raise OptionError(f"max_tokens {self.max_tokens} is outside its range; give 0 or more")
         if not isinstance(self.sampling, Sampling):
             raise refusal(self.sampling, "sampling", "a Sampling")
+        if not isinstance(self.stop_ids, Collection) or token_ids(list(self.stop_ids)) is None:
+            raise refusal(self.stop_ids, "stop_ids", "token ids")
+        if self.kv_bits is not None and not isinstance(self.kv_bits, KVBits):
+            raise refusal(self.kv_bits, "kv_bits", "a KVBits")
+        for processor in self.processors:
+            if not callable(processor) or not isinstance(getattr(processor, "reads_answer", None), bool):
+                raise refusal(processor, "processors", "Processors, with reads_answer True or False")
         if not 0 <= whole(self.lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
             raise OptionError(f"lookup {self.lookup} is outside its range; give 0 (off) to {KVCache.spare}")

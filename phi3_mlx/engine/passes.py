@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..models.decoder import Model
 from .prefill import chunk_end
+from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
 
@@ -56,7 +57,7 @@ class Pass:
             changed: dict[Row, mx.array] = {}
             for row, own_logits in zip(rows, logits, strict=True):
                 try:
-                    changed[row] = processed(row, own_logits)
+                    changed[row] = processed(row.job.processors, row.answer, own_logits)
                 except Exception as error:
                     row.fail(error)
             kept = [i for i, row in enumerate(rows) if row in changed]
@@ -90,14 +91,6 @@ class Pass:
         return [row for row in self.rows if row in self._before]
 
 
-def processed(row: Row, logits: mx.array, draft: Sequence[int] = ()) -> mx.array:
-    """logits (vocab_size,) as the row's processors change them, after its answer so far and a draft."""
-    answer = (*row.answer, *draft)
-    for processor in row.job.processors:
-        logits = processor(answer, logits)
-    return logits
-
-
 def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading: Sequence[Row], chunk: int) -> Pass:
     """Begin a pass, and wait for nothing.
 
@@ -128,13 +121,14 @@ def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading:
             drawing.append(row)
             ends.append(end)
     read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
-    if not drawing:
-        return Pass([], read, read_tokens, None)
     if ends == [len(hidden) - 1]:
         hidden = hidden[-1:]
     elif len(ends) < len(hidden):
-        hidden = hidden[mx.array(ends)]
-    return Pass(drawing, read, read_tokens, model.logits(hidden))
+        hidden = hidden[mx.array(ends, dtype=mx.int32)]
+    queued = Pass(drawing, read, read_tokens, model.logits(hidden) if drawing else None)
+    if partly := [row.to_compute for row in read if row not in drawing]:
+        mx.async_eval(partly)  # another thread could not, and may take the next step
+    return queued
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:

@@ -22,6 +22,8 @@ def common_length(a: Iterable[int], b: Iterable[int]) -> int:
 
 def shared_length(cache: list[KVCache], prompt: Sequence[int]) -> int:
     """How many tokens of the prompt `cache` has read already. Not the last: its logits begin the answer."""
+    if not cache[0].offset:
+        return 0
     read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
     return common_length(read, prompt[:-1])
 

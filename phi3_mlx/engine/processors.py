@@ -7,6 +7,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..errors import OptionError
+from ..values import shown
+
 
 class Processor(Protocol):
     """Changes the logits of one row.
@@ -23,13 +26,31 @@ class Processor(Protocol):
 
 
 class Bias:
-    """Adds a number to the logits of some ids."""
+    """Adds a number to the logits of some ids. Called, it raises OptionError for ids outside the vocabulary."""
 
     reads_answer = False
 
     def __init__(self, bias: Mapping[int, float]):
+        self._least, self._most = min(bias, default=0), max(bias, default=0)
         self._ids = mx.array(list(bias), dtype=mx.int32)
         self._values = mx.array(list(bias.values()), dtype=mx.float32)
 
     def __call__(self, answer: Sequence[int], logits: mx.array) -> mx.array:
+        if self._least < 0 or self._most >= logits.shape[0]:  # MLX would write there all the same
+            outside = self._least if self._least < 0 else self._most
+            raise OptionError(f"a bias has token id {outside}, outside the vocabulary of {logits.shape[0]}")
         return logits.at[self._ids].add(self._values)
+
+
+def processed(processors: Sequence[Processor], answer: Sequence[int], logits: mx.array) -> mx.array:
+    """logits (vocab_size,), float32, of the token after `answer` -> what the processors make of them, likewise.
+
+    Raises OptionError where one returns something else, and what they raise.
+    """
+    for processor in processors:
+        changed = processor(answer, logits)
+        if not isinstance(changed, mx.array) or changed.shape != logits.shape:
+            given = f"an array of shape {changed.shape}" if isinstance(changed, mx.array) else shown(changed)
+            raise OptionError(f"a processor returned {given}; expected the logits, of shape {logits.shape}")
+        logits = changed.astype(mx.float32)
+    return logits

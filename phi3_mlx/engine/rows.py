@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import mlx.core as mx
 
 from ..errors import CacheError
@@ -12,6 +14,13 @@ from .lookup import Drafter
 from .prefill import cache_for, shared_length
 from .sampler import Sampler
 from .tokens import FinishReason, Token
+
+
+class _Where(Exception):
+    """A traceback as text."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
 
 
 class Row:
@@ -32,20 +41,20 @@ class Row:
         self.cache: list[KVCache] = []
         self.reused = 0  # tokens of the prompt that the cache had read
         self.progress = 0  # tokens of the prompt that are in the cache, and computed
+        self.given = job.cache  # until a pause: then another run may have it
+        self.bits = job.kv_bits if job.cache is None else job.cache[0].bits
         self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt)
         self.brought = sum(layer.nbytes for layer in job.cache or ())
         self.drafter: Drafter | None = None
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
         self._model = model
-        self.cancelled = self.paused = self._ended = False
+        self.cancelled = self._ended = False
         self._claim: object = None
 
     def begin(self, chunk: int) -> None:
         """Make the cache, or take over the one that the job brought. `chunk`: tokens that are read at once."""
-        given = None if self.paused else self.job.cache  # after a pause another run may have it
-        bits = self.job.kv_bits if self.job.cache is None else self.job.cache[0].bits
-        self.cache = cache_for(self._model, self.prompt, given=given, shared=self.shared, bits=bits)
+        self.cache = cache_for(self._model, self.prompt, given=self.given, shared=self.shared, bits=self.bits)
         self.reused = self.progress = self.read
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
@@ -55,7 +64,10 @@ class Row:
     def pause(self) -> None:
         """Let go of keys and values; what was read and said is recomputed once the row begins anew."""
         self.prompt = [*self.job.prompt, *self.answer]
-        self.cache, self.shared, self.brought, self.paused = [], 0, 0, True
+        if self.cache is self.given:  # else the job would hold them
+            for layer in self.cache:
+                layer.trim(layer.offset)
+        self.cache, self.given, self.shared, self.brought = [], None, 0, 0
 
     @property
     def begun(self) -> bool:
@@ -100,7 +112,11 @@ class Row:
 
     def fail(self, error: Exception) -> None:
         """End with an error."""
-        self.error, self._ended = error, True
+        if error.__traceback__ is not None:
+            # As text: its frames hold rows, a cycle that would keep keys and values until Python looks for cycles.
+            where = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            error.__cause__, error.__context__ = _Where(where), None
+        self.error, self._ended = error.with_traceback(None), True
 
     def check_claim(self) -> None:
         """CacheError if another run has taken the cache over."""

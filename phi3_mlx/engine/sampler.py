@@ -54,10 +54,11 @@ class Sampler:
 def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None = None) -> Drawn:
     """logits (B, V), a row for each sampler -> token ids (B,) and their natural-log probabilities under the model (B,).
 
-    `scores` (B, V) are drawn from instead, where processors changed the logits.
+    `scores` (B, V) are drawn from instead, where processors changed the logits. Where they exclude every token, or one
+    is NaN, the log-probability is infinite.
     """
     logits = logits.astype(mx.float32)
-    scores = logits if scores is None else scores
+    processed, scores = scores is not None, logits if scores is None else scores
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(sampler.rule, []).append(row)
@@ -68,6 +69,8 @@ def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None 
         parts = [_draw_alike([samplers[row] for row in rows], scores[mx.array(rows)]) for rows in groups.values()]
         tokens = mx.concatenate(parts)[mx.argsort(order)]
     logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+    if processed:
+        logprobs += mx.where(mx.isfinite(scores.max(axis=-1)), 0.0, math.inf)  # NaN of the model stays NaN
     return tokens, logprobs
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..errors import MemoryLimitError
 from ..models.decoder import Model
+from ..threads import turn
 from . import machine
 from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
@@ -22,7 +23,7 @@ _LEAST_CHUNK = 32
 
 
 class Scheduler:
-    """Runs jobs of one model, each as it would run alone; `step` while it is `busy`.
+    """Runs jobs of one model, each as it would run alone; `step` while it is `busy`, from any thread.
 
     `room` is how many bytes the jobs may take beside the weights, by default what the machine has. A chunk of prompts
     is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer. `force`
@@ -57,13 +58,16 @@ class Scheduler:
         """Bytes of the room that the plan of what runs leaves."""
         return 0.0 if self._plan is None else max(self._available(self._workloads) - self._plan.total, 0.0)
 
+    @turn()
     def submit(self, job: Job) -> Row:
         """Let a job join as soon as it fits.
 
-        Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer, and
-        MemoryLimitError, with the numbers, for a job that would not fit alone.
+        Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
+        OptionError for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
+        would not fit alone.
         """
         checked_prompts(self._model, [job.prompt])
+        self._model.make_cache(None, None, job.kv_bits)  # or it would be refused only when it joins
         row = Row(self._submitted, job, self._model)
         if not self._force:
             self._check_alone(row, workload_of(self._model, row, self._given_chunk))
@@ -71,8 +75,13 @@ class Scheduler:
         self._waiting.append(row)
         return row
 
-    def admit(self) -> None:
-        """Let rows that wait join, in their order, until one does not fit yet."""
+    @turn()
+    def admit(self) -> list[Row]:
+        """Let rows that wait join, in their order, until one does not fit yet.
+
+        Returns those that failed instead: what fitted when it was submitted does not any more.
+        """
+        failed = []
         while self._waiting:
             row = self._waiting[0]
             if row.finished:
@@ -84,27 +93,33 @@ class Scheduler:
             plan = plan_together(list(workloads.values()), room)
             if plan.total > room and not self._force:
                 if self._workloads:
-                    return
-                self._check_alone(row, workload)
+                    break
+                try:
+                    self._check_alone(row, workload)
+                except MemoryLimitError as error:
+                    row.fail(error)
+                    failed.append(self._waiting.popleft())
+                    continue
             self._waiting.popleft()
-            self._plan, self._workloads = plan, workloads
             self._batch.add(row, plan.chunk)
+            self._plan, self._workloads = plan, workloads
+        return failed
 
+    @turn()
     def step(self) -> Step:
         """Admit what fits, and take a step of all rows that run."""
-        try:
-            self.admit()
-        except MemoryLimitError as error:  # what fitted when it was submitted does no longer
-            row = self._waiting.popleft()
-            row.fail(error)
-            return Step(failed=[row])
+        failed = self.admit()
         if not self._batch.rows:
-            return Step()
+            return Step(failed=failed)
         started = time.perf_counter()
-        step = self._batch.step(self._chunk())
+        try:
+            step = self._batch.step(self._chunk())
+        finally:
+            running = {*self._batch.rows}
+            self._workloads = {row: workload for row, workload in self._workloads.items() if row in running}
+        step.failed += failed
         if step.read_tokens:
             self._rate = step.read_tokens / (time.perf_counter() - started)
-        self._workloads = {row: workload for row, workload in self._workloads.items() if not row.finished}
         for row in list(self._workloads):
             if row in self._workloads and row.job.max_tokens is None:
                 self._extend(row)

@@ -1,0 +1,215 @@
+"""Jobs that are wrong, fail, or are broken off: the others go on, no thread matters, and nothing is left behind."""
+
+import gc
+import math
+import weakref
+
+import mlx.core as mx
+import pytest
+from test_threads import elsewhere
+from test_traffic import MODELS, SAMPLINGS, Fails, ids_of, traffic
+
+from phi3_mlx.engine.generation import Generation
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.lookup import Drafter
+from phi3_mlx.engine.processors import Bias
+from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.engine.scheduler import Scheduler
+from phi3_mlx.errors import OptionError
+from phi3_mlx.models.cache import KVBits
+from phi3_mlx.models.decoder import Decoder
+
+MODEL = MODELS["3.5-mini"]
+VOCABULARY = MODEL.config.vocab_size
+
+
+class Gives:
+    """A processor that is a function of the logits."""
+
+    def __init__(self, function, reads_answer=False):
+        self.function, self.reads_answer = function, reads_answer
+
+    def __call__(self, answer, logits):
+        return self.function(logits)
+
+
+def job(seed, **options):
+    return Job(**{"prompt": ids_of(MODEL, 10 + seed, seed), "max_tokens": 8, **options})
+
+
+def ids_alone(job):
+    return [token[0] for token in traffic(MODEL, [job], [0])[0][0]]
+
+
+WRONG = {
+    "too few logits": (lambda logits: logits[:5], r"shape \(5,\); expected the logits, of shape \(96,\)"),
+    "a batch": (lambda logits: logits[None], r"shape \(1, 96\)"),
+    "nothing": (lambda logits: None, "returned None"),
+    "all excluded": (lambda logits: mx.full(logits.shape, -math.inf), "exclude every token"),
+    "a NaN": (lambda logits: mx.where(mx.arange(VOCABULARY) == 3, math.nan, logits), "make a logit NaN"),
+    "an id too large": (lambda logits: Bias({VOCABULARY: 1.0})((), logits), "a bias has token id 96, outside"),
+    "a negative id": (lambda logits: Bias({-1: 1.0, 3: 1.0})((), logits), "a bias has token id -1, outside"),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("reads_answer", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_processor_that_gives_what_cannot_be_drawn_from_ends_its_job_alone(wrong, reads_answer, temperature):
+    function, message = WRONG[wrong]
+    bad = job(2, sampling=Sampling(temperature, seed=1), processors=[Gives(function, reads_answer)])
+    said, failed = traffic(MODEL, [job(0), bad, job(1)], [0, 0, 0])
+    assert list(failed) == [1]
+    with pytest.raises(Exception, match=message):
+        raise failed[1]
+    assert not said[1]
+    for i in (0, 1):
+        assert [token[0] for token in said[2 * i]] == ids_alone(job(i))
+
+
+def test_a_processor_may_give_another_number_type():
+    said, failed = traffic(
+        MODEL, [job(0, processors=[Gives(lambda logits: logits.astype(mx.float16))]), job(1)], [0, 0]
+    )
+    assert not failed
+    assert [token[0] for token in said[1]] == ids_alone(job(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": -1},
+        {"stop_ids": 5},
+        {"stop_ids": ["x"]},
+        {"kv_bits": 4},
+        {"kv_bits": KVBits(4, 4, 64)},  # heads are 96 wide
+        {"processors": [lambda answer, logits: logits]},
+        {"processors": [3]},
+    ],
+)
+def test_wrong_options_are_refused_before_a_job_waits(options):
+    runs = Scheduler(MODEL, room=math.inf)
+    with pytest.raises(OptionError):
+        runs.submit(job(0, **options))
+    assert not runs.busy
+
+
+def test_a_processor_that_fails_while_drafts_are_verified_ends_its_job_alone(monkeypatch):
+    monkeypatch.setattr(Drafter, "_length", lambda self, most: most)
+    drafting = job(0, prompt=ids_of(MODEL, 4, 0) * 4, max_tokens=30, lookup=4, processors=[Fails(6, False)])
+    runs = Scheduler(MODEL, room=math.inf)
+    row, failed, drafted, said = runs.submit(drafting), [], 0, []
+    other = None
+    while runs.busy:
+        step = runs.step()
+        failed += step.failed
+        drafted += step.drafted
+        said += [token.id for token in step.tokens if token.row != row.index]
+        if failed and other is None:
+            other = runs.submit(job(1))
+    assert failed == [row]
+    assert str(row.error) == "cannot go on"
+    assert said == ids_alone(job(1))
+
+
+def test_a_cache_that_has_read_nothing_is_taken_as_a_new_one():
+    assert ids_alone(job(0, cache=MODEL.make_cache())) == ids_alone(job(0))
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_step_may_be_taken_by_another_thread(name):
+    model = MODELS[name]
+    jobs = [Job(ids_of(model, 50 + 30 * i, i), 6, SAMPLINGS[i]) for i in range(3)]  # several chunks each
+    runs, said = Scheduler(model, room=math.inf, chunk=16), [[], [], []]
+    for wanted in jobs:
+        elsewhere(runs.submit, wanted)
+    while runs.busy:
+        step = elsewhere(runs.step)
+        assert not step.failed
+        for token in step.tokens:
+            said[token.row].append(token.id)
+    for ours, wanted in zip(said, jobs, strict=True):
+        assert ours == [token[0] for token in traffic(model, [wanted], [0])[0][0]]
+
+
+def test_what_a_broken_prefill_has_read_serves_a_run_of_another_thread():
+    def broken(done, total):
+        if done == 32:
+            raise InterruptedError
+
+    prompt = ids_of(MODEL, 90, 0)
+    first = Generation(
+        MODEL, [prompt], max_tokens=4, sampling=Sampling(), room=math.inf, prefill_chunk=16, on_prefill=broken
+    )
+    with pytest.raises(InterruptedError):
+        elsewhere(list, first)
+    again = Generation(MODEL, [prompt], max_tokens=4, sampling=Sampling(), room=math.inf, cache=first.cache)
+    tokens = [token.id for token in again]
+    assert 32 <= 90 - again.statistics.prefilled_tokens < 90
+    assert tokens == ids_alone(Job(prompt, 4))
+
+
+# ------------------------------------------------------------------------------------------ broken off
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_after_a_ctrl_c_the_scheduler_runs_what_waits(monkeypatch, after):
+    calls, together = [0], Decoder._through
+
+    def interrupted(self, *args):
+        calls[0] += 1
+        if calls[0] == after:
+            raise KeyboardInterrupt
+        return together(self, *args)
+
+    runs = Scheduler(MODEL, room=math.inf, chunk=4)
+    rows = [runs.submit(job(i, max_tokens=40)) for i in range(2)]
+    monkeypatch.setattr(Decoder, "_through", interrupted)
+    try:
+        while runs.busy:
+            runs.step()
+    except KeyboardInterrupt:
+        assert all(row.finished and row.error is None for row in rows)
+    monkeypatch.undo()
+    row, said = runs.submit(job(2)), []
+    while runs.busy:
+        said += [token.id for token in runs.step().tokens if token.row == row.index]
+    assert said == ids_alone(job(2))
+    assert not runs._workloads
+
+
+def test_a_scheduler_without_jobs_holds_none():
+    runs = Scheduler(MODEL, room=math.inf, chunk=16)
+    runs.submit(job(0, max_tokens=30, stop_ids={ids_alone(job(0))[-1]}))  # it ends while a further step is queued
+    caches = []
+    while runs.busy:
+        runs.step()
+        caches += [weakref.ref(layer) for row in runs._batch.rows for layer in row.cache if not caches]
+    assert caches
+    assert not any(cache() for cache in caches)
+
+
+def test_jobs_that_failed_hold_no_memory_and_say_where():
+    gc.collect()
+    runs, rows = Scheduler(MODEL, room=math.inf, chunk=16), []
+
+    def fail(count):
+        for i in range(count):
+            rows.append(runs.submit(job(0, processors=[Fails(i % 3, bool(i % 2))])))
+        while runs.busy:
+            runs.step()
+        assert "in __call__" in str(rows[-1].error.__cause__)
+        rows.clear()
+        mx.synchronize()
+
+    gc.disable()
+    try:
+        fail(5)
+        before = mx.get_active_memory()
+        fail(20)
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()
