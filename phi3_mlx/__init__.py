@@ -24,6 +24,7 @@ _PUBLIC = {
     "KVBits": "models.cache",
     "Phi3Error": "errors",
     "Plan": "engine.plan",
+    "PrefixStore": "engine.prefixes",
     "ProgressBar": "display",
     "PromptCache": "generation.prompt_cache",
     "Sampling": "engine.sampling",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .engine.machine import mac_working_set as mac_working_set
     from .engine.machine import memory_limit as memory_limit
     from .engine.plan import Plan as Plan
+    from .engine.prefixes import PrefixStore as PrefixStore
     from .engine.sampling import Sampling as Sampling
     from .engine.tokens import Statistics as Statistics
     from .engine.tokens import Token as Token

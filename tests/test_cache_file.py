@@ -10,8 +10,8 @@ import pytest
 from oracle import CONFIGS, ORIGINAL, slim
 
 from phi3_mlx import PromptCache
+from phi3_mlx.engine.cache_file import Document, digest_of, metadata_of, read_facts
 from phi3_mlx.errors import CacheError
-from phi3_mlx.generation.cache_file import Document, digest_of, metadata_of, read_facts
 from phi3_mlx.models.cache import KVBits, KVCache
 
 MODELS = {name: oracle.make_ours(slim(CONFIGS[name])) for name in ("mini-4k", "3.5-mini")}

@@ -14,9 +14,9 @@ from tokenizer_samples import TINY
 
 from phi3_mlx import files, load, load_tokenizer, tune
 from phi3_mlx.conversion.gguf.file import GgufFile
+from phi3_mlx.engine.cache_file import read_facts
 from phi3_mlx.errors import CacheError, CheckpointError, DataError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.files import LARGEST, as_utf8, decode, json_text, not_unicode, open_file, read_bytes
-from phi3_mlx.generation.cache_file import read_facts
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.settings import read_settings

@@ -24,8 +24,8 @@ from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.engine.cache_file import Document, read_facts
 from phi3_mlx.errors import CheckpointError, Phi3Error
-from phi3_mlx.generation.cache_file import Document, read_facts
 from phi3_mlx.generation.prompt_cache import check_writable, document_ids, read_document
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.text.chat import render_chat, render_training_chat

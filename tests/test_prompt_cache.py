@@ -13,12 +13,11 @@ from tuning_models import make_directory
 from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
-from phi3_mlx.engine import machine, plan
+from phi3_mlx.engine import identity, machine, plan
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, PromptError
-from phi3_mlx.generation import cache_file
 from phi3_mlx.generation.prompt_cache import read_document
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.store import hub
@@ -104,9 +103,9 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
 
 
 def test_a_fingerprint_is_the_same_however_many_numbers_are_summed_at_once(monkeypatch):
-    whole = cache_file.model_fingerprint(MODELS["3.5-mini"])
-    monkeypatch.setattr(cache_file, "_SUMMED", 1000)
-    assert cache_file.model_fingerprint(MODELS["3.5-mini"]) == whole
+    whole = identity.model_fingerprint(MODELS["3.5-mini"])
+    monkeypatch.setattr(identity, "_SUMMED", 1000)
+    assert identity.model_fingerprint(MODELS["3.5-mini"]) == whole
 
 
 @pytest.mark.parametrize("shared", [3, 40, 60, 90])

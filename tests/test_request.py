@@ -14,10 +14,10 @@ from conftest import ROOT
 import phi3_mlx
 from phi3_mlx.cli import cli
 from phi3_mlx.engine import plan
+from phi3_mlx.engine.cache_file import Document
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import OptionError
 from phi3_mlx.generation import answers, conversation
-from phi3_mlx.generation.cache_file import Document
 from phi3_mlx.generation.prompt_cache import document_ids
 from phi3_mlx.generation.request import CHAT_TOKENS, Request
 from phi3_mlx.models.cache import KVBits, KVCache

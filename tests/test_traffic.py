@@ -464,8 +464,8 @@ def test_chunks_follow_the_clock_while_rows_answer(monkeypatch):
     runs = Scheduler(model, room=math.inf, chunk=256, chunk_seconds=0.5)
     step = runs._batch.step
 
-    def slow(chunk):
-        result = step(chunk)
+    def slow(chunk, *rest):
+        result = step(chunk, *rest)
         now[0] += result.read_tokens / 100  # a hundred tokens a second
         return result
 

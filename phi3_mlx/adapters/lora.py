@@ -122,6 +122,11 @@ class AdaptedLinear(nn.Module):
             y = y + (delta if weight == 1.0 else weight * delta)
         return y
 
+    @property
+    def in_use(self) -> tuple[tuple[str, float, float], ...]:
+        """What the arrays do not say of the output: the adapters that count, each with its weight and its scale."""
+        return tuple((name, weight, self.adapters[name].scale) for name, weight in self._weights.items() if weight)
+
     def use(self, weights: Mapping[str, float]) -> None:
         self._weights = {name: weight for name, weight in weights.items() if name in self.adapters}
 

@@ -51,7 +51,7 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, requ
         raise PromptError(f"{file} is empty; give a text")
     if system:
         check_text(system, "--system")
-    from ..generation.cache_file import Document
+    from ..engine.cache_file import Document
     from ..generation.prompt_cache import PromptCache, check_writable, document_ids
     from ..sizes import size_text
 

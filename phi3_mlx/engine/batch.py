@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from ..errors import CacheError, Phi3Error
+from ..models.cache import KVCache
 from ..models.decoder import Model
 from .drafts import draft_of, drafter_of, verify
 from .passes import Pass, queue_pass
@@ -46,9 +48,9 @@ class Batch:
         self.rows: list[Row] = []
         self._queued: Pass | None = None
 
-    def add(self, row: Row, chunk: int) -> None:
-        """Let a row join with the next step. `chunk`: tokens that are read at once."""
-        row.begin(chunk)
+    def add(self, row: Row, chunk: int, copied: list[KVCache] | None = None) -> None:
+        """Let a row join with the next step. `chunk` and `copied` are `Row.begin`'s."""
+        row.begin(chunk, copied)
         self.rows.append(row)
 
     def remove(self, row: Row) -> None:
@@ -62,15 +64,16 @@ class Batch:
         """Whether some row has read its prompt."""
         return any(not row.finished and not row.reading for row in self.rows)
 
-    def step(self, chunk: int) -> Step:
+    def step(self, chunk: int, on_read: Callable[[Row], None] | None = None) -> Step:
         """Queue the next pass, which reads `chunk` tokens of prompts at most, and tell what the last one gave.
 
+        `on_read` is called with a row when a further part of its prompt is in its cache, and computed.
         An error in a row ends that row alone, and one of the whole pass ends all of them. So does what breaks the step
         off (Ctrl-C), which is raised.
         """
         step = Step()
         try:
-            self._step(step, chunk)
+            self._step(step, chunk, on_read)
         except Exception as error:  # of which row cannot be told
             self._queued = None
             for row in self.rows:
@@ -88,7 +91,7 @@ class Batch:
             self._queued = None  # it holds the last rows, and nobody may take a further step
         return step
 
-    def _step(self, step: Step, chunk: int) -> None:
+    def _step(self, step: Step, chunk: int, on_read: Callable[[Row], None] | None) -> None:
         queued, self._queued = self._queued, None
         if queued is not None and queued.reading:
             # Waited for: MLX would else hold the arrays of this chunk and of the next.
@@ -96,6 +99,8 @@ class Batch:
             mx.clear_cache()
             for row in queued.reading:
                 row.progress = row.read
+                if on_read is not None:
+                    on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
         started = time.perf_counter()
         drafting = self._drafting()

@@ -12,6 +12,7 @@ from ..models.decoder import Model
 from .batch import Step
 from .jobs import Job
 from .machine import bounded_run
+from .prefixes import PrefixStore
 from .rows import Row
 from .sampling import Sampling
 from .scheduler import Scheduler
@@ -28,7 +29,8 @@ class Generation:
     `on_prefill(done, total)` is called after each chunk, with tokens of all prompts. `room` is how many bytes the run
     may take beside the weights, by default what the machine has; prompts that do not fit beside others wait. The
     prefill chunk is as large as it allows unless `prefill_chunk` says it. `force` refuses nothing. `kept`: the cache
-    outlives the run, so a refusal cannot offer other bits for it.
+    outlives the run, so a refusal cannot offer other bits for it. `prefixes`: take what prompts begin with from there,
+    and keep there what is read.
 
     Any thread may take the next token, and runs of several threads take turns: a chunk of a prompt, or a step.
 
@@ -53,13 +55,14 @@ class Generation:
         kept: bool = False,
         prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        prefixes: PrefixStore | None = None,
     ):
         prompts = checked_prompts(model, prompts)
         if cache is not None and len(prompts) != 1:
             raise ValueError("a cache is for one prompt")
         stop_ids, lookup = frozenset(stop_ids), lookup if len(prompts) == 1 else 0
         self._on_prefill = on_prefill
-        self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk)
+        self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk, prefixes=prefixes)
         self._rows = [
             self._scheduler.submit(Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup))
             for prompt in prompts
@@ -77,23 +80,29 @@ class Generation:
         self._rows[row].finish()
 
     def __iter__(self) -> Iterator[Token]:
-        with bounded_run(self._scheduler.spare):
-            mx.reset_peak_memory()
-            seen = time.perf_counter()
-            while self._scheduler.busy:
-                step = self._scheduler.step()
-                now = time.perf_counter()
-                self._count(step, now - seen)
-                seen = now
-                if step.read and self._on_prefill:
-                    self._on_prefill(
-                        sum(min(row.progress, len(row.job.prompt)) for row in self._rows), self.statistics.prompt_tokens
-                    )
-                for token in step.tokens:
-                    if not self._rows[token.row].cancelled:  # perhaps before its turn in the step came
-                        self.statistics.generated_tokens += 1
-                        yield token
-                _raise_errors(step.failed)
+        try:
+            with bounded_run(self._scheduler.spare):
+                yield from self._tokens()
+        finally:
+            self._scheduler.end()
+
+    def _tokens(self) -> Iterator[Token]:
+        mx.reset_peak_memory()
+        seen = time.perf_counter()
+        while self._scheduler.busy:
+            step = self._scheduler.step()
+            now = time.perf_counter()
+            self._count(step, now - seen)
+            seen = now
+            if step.read and self._on_prefill:
+                self._on_prefill(
+                    sum(min(row.progress, len(row.job.prompt)) for row in self._rows), self.statistics.prompt_tokens
+                )
+            for token in step.tokens:
+                if not self._rows[token.row].cancelled:  # perhaps before its turn in the step came
+                    self.statistics.generated_tokens += 1
+                    yield token
+            _raise_errors(step.failed)
 
     def _count(self, step: Step, seconds: float) -> None:
         """Add a step to the statistics; `seconds` since the one before."""

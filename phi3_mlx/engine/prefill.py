@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
@@ -10,13 +10,15 @@ from ..models.decoder import Model
 _LONG = 512  # tokens of a prompt's last chunk for which the last layer takes longer than a step of one token
 
 
-def common_length(a: Iterable[int], b: Iterable[int]) -> int:
-    """How many of the first ids are the same."""
-    shared = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        shared += 1
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many of the first ids are the same. Slices are compared, because Python does that a hundred times faster."""
+    shared, most = 0, min(len(a), len(b))
+    while shared < most:
+        middle = (shared + most + 1) // 2
+        if a[shared:middle] == b[shared:middle]:
+            shared = middle
+        else:
+            most = middle - 1
     return shared
 
 
@@ -25,7 +27,7 @@ def shared_length(cache: list[KVCache], prompt: Sequence[int]) -> int:
     if not cache[0].offset:
         return 0
     read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
-    return common_length(read, prompt[:-1])
+    return common_length(read, list(prompt[:-1]))
 
 
 def cache_for(

@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..errors import CacheError
 from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
+from .identity import ModelState
 from .jobs import Job
 from .lookup import Drafter
 from .prefill import cache_for, shared_length
@@ -49,12 +50,13 @@ class Row:
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
         self._model = model
+        self.model_state: ModelState | None = None  # when it began, where what it reads may be stored
         self.cancelled = self._ended = False
         self._claim: object = None
 
-    def begin(self, chunk: int) -> None:
-        """Make the cache, or take over the one that the job brought. `chunk`: tokens that are read at once."""
-        self.cache = cache_for(self._model, self.prompt, given=self.given, shared=self.shared, bits=self.bits)
+    def begin(self, chunk: int, copied: list[KVCache] | None = None) -> None:
+        """Take the cache `copied`, or the one that the job brought, or make one. `chunk`: tokens read at once."""
+        self.cache = copied or cache_for(self._model, self.prompt, given=self.given, shared=self.shared, bits=self.bits)
         self.reused = self.progress = self.read
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import MemoryLimitError
+from ..models.cache import KVCache
 from ..models.decoder import Model
 from ..threads import turn
 from . import machine
@@ -15,6 +16,8 @@ from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
 from .jobs import Job
 from .plan import Plan, Workload, check_fits, plan_together
+from .prefill import common_length
+from .prefixes import LEAST, PrefixStore
 from .rows import Row
 from .tokens import checked_prompts
 
@@ -28,6 +31,8 @@ class Scheduler:
     `room` is how many bytes the jobs may take beside the weights, by default what the machine has. A chunk of prompts
     is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer. `force`
     refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs, so a refusal cannot offer other bits.
+    `prefixes`: what jobs without a cache of their own read is kept there, and what they begin with is taken from it; it
+    gives way to a job that would have to wait. Of jobs that begin alike one reads, and the others wait for it.
     """
 
     def __init__(
@@ -39,9 +44,11 @@ class Scheduler:
         kept: bool = False,
         chunk: int | None = None,
         chunk_seconds: float = CHUNK_SECONDS,
+        prefixes: PrefixStore | None = None,
     ):
         self._model, self._room, self._force, self._kept = model, room, force, kept
         self._given_chunk, self._chunk_seconds = chunk, chunk_seconds
+        self._prefixes = prefixes
         self._batch = Batch(model)
         self._waiting: deque[Row] = deque()
         self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first
@@ -82,26 +89,27 @@ class Scheduler:
         Returns those that failed instead: what fitted when it was submitted does not any more.
         """
         failed = []
-        while self._waiting:
-            row = self._waiting[0]
+        for row in list(self._waiting):
             if row.finished:
-                self._waiting.popleft()
+                self._waiting.remove(row)
+                continue
+            if self._awaits_another(row):
                 continue
             workload = workload_of(self._model, row, self._given_chunk)
             workloads = {**self._workloads, row: workload}
-            room = self._available(workloads)
-            plan = plan_together(list(workloads.values()), room)
-            if plan.total > room and not self._force:
+            plan, lacking = self._planned(workloads)
+            if not self._gives_way(lacking):
                 if self._workloads:
                     break
                 try:
                     self._check_alone(row, workload)
                 except MemoryLimitError as error:
                     row.fail(error)
-                    failed.append(self._waiting.popleft())
+                    failed.append(row)
+                    self._waiting.remove(row)
                     continue
-            self._waiting.popleft()
-            self._batch.add(row, plan.chunk)
+            self._waiting.remove(row)
+            self._batch.add(row, plan.chunk, self._copied(row, lacking))
             self._plan, self._workloads = plan, workloads
         return failed
 
@@ -113,7 +121,10 @@ class Scheduler:
             return Step(failed=failed)
         started = time.perf_counter()
         try:
-            step = self._batch.step(self._chunk())
+            step = self._batch.step(self._chunk(), self._keep)
+            for row in self._workloads:
+                if row.finished:
+                    self._keep(row, release=not self._kept)
         finally:
             running = {*self._batch.rows}
             self._workloads = {row: workload for row, workload in self._workloads.items() if row in running}
@@ -124,6 +135,15 @@ class Scheduler:
             if row in self._workloads and row.job.max_tokens is None:
                 self._extend(row)
         return step
+
+    def end(self) -> None:
+        """Store what rows have read that nobody will step on."""
+        if self._prefixes is None:
+            return  # also where Python ends, and a turn may never come
+        with turn():
+            for row in self._workloads:
+                self._keep(row)
+            self._workloads = {}
 
     def _chunk(self) -> int:
         """How many tokens of prompts the next pass reads at most."""
@@ -143,25 +163,33 @@ class Scheduler:
         longer = replace(workload, length=min(workload.length + ANSWER_BLOCK, row.read + row.left))
         while True:
             workloads = {**self._workloads, row: longer}
-            room = self._available(workloads)
-            plan = plan_together(list(workloads.values()), room)
-            if plan.total <= room or self._force:
+            plan, lacking = self._planned(workloads)
+            if self._gives_way(lacking):
+                if self._prefixes is not None:
+                    self._prefixes.give_way(lacking)
                 self._plan, self._workloads = plan, workloads
                 return
             youngest = list(self._workloads)[-1]
             if len(self._workloads) == 1:
                 row.budget = len(row.answer) + 1
                 return
-            del self._workloads[youngest]
             self._batch.remove(youngest)
+            self._keep(youngest, release=True)
+            del self._workloads[youngest]
             youngest.pause()
             self._waiting.appendleft(youngest)
             if youngest is row:
                 return
 
+    def _planned(self, workloads: Mapping[Row, Workload]) -> tuple[Plan, float]:
+        """The plan of these rows, and how many bytes they lack."""
+        room = self._available(workloads)
+        plan = plan_together(list(workloads.values()), room)
+        return plan, max(plan.total - room, 0.0)
+
     def _check_alone(self, row: Row, workload: Workload) -> None:
         """MemoryLimitError if the row would not fit even if no other ran."""
-        room = self._available({**self._workloads, row: workload})
+        room = self._available({**self._workloads, row: workload}) + (self._prefixes.nbytes if self._prefixes else 0)
         kept = self._kept or row.job.cache is not None
         check_fits(workload, room, prompt=len(row.prompt), kept=kept)
 
@@ -170,4 +198,41 @@ class Scheduler:
         weights = Workload.of_model(self._model, 1).weights
         if self._room is None or self._force:
             return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
-        return self._room + weights + sum(brought_by(row, workload) for row, workload in workloads.items())
+        stored = self._prefixes.nbytes if self._prefixes else 0
+        return self._room + weights + sum(brought_by(row, workload) for row, workload in workloads.items()) - stored
+
+    # What was read is read once.
+
+    def _awaits_another(self, row: Row) -> bool:
+        """Whether a row that runs is about to read what this one's prompt begins with."""
+        return self._reuses(row) and any(
+            self._reuses(other)
+            and other.bits == row.bits
+            and self._model.model.is_long(len(other.prompt)) == self._model.model.is_long(len(row.prompt))
+            and (shared := common_length(other.prompt, row.prompt[:-1])) >= LEAST
+            and shared > other.progress
+            for other in self._workloads
+        )
+
+    def _gives_way(self, lacking: float) -> bool:
+        """Whether there will be `lacking` bytes more once stored prefixes are forgotten."""
+        return self._force or lacking <= (self._prefixes.nbytes if self._prefixes else 0)
+
+    def _copied(self, row: Row, lacking: float) -> list[KVCache] | None:
+        """A cache with the longest stored beginning of what a row is to read, which joins in `lacking` bytes more."""
+        if self._prefixes is None:
+            return None
+        if not self._reuses(row):
+            self._prefixes.give_way(lacking)
+            return None
+        row.model_state = self._prefixes.state_of(self._model)
+        return self._prefixes.cache_for(self._model, row.prompt, row.bits, lacking=lacking)
+
+    def _keep(self, row: Row, *, release: bool = False) -> None:
+        """Store what a row has read. `release`: it needs its own copy no more, and lets go of it layer by layer."""
+        if self._prefixes is None or row.model_state is None or row.error is not None:
+            return
+        self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release)
+
+    def _reuses(self, row: Row) -> bool:
+        return self._prefixes is not None and row.given is None

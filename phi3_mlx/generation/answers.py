@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..engine.generation import Generation
+from ..engine.prefixes import PrefixStore
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
@@ -65,6 +66,7 @@ def generate(
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
     prompt_cache: PromptCache | None = None,
+    prefixes: PrefixStore | None = None,
     force: bool = False,
 ) -> str:
     """The model's answer to `prompt`.
@@ -74,12 +76,12 @@ def generate(
     ("<|user|>"). The sampling options are those of `Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of
     values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed
     from earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read
-    for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. A run that the
-    memory at hand cannot hold is refused unless `force`.
+    for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. `prefixes` keeps
+    what all prompts read that it is given to. A run that the memory at hand cannot hold is refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     request = Request(**arguments(Request, locals()))
-    answer = Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache)
+    answer = Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache, prefixes=prefixes)
     return "".join(text for _, text, _ in answer)
 
 
@@ -101,6 +103,7 @@ def stream_generate(
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
     prompt_cache: PromptCache | None = None,
+    prefixes: PrefixStore | None = None,
     force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
@@ -110,7 +113,10 @@ def stream_generate(
     called while a long prompt is read.
     """
     request = Request(**arguments(Request, locals()))
-    return Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache, on_prefill=on_prefill).chunks()
+    answer = Answers(
+        model, tokenizer, [prompt], request, prompt_cache=prompt_cache, prefixes=prefixes, on_prefill=on_prefill
+    )
+    return answer.chunks()
 
 
 def batch_generate(
@@ -129,9 +135,13 @@ def batch_generate(
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
+    prefixes: PrefixStore | None = None,
     force: bool = False,
 ) -> list[str]:
-    """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone."""
+    """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone.
+
+    With `prefixes` what several of them begin with is read once.
+    """
     if isinstance(prompts, str):
         raise PromptError("batch_generate takes a list of prompts, and this is one text; give [text], or call generate")
     several = listed(prompts)
@@ -141,7 +151,7 @@ def batch_generate(
         return []
     request = Request(**arguments(Request, locals(), without=("lookup",)), lookup=0)
     texts: list[list[str]] = [[] for _ in several]
-    for token, text, _ in Answers(model, tokenizer, several, request):
+    for token, text, _ in Answers(model, tokenizer, several, request, prefixes=prefixes):
         texts[token.row].append(text)
     return ["".join(parts) for parts in texts]
 
@@ -185,6 +195,7 @@ class Answers:
         request: Request,
         *,
         prompt_cache: PromptCache | None = None,
+        prefixes: PrefixStore | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         check_loaded(model)
@@ -195,6 +206,10 @@ class Answers:
             raise refusal(prompt_cache, "prompt_cache", "a PromptCache")
         if prompt_cache is not None and bits not in (None, prompt_cache.bits):
             raise OptionError("kv_bits has no effect beside a prompt_cache, which has bits of its own; leave it out")
+        if prefixes is not None and not isinstance(prefixes, PrefixStore):
+            raise refusal(prefixes, "prefixes", "a PrefixStore")
+        if prompt_cache is not None and prefixes is not None:
+            raise OptionError("prefixes has no effect beside a prompt_cache; leave out one of the two")
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = Stops(tokenizer, request.stop or ())
         self._finders = [self._stops.finder() for _ in prompts]
@@ -211,6 +226,7 @@ class Answers:
             force=request.force,
             kept=prompt_cache is not None,
             on_prefill=on_prefill,
+            prefixes=prefixes,
         )
         if prompt_cache is not None:
             prompt_cache.keep(self.generation.cache)  # it grows in place

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import values
+from ..engine.prefixes import PrefixStore
 from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
 from ..text.chat import render_chat
@@ -32,7 +33,8 @@ class Conversation:
         for chunk in conversation.send("Who are you?"):
             print(chunk.text, end="", flush=True)
 
-    `kv_bits`, `kv_group_size` and `force` are `generate`'s.
+    `kv_bits`, `kv_group_size` and `force` are `generate`'s. With `prefixes` what it has read is kept there, beside that
+    of other conversations, instead of in a cache of its own.
     An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept up to that point. Any thread
     may send a message, but one answer is read at a time: a further message, or a reset, ends the one before, and who
     reads on in that gets a CacheError.
@@ -47,13 +49,16 @@ class Conversation:
         system: str | None = None,
         kv_bits: int | tuple[int, int] | None = None,
         kv_group_size: int | None = None,
+        prefixes: PrefixStore | None = None,
         force: bool = False,
         notify: Callable[[str], None] | None = None,
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
         values.check_function(notify, "notify")
-        self._model, self._tokenizer, self._notify = model, tokenizer, notify
+        if prefixes is not None and not isinstance(prefixes, PrefixStore):
+            raise values.refusal(prefixes, "prefixes", "a PrefixStore")
+        self._model, self._tokenizer, self._notify, self._prefixes = model, tokenizer, notify, prefixes
         self._memory = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
         self.messages: list[dict[str, str]] = []
         # The last answer, which may not have been read to its end, and the number of it.
@@ -68,9 +73,8 @@ class Conversation:
         with self._changing:
             self._end_answer()
             self.messages = [{"role": "system", "content": system}] if system else []
-            self._cache = PromptCache(
-                self._model, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size
-            )
+            memory = self._memory
+            self._cache = PromptCache(self._model, kv_bits=memory.kv_bits, kv_group_size=memory.kv_group_size)
             # The prompt of the last turn as the template renders it, the same with the answers' own token ids, and
             # the last answer's ids. An answer's text may tokenize differently from how it was made; what the cache
             # has read is how it was made.
@@ -86,8 +90,10 @@ class Conversation:
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens the cache has read."""
-        return len(self._cache.ids)
+        """How many tokens of the conversation are read and kept."""
+        if self._prefixes is None:
+            return len(self._cache.ids)
+        return self._prefixes.shared(self._model, [*self._actual, *self._answer], self._memory.cache_bits())
 
     def send(
         self,
@@ -122,7 +128,11 @@ class Conversation:
             messages = [*self.messages, {"role": "user", "content": text}]
             rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
             actual = self._with_own_answers(rendered)
-            answers = Answers(self._model, self._tokenizer, [actual], request, prompt_cache=self._cache)
+            if self._prefixes is None:
+                answers = Answers(self._model, self._tokenizer, [actual], request, prompt_cache=self._cache)
+            else:
+                packed = replace(request, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size)
+                answers = Answers(self._model, self._tokenizer, [actual], packed, prefixes=self._prefixes)
             self._open = self._answered(answers, messages, rendered, actual, self._number)
             return self._read(self._open, self._number)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ..engine.cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
 from ..engine.generation import Generation
 from ..engine.prefill import common_length
 from ..engine.sampling import Sampling
@@ -20,7 +21,6 @@ from ..text.chat import render_chat
 from ..threads import turn
 from ..values import path as as_path
 from ..values import shown, token_ids
-from .cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
 from .loading import check_loaded
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class PromptCache:
     def check_prefix(self, ids: Sequence[int], name: str) -> None:
         """Raise CacheError unless `ids` begin with what this cache, of the file `name`, has read."""
         known = self.ids
-        shared = common_length(known, ids)
+        shared = common_length(known, list(ids))
         if shared < len(known) - _REDONE:
             raise CacheError(
                 f"the prompt does not begin as {name} does: they part after {shared:,} of its {len(known):,} tokens; "

@@ -162,6 +162,24 @@ class KVCache:
         """Keys and values in the form in which they are kept."""
         return [keys, values]
 
+    def copy_tokens(self, first: int, last: int) -> list[mx.array]:
+        """Arrays of their own with the slots of the tokens at positions `first` to `last`, as in `state`."""
+        copies = [mx.contiguous(array[..., first - self.start : last - self.start, :]) for array in self.state]
+        mx.eval(copies)
+        return copies
+
+    def begin_with(self, runs: Sequence[Sequence[mx.array]], start: int) -> None:
+        """Take copies of runs of tokens that another cache has read, the first of them at position `start`.
+
+        A run is what `copy_tokens` gives. There is room for the prompt that is expected.
+        """
+        used = sum(run[0].shape[2] for run in runs)
+        slots = used if self.window is not None else max(used, self.sequence.expected)
+        slots = (slots // self.step + 1) * self.step
+        state = [mx.concatenate([*parts, _empty(parts[0], slots - used)], axis=2) for parts in zip(*runs, strict=True)]
+        mx.eval(state)
+        self.state, self.start, self.offset = state, start, start + used
+
     @property
     def first_visible(self) -> int:
         """Position of the oldest token the next query may see."""

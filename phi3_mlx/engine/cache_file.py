@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 
 from ..errors import CacheError, CheckpointError, OptionError
 from ..fields import Fields, parse, shorten
@@ -25,6 +23,7 @@ from ..files import json_text, open_file
 from ..models.cache import KVBits, KVCache
 from ..store.checkpoint import read_arrays
 from ..store.safetensors import Tensor, read_header, read_metadata
+from .identity import model_fingerprint
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
@@ -34,7 +33,6 @@ _FORMAT = f"{_FORMAT_NAME} 4"
 _KEY = "phi3-mlx"  # of the metadata
 _ANEW = "rebuild it with `phi3-mlx cache build`"
 _FLOATS = ("F32", "BF16", "F16")
-_SUMMED = 1 << 22  # numbers of a weight whose sums are taken at a time
 
 
 @dataclass(frozen=True)
@@ -232,20 +230,3 @@ def _parts(model: Model, bits: KVBits | None) -> list[tuple[int, tuple[str, ...]
 def _options(model: Model) -> dict[str, str]:
     """How the model was loaded: the settings that change what is read."""
     return {"longrope": model.model.longrope, "dtype": str(model.dtype).removeprefix("mlx.core.")}
-
-
-def model_fingerprint(model: Model) -> str:
-    """Tells models apart by config, names, shapes, types and every number: sums of rows and of columns."""
-    digest = hashlib.sha256(repr((model.config, model.model.longrope)).encode())
-    for name, array in tree_flatten(model.parameters()):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        flat = array.reshape(-1, array.shape[-1]).view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size])
-        columns = mx.zeros(flat.shape[1], mx.uint32)
-        step = max(1, _SUMMED // flat.shape[1])
-        for first in range(0, len(flat), step):
-            bits = flat[first : first + step].astype(mx.uint32)
-            columns, rows = columns + bits.sum(axis=0), bits.sum(axis=1)  # of integers: no order changes them
-            mx.eval(columns, rows)
-            digest.update(np.array(rows).tobytes())
-        digest.update(np.array(columns).tobytes())
-    return digest.hexdigest()[:32]

@@ -1,0 +1,459 @@
+"""What was read is read once, and every answer is the one that it would be without."""
+
+import functools
+import gc
+import math
+import threading
+
+import mlx.core as mx
+import moe_models
+import oracle
+import pytest
+import small_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import CONFIGS, ORIGINAL, WINDOW, slim
+
+from phi3_mlx import Conversation, PrefixStore, PromptCache, batch_generate, generate, load, stream_generate
+from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
+from phi3_mlx.engine import machine, scheduler
+from phi3_mlx.engine.generation import Generation
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.prefill import common_length
+from phi3_mlx.engine.prefix_tree import Node, nodes_along, readable
+from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.engine.scheduler import Scheduler
+from phi3_mlx.errors import OptionError
+from phi3_mlx.models.cache import KVBits, KVCache
+
+MODELS = {
+    "3.5-mini": oracle.make_ours(slim(CONFIGS["3.5-mini"])),
+    "mini-4k": oracle.make_ours(slim(CONFIGS["mini-4k"])),
+    "long-and-window": oracle.make_ours(slim(CONFIGS["long-and-window"])),
+    "phi3-small": small_models.make({**small_models.RAW, **small_models.LONG}),
+    "moe": moe_models.make_ours(moe_models.CONFIGS["gain by regime"]),
+}
+PLAIN = MODELS["3.5-mini"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_steps():
+    """Windows drop old tokens every few tokens, as they do with long texts."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(KVCache, "step", 4)
+    patch.setattr(KVCache, "spare", 16)
+    yield
+    patch.undo()
+
+
+def ids_of(length, seed):
+    return [2 + (i * 7 + seed * 31 + i * i) % 90 for i in range(length)]
+
+
+def answers(model, prompts, prefixes=None, n=8, bits=None, chunk=16, **options):
+    """The tokens of each prompt, and how many tokens of prompts were read."""
+    runs = Generation(
+        model,
+        prompts,
+        max_tokens=n,
+        sampling=Sampling(),
+        kv_bits=bits,
+        prefill_chunk=chunk,
+        prefixes=prefixes,
+        **{"room": math.inf, **options},
+    )
+    said = [[] for _ in prompts]
+    for token in runs:
+        said[token.row].append(token.id)
+        if prefixes is not None:
+            assert prefixes.nbytes <= prefixes.budget
+    return said, runs.statistics.prefilled_tokens
+
+
+@functools.cache
+def alone(name, prompt, bits):
+    return answers(MODELS[name], [prompt], bits=bits)[0][0]
+
+
+texts = st.lists(
+    st.tuples(st.integers(1, 12) | st.integers(ORIGINAL - 14, ORIGINAL + 4), st.integers(0, 2)), min_size=1, max_size=3
+).map(lambda parts: tuple(token for length, seed in parts for token in ids_of(length, seed)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=8, deadline=None)
+@given(
+    rounds=st.lists(st.lists(texts, min_size=1, max_size=3), min_size=2, max_size=5),
+    packed=st.booleans(),
+    budget=st.sampled_from([1000, 60_000, 200_000, 10**8]),
+    chunk=st.sampled_from([5, 16, 64]),
+)
+def test_random_requests_are_answered_as_without_a_store(name, rounds, packed, budget, chunk):
+    """Some go on from an earlier answer, some begin alike, in one batch and in later ones."""
+    model = MODELS[name]
+    bits = KVBits(8, 8) if packed and model.config.head_dim % 32 == 0 else None
+    prefixes, before = PrefixStore(budget), ()
+    for i, prompts in enumerate(rounds):
+        if i % 2:
+            prompts = [before + prompt for prompt in prompts]
+        said, _ = answers(model, prompts, prefixes, bits=bits, chunk=chunk)
+        assert said == [alone(name, prompt, bits) for prompt in prompts]
+        before = (*prompts[0], *said[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_conversation_reads_each_of_its_tokens_once(name):
+    """Its own answers too, on both sides of LongRoPE's boundary and far out of the window."""
+    model, prefixes, ids = MODELS[name], PrefixStore("1GB"), ids_of(20, 0)
+    for turn in range(6):
+        (said,), read = answers(model, [ids], prefixes, n=6)
+        assert read == (9 if turn else 20)  # the last of the answer was said and not read
+        ids = ids + said + ids_of(8, turn)
+
+
+def test_conversations_that_take_turns_do_not_disturb_each_other():
+    prefixes, system = PrefixStore("1GB"), ids_of(20, 0)
+    chats = [system + ids_of(6, seed) for seed in range(4)]
+    for turn in range(3):
+        for i, ids in enumerate(chats):
+            (said,), read = answers(MODELS["moe"], [ids], prefixes, n=4, chunk=64)
+            assert read <= (7 if turn or i else 26)
+            chats[i] = ids + said + ids_of(6, 7 + i)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_one_batch_that_begin_alike_read_it_once(name):
+    model = MODELS[name]
+    text = ids_of(ORIGINAL + 30, 0)
+    prompts = [text + ids_of(3 + i, i) for i in range(5)]
+    said, read = answers(model, prompts, PrefixStore("1GB"))
+    assert read <= len(text) + sum(3 + i for i in range(5))
+    assert said == answers(model, prompts)[0]
+
+
+def test_what_begins_otherwise_does_not_wait():
+    text = ids_of(40, 0)
+    runs = Scheduler(PLAIN, room=math.inf, chunk=8, prefixes=PrefixStore("1GB"))
+    rows = [runs.submit(Job(prompt, 4)) for prompt in (text, [*text, 5], ids_of(40, 1))]
+    runs.step()
+    assert [row.begun for row in rows] == [True, False, True]
+    while runs.busy:
+        runs.step()
+    assert [row.reused for row in rows] == [0, 40, 0]
+
+
+def test_what_another_has_begun_and_fails_at_is_read_by_the_next():
+    class Fails:
+        reads_answer = True
+
+        def __call__(self, answer, logits):
+            raise RuntimeError("cannot go on")
+
+    text = ids_of(40, 0)
+    runs = Scheduler(PLAIN, room=math.inf, chunk=8, prefixes=PrefixStore("1GB"))
+    runs.submit(Job(text, 4, processors=(Fails(),)))
+    row = runs.submit(Job([*text, 5], 4))
+    failed = []
+    while runs.busy:
+        failed += runs.step().failed
+    assert len(failed) == 1
+    assert len(row.answer) == 4
+
+
+def test_a_shorter_prompt_and_one_that_parts_reuse_what_they_share():
+    prefixes = PrefixStore("1GB")
+    answers(MODELS["moe"], [ids_of(40, 0)], prefixes)
+    for shared in (39, 30, 20):
+        prompt = [*ids_of(shared, 0), 91, 92]
+        said, read = answers(MODELS["moe"], [prompt], prefixes)
+        assert read == 2
+        assert said == answers(MODELS["moe"], [prompt])[0]
+    assert answers(MODELS["moe"], [ids_of(40, 0)], prefixes)[1] == 1  # the parts are still there
+
+
+def test_a_few_tokens_are_read_and_not_copied():
+    prefixes = PrefixStore("1GB")
+    answers(PLAIN, [ids_of(30, 0)], prefixes)
+    assert answers(PLAIN, [[*ids_of(15, 0), 91]], prefixes)[1] == 16
+    assert answers(PLAIN, [[*ids_of(16, 0), 91]], prefixes)[1] == 1
+
+
+def test_regimes_and_bits_never_mix():
+    prefixes, short = PrefixStore("1GB"), ids_of(ORIGINAL - 8, 0)
+    answers(PLAIN, [short], prefixes, n=2)
+    long = short + ids_of(20, 1)
+    assert answers(PLAIN, [long], prefixes, n=2) == answers(PLAIN, [long], n=2)
+    assert answers(PLAIN, [[*short, 5]], prefixes, n=2, bits=KVBits(8, 8))[1] == len(short) + 1
+    assert answers(PLAIN, [[*short, 5]], prefixes, n=2)[1] == 1
+    assert answers(PLAIN, [[*long, 5]], prefixes, n=2)[1] == 1
+    assert answers(PLAIN, [[*short, 5]], prefixes, n=2, bits=KVBits(8, 8))[1] == 1
+    assert answers(PLAIN, [[*short, 5]], prefixes, n=2, bits=KVBits(8, 4))[1] == len(short) + 1
+
+
+def test_other_weights_are_another_model():
+    prefixes, prompt = PrefixStore("1GB"), ids_of(40, 0)
+    model = oracle.make_ours(slim(CONFIGS["3.5-mini"]), seed=3)
+    answers(model, [prompt], prefixes)
+    assert answers(PLAIN, [prompt], prefixes)[1] == 40
+    layer = model.model.layers[0].mlp.down_proj
+    before = layer.weight
+    layer.weight = before * 1.5
+    assert answers(model, [prompt], prefixes) == answers(model, [prompt])
+    layer.weight = before
+    assert answers(model, [prompt], prefixes)[1] == 1
+    model.model.longrope = "long"
+    assert answers(model, [prompt], prefixes) == answers(model, [prompt])
+    held = prefixes.nbytes
+    del layer, before, model
+    gc.collect()
+    answers(PLAIN, [prompt], prefixes)
+    assert prefixes.nbytes <= held / 2  # what a model read that is gone goes too
+
+
+def test_adapters_put_on_and_off_never_mix():
+    model, prefixes, prompt = oracle.make_ours(slim(CONFIGS["3.5-mini"])), PrefixStore("1GB"), ids_of(40, 0)
+    attention = model.model.layers[0].self_attn
+    plain = attention.o_proj
+    outputs, inputs = plain.weight.shape
+    adapter = Adapter(mx.random.normal((inputs, 4), key=mx.random.key(0)), mx.ones((4, outputs)), 0.5)
+    adapted = AdaptedLinear(plain, {"mine": adapter})
+    attention.o_proj = adapted
+    for weights in ({}, {"mine": 1.0}, {"mine": 0.5}, {}, {"mine": 1.0}):
+        adapted.use(weights)
+        first, again = answers(model, [prompt], prefixes), answers(model, [prompt], prefixes)
+        assert first[0] == again[0] == answers(model, [prompt])[0]
+        assert again[1] == 1
+    assert first[1] == 1  # known from before
+    attention.o_proj = plain
+    assert answers(model, [prompt], prefixes)[0] == answers(model, [prompt])[0]
+
+
+def test_what_a_model_read_while_it_was_changed_is_not_kept():
+    model, prefixes, prompt = oracle.make_ours(slim(CONFIGS["3.5-mini"])), PrefixStore("1GB"), ids_of(30, 0)
+    layer = model.model.layers[0].mlp.down_proj
+    before = layer.weight
+    tokens = iter(Generation(model, [prompt], max_tokens=20, sampling=Sampling(), room=math.inf, prefixes=prefixes))
+    said = [next(tokens).id]
+    layer.weight = before * 1.5
+    said += [token.id for token in tokens]
+    for weight in (before * 1.5, before):
+        layer.weight = weight
+        longer = [prompt + said + [5]]
+        assert answers(model, longer, prefixes)[0] == answers(model, longer)[0]
+
+
+def test_a_window_that_has_gone_on_is_no_beginning():
+    root = Node([], None)
+    first = root.add([1, 2, 3, 4], None, 0)  # of these the keys are gone
+    second = first.add([5, 6, 7, 8], [[mx.zeros((1, 1, 4, 2))]], 0)
+    second.add([9], [[mx.zeros((1, 1, 1, 2))]], 0)
+    path = nodes_along(root, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert [(node.ids[0], shared) for node, shared in path] == [(1, 4), (5, 4), (9, 1)]
+    assert readable(path, 5) == (4, 9)
+    assert readable(path, 6) == (4, 9)
+    assert readable(path, 7) == (0, 0)
+    assert readable(path, None) == (0, 0)
+    assert readable(nodes_along(root, [1, 2, 3, 4, 5, 6, 7]), 4) == (4, 7)
+    assert readable(nodes_along(root, [1, 2, 3, 4, 5, 6, 7]), 5) == (0, 0)
+
+
+def test_a_window_leaves_early_tokens_and_is_taken_over_all_the_same():
+    model, prefixes = MODELS["mini-4k"], PrefixStore("1GB")
+    prompt = ids_of(30, 0)
+    (said,), _ = answers(model, [prompt], prefixes, n=3 * WINDOW)  # the prompt's end has left the window
+    longer = prompt + said + [5]
+    assert answers(model, [longer], prefixes) == (answers(model, [longer])[0], 2)
+    half = [*longer[: len(prompt) + WINDOW // 2], 5]  # its window was not kept
+    assert answers(model, [half], prefixes)[0] == answers(model, [half])[0]
+
+
+def test_common_length_is_the_one_that_counting_gives():
+    for n in range(9):
+        for m in range(9):
+            for cut in range(9):
+                a, b = [7] * n, [7] * min(cut, m) + [8] * max(m - cut, 0)
+                expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(n, m))
+                assert common_length(a, b) == expected
+
+
+# Memory
+
+
+def test_the_least_recently_used_goes_first():
+    model, prompts = MODELS["moe"], [ids_of(32, seed) for seed in range(4)]
+    token = sum(layer.nbytes for layer in read_by(model, prompts[0])) // 32
+    prefixes = PrefixStore(token * 70)
+    for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):
+        answers(model, [prompt], prefixes, n=1)
+    assert [prefixes.shared(model, prompt) for prompt in prompts] == [31, 0, 31, 0]
+    assert prefixes.nbytes == 64 * token
+
+
+def read_by(model, prompt):
+    cache = model.make_cache(len(prompt))
+    mx.eval(model(mx.array([prompt]), cache))
+    return cache
+
+
+def test_a_text_larger_than_the_budget_is_kept_in_part():
+    model, prompt = MODELS["moe"], ids_of(64, 0)
+    token = sum(layer.nbytes for layer in read_by(model, prompt)) // 64
+    prefixes = PrefixStore(token * 40 + 1)
+    answers(model, [prompt], prefixes, n=1)
+    assert prefixes.nbytes == 40 * token
+    assert answers(model, [prompt], prefixes, n=1)[1] == 24
+
+
+def test_what_it_holds_is_what_it_says():
+    """No buffer of a run stays alive behind what was kept of it."""
+    prompt = ids_of(601, 0)
+    answers(PLAIN, [prompt], n=2)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    prefixes = PrefixStore("1GB")
+    answers(PLAIN, [prompt], prefixes, n=2, chunk=512)
+    answers(PLAIN, [[*prompt[:333], 5]], prefixes, n=2)
+    gc.collect()
+    mx.clear_cache()
+    held = mx.get_active_memory() - before
+    assert prefixes.nbytes <= held <= prefixes.nbytes * 1.1
+    prefixes.clear()
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < held / 10
+
+
+def test_the_store_gives_way_before_a_job_waits(monkeypatch):
+    monkeypatch.setattr(scheduler, "ANSWER_BLOCK", 8)
+    prompts = [ids_of(40, seed) for seed in range(3)]
+    lone = Scheduler(PLAIN, room=math.inf, chunk=16)
+    lone.submit(Job(prompts[0], 4))
+    lone.admit()
+    room = lone._plan.total - lone._plan.weights + 80_000
+    prefixes = PrefixStore("1GB")
+    for prompt in prompts:
+        before = prefixes.nbytes
+        said, _ = answers(PLAIN, [prompt], prefixes, n=4, room=room)
+        assert said == answers(PLAIN, [prompt], n=4)[0]
+        assert 0 < prefixes.nbytes <= room
+    assert before > 0
+    assert prefixes.shared(PLAIN, prompts[2]) == 39
+    assert prefixes.shared(PLAIN, prompts[0]) < 39
+
+
+def test_a_paused_row_goes_on_from_what_it_had_read(monkeypatch):
+    monkeypatch.setattr(scheduler, "ANSWER_BLOCK", 8)
+    monkeypatch.setattr("phi3_mlx.engine.fitting.ANSWER_BLOCK", 8)
+    prompts = [ids_of(30, seed) for seed in range(3)]
+    expected = answers(MODELS["moe"], prompts, n=40)[0]
+    wide = Scheduler(MODELS["moe"], room=math.inf, chunk=16)
+    for prompt in prompts:
+        wide.submit(Job(prompt))
+    wide.admit()
+    room = wide._plan.total - wide._plan.weights + 20_000
+    prefixes = PrefixStore("1GB")
+    runs = Scheduler(MODELS["moe"], room=room, chunk=16, prefixes=prefixes)
+    rows = [runs.submit(Job(prompt)) for prompt in prompts]
+    again = {}
+    while runs.busy and min(len(row.answer) for row in rows) < 40:
+        runs.step()
+        for row in rows:
+            if len(row.prompt) > 30 and row.begun:
+                again.setdefault(row, row.reused)
+            if len(row.answer) >= 60:
+                row.finish()
+    assert again
+    assert max(again.values()) > 30
+    assert [row.answer[:40] for row in rows] == expected
+
+
+def test_two_threads_share_a_store():
+    prefixes, text = PrefixStore(400_000), ids_of(40, 0)
+    prompts = [text + ids_of(4 + i, i) for i in range(12)]
+    expected = [answers(PLAIN, [prompt])[0][0] for prompt in prompts]
+    said = {}
+
+    def work(numbers):
+        for i in numbers:
+            said[i] = answers(PLAIN, [prompts[i]], prefixes)[0][0]
+
+    threads = [threading.Thread(target=work, args=(range(first, 12, 2),)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [said[i] for i in range(12)] == expected
+
+
+# What people call
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load("tiny")
+
+
+def test_a_second_question_about_a_text_reads_the_question_alone(loaded):
+    prefixes, story = PrefixStore(), "Once there was a dog who had a red ball and a blue hat. " * 5
+    for i, owner in enumerate(("dog", "owl")):
+        question = f"{story}\nWhat did the {owner} have?"
+        chunks = list(stream_generate(*loaded, question, max_tokens=6, prefixes=prefixes))
+        assert "".join(chunk.text for chunk in chunks) == generate(*loaded, question, max_tokens=6)
+        assert chunks[-1].prefilled_tokens < (15 if i else 1000)
+    texts = batch_generate(*loaded, [f"{story}\nWho had the {it}?" for it in ("hat", "ball")], prefixes=prefixes)
+    assert texts == batch_generate(*loaded, [f"{story}\nWho had the {it}?" for it in ("hat", "ball")])
+    assert repr(prefixes).startswith("<PrefixStore: ")
+
+
+def test_conversations_share_a_store(loaded):
+    prefixes = PrefixStore()
+    chats = [
+        Conversation(*loaded, system="Answer in one sentence, please, and be kind.", prefixes=p)
+        for p in (prefixes, prefixes, None)
+    ]
+    for text in ("Who are you?", "Tell me about a duck.", "And a frog?"):
+        said = []
+        for chat in chats:
+            chunks = list(chat.send(text, max_tokens=12))
+            said.append(("".join(chunk.text for chunk in chunks), chunks[-1].prefilled_tokens))
+        assert len({text for text, _ in said}) == 1
+        assert said[0][1] <= said[2][1] + 1
+        assert said[1][1] == 1  # the first has asked the same
+    assert chats[0].cached_tokens >= chats[2].cached_tokens - 2
+
+
+def test_an_answer_that_is_broken_off_is_kept_up_to_there(loaded):
+    prefixes = PrefixStore()
+    chat = Conversation(*loaded, prefixes=prefixes)
+    answer = chat.send("Tell me a story about a duck and a frog.", max_tokens=60)
+    for _ in range(40):
+        next(answer)
+    answer.close()
+    chunks = list(chat.send("Go on.", max_tokens=2))
+    assert chunks[-1].prefilled_tokens < 15
+
+
+@pytest.mark.parametrize("given", ["2GB", 5, True, {}])
+def test_another_thing_than_a_store_is_refused_in_one_line(loaded, given):
+    with pytest.raises(OptionError, match=r"^prefixes is .+; expected a PrefixStore$"):
+        generate(*loaded, "Hi", prefixes=given)
+    with pytest.raises(OptionError, match=r"^prefixes is .+; expected a PrefixStore$"):
+        Conversation(*loaded, prefixes=given)
+
+
+@pytest.mark.parametrize("budget", ["much", None, True, [], 0, -1, "0GB"])
+def test_a_budget_that_is_no_size_is_refused_in_one_line(budget):
+    with pytest.raises(OptionError) as error:
+        PrefixStore(budget)
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_cache_beside_a_store_is_refused(loaded):
+    with pytest.raises(OptionError, match=r"^prefixes has no effect beside a prompt_cache"):
+        generate(*loaded, "Hi", prefixes=PrefixStore(), prompt_cache=PromptCache(loaded[0]))
+
+
+def test_memory_that_runs_out_names_the_numbers_still(monkeypatch):
+    monkeypatch.setattr(machine, "room", lambda: 1000)
+    with pytest.raises(Exception, match="may be used"):
+        answers(PLAIN, [ids_of(40, 0)], PrefixStore("1GB"), room=None)
