@@ -20,11 +20,11 @@ from .adapted import AdaptedSource
 from .effect import EFFECT_LOGITS, EFFECT_TOKENS
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .layout import Entry, Layout
+from .rounding import quantizing_bytes
 from .sources import Source
 
 # Beside a matrix that an adapter changes: float32 copies of it that are alive at once, as measured.
 _CHANGE, _CHANGE_DORA = 1.0, 3.0  # the product of its factors; and what the length of rows is computed of
-_QUANTIZING = 0.5  # the same, of a matrix that is quantized
 _MARGIN = 1.1  # for the factors themselves and what else is small
 
 
@@ -89,7 +89,7 @@ def _merged_tensor(source: AdaptedSource, entry: Entry) -> int:
     if adapter is not None:
         nbytes += 4 * numbers * (_CHANGE_DORA if adapter.is_dora else _CHANGE)
     if entry.packing is not None:
-        nbytes += 4 * numbers * _QUANTIZING
+        nbytes += quantizing_bytes(numbers, entry.packing)
     if entry.packing is not None or entry.tensor.dtype != "F32":
         nbytes += entry.nbytes
     return int(_MARGIN * nbytes)

@@ -10,9 +10,10 @@ import mlx.core as mx
 from .layout import Entry, Rounder, Scheme
 from .sources import Source
 
-_QUANTIZED_AT_ONCE = (
-    1 << 18
-)  # numbers: in modes other than affine MLX's CPU backend makes twenty float32 copies of them
+# In modes other than affine MLX's CPU backend makes copies in float32, so that many numbers are quantized at once.
+_QUANTIZED_AT_ONCE = 1 << 18
+# How many copies, as `fuse` was measured for tests/test_tuning_memory.py; in the affine mode of the whole matrix.
+_COPIES = {"affine": 0.5, "mxfp4": 18.0, "mxfp8": 2.0, "nvfp4": 21.0}
 
 
 def rounded(source: Source) -> Rounder:
@@ -31,10 +32,9 @@ def _rounded(source: Source, entry: Entry) -> list[mx.array]:
 
 def pack(weight: mx.array, packing: Scheme) -> list[mx.array]:
     """A matrix, or an array of them, packed: weight, scales and, in the affine mode, biases; evaluated."""
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    streams = _streams() if on_cpu else [mx.default_stream(mx.default_device())]
+    streams = _streams() if _on_cpu() else [mx.default_stream(mx.default_device())]
     rows = -(-len(weight) // len(streams))
-    if on_cpu and packing["mode"] != "affine":
+    if _on_cpu() and packing["mode"] != "affine":
         rows = min(rows, max(1, len(weight) * _QUANTIZED_AT_ONCE // (weight.size * len(streams))))
     pieces = []
     for i, first in enumerate(range(0, len(weight), rows)):
@@ -48,6 +48,17 @@ def pack(weight: mx.array, packing: Scheme) -> list[mx.array]:
     parts = [mx.concatenate(list(kind)) for kind in zip(*pieces, strict=True)]
     mx.eval(parts)
     return parts
+
+
+def quantizing_bytes(numbers: int, packing: Scheme) -> int:
+    """Bytes that `pack` takes beside a matrix of so many numbers and what becomes of it."""
+    in_slices = _on_cpu() and packing["mode"] != "affine"
+    copies = _COPIES[packing["mode"] if in_slices else "affine"]
+    return int(4 * copies * (min(numbers, _QUANTIZED_AT_ONCE) if in_slices else numbers))
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 @cache
