@@ -10,7 +10,7 @@ import mlx.core as mx
 from .layout import Entry, Rounder, Scheme
 from .sources import Source
 
-# In modes other than affine MLX's CPU backend makes copies in float32, so that many numbers are quantized at once.
+# Numbers quantized at once in modes other than affine, where MLX's CPU backend makes copies of them in float32.
 _QUANTIZED_AT_ONCE = 1 << 18
 # How many copies, as `fuse` was measured for tests/test_tuning_memory.py; in the affine mode of the whole matrix.
 _COPIES = {"affine": 0.5, "mxfp4": 18.0, "mxfp8": 2.0, "nvfp4": 21.0}
@@ -51,7 +51,7 @@ def pack(weight: mx.array, packing: Scheme) -> list[mx.array]:
 
 
 def quantizing_bytes(numbers: int, packing: Scheme) -> int:
-    """Bytes that `pack` takes beside a matrix of so many numbers and what becomes of it."""
+    """Bytes that `pack` takes beside a matrix of `numbers` numbers and its result."""
     in_slices = _on_cpu() and packing["mode"] != "affine"
     copies = _COPIES[packing["mode"] if in_slices else "affine"]
     return int(4 * copies * (min(numbers, _QUANTIZED_AT_ONCE) if in_slices else numbers))

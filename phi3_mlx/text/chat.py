@@ -27,6 +27,7 @@ from .messages import (
     with_tools_as_text,
     without,
 )
+from .spans import Span, encode_spans
 from .tokenizer import Tokenizer
 
 SYSTEM_FOLDED = "this model's chat template has no place for a system message, so it was put before the user's text"
@@ -112,11 +113,11 @@ def render_training_chat(
         notify(SYSTEM_FOLDED)
     if _GENERATION.search(chat.source):
         text, spans = _marked_spans(chat)
-        ids, turns = _encode_spans(tokenizer, chat.guard, text, spans, whole=True)
+        ids, turns = encode_spans(tokenizer, chat.guard, text, spans, whole=True)
     else:
         _check_content_is_all(chat)
         text, spans = _content_spans(chat)
-        ids, turns = _encode_spans(tokenizer, chat.guard, text, spans, whole=False)
+        ids, turns = encode_spans(tokenizer, chat.guard, text, spans, whole=False)
     if _lacks_bos(tokenizer, ids):
         ids.insert(0, tokenizer.bos_token_id)  # type: ignore[arg-type]
         turns.insert(0, 0)
@@ -238,8 +239,6 @@ def _dropped(chat: _Chat) -> set[int]:
 
 # ----------------------------------------------------------------------------------------- what is generated
 
-Span = tuple[int, int, int]  # first character, end, and the number of the assistant turn
-
 
 def _check_content_is_all(chat: _Chat) -> None:
     """ChatError if the template writes more of an assistant message than its content."""
@@ -299,73 +298,6 @@ def _lift(text: str, mark: str) -> tuple[str, list[int]]:
     for part in parts[:-1]:
         places.append((places[-1] if places else 0) + len(part))
     return "".join(parts), places
-
-
-def _encode_spans(
-    tokenizer: Tokenizer, guard: str, text: str, spans: Sequence[Span], *, whole: bool
-) -> tuple[list[int], list[int]]:
-    """The ids of a rendered text, and for each the turn of the span that it is in (0: in none).
-
-    Unless the spans are `whole`, a token that ends answers belongs to the turn whose span is before it.
-    """
-    firsts = [first for first, _, _ in spans]
-    ends = {end: turn for _, end, turn in spans}
-    bounds = sorted({*firsts, *ends})
-    ids: list[int] = []
-    turns: list[int] = []
-    ended: tuple[int, int] | None = None  # after an answer: the number of ids up to its end, and its turn
-    position = 0
-
-    def turn_at(place: int) -> int:
-        n = bisect.bisect_right(firsts, place) - 1
-        return spans[n][2] if n >= 0 and place < spans[n][1] else 0
-
-    for piece in tokenizer.split_special(text):
-        written = piece if isinstance(piece, str) else tokenizer.id_to_token(piece) or ""
-        start = text.find(written, position)  # between them is white space that a token takes
-        if start < 0:  # a normalized token may match text that is spelled differently
-            raise ChatError(
-                f"the tokenizer finds {written!r} in a chat where it does not stand, so no mask can be made; use the "
-                "model's own tokenizer files"
-            )
-        for place in bounds[bisect.bisect_left(bounds, position) : bisect.bisect_right(bounds, start)]:
-            if place in ends:
-                ended = len(turns), ends[place]
-        position = start + len(written)
-        if isinstance(piece, int):
-            turn = turn_at(start)
-            if ended is not None and not whole and piece in tokenizer.stop_ids:
-                said, turn = ended
-                turns[said:] = [turn] * (len(turns) - said)  # white space before it is generated too
-            ids.append(piece)
-            turns.append(turn)
-            ended = None
-            continue
-        new_ids = _encode_after(tokenizer, ids, piece.replace(guard, ""))
-        cuts = bounds[bisect.bisect_right(bounds, start) : bisect.bisect_left(bounds, position)]
-        # In tokens a part begins where the text before it, encoded alone, stops having the same ids.
-        begun = 0
-        for first, end in zip([start, *cuts], [*cuts, None], strict=True):
-            before = new_ids if end is None else _encode_after(tokenizer, ids, text[start:end].replace(guard, ""))
-            upto = max(begun, _common(before, new_ids))
-            turns += [turn_at(first)] * (upto - begun)
-            begun = upto
-            if end in ends:
-                ended = len(turns), ends[end]
-        ids += new_ids
-    return ids, turns
-
-
-def _encode_after(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
-    """Ids of ordinary text that follows `ids`."""
-    if not text:
-        return []
-    return tokenizer.encode_pieces([ids[-1], text])[1:] if ids else tokenizer.encode_pieces([text])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix of two lists of ids."""
-    return next((n for n, (i, j) in enumerate(zip(a, b, strict=False)) if i != j), min(len(a), len(b)))
 
 
 def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:
