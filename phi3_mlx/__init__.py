@@ -28,9 +28,11 @@ _PUBLIC = {
     "ProgressBar": "display",
     "PromptCache": "generation.prompt_cache",
     "Sampling": "engine.sampling",
+    "Score": "generation.scoring",
     "Statistics": "engine.tokens",
     "Token": "engine.tokens",
     "batch_generate": "generation.answers",
+    "batch_score": "generation.scoring",
     "compare": "evaluation.quality",
     "convert": "conversion.pipeline",
     "encode_prompt": "generation.answers",
@@ -46,6 +48,7 @@ _PUBLIC = {
     "memory_limit": "engine.machine",
     "memory_plan": "engine.capacity",
     "resolve": "store.hub",
+    "score": "generation.scoring",
     "stream_generate": "generation.answers",
     "tune": "tuning",
     "unload": "generation.loading",
@@ -80,6 +83,9 @@ if TYPE_CHECKING:
     from .generation.loading import load_tokenizer as load_tokenizer
     from .generation.loading import unload as unload
     from .generation.prompt_cache import PromptCache as PromptCache
+    from .generation.scoring import Score as Score
+    from .generation.scoring import batch_score as batch_score
+    from .generation.scoring import score as score
     from .models.cache import KVBits as KVBits
     from .store.hub import resolve as resolve
     from .tuning import tune as tune

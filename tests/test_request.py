@@ -32,6 +32,8 @@ FUNCTIONS = {
     phi3_mlx.generate: {*FIELDS},
     phi3_mlx.stream_generate: {*FIELDS},
     phi3_mlx.batch_generate: {*FIELDS} - {"lookup"},  # drafts are for one row
+    phi3_mlx.score: {*OF_THE_CACHE, "raw"},  # nothing is answered
+    phi3_mlx.batch_score: {*OF_THE_CACHE, "raw"},
     phi3_mlx.Conversation: OF_THE_CACHE,
     phi3_mlx.Conversation.send: {*FIELDS} - OF_THE_CACHE - {"raw"},  # a conversation has a cache and a template
 }

@@ -62,7 +62,7 @@ class Batch:
     @property
     def answering(self) -> bool:
         """Whether some row has read its prompt."""
-        return any(not row.finished and not row.reading for row in self.rows)
+        return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
 
     def step(self, chunk: int, on_read: Callable[[Row], None] | None = None) -> Step:
         """Queue the next pass, which reads `chunk` tokens of prompts at most, and tell what the last one gave.
@@ -95,11 +95,12 @@ class Batch:
         queued, self._queued = self._queued, None
         if queued is not None and queued.reading:
             # Waited for: MLX would else hold the arrays of this chunk and of the next.
-            mx.eval([row.to_compute for row in queued.reading])
+            queued.finish_reading()
             mx.clear_cache()
             for row in queued.reading:
-                row.progress = row.read
-                if on_read is not None:
+                if any(math.isnan(score.logprob) for score in row.scores):
+                    row.fail(Phi3Error(_NAN))
+                if on_read is not None and row.error is None:
                     on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
         started = time.perf_counter()
@@ -134,7 +135,7 @@ class Batch:
         """Begin the pass after `last`, whose tokens need not be known; after None, behind tokens that are."""
         reading = [row for row in self.rows if row.reading]
         if last is None:
-            decoding = [row for row in self.rows if not row.finished and not row.reading]
+            decoding = [row for row in self.rows if not row.finished and not row.reading and row.left > 0]
         else:
             decoding = [row for row in last.staying if not row.finished and row.left > 1]
         for rows in (reading, decoding):

@@ -22,7 +22,13 @@ class Job:
     - `kv_bits`: how a new cache is packed.
     - `lookup`: tokens at most that are drafted from earlier text and verified in one step, while no other job runs.
     - `processors`: what changes the logits before a token is drawn, in this order.
-    - `scored_from`: the log-probability of the prompt's tokens from this place on is wanted; None: of none.
+    - `scored_from`: the log-probability of the prompt's tokens from this place on is wanted (1: of all but the first,
+      before which nothing stands); None: of none.
+    - `candidates`: ids whose log-probability behind the prompt is wanted; scores follow those of the prompt's tokens.
+    - `length`: tokens that the sequence counts as having, where more than the prompt's are to come: it decides
+      LongRoPE's regime from the first token on.
+    - `branches`: how many jobs may continue at once what this one has read (`Scheduler.branch`). It then reads, and
+      stays until it is finished from outside.
 
     Raises OptionError for a value of another type or outside its range.
     """
@@ -36,6 +42,9 @@ class Job:
     lookup: int = 0
     processors: Sequence[Processor] = ()
     scored_from: int | None = None
+    candidates: Sequence[int] = ()
+    length: int | None = None
+    branches: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and whole(self.max_tokens, "max_tokens") < 0:
@@ -51,3 +60,7 @@ class Job:
                 raise refusal(processor, "processors", "Processors, with reads_answer True or False")
         if not 0 <= whole(self.lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
             raise OptionError(f"lookup {self.lookup} is outside its range; give 0 (off) to {KVCache.spare}")
+        if self.scored_from is not None and not 1 <= whole(self.scored_from, "scored_from") <= len(self.prompt):
+            raise OptionError(f"scored_from {self.scored_from} is outside its range; give 1 to {len(self.prompt)}")
+        if self.branches and self.max_tokens != 0:
+            raise OptionError("a job with branches answers nothing itself; give max_tokens=0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import mlx.core as mx
 
@@ -11,17 +12,28 @@ from .prefill import chunk_end
 from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
+from .scores import Scores
 
 
 class Pass:
     """What was queued: `ids` and `logprobs` (rows,) are the next tokens of `rows`, perhaps not computed yet.
 
     Rows whose processors read the answer stand last; they are drawn by `draw_late`, when the token before is known.
-    `reading` are the rows of which a part of the prompt is read, `read_tokens` in all.
+    `reading` are the rows of which a part of the prompt is read, `read_tokens` in all; `scored`, how many scores of
+    which rows come of it.
     """
 
-    def __init__(self, rows: list[Row], reading: list[Row], read_tokens: int, logits: mx.array | None):
+    def __init__(
+        self,
+        rows: list[Row],
+        reading: list[Row],
+        read_tokens: int,
+        logits: mx.array | None,
+        scored: tuple[Scores, list[tuple[Row, int]]] | None,
+    ):
         self.reading, self.read_tokens = reading, read_tokens
+        self._scored = scored
+        self._left: set[Row] = set()
         self.rows: list[Row] = []
         self._late = [row for row in rows if any(processor.reads_answer for processor in row.job.processors)]
         self._late_logits: mx.array | None = None
@@ -37,8 +49,23 @@ class Pass:
         if logits is not None:
             self._draw(early, logits)
 
+    def finish_reading(self) -> None:
+        """Wait for what is read and scored, and let the rows know."""
+        scores = [] if self._scored is None else self._scored[0].arrays
+        mx.eval([row.to_compute for row in self.reading], scores)
+        for row in self.reading:
+            row.progress = row.read
+        if self._scored is not None:
+            told = iter(self._scored[0].told())
+            for row, count in self._scored[1]:
+                scores_of_row = list(islice(told, count))
+                if row not in self._left:
+                    row.scores += scores_of_row
+
     def leave_out(self, row: Row) -> None:
         """Tell nothing of this row, and undo its draw: it leaves, and may come back."""
+        self.reading = [other for other in self.reading if other is not row]
+        self._left.add(row)
         if row in self._before:
             row.sampler.state = self._before.pop(row)
 
@@ -114,21 +141,40 @@ def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading:
         hidden = model.model(joined, rows[0].cache)[0]  # (tokens, hidden_size)
     else:
         hidden = model.model.together(joined, lengths, [row.cache for row in rows])[0]
+    read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
+    scored = _scored(model, hidden, rows[len(decoding) :], lengths[len(decoding) :], len(decoding))
     drawing, ends, end = [], [], -1
     for row, length in zip(rows, lengths, strict=True):
         end += length
         if row.read >= len(row.prompt) and row.left > 0:
             drawing.append(row)
             ends.append(end)
-    read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
     if ends == [len(hidden) - 1]:
         hidden = hidden[-1:]
     elif len(ends) < len(hidden):
         hidden = hidden[mx.array(ends, dtype=mx.int32)]
-    queued = Pass(drawing, read, read_tokens, model.logits(hidden) if drawing else None)
+    queued = Pass(drawing, read, read_tokens, model.logits(hidden) if drawing else None, scored)
     if partly := [row.to_compute for row in read if row not in drawing]:
         mx.async_eval(partly)  # another thread could not, and may take the next step
     return queued
+
+
+def _scored(
+    model: Model, hidden: mx.array, rows: Sequence[Row], lengths: Sequence[int], first: int
+) -> tuple[Scores, list[tuple[Row, int]]] | None:
+    """The scores of what rows have read, their tokens side by side in hidden (tokens, hidden_size) from `first` on."""
+    places: list[int] = []
+    targets: list[list[int]] = []
+    counts: list[tuple[Row, int]] = []
+    for row, length in zip(rows, lengths, strict=True):
+        begin = row.read - length
+        wanted = row.targets(begin, row.read)
+        if wanted:
+            places += [first + place - begin for place, _ in wanted]
+            targets += [ids for _, ids in wanted]
+            counts.append((row, sum(len(ids) for _, ids in wanted)))
+        first += length
+    return (Scores(model, hidden[mx.array(places, dtype=mx.int32)], targets), counts) if counts else None
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:

@@ -19,6 +19,7 @@ from ..models.workspace import workspace_bytes
 from ..sizes import size_text
 from ..store.checkpoint import Checkpoint, model_size
 from . import machine
+from .scores import positions_at_once
 
 if TYPE_CHECKING:
     from ..models.decoder import LongRopeRule, Model
@@ -53,7 +54,9 @@ class Workload:
     `itemsize` is the bytes of a number in computation, 2 on a GPU and 4 on MLX's CPU backend unless told otherwise;
     `fused_kernel`, whether attention is one kernel that keeps its scores in registers, as on a GPU. `chunk` is how many
     tokens of a prompt are read at once; without it, as many as fit. `recomputed`: how many tokens of a row are
-    recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot.
+    recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot. `branches`: how many
+    continuations of the sequence, with caches of their own, there are at once. `scores`: whether log-probabilities of
+    given tokens are computed.
     """
 
     config: Config
@@ -65,6 +68,8 @@ class Workload:
     fused_kernel: bool = True
     chunk: int | None = None
     recomputed: int = 0
+    branches: int = 0
+    scores: bool = False
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
@@ -117,7 +122,7 @@ class Workload:
 
     def cache_bytes(self) -> int:
         """Keys and values of all rows at the end."""
-        return self.rows * self.row_bytes()
+        return self.rows * (1 + self.branches) * self.row_bytes()
 
     def row_bytes(self) -> int:
         """Keys and values that all layers have of one row at the end."""
@@ -156,7 +161,8 @@ class Workload:
     def workspace(self, chunk: int) -> int:
         """Bytes beside weights and cache while the last `chunk` tokens are read, or some are generated behind them."""
         shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused_kernel)
-        return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows)
+        scored = min(chunk, positions_at_once(self.config.vocab_size)) if self.scores else 0
+        return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows, scored)
 
 
 def plan_together(workloads: Sequence[Workload], room: float) -> Plan:

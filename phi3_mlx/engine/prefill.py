@@ -31,17 +31,18 @@ def shared_length(cache: list[KVCache], prompt: Sequence[int]) -> int:
 
 
 def cache_for(
-    model: Model, prompt: Sequence[int], *, given: list[KVCache] | None, shared: int, bits: KVBits | None
+    model: Model, length: int, *, given: list[KVCache] | None, shared: int, bits: KVBits | None
 ) -> list[KVCache]:
     """The cache to read a prompt into: `given`, cut to the `shared` first tokens, or a new one where there are none.
 
+    `length`: tokens that the sequence counts as having, which decides its LongRoPE regime.
     A run that reads with `given` now hears of it at its next step, whichever is returned. `bits` pack a new one.
     """
     if given is not None:
         _cut(given, shared)
     if given is None or not shared:
-        return model.make_cache([len(prompt)], None, bits)
-    given[0].sequence.prompt_length = (len(prompt),)
+        return model.make_cache([length], None, bits)
+    given[0].sequence.prompt_length = (length,)
     return given
 
 

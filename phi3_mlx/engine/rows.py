@@ -14,6 +14,7 @@ from .jobs import Job
 from .lookup import Drafter
 from .prefill import cache_for, shared_length
 from .sampler import Sampler
+from .scores import TokenScore
 from .tokens import FinishReason, Token
 
 
@@ -28,7 +29,8 @@ class Row:
     """A job, the ids that it has read and made, and its cache once it was begun.
 
     `budget`: tokens of the answer at most. `error`: why it failed, where it did. `shared`: how many tokens of the
-    prompt the cache that the job brought has read; `brought`: the bytes of that cache.
+    prompt the cache that the job brought has read; `brought`: the bytes of that cache. `scores`: of the tokens that the
+    job asks for, so far.
     """
 
     def __init__(self, index: int, job: Job, model: Model):
@@ -44,7 +46,10 @@ class Row:
         self.progress = 0  # tokens of the prompt that are in the cache, and computed
         self.given = job.cache  # until a pause: then another run may have it
         self.bits = job.kv_bits if job.cache is None else job.cache[0].bits
-        self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt)
+        self.scores: list[TokenScore] = []
+        self.scored_from = len(self.prompt) if job.scored_from is None and job.candidates else job.scored_from
+        # The token before the first that is scored must be read here.
+        self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt[: self.scored_from])
         self.brought = sum(layer.nbytes for layer in job.cache or ())
         self.drafter: Drafter | None = None
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
@@ -56,10 +61,11 @@ class Row:
 
     def begin(self, chunk: int, copied: list[KVCache] | None = None) -> None:
         """Take the cache `copied`, or the one that the job brought, or make one. `chunk`: tokens read at once."""
-        self.cache = copied or cache_for(self._model, self.prompt, given=self.given, shared=self.shared, bits=self.bits)
+        self.cache = copied or cache_for(self._model, self.length, given=self.given, shared=self.shared, bits=self.bits)
         self.reused = self.progress = self.read
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
+        sequence.wanted_from = None if self.scored_from is None else self.scored_from - 1
         # Not this row itself: a cycle would keep keys and values until Python looks for cycles.
         self._claim = sequence.reader = object()
 
@@ -70,6 +76,23 @@ class Row:
             for layer in self.cache:
                 layer.trim(layer.offset)
         self.cache, self.given, self.shared, self.brought = [], None, 0, 0
+        self.scores = []
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence counts as having before the answer begins."""
+        return max(len(self.prompt), self.job.length or 0)
+
+    def targets(self, first: int, end: int) -> list[tuple[int, list[int]]]:
+        """What is scored once the tokens `first:end` are read: places among them, and the ids that may follow each."""
+        if self.scored_from is None:
+            return []
+        prompt = self.job.prompt
+        places = range(max(first, self.scored_from - 1), min(end, len(prompt) - 1))
+        targets = [(place, [prompt[place + 1]]) for place in places]
+        if self.job.candidates and first < len(prompt) <= end:
+            targets.append((len(prompt) - 1, list(self.job.candidates)))
+        return targets
 
     @property
     def begun(self) -> bool:
@@ -106,7 +129,7 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        return self._ended or (self.left <= 0 and self.read >= len(self.prompt))
+        return self._ended or (self.left <= 0 and not self.job.branches and self.progress >= len(self.prompt))
 
     def finish(self) -> None:
         """The caller has seen enough."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import MemoryLimitError
-from ..models.cache import KVCache
+from ..models.cache import KVCache, fork
 from ..models.decoder import Model
 from ..threads import turn
 from . import machine
@@ -81,6 +81,18 @@ class Scheduler:
         self._submitted += 1
         self._waiting.append(row)
         return row
+
+    @turn()
+    def branch(self, row: Row, job: Job) -> Row:
+        """Let a job join at once that continues what `row` has read: at most its job's `branches` at a time.
+
+        The two have their memory planned together, so `row` must not be finished before.
+        """
+        assert self._plan is not None
+        child = Row(self._submitted, replace(job, cache=fork(row.cache)), self._model)
+        self._submitted += 1
+        self._batch.add(child, self._plan.chunk)
+        return child
 
     @turn()
     def admit(self) -> list[Row]:
@@ -169,7 +181,7 @@ class Scheduler:
                     self._prefixes.give_way(lacking)
                 self._plan, self._workloads = plan, workloads
                 return
-            youngest = list(self._workloads)[-1]
+            youngest = [row for row in self._workloads if not row.job.branches][-1]
             if len(self._workloads) == 1:
                 row.budget = len(row.answer) + 1
                 return
@@ -191,7 +203,7 @@ class Scheduler:
         """MemoryLimitError if the row would not fit even if no other ran."""
         room = self._available({**self._workloads, row: workload}) + (self._prefixes.nbytes if self._prefixes else 0)
         kept = self._kept or row.job.cache is not None
-        check_fits(workload, room, prompt=len(row.prompt), kept=kept)
+        check_fits(workload, room, prompt=len(row.prompt) if row.left else 0, kept=kept)
 
     def _available(self, workloads: Mapping[Row, Workload]) -> float:
         """Bytes that these rows may take, weights and what they hold already among them."""
@@ -235,4 +247,6 @@ class Scheduler:
         self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release)
 
     def _reuses(self, row: Row) -> bool:
-        return self._prefixes is not None and row.given is None
+        # A scored job reads from a place, or in a LongRoPE regime, of its own.
+        scored = row.scored_from is not None or row.job.length is not None
+        return self._prefixes is not None and row.given is None and not scored

@@ -66,8 +66,13 @@ def _checked_prompt(model: Model, prompt: Sequence[int]) -> list[int]:
         raise PromptError(f"prompts holds {shown(prompt)}, and not only lists of token ids")
     if not ids:
         raise PromptError("the prompt is empty; give some text")
+    check_ids(model, ids)
+    check_length(model.config, len(ids))
+    return ids
+
+
+def check_ids(model: Model, ids: Sequence[int]) -> None:
+    """PromptError unless all ids are in the vocabulary. They are some."""
     if min(ids) < 0 or max(ids) >= model.config.vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise PromptError(f"token id {wrong} is outside the model's vocabulary of {model.config.vocab_size}")
-    check_length(model.config, len(ids))
-    return ids

@@ -31,6 +31,7 @@ class SequenceState:
         self.long: tuple[bool, ...] | None = None
         self.reader: object = None  # the run that it belongs to
         self.recompute_chunk = RECOMPUTE_CHUNK  # tokens recomputed at once
+        self.wanted_from: int | None = None  # outputs are wanted from this position on, not only the prompt's last
         self._pieces: list[mx.array] = []
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
@@ -188,7 +189,8 @@ class KVCache:
     @property
     def awaited(self) -> bool:
         """False for the last layer while more of the prompt is coming: nobody reads its output."""
-        return not self.is_last or self.offset >= self.sequence.expected
+        wanted = self.sequence.wanted_from
+        return not self.is_last or self.offset >= (self.sequence.expected if wanted is None else wanted + 1)
 
     @property
     def lost(self) -> bool:

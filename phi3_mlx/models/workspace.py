@@ -29,12 +29,14 @@ _FEWER = 2  # hidden and inside, where a layer at a time is computed, and querie
 _NEAR_HIDDEN, _NEAR_INNER = 5, 2.4
 
 
-def workspace_bytes(shape: PassShape, step: int) -> int:
+def workspace_bytes(shape: PassShape, step: int, scored: int = 0) -> int:
     """Bytes that reading a chunk at the end of a sequence holds, and generating `step` tokens of all rows behind it.
+
+    `scored`: at how many positions of the chunk there are logits at once.
 
     The largest of what is not alive together: layers, a layer's cache that grows, logits.
     """
-    return max(_layers_bytes(shape), _growing_bytes(shape, step), _scoring_bytes(shape, step))
+    return max(_layers_bytes(shape), _growing_bytes(shape, step), _scoring_bytes(shape, step, scored))
 
 
 def _growing_bytes(shape: PassShape, step: int) -> int:
@@ -43,11 +45,11 @@ def _growing_bytes(shape: PassShape, step: int) -> int:
     return shape.rows * kv_bytes(shape.config, before, shape.bits, shape.itemsize) + decoding_bytes(shape, step)
 
 
-def _scoring_bytes(shape: PassShape, step: int) -> int:
-    """Logits (rows, vocab_size), and what of the output layer is dequantized for as many tokens."""
+def _scoring_bytes(shape: PassShape, step: int, scored: int) -> int:
+    """Logits (rows, vocab_size) or (scored, vocab_size), and what of the output layer is dequantized for them."""
     config = shape.config
-    logits = _LOGITS * 4 * shape.rows * config.vocab_size
-    if not dequantizes(step, config.quantization, shape.itemsize, shape.fused_kernel):
+    logits = _LOGITS * 4 * max(shape.rows, scored) * config.vocab_size
+    if not dequantizes(max(step, scored), config.quantization, shape.itemsize, shape.fused_kernel):
         return logits
     dequantizing = most_dequantizing_bytes(config.quantization, shape.itemsize)
     return logits + slices_bytes(config.vocab_size * config.hidden_size, dequantizing)

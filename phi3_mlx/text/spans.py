@@ -93,11 +93,14 @@ class _SpanEncoding:
 
     def _encoded(self, text: str) -> list[int]:
         """Ids of ordinary text that follows those so far, without the guard."""
-        text = text.replace(self._guard, "")
-        if not text:
-            return []
-        encode = self._tokenizer.encode_pieces
-        return encode([self.ids[-1], text])[1:] if self.ids else encode([text])
+        return encode_after(self._tokenizer, self.ids, text.replace(self._guard, ""))
+
+
+def encode_after(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
+    """Ids of ordinary text that follows `ids`."""
+    if not text:
+        return []
+    return tokenizer.encode_pieces([ids[-1], text])[1:] if ids else tokenizer.encode_pieces([text])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
