@@ -353,23 +353,6 @@ def test_a_plain_list_of_the_layers_is_the_cache(model):
     assert_same(model, feed(model, list(cache), IDS[:, 30 : ORIGINAL + 2], 7), IDS[:, : ORIGINAL + 2])
 
 
-def test_select_keeps_rows_in_order(model):
-    lengths, steps = (ORIGINAL + 4, 20, ORIGINAL - 3), 8
-    padding = [lengths[0] - n for n in lengths]
-    rows = [ids_of(n + steps, seed=n) for n in lengths]
-    batch = np.concatenate([np.pad(row, ((0, 0), (pad, 0))) for row, pad in zip(rows, padding, strict=True)])
-    cache = model.make_cache(left_padding=padding)
-    feed(model, cache, batch[:, : lengths[0]], 16)
-    kept = [2, 0]
-    for layer in cache:
-        layer.select(mx.array(kept))
-    cache[0].sequence.select(mx.array(kept))
-    for t in range(lengths[0], lengths[0] + steps):
-        last = feed(model, cache, batch[kept, t : t + 1])
-        for i, row in enumerate(kept):
-            assert_same(model, last[i : i + 1], batch[row : row + 1, padding[row] : t + 1])
-
-
 @pytest.mark.parametrize("pin", ["short", "long"])
 def test_a_pinned_regime_stays(pin):
     raw = slim(CONFIGS["3.5-mini"])

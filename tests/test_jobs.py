@@ -213,3 +213,54 @@ def test_jobs_that_failed_hold_no_memory_and_say_where():
         assert mx.get_active_memory() == before
     finally:
         gc.enable()
+
+
+def test_a_row_that_waits_may_be_cancelled_and_the_next_one_joins():
+    least = Scheduler(MODEL, room=math.inf, chunk=16)
+    for i in range(2):
+        least.submit(job(i, max_tokens=500 - 400 * i))
+    least.admit()
+    runs = Scheduler(MODEL, room=least._plan.total - least._plan.weights, chunk=16)
+    first, large, small = (runs.submit(job(i, max_tokens=n)) for i, n in enumerate((500, 600, 100)))
+    runs.step()
+    assert first.begun
+    assert not large.begun
+    large.finish()
+    runs.step()
+    assert small.begun
+    assert not first.finished
+
+
+def test_a_row_that_pauses_frees_the_cache_that_its_job_brought():
+    cache = MODEL.make_cache()
+    runs = Scheduler(MODEL, room=math.inf, chunk=16)
+    row = runs.submit(job(0, cache=cache, max_tokens=20))
+    other = runs.submit(job(1, max_tokens=20))
+    said = {row.index: [], other.index: []}
+    for count in range(100):
+        if count == 6:
+            runs._batch.remove(row)
+            row.pause()
+            assert not sum(layer.nbytes for layer in cache)
+        if count == 9:
+            runs._batch.add(row, 16)
+        for token in runs.step().tokens:
+            said[token.row].append(token.id)
+    assert said[row.index] == ids_alone(job(0, max_tokens=20))
+    assert said[other.index] == ids_alone(job(1, max_tokens=20))
+
+
+def test_a_row_that_pauses_leaves_a_cache_alone_that_another_run_took_over():
+    cache = MODEL.make_cache()
+    runs, thief = Scheduler(MODEL, room=math.inf, chunk=16), Scheduler(MODEL, room=math.inf, chunk=16)
+    row = runs.submit(job(0, cache=cache))
+    runs.step()
+    thief.submit(job(0, cache=cache))
+    thief.admit()
+    thief.step()
+    runs._batch.remove(row)
+    row.pause()
+    said = []
+    while thief.busy:
+        said += [token.id for token in thief.step().tokens]
+    assert said == ids_alone(job(0))

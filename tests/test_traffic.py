@@ -309,7 +309,7 @@ def plans_of(monkeypatch):
     return made
 
 
-def test_what_does_not_fit_beside_others_waits_and_what_never_fits_is_refused():
+def test_what_does_not_fit_beside_others_waits_and_what_never_fits_is_refused(monkeypatch):
     model = MODELS["3.5-mini"]
     plots = [Plot(0, None, 200, seed, 100, 0, 0, None, 0) for seed in range(4)]
     jobs = [plot.job(model) for plot in plots]
@@ -321,12 +321,14 @@ def test_what_does_not_fit_beside_others_waits_and_what_never_fits_is_refused():
         Scheduler(model, room=room - 1, chunk=16).submit(jobs[0])
     runs = Scheduler(model, room=1.6 * room, chunk=16)
     rows = [runs.submit(job) for job in jobs]
+    plans = plans_of(monkeypatch)
     most, said = 0, [[] for _ in rows]
     while runs.busy:
         for token in runs.step().tokens:
             said[token.row].append(token.id)
         most = max(most, sum(row.begun and not row.finished for row in rows))
     assert most == 1
+    assert len(plans) <= 2 * len(jobs)  # not one each step: it takes as long as a step of a small model
     for i, plot in enumerate(plots):
         assert said[i] == [token[0] for token in alone("3.5-mini", plot)]
 

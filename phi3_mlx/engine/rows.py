@@ -72,7 +72,7 @@ class Row:
     def pause(self) -> None:
         """Let go of keys and values; what was read and said is recomputed once the row begins anew."""
         self.prompt = [*self.job.prompt, *self.answer]
-        if self.cache is self.given:  # else the job would hold them
+        if self.cache is self.given and self._owns_cache:  # the job would hold it still
             for layer in self.cache:
                 layer.trim(layer.offset)
         self.cache, self.given, self.shared, self.brought = [], None, 0, 0
@@ -143,9 +143,14 @@ class Row:
             error.__cause__, error.__context__ = _Where(where), None
         self.error, self._ended = error.with_traceback(None), True
 
+    @property
+    def _owns_cache(self) -> bool:
+        """Whether no other run has taken the cache over."""
+        return self.cache[0].sequence.reader is self._claim
+
     def check_claim(self) -> None:
         """CacheError if another run has taken the cache over."""
-        if self.cache[0].sequence.reader is not self._claim:
+        if not self._owns_cache:
             raise CacheError("another run has taken over this prompt cache; use one cache for each stream")
 
     def say(self, token: int, logprob: float) -> Token:

@@ -53,6 +53,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first
         self._plan: Plan | None = None
+        self._lacking: Row | None = None  # the row that did not fit, while no other has left since
         self._submitted = 0
         self._rate: float | None = None  # tokens of prompts a second
 
@@ -107,11 +108,14 @@ class Scheduler:
                 continue
             if self._awaits_another(row):
                 continue
+            if row is self._lacking:  # a plan takes as long as a step of a small model
+                break
             workload = workload_of(self._model, row, self._given_chunk)
             workloads = {**self._workloads, row: workload}
             plan, lacking = self._planned(workloads)
             if not self._gives_way(lacking):
                 if self._workloads:
+                    self._lacking = row
                     break
                 try:
                     self._check_alone(row, workload)
@@ -138,8 +142,9 @@ class Scheduler:
                 if row.finished:
                     self._keep(row, release=not self._kept)
         finally:
-            running = {*self._batch.rows}
-            self._workloads = {row: workload for row, workload in self._workloads.items() if row in running}
+            for row in self._workloads.keys() - {*self._batch.rows}:
+                del self._workloads[row]
+                self._lacking = None
         step.failed += failed
         if step.read_tokens:
             self._rate = step.read_tokens / (time.perf_counter() - started)
@@ -170,7 +175,7 @@ class Scheduler:
         Where there is none left, the youngest row pauses. A row that is alone ends with the token that is on its way.
         """
         workload = self._workloads[row]
-        if row.read + 2 <= workload.length or row.left <= 1:
+        if row.read + 2 + row.job.lookup <= workload.length or row.left <= 1:
             return
         longer = replace(workload, length=min(workload.length + ANSWER_BLOCK, row.read + row.left))
         while True:

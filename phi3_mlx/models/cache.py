@@ -91,19 +91,6 @@ class SequenceState:
         other.reader, other._pieces = None, list(self._pieces)
         return other
 
-    def select(self, rows: mx.array) -> None:
-        """Keep only these rows of a batch, in this order."""
-        order: list[int] = rows.tolist()  # type: ignore[assignment]
-        if self._pieces:
-            self._keep(self.ids[rows])
-        if self.left_padding is not None:
-            self.left_padding = tuple(self.left_padding[i] for i in order)
-            self.padding_array = mx.array(self.left_padding)
-        if self.prompt_length is not None:
-            self.prompt_length = tuple(self.prompt_length[i] for i in order)
-        if self.long is not None:
-            self.long = tuple(self.long[i] for i in order)
-
 
 @dataclass(frozen=True)
 class KVBits:
@@ -253,10 +240,6 @@ class KVCache:
         # Other objects of the same arrays: writing into slots gives an object another array.
         other.state = [copy.copy(array) for array in self.state]
         return other
-
-    def select(self, rows: mx.array) -> None:
-        """Keep only these rows of a batch. The shared `sequence` is the caller's to select, once."""
-        self.state = [array[rows] for array in self.state]
 
     # What mlx-lm's loops ask of a cache, beside `state` (the arrays to evaluate) and `update_and_fetch`.
 
