@@ -21,6 +21,7 @@ from . import record
 _BENCHES = {
     "coldstart": "From an empty terminal to the first token, beside mlx-lm.",
     "decode": "Tokens a second of one answer, beside mlx-lm.",
+    "host": "What a step costs the processor that queues it, beside mlx-lm.",
     "prefill": "Tokens a second of reading a prompt, beside mlx-lm.",
     "lookup": "What prompt lookup saves where text repeats, and costs where it does not.",
     "batch": "Several prompts together, one by one, and in mlx-lm's batch.",
@@ -40,6 +41,7 @@ _BENCHES = {
 _QUICK = {
     "coldstart": "--runs 1",
     "decode": "--only float32 --only tiny --layers 1 --tokens 4 --runs 1",
+    "host": "--layers 1 --rows 1 --rows 2 --bits 0 --steps 2 --runs 1",
     "prefill": "--only float32 --only tiny --layers 1 --tokens 16 --runs 1",
     "lookup": "--runs 1 --max-tokens 16 --prompts 1",
     "batch": "--only tiny --tokens 1 --runs 1",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
 
 from phi3_mlx.models.cache import KVBits, KVCache, fork
-from phi3_mlx.models.decoder import DecoderLayer
+from phi3_mlx.models.layer import DecoderLayer
 
 SAME = 3e-4  # float32 sums in another order
 NAMES = ["mini-4k", "3.5-mini", "phi-4-mini", "long-and-window"]

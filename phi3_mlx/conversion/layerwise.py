@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from ..models import build
 from ..models.attention import make_mask
-from ..models.decoder import DecoderLayer, Model
+from ..models.decoder import Model
 from ..models.experts import Groups
+from ..models.layer import DecoderLayer
 
 if TYPE_CHECKING:
     from .sources import Source

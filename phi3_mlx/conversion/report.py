@@ -31,7 +31,8 @@ from .texts import bundled
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..models.decoder import DecoderLayer, Model
+    from ..models.decoder import Model
+    from ..models.layer import DecoderLayer
     from .sources import Source
 
 REPORT, FIGURES, PLOT = "REPORT.md", "report.json", "report.png"

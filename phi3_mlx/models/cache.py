@@ -133,15 +133,17 @@ class KVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Append (B, Hkv, L, D) each; return all that the new queries may see, oldest first, as it is stored."""
-        new = self._stored(keys, values)
-        used, end = self.offset - self.start, self.offset - self.start + keys.shape[2]
+        new, length = self._stored(keys, values), keys.shape[2]
+        used = self.offset - self.start
+        end = used + length
         self._reserve(end, new)
+        fills = length == self.state[0].shape[2]
         for array, part in zip(self.state, new, strict=True):
             # Where it fills all slots MLX would store the part itself: a view that keeps all of `qkv` in memory.
-            array[..., used:end, :] = part if part.shape[2] < array.shape[2] else mx.contiguous(part)
-        first = self.first_visible - self.start
-        self.offset += keys.shape[2]
-        seen = [array[..., first:end, :] for array in self.state]
+            array[:, :, used:end] = mx.contiguous(part) if fills else part
+        first = 0 if self.window is None else self.first_visible - self.start
+        self.offset += length
+        seen = [array[:, :, first:end] for array in self.state]
         if self.window is not None and end > self.window - 1 + self.spare + self.step:
             self._drop(end - (self.window - 1) - self.spare, end)
         return seen

@@ -1,10 +1,11 @@
-"""What the members of the family share: attention's way through a cache, decoder layers in a row, LongRoPE's rule.
+"""What the members of the family share: decoder layers in a row, LongRoPE's rule, the logits.
 
 LongRoPE's rule (`longrope="auto"`): a sequence is *short* while its total length, cache included, is at most
 `original_max_position_embeddings`, and *long* after; all its keys belong to one regime. A call that changes the
 regime recomputes the cache first, so every caller gets the reference's numbers, whatever its loop.
 
-A member's file derives from `Attention`, `DecoderLayer`, `Decoder` and `Model`, and says in its methods what differs.
+A member's file derives from `Attention` and `DecoderLayer` (`layer`), `Decoder` and `Model`, and says in its methods
+what differs.
 """
 
 from __future__ import annotations
@@ -12,135 +13,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Config
 from ..errors import OptionError
-from .attention import Mask, attend, fused_attention, make_mask
+from .attention import fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 from .dropout import Draws
 from .end_to_end import EndToEnd
+from .layer import DecoderLayer
 from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
+from .step import Steps
 from .together import Addition, Together
 
-_ROTATED_TOGETHER = 32  # queries and keys of at most this many tokens are rotated in one call
 QUEUED = 1 << 26  # bytes that layers may write before the GPU is waited for
 
 LongRopeRule = Literal["auto", "short", "long"]
-
-
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """What most members do to the two halves of their feed-forward part."""
-    return nn.silu(gate) * up
-
-
-class Attention(nn.Module):
-    """Self-attention. A member defines the projections: `qkv`, `split` and `output`."""
-
-    def __init__(self, config: Config, rope: Rope, index: int):
-        super().__init__()
-        self._rope, self._index = rope, index
-        self._heads, self._kv_heads, self._dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-
-    def qkv(self, x: mx.array) -> mx.array:
-        """Queries, keys and values of every token side by side: (B, L, hidden_size) -> (B, L, (H + 2 Hkv) * D)."""
-        raise NotImplementedError
-
-    def split(self, qkv: mx.array, rotate: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """The output of `qkv` -> rotated queries (B, H, L, D) and keys, and values (B, Hkv, L, D); here in that order.
-
-        A call of `rotate` takes Python as long as several other operations, so queries and keys of a few tokens are
-        rotated in one. On the CPU it needs several times the memory of what it rotates, so those of many are not.
-        """
-        batch, length, _ = qkv.shape
-        qkv = qkv.reshape(batch, length, -1, self._dim).transpose(0, 2, 1, 3)  # (B, H + 2 Hkv, L, D)
-        if length > _ROTATED_TOGETHER:
-            q, k, v = mx.split(qkv, [self._heads, self._heads + self._kv_heads], axis=1)
-            return rotate(q), rotate(k), v
-        qk, v = mx.split(qkv, [self._heads + self._kv_heads], axis=1)
-        q, k = mx.split(rotate(qk), [self._heads], axis=1)
-        return q, k, v
-
-    def output(self, x: mx.array) -> mx.array:
-        """The output projection of all heads: (B, L, H * D) -> (B, L, hidden_size)."""
-        raise NotImplementedError
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
-        """Rotated q (B, H, L, D), rotated k and v (B, Hkv, L, D) -> (B, L, H * D)."""
-        return attend(q, k, v, cache, self._rope.scale, mask)
-
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
-    ) -> mx.array:
-        return self.output(self._attended(self.qkv(x), mask, cache, offset, long))
-
-    def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
-        """Sequences end to end (1, L, hidden_size), each of which attends to itself alone."""
-        qkv = self.qkv(x)
-        blocks = [self._attended(block.gather(qkv), block.mask, None, 0, block.long) for block in joined.blocks]
-        return self.output(joined.scatter(blocks))
-
-    def together(self, x: mx.array, joint: Together) -> mx.array:
-        """Sequences with caches of their own, side by side (1, L, hidden_size)."""
-        mixed = []
-        for block, qkv in zip(joint.blocks, joint.apart(self.qkv(x)), strict=True):
-            caches = [cache[self._index] for cache in block.caches]
-            if len(caches) == 1:
-                mixed.append(self._attended(qkv, block.mask, caches[0], block.offset, block.long))
-                continue
-            q, k, v = self._rotated(qkv, block.offset, block.long)
-            each = zip(*(mx.split(array, len(caches)) for array in (q, k, v)), caches, strict=True)
-            mixed.append(mx.concatenate([self.attend(q, k, v, cache, block.mask) for q, k, v, cache in each]))
-        return self.output(joint.joined(mixed))
-
-    def _attended(
-        self, qkv: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
-    ) -> mx.array:
-        """The output of `qkv`, whose first position is `offset` -> (B, L, H * D)."""
-        q, k, v = self._rotated(qkv, offset, long)
-        return self.attend(q, k, v, cache, mask)
-
-    def _rotated(self, qkv: mx.array, offset: int | mx.array, long: Regime) -> tuple[mx.array, mx.array, mx.array]:
-        """Rotated queries and keys, and values, of `qkv`, whose first position is `offset`."""
-        q, k, v = self.split(qkv, lambda x: self._rope.rotate(x, offset, long))
-        return self._rope.gain(q, long), k, v
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)). A member makes the parts; names are the checkpoint's."""
-
-    self_attn: Attention
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-
-    def __init__(self, config: Any, rope: Rope, index: int):
-        super().__init__()
-
-    def feed_forward(self, x: mx.array) -> mx.array:
-        return self.mlp(x)
-
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
-    ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache, offset, long)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
-
-    def end_to_end(self, x: mx.array, joined: EndToEnd) -> mx.array:
-        x = x + self.self_attn.end_to_end(self.input_layernorm(x), joined)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
-
-    def together(self, x: mx.array, joint: Together) -> mx.array:
-        x = x + self.self_attn.together(self.input_layernorm(x), joint)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -156,6 +48,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.make_layer(index) for index in range(config.num_hidden_layers)]
         self.add_norm()
+        self._steps = Steps(self._rope)
 
     def make_layer(self, index: int) -> DecoderLayer:
         """Decoder layer `index` with random weights."""
@@ -184,7 +77,8 @@ class Decoder(nn.Module):
         offset = cache[0].offset
         long = self._enter(ids, cache)
         try:
-            return self._read(ids, cache, long)
+            stepped = self._step(ids, [cache], long)
+            return self._read(ids, cache, long) if stepped is None else stepped
         except BaseException:
             _take_back(cache, offset)
             raise
@@ -199,6 +93,9 @@ class Decoder(nn.Module):
         try:
             rows = mx.split(ids.astype(mx.int32), cuts, axis=1)
             longs = [self._enter(row, cache)[0] for row, cache in zip(rows, caches, strict=True)]
+            stepped = self._step(ids, caches, tuple(longs))
+            if stepped is not None:
+                return stepped
             joint = Together([*map(Addition, caches, lengths, longs)], self._config.sliding_window)
             return self._through(
                 ids, lambda layer, x: layer.together(x, joint), lambda i: any(cache[i].awaited for cache in caches)
@@ -207,6 +104,13 @@ class Decoder(nn.Module):
             for cache, offset in zip(caches, offsets, strict=True):
                 _take_back(cache, offset)
             raise
+
+    def _step(self, ids: mx.array, caches: Sequence[list[KVCache]], long: tuple[bool, ...]) -> mx.array | None:
+        """Hidden states of one token for each cache, ids (1, caches); None where the plain path must take them."""
+        step = self._steps.begin(self.layers, caches, long) if ids.size == len(caches) else None
+        if step is None:
+            return None
+        return self._through(ids[0], step.forward, lambda i: any(cache[i].awaited for cache in caches))[None]
 
     def _enter(self, ids: mx.array, cache: list[KVCache]) -> tuple[bool, ...]:
         """Note in the cache that `ids` (B, L) come next, and recompute it if a regime changes.

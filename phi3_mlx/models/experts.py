@@ -35,7 +35,7 @@ class Groups:
         """`dtype`: that of the rows, because MLX's CPU backend gathers in float32 alone."""
         experts = mx.stop_gradient(experts)
         self._count, self._each = count, experts.shape[1]
-        self.is_sorted = experts.size >= _ROWS_TO_SORT or (_on_cpu() and dtype != mx.float32)
+        self.is_sorted = _sorts(experts.size, dtype)
         self.experts = experts.flatten()  # (N * k,), the expert of each row
         if self.is_sorted:
             self._order = mx.argsort(self.experts)
@@ -107,6 +107,15 @@ def _gathered(blocks: mx.array, weight: mx.array, experts: mx.array) -> mx.array
     """Blocks (blocks, size, inputs) times the matrix (inputs, outputs) of the expert of each, on the CPU."""
     product = mx.gather_mm(blocks.astype(mx.float32), weight.astype(mx.float32), rhs_indices=experts)
     return product.astype(blocks.dtype)
+
+
+def _sorts(rows: int, dtype: mx.Dtype) -> bool:
+    return rows >= _ROWS_TO_SORT or (_on_cpu() and dtype != mx.float32)
+
+
+def waits_for_groups(rows: int, dtype: mx.Dtype) -> bool:
+    """Whether products of this many rows wait for the experts to be known, see `Groups.gathers`."""
+    return _on_cpu() and _sorts(rows, dtype)
 
 
 def _on_cpu() -> bool:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from .. import config
 from ..config import Reader
-from . import decoder
+from . import decoder, layer
 from .linear import Linear
 from .rope import Rope
 
@@ -77,13 +77,13 @@ class Config(config.Config):
         }
 
     def made_of(self, name: str) -> tuple[str, ...]:
-        for layer, parts in self.parts.items():
-            if f".{layer}." in name:
-                return tuple(name.replace(layer, part) for part in parts)
+        for module, parts in self.parts.items():
+            if f".{module}." in name:
+                return tuple(name.replace(module, part) for part in parts)
         return (name,)
 
 
-class Attention(decoder.Attention):
+class Attention(layer.Attention):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         rows = (self._heads + 2 * self._kv_heads) * self._dim
@@ -105,10 +105,10 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(decoder.swiglu(gate, up))
+        return self.down_proj(layer.swiglu(gate, up))
 
 
-class DecoderLayer(decoder.DecoderLayer):
+class DecoderLayer(layer.DecoderLayer):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         self.self_attn = Attention(config, rope, index)

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import config
 from ..config import BlockPattern, LongRope, Reader
-from . import blocksparse, decoder
+from . import blocksparse, decoder, layer
 from .attention import Mask
 from .cache import KVCache
 from .linear import Linear
@@ -155,7 +155,7 @@ def _longrope(reader: Reader, head_dim: int, longest: int) -> LongRope | None:
     )
 
 
-class Attention(decoder.Attention):
+class Attention(layer.Attention):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         self._pattern = None if config.is_dense(index) else config.pattern
@@ -233,7 +233,7 @@ class MLP(nn.Module):
         return self.down_proj(gegelu(self.up_proj(x), self._limit))
 
 
-class DecoderLayer(decoder.DecoderLayer):
+class DecoderLayer(layer.DecoderLayer):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         self.self_attn = Attention(config, rope, index)

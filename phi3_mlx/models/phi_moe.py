@@ -16,8 +16,8 @@ import mlx.nn as nn
 
 from .. import config
 from ..config import Cut, LongRope, Reader
-from . import decoder
-from .experts import Groups, SwitchLinear
+from . import decoder, layer
+from .experts import Groups, SwitchLinear, waits_for_groups
 from .linear import Linear
 from .rope import Rope
 
@@ -152,7 +152,7 @@ def route(scores: mx.array, tolerance: float) -> tuple[mx.array, mx.array]:
     return mx.concatenate(experts, axis=-1), mx.concatenate(weights, axis=-1)
 
 
-class Attention(decoder.Attention):
+class Attention(layer.Attention):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         hidden, bias = config.hidden_size, config.attention_bias
@@ -180,7 +180,7 @@ class Experts(nn.Module):
         self.down_proj = SwitchLinear(experts, inner, hidden)
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
-        return self.down_proj(decoder.swiglu(self.gate_proj(rows, groups), self.up_proj(rows, groups)), groups)
+        return self.down_proj(layer.swiglu(self.gate_proj(rows, groups), self.up_proj(rows, groups)), groups)
 
 
 class SparseMoeBlock(nn.Module):
@@ -200,7 +200,7 @@ class SparseMoeBlock(nn.Module):
         return groups.summed(rows * groups.ordered(weights)[:, None]).reshape(x.shape)
 
 
-class DecoderLayer(decoder.DecoderLayer):
+class DecoderLayer(layer.DecoderLayer):
     def __init__(self, config: Config, rope: Rope, index: int):
         super().__init__(config, rope, index)
         self.self_attn = Attention(config, rope, index)
@@ -210,6 +210,9 @@ class DecoderLayer(decoder.DecoderLayer):
 
     def feed_forward(self, x: mx.array) -> mx.array:
         return self.block_sparse_moe(x)
+
+    def waits(self, tokens: int) -> bool:
+        return waits_for_groups(tokens * _PER_TOKEN, self.input_layernorm.weight.dtype)
 
 
 class PhiMoeModel(decoder.Decoder):

@@ -8,7 +8,7 @@ Source: transformers `modeling_rope_utils._compute_longrope_parameters`, `modeli
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +52,41 @@ class Rope:
         """
         return self._by_regime(lambda long: self._rotate(x, offset, long), long)
 
+    def turns(self, offsets: Sequence[int], long: Sequence[bool]) -> list[mx.array] | None:
+        """What `turned` and `gained` ask for one token a row at these positions, as arrays; the same in every layer.
+
+        On the CPU, where MLX writes rotation out, cosines and sines (B, 1, 1, dims / 2), else positions and periods.
+        None: rows of both regimes on a GPU.
+        """
+        alike = len(set(long)) == 1
+        positions = mx.array([*offsets])
+        if _on_gpu():
+            if not alike:
+                return None
+            turns = [positions, self._freqs[long[0]]]
+        else:
+            periods = self._freqs[long[0]] if alike else mx.stack([self._freqs[regime] for regime in long])
+            angles = (positions[:, None] * mx.reciprocal(periods))[:, None, None]
+            turns = [mx.cos(angles), mx.sin(angles)]
+        if any(gain is not None for gain in self._query_gains):
+            gains = [mx.array(1.0) if gain is None else gain for gain in self._query_gains]
+            turns.append(self._by_regime(gains.__getitem__, tuple(long)))
+        return turns
+
+    def turned(self, x: mx.array, turns: list[mx.array]) -> mx.array:
+        """`rotate` of x (B, any heads, 1, D)."""
+        first, second = turns[:2]
+        if _on_gpu():
+            return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=first, freqs=second)
+        cosines, sines = first.astype(x.dtype), second.astype(x.dtype)  # as MLX has them there
+        half, others = self.dims // 2, [self.dims] if self.dims < x.shape[-1] else []
+        a, b, *rest = mx.split(x, [half, *others], axis=-1)
+        return mx.concatenate([a * cosines - b * sines, a * sines + b * cosines, *rest], axis=-1)
+
+    def gained(self, queries: mx.array, turns: list[mx.array]) -> mx.array:
+        """`gain` of rotated queries (B, H, 1, D)."""
+        return queries * turns[2].astype(queries.dtype) if len(turns) > 2 else queries
+
     def gain(self, queries: mx.array, long: Regime) -> mx.array:
         """Multiply rotated queries (B, H, L, D) by m^2, unless the softmax scale already has it."""
         if all(gain is None for gain in self._query_gains):
@@ -75,6 +110,10 @@ class Rope:
         return mx.fast.rope(
             x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs[long]
         )
+
+
+def _on_gpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def rotation_numbers(width: int) -> int:
