@@ -71,7 +71,7 @@ class Steps:
 
     def begin(
         self, layers: Sequence[DecoderLayer], caches: Sequence[list[KVCache]], long: tuple[bool, ...]
-    ) -> Step | None:
+    ) -> CompiledStep | None:
         """A step of the sequences with these caches, in these regimes; None where it takes the plain path."""
         if any(cache[0].sequence.left_padding is not None for cache in caches) or layers[0].waits(len(caches)):
             return None
@@ -84,7 +84,7 @@ class Steps:
                 return None
             halves.append(known.halves)
         turns = self._rope.turns([cache[0].offset for cache in caches], long)
-        return None if turns is None else Step(halves, caches, turns)
+        return None if turns is None else CompiledStep(halves, caches, turns)
 
     def _look_at(self, layer: DecoderLayer) -> _Known:
         modules = tuple(_modules_in(layer))
@@ -96,7 +96,7 @@ class Steps:
         return _Known(layer, modules, self._kinds[kind])
 
 
-class Step:
+class CompiledStep:
     """One more token of each of the sequences with these caches, layer after layer."""
 
     def __init__(self, halves: list[_Halves], caches: Sequence[list[KVCache]], turns: list[mx.array]):
