@@ -1,4 +1,4 @@
-"""A decoder layer and its attention, as far as the members of the family share them: the way through a cache."""
+"""A decoder layer and its attention: what the members of the family share of them."""
 
 from __future__ import annotations
 
