@@ -141,9 +141,9 @@ def test_a_given_cache_that_the_prompt_takes_over_the_boundary_is_read_again_at_
     """The whole prompt's length says its regime before its first chunk, so no chunk is read in both."""
     prompt = prompt_of(ORIGINAL + 30)
     _, first = run(model, [prompt[: ORIGINAL - 20]], 1)
-    chunks, read = [], decoder.Decoder._read
+    chunks, through = [], decoder.Decoder._through
     monkeypatch.setattr(
-        decoder.Decoder, "_read", lambda self, ids, *rest: chunks.append(ids.shape[1]) or read(self, ids, *rest)
+        decoder.Decoder, "_through", lambda self, ids, *rest: chunks.append(ids.size) or through(self, ids, *rest)
     )
     (tokens,), _ = run(model, [prompt], 3, cache=first.cache, prefill_chunk=8)
     assert sum(chunks) == len(prompt) + 2
