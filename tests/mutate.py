@@ -31,7 +31,7 @@ TESTS = {
     "engine/batch": ["test_jobs", "test_engine", "test_generation", "test_lookup", "test_traffic"],
     "conversion/choosing": ["test_gguf", "test_convert"],
     "conversion/layout": ["test_layout", "test_split", "test_convert"],
-    "conversion/sinks": ["test_once", "test_ways", "test_convert"],
+    "conversion/sinks": ["test_terminal", "test_ways", "test_convert"],
     "conversion/rounding": ["test_gptq", "test_quality", "test_convert"],
     "engine/drafts": ["test_jobs", "test_lookup", "test_engine", "test_generation"],
     "engine/fitting": ["test_fitting", "test_traffic", "test_memory_first"],

@@ -225,6 +225,14 @@ def test_long_work_has_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch: pytes
     )
 
 
+def test_a_stage_that_counts_no_bytes_shows_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(Pulse, "SECONDS", 0.0)
+    with ConversionProgress() as progress:
+        progress.update(Progress("comparing", "tokens", 1, 2))
+    assert capsys.readouterr().err == "comparing: 1 of 2 tokens\n"
+    assert Progress("comparing", "tokens", 1, 2).bytes == 0
+
+
 def test_a_short_prompt_has_no_bar(monkeypatch: pytest.MonkeyPatch):
     screens(monkeypatch)
     with PrefillProgress(2048) as progress:
