@@ -13,7 +13,7 @@ from oracle import CONFIGS, ORIGINAL, slim
 
 from phi3_mlx.engine import drafts
 from phi3_mlx.engine.generation import Generation
-from phi3_mlx.engine.lookup import Drafter, accepted_of
+from phi3_mlx.engine.lookup import LookupDrafter, accepted_of
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
@@ -32,25 +32,25 @@ def run(model, prompt, max_tokens=40, sampling=None, **options):
 
 def always(monkeypatch):
     """Draft whatever agrees, whatever the clock says, so that tests do not depend on the machine."""
-    monkeypatch.setattr(Drafter, "_length", lambda self, most: most)
+    monkeypatch.setattr(LookupDrafter, "length", lambda self, most: most)
 
 
 def prophecy(monkeypatch, answer, seed=0):
     """Drafts of the right tokens, one of them wrong now and then: every number of accepted tokens comes up."""
     random = np.random.default_rng(seed)
 
-    class Prophet(Drafter):
-        def __init__(self, ids, most):
-            super().__init__([], most)
+    class Prophet(LookupDrafter):
+        def __init__(self, ids, most, times):
+            super().__init__([], most, times)
 
         def draft(self, most):
             place = len(self._ids)
-            right = answer[place : place + int(random.integers(0, min(most, self._most) + 1))]
+            right = answer[place : place + int(random.integers(0, min(most, self.most) + 1))]
             if right and random.random() < 0.6:
                 right[random.integers(len(right))] ^= 1
             return right
 
-    monkeypatch.setattr(drafts, "Drafter", Prophet)
+    monkeypatch.setattr(drafts, "LookupDrafter", Prophet)
 
 
 @pytest.mark.parametrize("length", [20, ORIGINAL - 9, ORIGINAL - 1, ORIGINAL + 5])
@@ -173,7 +173,7 @@ def test_no_step_is_begun_behind_the_last_token():
 
 
 def test_guesses_that_never_hold_do_not_go_on_untimed():
-    drafter = Drafter([1, 2, 3] * 20, 16)
+    drafter = LookupDrafter([1, 2, 3] * 20, 16)
     lengths = []
     for _ in range(40):
         draft = drafter.draft(8)
@@ -271,20 +271,20 @@ def test_several_rows_are_decoded_plainly():
 
 def test_the_longest_agreement_wins_then_the_latest():
     ids = [1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 8, 1, 2, 3, 4]
-    assert Drafter(ids).draft(1) == [50]
+    assert LookupDrafter(ids).draft(1) == [50]
     ids = [7, 2, 3, 4, 50, 9, 2, 3, 4, 60, 8, 5, 2, 3, 4]
-    assert Drafter(ids).draft(1) == [60]
-    assert Drafter([1, 2, 3, 4, 5]).draft(4) == []
-    assert Drafter([1, 2]).draft(4) == []
+    assert LookupDrafter(ids).draft(1) == [60]
+    assert LookupDrafter([1, 2, 3, 4, 5]).draft(4) == []
+    assert LookupDrafter([1, 2]).draft(4) == []
 
 
 def test_a_draft_ends_where_the_text_does():
-    assert Drafter([5, 6, 7, 5, 6, 7], most=16).draft(16) in ([5, 6, 7], [5, 6], [5])
+    assert LookupDrafter([5, 6, 7, 5, 6, 7], most=16).draft(16) in ([5, 6, 7], [5, 6], [5])
 
 
 def test_rejected_drafts_grow_short_and_accepted_ones_long():
-    drafter = Drafter(PHRASE * 8, most=16)
-    drafter.saw_plain(1.0)
+    drafter = LookupDrafter(PHRASE * 8, most=16)
+    drafter.times.saw_plain(1.0)
     for _ in range(6):
         drafter.saw_draft(8, 8, 1.8)
     long = len(drafter.draft(16))
@@ -296,24 +296,24 @@ def test_rejected_drafts_grow_short_and_accepted_ones_long():
 
 def test_a_draft_is_short_until_one_was_timed():
     """Where each token costs as much as a step, a first draft of 16 would cost 16 of them."""
-    drafter = Drafter([*range(40), *range(20)], most=16)
-    drafter.saw_plain(1.0)
+    drafter = LookupDrafter([*range(40), *range(20)], most=16)
+    drafter.times.saw_plain(1.0)
     assert len(drafter.draft(16)) == 4
     drafter.saw_draft(4, 4, 1.04)
     assert len(drafter.draft(16)) == 16
 
 
 def test_a_step_that_costs_as_much_as_its_tokens_is_not_drafted():
-    drafter = Drafter(PHRASE * 8, most=16)
-    drafter.saw_plain(1.0)
+    drafter = LookupDrafter(PHRASE * 8, most=16)
+    drafter.times.saw_plain(1.0)
     for _ in range(6):
         drafter.saw_draft(8, 6, 9.0)
     assert drafter.draft(16) == []
 
 
 def test_after_failures_a_cheap_draft_is_tried_again():
-    drafter = Drafter(PHRASE * 8, most=16)
-    drafter.saw_plain(1.0)
+    drafter = LookupDrafter(PHRASE * 8, most=16)
+    drafter.times.saw_plain(1.0)
     for _ in range(20):
         drafter.saw_draft(4, 0, 1.2)
     lengths = [len(drafter.draft(16)) for _ in range(40)]
@@ -324,7 +324,7 @@ def test_after_failures_a_cheap_draft_is_tried_again():
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))
 @settings(deadline=None)
 def test_a_draft_is_a_continuation_that_stood_there(ids, most):
-    draft = Drafter(ids).draft(most)
+    draft = LookupDrafter(ids).draft(most)
     assert len(draft) <= most
     if draft:
         key = ids[-3:]

@@ -17,7 +17,7 @@ from tuning_models import facts, make_directory, write_jsonl
 from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, stream_generate, tune
 from phi3_mlx.engine import machine
 from phi3_mlx.engine.generation import Generation
-from phi3_mlx.engine.lookup import Drafter
+from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.errors import CacheError
 from phi3_mlx.models.cache import KVBits, KVCache
@@ -162,7 +162,7 @@ def test_every_token_may_be_taken_by_another_thread(tiny, options):
 
 @pytest.mark.parametrize("kind", ["rows", "drafts"])
 def test_rows_that_end_early_and_drafts_may_be_read_by_several_threads(kind, monkeypatch):
-    monkeypatch.setattr(Drafter, "_length", lambda self, most: most)  # drafts whether they pay or not
+    monkeypatch.setattr(LookupDrafter, "length", lambda self, most: most)  # drafts whether they pay or not
     model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
     prompts = [prompt_of(length, seed=length) for length in (30, 47, 9)] if kind == "rows" else [prompt_of(3) * 4]
     sampling = Sampling(temperature=0.02, seed=5, repetition_penalty=1.01)

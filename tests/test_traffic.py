@@ -17,7 +17,7 @@ from oracle import CONFIGS, ORIGINAL, slim
 
 from phi3_mlx.engine import machine, scheduler
 from phi3_mlx.engine.jobs import Job
-from phi3_mlx.engine.lookup import Drafter
+from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.processors import Bias
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
@@ -198,7 +198,7 @@ def test_every_job_gives_what_it_gives_alone(name):
 
 
 def test_drafts_are_made_for_a_row_that_is_alone_and_change_nothing(monkeypatch):
-    monkeypatch.setattr(Drafter, "_length", lambda self, most: most)  # whether they pay or not
+    monkeypatch.setattr(LookupDrafter, "length", lambda self, most: most)  # whether they pay or not
     model = MODELS["3.5-mini"]
     drafted = []
     step = Scheduler.step

@@ -16,8 +16,9 @@ from ..store.atomic import replace_file
 from .options import (
     ModelOptions,
     answer_options,
+    answering_model_options,
     as_typed,
-    model_options,
+    drafts_text,
     note_idle,
 )
 from .reading import check_text, decode_text
@@ -26,6 +27,8 @@ from .terminal import answer_writer, note, say, show
 if TYPE_CHECKING:
     from ..generation.conversation import Conversation
     from ..generation.request import Request
+    from ..models.decoder import Model
+    from ..text.tokenizer import Tokenizer
 
 _HELP = """\
 /reset         forget the conversation
@@ -36,7 +39,7 @@ _HELP = """\
 
 
 @click.command()
-@model_options
+@answering_model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @answer_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
@@ -51,7 +54,9 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
     system = check_text(system, "--system") if system else None
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    model = source.load_model(directory, 1, request)
+    found = source.find_draft(tokenizer)
+    model = source.load_model(directory, 1, request, draft=found)
+    draft = source.load_draft(found)
     conversation = Conversation(
         model,
         tokenizer,
@@ -74,7 +79,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
             if line.startswith("/"):
                 _command(conversation, line)
             elif line.strip():
-                _answer(conversation, line, request, stats)
+                _answer(conversation, line, request, draft, stats)
         except KeyboardInterrupt:
             if not typed:
                 raise
@@ -110,11 +115,13 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(conversation: Conversation, text: str, request: Request, stats: bool) -> None:
+def _answer(
+    conversation: Conversation, text: str, request: Request, draft: tuple[Model, Tokenizer] | None, stats: bool
+) -> None:
     chunk = None
     try:
         with (
-            contextlib.closing(conversation.ask(text, request)) as chunks,
+            contextlib.closing(conversation.ask(text, request, draft=draft)) as chunks,
             answer_writer() as write,
         ):
             for chunk in chunks:
@@ -125,7 +132,7 @@ def _answer(conversation: Conversation, text: str, request: Request, stats: bool
     if stats and chunk:
         say(
             f"prompt {chunk.prompt_tokens:,} tokens, {chunk.prefilled_tokens:,} of them new; "
-            f"answer {chunk.generation_tokens:,} tokens, {chunk.generation_tps:,.1f} tok/s"
+            f"answer {chunk.generation_tokens:,} tokens, {chunk.generation_tps:,.1f} tok/s{drafts_text(chunk)}"
         )
 
 

@@ -16,7 +16,8 @@ from .options import (
     REQUEST_FIELDS,
     ModelOptions,
     answer_options,
-    model_options,
+    answering_model_options,
+    drafts_text,
     note_idle,
 )
 from .progress import PrefillProgress
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options
+@answering_model_options
 @click.option("-p", "--prompt", metavar="TEXT", help='What to answer; "-" reads it from stdin.')
 @click.option(
     "-f",
@@ -96,20 +97,25 @@ def generate(
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
-    model = source.load_model(directory, len(ids), request, kept=cache is not None)
+    found = source.find_draft(tokenizer)
+    model = source.load_model(directory, len(ids), request, kept=cache is not None, draft=found)
+    draft = source.load_draft(found)
     prompt_cache = None
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)
         prompt_cache.check_prefix(ids, cache)
     with PrefillProgress(len(ids)) as progress:
-        answer = Answers(model, tokenizer, [ids], request, prompt_cache=prompt_cache, on_prefill=progress.update)
+        answer = Answers(
+            model, tokenizer, [ids], request, draft=draft, prompt_cache=prompt_cache, on_prefill=progress.update
+        )
         last = _print_json(source.model, answer.chunks()) if as_json else _print_text(answer.chunks())
     if stats:
         from ..sizes import size_text
 
         say(
             f"prompt {last.prompt_tokens:,} tokens ({last.prefilled_tokens:,} read now), {last.prompt_tps:,.1f} tok/s; "
-            f"answer {last.generation_tokens:,} tokens, {last.generation_tps:,.1f} tok/s; "
+            f"answer {last.generation_tokens:,} tokens, {last.generation_tps:,.1f} tok/s"
+            f"{drafts_text(last)}; "
             f"peak memory {size_text(last.peak_memory)}"
         )
 

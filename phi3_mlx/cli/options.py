@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -20,8 +20,16 @@ from .terminal import note
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..generation.answers import Chunk
     from ..models.decoder import LongRopeRule, Model
     from ..text.tokenizer import Tokenizer
+
+
+class Draft(NamedTuple):
+    """A draft model that was found."""
+
+    directory: Path
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,12 @@ class ModelOptions:
         metavar="DIR[=WEIGHT]",
     )
 
+    draft_model: str | None = option(
+        None,
+        "Let a smaller model of the same vocabulary guess tokens, which the model verifies. The text stays the same.",
+        metavar="NAME",
+    )
+
     def find(self) -> Path:
         """The model's directory, downloaded if need be."""
         from ..store.hub import resolve
@@ -65,10 +79,34 @@ class ModelOptions:
 
         return read_tokenizer(directory)
 
-    def load_model(self, directory: Path, prompt: int, request: Request, *, kept: bool = False) -> Model:
+    def find_draft(self, tokenizer: Tokenizer) -> Draft | None:
+        """The draft model's directory and tokenizer; OptionError if its vocabulary is not that of `tokenizer`."""
+        from ..generation.loading import check_vocabulary
+        from ..store.hub import resolve
+
+        if self.draft_model is None:
+            return None
+        directory = resolve(self.draft_model)
+        drafting = self.load_tokenizer(directory)
+        check_vocabulary(drafting, tokenizer)
+        return Draft(directory, drafting)
+
+    def load_draft(self, draft: Draft | None) -> tuple[Model, Tokenizer] | None:
+        """The draft model and its tokenizer, once `load_model` has planned the run with it."""
+        from ..generation.loading import load_adapted
+
+        if draft is None or self.draft_model is None:
+            return None
+        model = load_adapted(draft.directory, self.draft_model, dtype=self.dtype, longrope=self.longrope, adapters={})
+        return model, draft.tokenizer
+
+    def load_model(
+        self, directory: Path, prompt: int, request: Request, *, kept: bool = False, draft: Draft | None = None
+    ) -> Model:
         """The model, unless it, a prompt of this many tokens and the answer asked for do not fit in memory.
 
-        `kept`: the bits are those of a cache that is there already. Raises MemoryLimitError and what `load` raises.
+        `kept`: the bits are those of a cache that is there already. `draft` is to fit too. Raises MemoryLimitError and
+        what `load` raises.
         """
         from ..engine.plan import plan_run
         from ..generation.loading import load_adapted
@@ -84,6 +122,7 @@ class ModelOptions:
             kv_bits=request.cache_bits(),
             kept=kept,
             force=request.force,
+            draft=None if draft is None else draft.directory,
         )
         adapters = _weights(self.adapter)
         return load_adapted(
@@ -142,9 +181,12 @@ within_memory = click.option(
 )
 
 
-model_options = options_of("source", ModelOptions)
-revision_option = option_of(fields_of(ModelOptions)["revision"])
-compute_dtype = option_of(fields_of(ModelOptions)["dtype"])
+_MODEL_FIELDS = fields_of(ModelOptions)
+answering_model_options = options_of("source", ModelOptions)
+model_options = options_of("source", ModelOptions, [name for name in _MODEL_FIELDS if name != "draft_model"])
+draft_model_option = option_of(_MODEL_FIELDS["draft_model"])
+revision_option = option_of(_MODEL_FIELDS["revision"])
+compute_dtype = option_of(_MODEL_FIELDS["dtype"])
 
 REQUEST_FIELDS = fields_of(Request)
 _OVERRIDES: dict[str, dict[str, Any]] = {"max_tokens": {"default": CHAT_TOKENS}, "kv_bits": {"type": _KVBitsType()}}
@@ -167,6 +209,13 @@ def note_idle(request: Request) -> None:
         if request.temperature == 0 and getattr(request, name) != REQUEST_FIELDS[name].default:
             option = f"--{name.replace('_', '-')}"
             note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
+
+
+def drafts_text(chunk: Chunk) -> str:
+    """What --stats says of the drafts; nothing where there were none."""
+    if not chunk.drafted_tokens:
+        return ""
+    return f", {chunk.accepted_tokens:,} of {chunk.drafted_tokens:,} drafted tokens held"
 
 
 def as_typed(error: Phi3Error, command: click.Command) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OptionError
-from .options import revision_option
+from .options import draft_model_option, revision_option
 from .terminal import show, show_json
 
 if TYPE_CHECKING:
@@ -22,11 +22,20 @@ _KV_BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
     "-m", "--model", default="tiny", show_default=True, metavar="NAME", help="As in generate; nothing is downloaded."
 )
 @revision_option
+@draft_model_option
 @click.option("--context", type=int, metavar="N", help="Show what N tokens need, prompt and answer together.")
 @click.option("--memory", metavar="SIZE", help="Plan for a Mac with this much memory (16GB) instead of the usual ones.")
 @click.option("--here", is_flag=True, help="Plan for this machine, as it is now.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def plan(model: str, revision: str | None, context: int | None, memory: str | None, here: bool, as_json: bool) -> None:
+def plan(
+    model: str,
+    revision: str | None,
+    draft_model: str | None,
+    context: int | None,
+    memory: str | None,
+    here: bool,
+    as_json: bool,
+) -> None:
     """Show what fits in memory, at which length and bits.
 
     \b
@@ -43,7 +52,8 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
 
     if here and memory is not None:
         raise click.UsageError("--here and --memory name two machines; give one of them")
-    workload = workload_named(model, revision, here=here)
+    workload = workload_named(model, revision, draft_model=draft_model, here=here)
+    weights = workload.plan(0).weights
     longest = workload.config.max_position_embeddings
     if context is not None and not 0 < context <= longest:
         raise OptionError(f"--context {context:,} is outside 1 to {longest:,}, the model's context; give one inside")
@@ -54,7 +64,8 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
         machines.append({"memory": size, "room": within, "longest": fits})
     facts = {
         "model": model,
-        "weights": workload.weights,
+        "draft_model": draft_model,
+        "weights": weights,
         "context": context or longest,
         "needs": {widths[bits]: _packed(workload, bits, context or longest).plan(0).total for bits in _KV_BITS},
         "machines": machines,
@@ -62,10 +73,11 @@ def plan(model: str, revision: str | None, context: int | None, memory: str | No
     if as_json:
         show_json(facts, indent=2)
         return
-    show(f"{model}: weights {size_text(workload.weights)}, context {longest:,} tokens")
+    name = model if draft_model is None else f"{model} with {draft_model}"
+    show(f"{name}: weights {size_text(weights)}, context {longest:,} tokens")
     show("The most tokens that fit, by the bits of keys and values:\n")
     print_table(_table(facts, "this machine" if here else memory), right=range(1, len(widths) + 1))
-    if len(machines) == 1 and (answer := _answer(workload.weights, context, machines[0], widths)):
+    if len(machines) == 1 and (answer := _answer(weights, context, machines[0], widths)):
         show(f"\n{answer}")
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import CacheError, Phi3Error
 from ..models.cache import KVCache
 from ..models.decoder import Model
-from .drafts import draft_of, drafter_of, verify
+from .drafts import Drafter
 from .passes import Pass, queue_pass
 from .rows import Row
 from .tokens import Token
@@ -47,6 +47,7 @@ class Batch:
         self._model = model
         self.rows: list[Row] = []
         self._queued: Pass | None = None
+        self._drafter: Drafter | None = None  # of the row that was alone last
 
     def add(self, row: Row, chunk: int, copied: list[KVCache] | None = None) -> None:
         """Let a row join with the next step. `chunk` and `copied` are `Row.begin`'s."""
@@ -56,6 +57,7 @@ class Batch:
     def remove(self, row: Row) -> None:
         """Let a row leave as it is, between two steps; what is queued of it is not told."""
         self.rows.remove(row)
+        self._forget_drafter()
         if self._queued is not None:
             self._queued.leave_out(row)
 
@@ -79,7 +81,7 @@ class Batch:
             for row in self.rows:
                 row.fail(error)
         except BaseException:
-            rows, self.rows, self._queued = self.rows, [], None
+            rows, self.rows, self._queued, self._drafter = self.rows, [], None, None
             for row in rows:
                 row.finish()
             _settle(rows)
@@ -89,6 +91,7 @@ class Batch:
         self.rows = [row for row in self.rows if not row.finished]
         if not self.rows:
             self._queued = None  # it holds the last rows, and nobody may take a further step
+        self._forget_drafter()
         return step
 
     def _step(self, step: Step, chunk: int, on_read: Callable[[Row], None] | None) -> None:
@@ -103,33 +106,47 @@ class Batch:
                 if on_read is not None and row.error is None:
                     on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
+        drafter = self._drafter_of_one()
+        if drafter is not None and queued is None and self._draft(drafter, step):
+            return
         started = time.perf_counter()
-        drafting = self._drafting()
-        if drafting is not None and queued is None:
-            draft = draft_of(drafting, self._model)
-            if draft:
-                told = verify(drafting, draft, self._model)
-                drafter_of(drafting).saw_draft(len(draft), len(told) - 1, time.perf_counter() - started)
-                step.drafted = len(draft)
-                self._tell(told, step)
-                return
         # A row that is likely to draft waits: a draft is read behind a token that is known.
-        waits = queued is not None and drafting is not None and bool(drafter_of(drafting).draft(1))
+        waits = queued is not None and drafter is not None and drafter.likely
         ahead = None if queued is None or waits else self._queue(queued, chunk)
         if queued is not None:
             self._tell(queued.tokens(), step)
-        if ahead is not None and drafting is not None and step.tokens:
-            drafter_of(drafting).saw_plain(time.perf_counter() - started)
+        if ahead is not None and drafter is not None and step.tokens:
+            drafter.times.saw_plain(time.perf_counter() - started)
         if ahead is None and not waits:
             ahead = self._queue(None, chunk)
         if ahead is not None:
             ahead.draw_late()
         self._queued = ahead
 
-    def _drafting(self) -> Row | None:
-        """The row that drafts: one that is alone, for others keep the device as busy."""
+    def _drafter_of_one(self) -> Drafter | None:
+        """The drafter of a row that is alone, for others keep the device as busy; None where it does not draft now."""
         rows = [row for row in self.rows if not row.finished]
-        return rows[0] if len(rows) == 1 and rows[0].drafts else None
+        if len(rows) != 1 or not rows[0].drafts:
+            return None
+        if self._drafter is None or self._drafter.row is not rows[0]:
+            self._drafter = Drafter(rows[0], self._model)
+        if rows[0].reading:
+            self._drafter.follow()
+            return None
+        return self._drafter
+
+    def _forget_drafter(self) -> None:
+        """Let go of the drafter of a row that has left."""
+        if self._drafter is not None and self._drafter.row not in self.rows:
+            self._drafter = None
+
+    def _draft(self, drafter: Drafter, step: Step) -> bool:
+        """Verify the tokens that the row drafts, if it does."""
+        draft = drafter.draft()
+        told = drafter.verify(draft) if draft else []
+        step.drafted = len(draft)
+        self._tell(told, step)
+        return bool(draft)
 
     def _queue(self, last: Pass | None, chunk: int) -> Pass | None:
         """Begin the pass after `last`, whose tokens need not be known; after None, behind tokens that are."""

@@ -18,12 +18,17 @@ from .machine import mac_working_set
 from .plan import Plan, Workload
 
 
-def workload_named(name: str | Path, revision: str | None = None, *, here: bool = False) -> Workload:
+def workload_named(
+    name: str | Path, revision: str | None = None, *, draft_model: str | Path | None = None, here: bool = False
+) -> Workload:
     """What is known of a model: its files where they are on this disk, else the released shape of its name.
 
-    One token long, on a GPU with fused attention, unless `here` is a machine that has none; and for prompts of any
-    length, so that an answer may begin on this side of LongRoPE's boundary and end beyond it.
+    With the draft model of that name, if one is named. One token long, on a GPU with fused attention, unless `here` is
+    a machine that has none; and for prompts of any length, so that an answer may begin on this side of LongRoPE's
+    boundary and end beyond it.
     """
+    if draft_model is not None:
+        return replace(workload_named(name, revision, here=here), draft=workload_named(draft_model, here=here))
     fused_kernel = not here or fused_attention()
     alias = hub.find_alias(str(name))
     if alias is not None and hub.on_disk(alias.repo_id, revision) is None:
@@ -40,6 +45,7 @@ def memory_plan(
     revision: str | None = None,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
+    draft_model: str | Path | None = None,
     here: bool = False,
 ) -> Plan:
     """The bytes that a run takes at its peak, before anything is loaded; a released model need not be on this disk.
@@ -47,10 +53,10 @@ def memory_plan(
         memory_plan("phi-3.5-mini-4bit", 32_000, kv_bits=4).total
 
     `tokens`: prompt and answer together. `kv_bits` and `kv_group_size` as for `generate`. The plan is that of a Mac's
-    GPU, with the smallest prefill chunk; of this machine if `here`. Raises ModelNotFoundError, CheckpointError,
-    ConfigError, and OptionError for a value of another type or outside its range.
+    GPU, with the smallest prefill chunk; of this machine if `here`. `draft_model` names one that drafts. Raises
+    ModelNotFoundError, CheckpointError, ConfigError, and OptionError for a value of another type or outside its range.
     """
-    workload = workload_named(name, revision, here=here)
+    workload = workload_named(name, revision, draft_model=draft_model, here=here)
     longest, tokens = workload.config.max_position_embeddings, whole(tokens, "tokens")
     if not 0 < tokens <= longest:
         raise OptionError(f"tokens={tokens:,} is outside 1 to {longest:,}, the model's context; give one inside")
@@ -64,13 +70,15 @@ def longest_context(
     revision: str | None = None,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
+    draft_model: str | Path | None = None,
 ) -> int:
     """The most tokens, prompt and answer together, that fit a Mac sold with `memory` ("16GB"); 0 if none do.
 
     Within what Metal recommends to use, as `phi3-mlx plan` shows it. Raises what `memory_plan` raises.
     """
     within = mac_working_set(parse_size(memory, sold=True))
-    return replace(workload_named(name, revision), bits=make_kv_bits(kv_bits, kv_group_size)).longest(within)
+    workload = workload_named(name, revision, draft_model=draft_model)
+    return replace(workload, bits=make_kv_bits(kv_bits, kv_group_size)).longest(within)
 
 
 @dataclass(frozen=True)

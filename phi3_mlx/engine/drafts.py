@@ -1,50 +1,93 @@
-"""Drafts of a row: where earlier text suggests what comes next, a step verifies several tokens."""
+"""Drafts of a row that is alone: guesses of what comes next, of which one step verifies several."""
 
 from __future__ import annotations
+
+import time
 
 import mlx.core as mx
 
 from ..models.decoder import Model
-from .lookup import Drafter, accepted_of
+from .draft_model import ModelDrafter
+from .lookup import LookupDrafter, accepted_of
+from .payoff import Payoff, StepTimes
 from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
 
 
-def drafter_of(row: Row) -> Drafter:
-    """The row's drafter, which knows its prompt and its answer so far, and hears of every further token."""
-    if row.drafter is None:
-        row.drafter = Drafter([*row.job.prompt, *row.answer], row.job.lookup)
-    return row.drafter
+class Drafter:
+    """The drafts of a row, from earlier text or by its draft model, whichever pays more.
 
-
-def draft_of(row: Row, model: Model) -> list[int]:
-    """The likely next tokens behind the last, none past a boundary of LongRoPE; perhaps empty."""
-    total, wanted = row.read + 1, row.left - 1
-    if not model.model.is_long(total) and model.model.is_long(total + wanted):
-        wanted = model.config.original_max_position_embeddings - total
-    return drafter_of(row).draft(wanted)
-
-
-def verify(row: Row, draft: list[int], model: Model) -> list[tuple[Row, int, float]]:
-    """Read the last token and the draft in one pass; what is drawn after the last and every right token of the draft.
-
-    The tokens are those of plain decoding: one that was drafted counts only if the same was drawn in its place.
+    `draft` guesses and `verify` says what they are worth; `saw_plain` is told of every step of one token.
     """
-    row.check_claim()
-    logits = model.logits(model.model(mx.array([[row.answer[-1], *draft]]), row.cache))[0].astype(mx.float32)
-    drawn, states = [], []
-    for position in range(len(draft) + 1):
-        scores = None
-        if row.job.processors:
-            scores = processed(row.job.processors, [*row.answer, *draft[:position]], logits[position])[None]
-        drawn.append(draw([row.sampler], logits[position : position + 1], scores))
-        states.append(row.sampler.state)
-    ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]
-    logprobs: list[float] = mx.concatenate([logprobs for _, logprobs in drawn]).tolist()  # type: ignore[assignment]
-    accepted = accepted_of(draft, ids)
-    _take_back(row, len(draft) - accepted, states[accepted])
-    return [(row, token, logprob) for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False)]
+
+    def __init__(self, row: Row, model: Model):
+        self.row, self._model = row, model
+        self.times = StepTimes()
+        self._heard = 0  # tokens of the answer that lookup knows
+        self._lookup = LookupDrafter(row.job.prompt, row.job.lookup, self.times) if row.job.lookup else None
+        self._guesser: ModelDrafter | None = None
+        if row.job.draft is not None:
+            self._guesser = ModelDrafter(row, row.job.draft, model.config.vocab_size, self.times)
+        self._source: Payoff | None = None  # of the last draft
+
+    def follow(self) -> None:
+        """Let the draft model read what the row has read of its prompt."""
+        if self._guesser is not None:
+            self.row.check_claim()
+            self._guesser.follow(self.row.progress)
+
+    @property
+    def likely(self) -> bool:
+        """Whether the next step will probably verify a draft."""
+        return bool(self._looked_up(1)) or (self._guesser is not None and self._guesser.length(1) > 0)
+
+    def draft(self) -> list[int]:
+        """The likely next tokens behind the last, none past a boundary of LongRoPE; perhaps empty."""
+        self.row.check_claim()
+        total, most = self.row.read + 1, self.row.left - 1
+        if not self._model.model.is_long(total) and self._model.model.is_long(total + most):
+            most = self._model.config.original_max_position_embeddings - total
+        draft, self._source = self._looked_up(most), self._lookup
+        if self._guesser is not None:
+            length = self._guesser.length(most)
+            rate = self._lookup.rate(len(draft)) if self._lookup is not None else 1.0
+            if self._guesser.rate(length) > rate:
+                draft, self._source = self._guesser.draft(length), self._guesser
+        return draft
+
+    def verify(self, draft: list[int]) -> list[tuple[Row, int, float]]:
+        """Read the last token and the draft in one pass; what is drawn behind that and every right token of the draft.
+
+        The tokens are those of plain decoding: one that was drafted counts only if the same was drawn in its place.
+        """
+        row, model, started = self.row, self._model, time.perf_counter()
+        logits = model.logits(model.model(mx.array([[row.answer[-1], *draft]]), row.cache))[0].astype(mx.float32)
+        drawn, states = [], []
+        for position in range(len(draft) + 1):
+            scores = None
+            if row.job.processors:
+                scores = processed(row.job.processors, [*row.answer, *draft[:position]], logits[position])[None]
+            drawn.append(draw([row.sampler], logits[position : position + 1], scores))
+            states.append(row.sampler.state)
+            if row.job.processors and drawn[-1][0].item() != (*draft, None)[position]:
+                break  # a constraint need not know how to go on behind a token that it excludes
+        ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]
+        logprobs: list[float] = mx.concatenate([logprobs for _, logprobs in drawn]).tolist()  # type: ignore[assignment]
+        accepted = accepted_of(draft, ids)
+        _take_back(row, len(draft) - accepted, states[accepted])
+        assert self._source is not None
+        self._source.saw_draft(len(draft), accepted, time.perf_counter() - started)
+        return [(row, token, logprob) for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False)]
+
+    def _looked_up(self, most: int) -> list[int]:
+        """The draft of earlier text."""
+        if self._lookup is None:
+            return []
+        for token in self.row.answer[self._heard :]:
+            self._lookup.add(token)
+        self._heard = len(self.row.answer)
+        return self._lookup.draft(most)
 
 
 def _take_back(row: Row, tokens: int, sampler: SamplerState) -> None:

@@ -25,7 +25,8 @@ class Generation:
     Every row gives what it would give alone. `cache`: reuse the part that matches the prompt, drop the rest once the
     run is sure to fit, and extend it.
     `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of new caches.
-    `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row.
+    `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row. There
+    `draft`, a smaller model of the same vocabulary, drafts too; it reads into `draft_cache`, as `cache`, or a new one.
     `on_prefill(done, total)` is called after each chunk, with tokens of all prompts. `room` is how many bytes the run
     may take beside the weights, by default what the machine has; prompts that do not fit beside others wait. The
     prefill chunk is as large as it allows unless `prefill_chunk` says it. `force` refuses nothing. `kept`: the cache
@@ -50,6 +51,8 @@ class Generation:
         cache: list[KVCache] | None = None,
         kv_bits: KVBits | None = None,
         lookup: int = 0,
+        draft: Model | None = None,
+        draft_cache: list[KVCache] | None = None,
         room: float | None = None,
         force: bool = False,
         kept: bool = False,
@@ -60,11 +63,15 @@ class Generation:
         prompts = checked_prompts(model, prompts)
         if cache is not None and len(prompts) != 1:
             raise ValueError("a cache is for one prompt")
-        stop_ids, lookup = frozenset(stop_ids), lookup if len(prompts) == 1 else 0
+        stop_ids = frozenset(stop_ids)
+        if len(prompts) != 1:
+            lookup, draft, draft_cache = 0, None, None
         self._on_prefill = on_prefill
         self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk, prefixes=prefixes)
         self._rows = [
-            self._scheduler.submit(Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup))
+            self._scheduler.submit(
+                Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup, draft, draft_cache)
+            )
             for prompt in prompts
         ]
         _raise_errors(self._scheduler.admit())
@@ -74,6 +81,11 @@ class Generation:
     def cache(self) -> list[KVCache]:
         """What the one prompt is read into, one entry a layer."""
         return self._rows[0].cache
+
+    @property
+    def draft_cache(self) -> list[KVCache]:
+        """What the draft model reads it into, one entry a layer; empty without one."""
+        return self._rows[0].draft_cache
 
     def finish(self, row: int) -> None:
         """The caller has seen enough of this row."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
+from ..models.decoder import Model
 from ..values import refusal, token_ids, whole
 from .processors import Processor
 from .sampling import Sampling
@@ -21,6 +22,8 @@ class Job:
     - `cache`: layers that have read something; what the prompt begins with is reused, the rest dropped.
     - `kv_bits`: how a new cache is packed.
     - `lookup`: tokens at most that are drafted from earlier text and verified in one step, while no other job runs.
+    - `draft`: a smaller model of the same vocabulary that drafts tokens, while no other job runs and where it pays more
+      than lookup. `draft_cache`: layers that it has read something into.
     - `processors`: what changes the logits before a token is drawn, in this order.
     - `scored_from`: the log-probability of the prompt's tokens from this place on is wanted (1: of all but the first,
       before which nothing stands); None: of none.
@@ -40,6 +43,8 @@ class Job:
     cache: list[KVCache] | None = None
     kv_bits: KVBits | None = None
     lookup: int = 0
+    draft: Model | None = None
+    draft_cache: list[KVCache] | None = None
     processors: Sequence[Processor] = ()
     scored_from: int | None = None
     candidates: Sequence[int] = ()

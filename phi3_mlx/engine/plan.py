@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +56,8 @@ class Workload:
     tokens of a prompt are read at once; without it, as many as fit. `recomputed`: how many tokens of a row are
     recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot. `branches`: how many
     continuations of the sequence, with caches of their own, there are at once. `scores`: whether log-probabilities of
-    given tokens are computed.
+    given tokens are computed. `draft`: a draft model that reads along, in caches of the same bits; its own length and
+    bits are not looked at.
     """
 
     config: Config
@@ -70,6 +71,7 @@ class Workload:
     recomputed: int = 0
     branches: int = 0
     scores: bool = False
+    draft: Workload | None = None
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
@@ -108,13 +110,30 @@ class Workload:
 
     def plan(self, room: float) -> Plan:
         """The plan with the largest prefill chunk that fits `room` bytes, with the smallest if none does."""
-        cache = self.cache_bytes()
-        works = ((chunk, max(self.workspace(chunk), self.recomputing_beside(chunk) - cache)) for chunk in self.chunks())
-        plans = (Plan(self.weights, cache, work, chunk) for chunk, work in works)
+        parts = self.parts
+        weights, cache = (
+            sum(sizes) for sizes in zip(*((part.weights, part.cache_bytes()) for part in parts), strict=True)
+        )
+        works = ((chunk, max(part.working(chunk) for part in parts)) for chunk in self.chunks())
+        plans = (Plan(weights, cache, work, chunk) for chunk, work in works)
         for plan in plans:
             if plan.total <= room:
                 break
         return plan
+
+    @property
+    def parts(self) -> list[Workload]:
+        """That of the model itself, and of the draft model where there is one: they compute in turn."""
+        if self.draft is None:
+            return [self]
+        config = self.draft.config
+        length = min(self.length, config.max_position_embeddings)
+        bits = None if self.bits is None else self.bits.dividing(config.head_dim)
+        return [replace(self, draft=None), replace(self.draft, length=length, bits=bits, chunk=self.chunk)]
+
+    def working(self, chunk: int) -> int:
+        """Bytes beside weights and cache at most, with chunks of so many tokens."""
+        return max(self.workspace(chunk), self.recomputing_beside(chunk) - self.cache_bytes())
 
     def chunks(self) -> list[int]:
         """How many tokens of a prompt may be read at once, best first."""
@@ -173,15 +192,22 @@ def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
     longest = max(workloads, key=lambda workload: workload.length)
     if len(workloads) == 1:
         return longest.plan(room)
-    cache = sum(workload.cache_bytes() for workload in workloads)
+    parts = [part for workload in workloads for part in workload.parts]
+    cache = sum(part.cache_bytes() for part in parts)
     step = replace(longest, rows=len(workloads)).workspace(1)
     for chunk in longest.chunks():
         tokens = chunk + len(workloads) - 1
-        chunks = (max(workload.workspace(tokens), workload.recomputing(chunk)) for workload in workloads)
-        plan = Plan(longest.weights, cache, max(step, *chunks), chunk)
+        chunks = (max(part.workspace(tokens), part.recomputing(chunk)) for part in parts)
+        plan = Plan(longest.weights + draft_weights(workloads), cache, max(step, *chunks), chunk)
         if plan.total <= room:
             break
     return plan
+
+
+def draft_weights(workloads: Iterable[Workload]) -> int:
+    """Bytes of the weights of all draft models, one that several rows share counted once."""
+    drafts = (workload.draft for workload in workloads if workload.draft is not None)
+    return sum({id(draft.config): draft.weights for draft in drafts}.values())
 
 
 def recomputed_at_boundary(config: Config) -> int:
@@ -200,6 +226,8 @@ def check_fits(workload: Workload, room: float, *, prompt: int = 0, kept: bool =
     if plan.total <= room:
         return plan
     ways = []
+    if workload.draft is not None and (total := replace(workload, draft=None).plan(room).total) <= room:
+        ways.append(f"without the draft model it needs {size_text(total)}")
     for bits in _OFFERED_BITS:
         packed = replace(workload, bits=KVBits(bits, bits))
         if workload.bits is not None and bits >= min(workload.bits.keys, workload.bits.values):
@@ -220,8 +248,9 @@ def check_fits(workload: Workload, room: float, *, prompt: int = 0, kept: bool =
     tokens = f"{rows} x {length:,} tokens" if rows > 1 else f"{length:,} tokens"
     parts = f" ({prompt:,} of the prompt, {length - prompt:,} for the answer)" if 0 < prompt < length else ""
     again = f" to recompute {workload.recomputed:,} tokens" if workload.recomputes_at_its_peak else ""
+    drafting = "" if workload.draft is None else f" with a draft model's {size_text(workload.draft.weights)}"
     raise MemoryLimitError(
-        f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}, keys and values "
+        f"{tokens}{parts} need {size_text(plan.total)} (weights {size_text(plan.weights)}{drafting}, keys and values "
         f"{size_text(plan.cache)}, work{again} {size_text(plan.workspace)}), and {size_text(room)} may be used: "
         f"{', '.join(ways)}, and force=True tries all the same"
     )
@@ -258,14 +287,22 @@ def plan_run(
     kv_bits: KVBits | None = None,
     kept: bool = False,
     force: bool = False,
+    draft: Path | None = None,
 ) -> None:
     """Raise MemoryLimitError if the model of `directory`, a prompt of this many tokens and its answer do not fit.
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
-    the run. `force` refuses nothing. Raises PromptError for a prompt that the model's context cannot hold.
+    the run. `force` refuses nothing. `draft`: the directory of a draft model. Raises PromptError for a prompt that the
+    model's context cannot hold.
     """
-    workload = Workload.of_directory(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+
+    def workload_of(directory: Path) -> Workload:
+        workload = Workload.of_directory(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+        crosses = longrope == "auto" and prompt <= workload.config.original_max_position_embeddings
+        return workload.crossing() if crosses else workload
+
+    workload = workload_of(directory)
     check_length(workload.config, prompt)
-    if longrope == "auto" and prompt <= workload.config.original_max_position_embeddings:
-        workload = workload.crossing()
+    if draft is not None:
+        workload = replace(workload, draft=workload_of(draft))
     check_fits(workload, math.inf if force else machine.room(), prompt=prompt, kept=kept)

@@ -11,7 +11,6 @@ from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
 from .identity import ModelState
 from .jobs import Job
-from .lookup import Drafter
 from .prefill import cache_for, shared_length
 from .sampler import Sampler
 from .scores import TokenScore
@@ -30,7 +29,8 @@ class Row:
 
     `budget`: tokens of the answer at most. `error`: why it failed, where it did. `shared`: how many tokens of the
     prompt the cache that the job brought has read; `brought`: the bytes of that cache. `scores`: of the tokens that the
-    job asks for, so far.
+    job asks for, so far. `draft_cache`: what the job's draft model has read, empty without one; `draft_shared` and
+    `draft_brought` are as those of the row.
     """
 
     def __init__(self, index: int, job: Job, model: Model):
@@ -51,7 +51,11 @@ class Row:
         # The token before the first that is scored must be read here.
         self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt[: self.scored_from])
         self.brought = sum(layer.nbytes for layer in job.cache or ())
-        self.drafter: Drafter | None = None
+        self.draft_cache: list[KVCache] = []
+        self.draft_given = job.draft_cache
+        self.draft_shared = 0 if job.draft_cache is None else shared_length(job.draft_cache, self.prompt)
+        self.draft_brought = sum(layer.nbytes for layer in job.draft_cache or ())
+        self.chunk = RECOMPUTE_CHUNK
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
         self._model = model
@@ -63,19 +67,28 @@ class Row:
         """Take the cache `copied`, or the one that the job brought, or make one. `chunk`: tokens read at once."""
         self.cache = copied or cache_for(self._model, self.length, given=self.given, shared=self.shared, bits=self.bits)
         self.reused = self.progress = self.read
+        self.chunk = chunk
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
         sequence.wanted_from = None if self.scored_from is None else self.scored_from - 1
+        if self.job.draft is not None:
+            bits = None if self.bits is None else self.bits.dividing(self.job.draft.config.head_dim)
+            self.draft_cache = cache_for(
+                self.job.draft, self.length, given=self.draft_given, shared=self.draft_shared, bits=bits
+            )
+            self.draft_cache[0].sequence.recompute_chunk = sequence.recompute_chunk
         # Not this row itself: a cycle would keep keys and values until Python looks for cycles.
         self._claim = sequence.reader = object()
 
     def pause(self) -> None:
         """Let go of keys and values; what was read and said is recomputed once the row begins anew."""
         self.prompt = [*self.job.prompt, *self.answer]
-        if self.cache is self.given and self._owns_cache:  # the job would hold it still
-            for layer in self.cache:
-                layer.trim(layer.offset)
+        for cache, given in ((self.cache, self.given), (self.draft_cache, self.draft_given)):
+            if cache is given and self._owns_cache:  # the job would hold it still
+                for layer in cache:
+                    layer.trim(layer.offset)
         self.cache, self.given, self.shared, self.brought = [], None, 0, 0
+        self.draft_cache, self.draft_given, self.draft_shared, self.draft_brought = [], None, 0, 0
         self.scores = []
 
     @property
@@ -110,13 +123,20 @@ class Row:
 
     @property
     def drafts(self) -> bool:
-        """Whether tokens of the answer may be drafted now."""
-        return self.job.lookup > 0 and not self.reading
+        """Whether tokens of the answer may be drafted."""
+        return self.job.lookup > 0 or self.job.draft is not None
 
     @property
     def to_compute(self) -> list[mx.array]:
         """All that the cache keeps, some of it perhaps not computed yet."""
-        return [array for layer in self.cache for array in layer.state] + self.ids_to_compute
+        own = [array for layer in self.cache for array in layer.state]
+        return own + self.ids_to_compute + self.draft_to_compute
+
+    @property
+    def draft_to_compute(self) -> list[mx.array]:
+        """The same of the draft model's cache."""
+        layers = self.draft_cache
+        return [array for layer in layers for array in layer.state] + (layers[0].sequence.kept if layers else [])
 
     @property
     def ids_to_compute(self) -> list[mx.array]:
@@ -156,8 +176,6 @@ class Row:
     def say(self, token: int, logprob: float) -> Token:
         """Add the next token of the answer, and end the row with it where it is the last."""
         self.answer.append(token)
-        if self.drafter is not None:
-            self.drafter.add(token)
         reason: FinishReason | None = None
         if token in self._stop_ids:
             reason = "stop"

@@ -15,7 +15,7 @@ from . import machine
 from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
 from .jobs import Job
-from .plan import Plan, Workload, check_fits, plan_together
+from .plan import Plan, Workload, check_fits, draft_weights, plan_together
 from .prefill import common_length
 from .prefixes import LEAST, PrefixStore
 from .rows import Row
@@ -212,7 +212,7 @@ class Scheduler:
 
     def _available(self, workloads: Mapping[Row, Workload]) -> float:
         """Bytes that these rows may take, weights and what they hold already among them."""
-        weights = Workload.of_model(self._model, 1).weights
+        weights = Workload.of_model(self._model, 1).weights + draft_weights(workloads.values())
         if self._room is None or self._force:
             return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
         stored = self._prefixes.nbytes if self._prefixes else 0

@@ -16,7 +16,7 @@ from ..text.chat import render_chat
 from ..text.messages import Message
 from ..text.stops import Stops
 from ..values import check_function, listed, refusal, shown, token_ids
-from .loading import check_loaded, check_tokenizer
+from .loading import check_draft, check_loaded, check_tokenizer
 from .request import Request
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Chunk:
 
     `finish_reason` is None until the last chunk: "stop" (the model ended its answer or a stop string came) or
     "length". The other figures are those of the run so far: tokens (`prefilled_tokens` are those of the prompt that no
-    cache held), tokens a second, peak bytes.
+    cache held, `accepted_tokens` are those drafted that were right), tokens a second, peak bytes.
     """
 
     text: str
@@ -46,6 +46,8 @@ class Chunk:
     generation_tokens: int
     generation_tps: float
     peak_memory: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def generate(
@@ -65,6 +67,7 @@ def generate(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
+    draft: tuple[Model, Tokenizer] | None = None,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
@@ -75,13 +78,15 @@ def generate(
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it; control tokens too
     ("<|user|>"). The sampling options are those of `Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of
     values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed
-    from earlier text and verified at once (0: none), which changes the speed alone. `prompt_cache` keeps what is read
-    for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are refused. `prefixes` keeps
-    what all prompts read that it is given to. A run that the memory at hand cannot hold is refused unless `force`.
+    from earlier text and verified at once (0: none), which changes the speed alone. So does `draft`, a smaller model
+    of the same vocabulary with its tokenizer, as `load` gives them: it guesses tokens where that pays. `prompt_cache`
+    keeps what is read for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are
+    refused. `prefixes` keeps what all prompts read that it is given to. A run that the memory at hand cannot hold is
+    refused unless `force`.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     request = Request(**arguments(Request, locals()))
-    answer = Answers(model, tokenizer, [prompt], request, prompt_cache=prompt_cache, prefixes=prefixes)
+    answer = Answers(model, tokenizer, [prompt], request, draft=draft, prompt_cache=prompt_cache, prefixes=prefixes)
     return "".join(text for _, text, _ in answer)
 
 
@@ -102,6 +107,7 @@ def stream_generate(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
+    draft: tuple[Model, Tokenizer] | None = None,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
@@ -114,7 +120,14 @@ def stream_generate(
     """
     request = Request(**arguments(Request, locals()))
     answer = Answers(
-        model, tokenizer, [prompt], request, prompt_cache=prompt_cache, prefixes=prefixes, on_prefill=on_prefill
+        model,
+        tokenizer,
+        [prompt],
+        request,
+        draft=draft,
+        prompt_cache=prompt_cache,
+        prefixes=prefixes,
+        on_prefill=on_prefill,
     )
     return answer.chunks()
 
@@ -194,12 +207,14 @@ class Answers:
         prompts: Sequence[Prompt],
         request: Request,
         *,
+        draft: tuple[Model, Tokenizer] | None = None,
         prompt_cache: PromptCache | None = None,
         prefixes: PrefixStore | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
+        draft_model = None if draft is None else check_draft(draft, tokenizer)
         check_function(on_prefill, "on_prefill")
         bits = request.cache_bits()
         if prompt_cache is not None and not hasattr(prompt_cache, "layers_for"):
@@ -213,6 +228,10 @@ class Answers:
         self._decoders = [tokenizer.stream() for _ in prompts]
         self._stops = Stops(tokenizer, request.stop or ())
         self._finders = [self._stops.finder() for _ in prompts]
+        draft_cache, draft_layers = None, None
+        if prompt_cache is not None and draft_model is not None:
+            draft_cache = prompt_cache.beside(draft_model)
+            draft_layers = draft_cache.layers_for(draft_model)
         rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
         self.generation = Generation(
             model,
@@ -223,6 +242,8 @@ class Answers:
             cache=None if prompt_cache is None else prompt_cache.layers_for(model),
             kv_bits=bits if prompt_cache is None else prompt_cache.bits,
             lookup=request.lookup,
+            draft=draft_model,
+            draft_cache=draft_layers,
             force=request.force,
             kept=prompt_cache is not None,
             on_prefill=on_prefill,
@@ -230,6 +251,8 @@ class Answers:
         )
         if prompt_cache is not None:
             prompt_cache.keep(self.generation.cache)  # it grows in place
+        if draft_cache is not None:
+            draft_cache.keep(self.generation.draft_cache)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -264,4 +287,6 @@ class Answers:
                 s.generated_tokens,
                 s.decode_tps,
                 s.peak_memory,
+                s.drafted_tokens,
+                s.accepted_tokens,
             )

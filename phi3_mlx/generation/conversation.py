@@ -108,11 +108,14 @@ class Conversation:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         lookup: int = Request.lookup,
+        draft: tuple[Model, Tokenizer] | None = None,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        return self.ask(text, Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION)))
+        return self.ask(text, Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION)), draft=draft)
 
-    def ask(self, text: str, request: Request) -> Generator[Chunk, None, None]:
+    def ask(
+        self, text: str, request: Request, *, draft: tuple[Model, Tokenizer] | None = None
+    ) -> Generator[Chunk, None, None]:
         """`send`, with all options at once.
 
         The cache's bits are the conversation's: others in the request are an OptionError. So is `raw`, since a message
@@ -128,11 +131,17 @@ class Conversation:
             messages = [*self.messages, {"role": "user", "content": text}]
             rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
             actual = self._with_own_answers(rendered)
-            if self._prefixes is None:
-                answers = Answers(self._model, self._tokenizer, [actual], request, prompt_cache=self._cache)
-            else:
-                packed = replace(request, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size)
-                answers = Answers(self._model, self._tokenizer, [actual], packed, prefixes=self._prefixes)
+            if self._prefixes is not None:
+                request = replace(request, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size)
+            answers = Answers(
+                self._model,
+                self._tokenizer,
+                [actual],
+                request,
+                draft=draft,
+                prompt_cache=self._cache if self._prefixes is None else None,
+                prefixes=self._prefixes,
+            )
             self._open = self._answered(answers, messages, rendered, actual, self._number)
             return self._read(self._open, self._number)
 

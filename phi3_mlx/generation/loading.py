@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..errors import Phi3Error
+from ..errors import OptionError, Phi3Error
 from ..models.decoder import Model
 from ..values import flag, number, path, refusal, shown
 
@@ -112,6 +112,35 @@ def plan_loading(
     )
     parts = {"weights": size.weights + adapted, "one of them as it is stored": size.largest_cast}
     plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
+
+
+def check_draft(draft: tuple[Model, Tokenizer], tokenizer: Tokenizer) -> Model:
+    """The model of `draft`, all that `load` gives.
+
+    Raises OptionError unless it is that, and its tokenizer has the vocabulary of `tokenizer`; Phi3Error if it was
+    unloaded.
+    """
+    if not isinstance(draft, tuple) or len(draft) != 2:
+        given = f"is {shown(draft)}" if isinstance(draft, str | Path) else "is not all that load() gives"
+        raise OptionError(f"draft {given}; give the model and its tokenizer: draft=load(NAME)")
+    model, drafting = draft
+    check_loaded(model)
+    check_tokenizer(drafting)
+    check_vocabulary(drafting, tokenizer)
+    return model
+
+
+def check_vocabulary(drafting: Tokenizer, tokenizer: Tokenizer) -> None:
+    """OptionError unless every id of a draft model's tokenizer means what it means in `tokenizer`."""
+    from ..text.alike import first_difference
+
+    number = first_difference(drafting, tokenizer)
+    if number is not None:
+        theirs, own = (shown(each.id_to_token(number)) for each in (drafting, tokenizer))
+        raise OptionError(
+            f"the draft model has another vocabulary than the model: token {number} is {theirs} there and {own} here; "
+            "take a smaller model of the same tokenizer"
+        )
 
 
 def unload(model: Model) -> None:

@@ -55,6 +55,7 @@ class PromptCache:
         self._model, self.document = model, document
         self.bits = make_kv_bits(kv_bits, kv_group_size)
         self._layers: list[KVCache] | None = None
+        self._beside: PromptCache | None = None
 
     def __repr__(self) -> str:
         return f"<PromptCache: {len(self.ids):,} tokens read, {size_text(self.nbytes)}>"
@@ -84,6 +85,13 @@ class PromptCache:
     def keep(self, layers: list[KVCache]) -> None:
         """Hold these layers of a run; they grow as it does."""
         self._layers = layers
+
+    def beside(self, draft_model: Model) -> PromptCache:
+        """The cache of a draft model that reads what is read here; kept in memory alone, for the last such model."""
+        if self._beside is None or self._beside._model is not draft_model:
+            self._beside = PromptCache(draft_model)
+            self._beside.bits = None if self.bits is None else self.bits.dividing(draft_model.config.head_dim)
+        return self._beside
 
     def _whole(self) -> bool:
         """Whether the layers agree; a Ctrl-C can fall between two, or into the recomputation at a regime's boundary."""

@@ -110,6 +110,10 @@ class KVBits:
         if self.group_size not in KV_GROUP_SIZES:
             raise OptionError(f"kv_group_size {self.group_size} is not possible; choose 32 or 64")
 
+    def dividing(self, head_dim: int) -> KVBits:
+        """The same bits, in groups that divide a head of this width: of 32 where these do not."""
+        return KVBits(self.keys, self.values) if head_dim % self.group_size else self
+
 
 class KVCache:
     """Keys and values of one layer, each (B, Hkv, slots, D).
