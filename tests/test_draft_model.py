@@ -1,7 +1,14 @@
 """A draft model changes how many steps a run takes, and nothing else."""
 
+import copy
 import dataclasses
+import gc
+import io
+import json
 import math
+import re
+import shutil
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,17 +23,26 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from oracle import CONFIGS, ORIGINAL, slim
 
+import phi3_mlx
+from phi3_mlx import cli
 from phi3_mlx.engine import draft_model, drafts
 from phi3_mlx.engine.draft_model import ModelDrafter
+from phi3_mlx.engine.fitting import workload_of
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.payoff import StepTimes
+from phi3_mlx.engine.plan import Workload, check_fits, plan_together
 from phi3_mlx.engine.processors import Bias
+from phi3_mlx.engine.rows import Row
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
-from phi3_mlx.errors import CacheError
+from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError
 from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
+from phi3_mlx.store import hub
+from phi3_mlx.text.added_tokens import AddedToken
+from phi3_mlx.text.alike import first_difference
+from phi3_mlx.text.tokenizer import Tokenizer
 
 SAMPLINGS = [
     Sampling(),
@@ -449,3 +465,258 @@ def test_ctrl_c_while_a_model_drafts_leaves_caches_that_can_be_read_on(monkeypat
         draft_cache = generation.draft_cache if generation.draft_cache[0].offset else None
         again, _ = run(model, PHRASE * 4, draft=draft, cache=generation.cache, draft_cache=draft_cache)
         assert again == plain
+
+
+# ------------------------------------------------------------------------------------------ with text
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return phi3_mlx.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def other():
+    """A model of another vocabulary."""
+    model, tokenizer = phi3_mlx.load("tiny")
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.id_to_token = lambda number: (
+        "<unheard of>" if number == 300 else type(tokenizer).id_to_token(tokenizer, number)
+    )
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4}, {"kv_bits": 4}], ids=str)
+def test_the_text_is_the_same_with_a_draft_model(tiny, options):
+    plain = list(phi3_mlx.stream_generate(*tiny, "Tell me a story.", max_tokens=40, **options))
+    drafted = list(phi3_mlx.stream_generate(*tiny, "Tell me a story.", max_tokens=40, draft=tiny, **options))
+    assert [chunk.text for chunk in drafted] == [chunk.text for chunk in plain]
+    assert drafted[-1].drafted_tokens >= drafted[-1].accepted_tokens > 30 / 2
+    text = phi3_mlx.generate(*tiny, "Tell me a story.", max_tokens=40, draft=tiny, **options)
+    assert text == "".join(chunk.text for chunk in plain)
+
+
+def test_a_later_turn_of_a_conversation_reads_only_its_own_tokens_with_the_draft_model_too(tiny, monkeypatch):
+    model, tokenizer = tiny
+    draft = phi3_mlx.load("tiny")
+    reads = []
+    call = Decoder.__call__
+
+    def counting(self, ids, cache=None):
+        if self is draft[0].model:
+            reads.append(ids.shape[1])
+        return call(self, ids, cache)
+
+    monkeypatch.setattr(Decoder, "__call__", counting)
+    plain, drafted = phi3_mlx.Conversation(model, tokenizer), phi3_mlx.Conversation(model, tokenizer)
+    for turn in ("Tell me a long story about a cat.", "And then?", "Why?"):
+        before = drafted.cached_tokens
+        reads.clear()
+        right = "".join(chunk.text for chunk in plain.send(turn, max_tokens=30))
+        assert "".join(chunk.text for chunk in drafted.send(turn, max_tokens=30, draft=draft)) == right
+        if before:
+            assert max(reads) < 30 < before
+    drafted.reset()
+    assert drafted._cache.beside(draft[0]).ids == []
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("tiny", "draft is 'tiny'; give the model and its tokenizer: draft=load(NAME)"),
+        (MODELS["mini-4k"], "draft is not all that load() gives; give the model and its tokenizer: draft=load(NAME)"),
+    ],
+    ids=["name", "model"],
+)
+def test_what_is_no_loaded_model_is_refused_in_a_line(tiny, draft, message):
+    for call in (
+        lambda: phi3_mlx.generate(*tiny, "Hi", draft=draft),
+        lambda: phi3_mlx.stream_generate(*tiny, "Hi", draft=draft),
+        lambda: phi3_mlx.Conversation(*tiny).send("Hi", draft=draft),
+    ):
+        with pytest.raises(OptionError) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+def test_another_vocabulary_is_refused_in_a_line_at_the_call(tiny, other):
+    wrong = (
+        r"^the draft model has another vocabulary than the model: token 300 is '<unheard of>' there and '.+' here; take"
+    )
+    with pytest.raises(OptionError, match=wrong):
+        phi3_mlx.stream_generate(*tiny, "Hi", draft=other)
+    conversation = phi3_mlx.Conversation(*tiny)
+    with pytest.raises(OptionError, match=wrong):
+        conversation.send("Hi", draft=other)
+    assert conversation.messages == []
+
+
+class Words(Tokenizer):
+    """A vocabulary that is a list of words, and added tokens behind it."""
+
+    def __init__(self, words, added=()):
+        self.words = words
+        super().__init__(len(words), [AddedToken(len(words) + i, content) for i, content in enumerate(added)])
+
+    def token_to_id(self, token):
+        raise NotImplementedError
+
+    def id_to_token(self, token_id):
+        return [*self.words, *self.added_tokens][token_id] if token_id < self.vocab_size else None
+
+    _encode_text = _stream = token_to_id
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "difference"),
+    [
+        (Words("abc"), Words("abc"), None),
+        (Words("abc"), Words("abd"), 2),
+        (Words("abc"), Words("ab"), 2),  # a word of the text that one cannot write
+        (Words("abc", ["<|end|>"]), Words("abc", ["<|end|>", "<|placeholder1|>"]), None),
+        (Words("abc", ["<|end|>", "<|user|>"]), Words("abc", ["<|user|>", "<|end|>"]), 3),
+        (Words("abc", ["<|end|>"]), Words("abc"), None),
+        (Words("abc", ["d"]), Words("abcd"), None),
+    ],
+)
+def test_each_id_of_both_vocabularies_must_mean_the_same(one, two, difference):
+    assert first_difference(one, two) == first_difference(two, one) == difference
+    assert first_difference(one, one) is None
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_the_plan_holds_both_models_and_caches():
+    one, other = Workload.of_model(MODELS["3.5-mini"], 300), Workload.of_model(MODELS["mini-4k"], 300)
+    both = dataclasses.replace(one, draft=other)
+    apart, plan = (one.plan(0), other.plan(0)), both.plan(0)
+    assert plan.weights == sum(each.weights for each in apart)
+    assert plan.cache == sum(each.cache for each in apart)
+    assert plan.workspace == max(each.workspace for each in apart)
+    several = plan_together([both, both, one], 0)
+    assert several.weights == plan.weights  # the same draft model counts once
+    assert several.cache == 3 * one.cache_bytes() + 2 * other.cache_bytes()
+    with pytest.raises(MemoryLimitError, match=r" with a draft model's .*: without the draft model it needs "):
+        check_fits(both, plan.total - 1)
+    short = dataclasses.replace(other, config=MODELS["phi3-small"].config)
+    assert dataclasses.replace(one, length=600, draft=short).parts[1].length == 384  # its context
+
+
+@pytest.mark.parametrize("length", [300, 1000])
+def test_the_peak_stays_within_the_plan(length, monkeypatch):
+    raw = {**CONFIGS["medium-4k"], "sliding_window": None, "intermediate_size": 1024, "vocab_size": 2000}
+    model = oracle.make_ours(raw)
+    draft = oracle.make_ours({**raw, "num_hidden_layers": 2})
+    mx.eval(model.parameters(), draft.parameters())
+    prompt = [1 + i % 1900 for i in range(length)]
+    job = Job(prompt, 40, draft=draft)
+    workload = workload_of(model, Row(0, job, model), 128)
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory() - workload.plan(0).weights
+    generation = Generation(
+        model, [prompt], max_tokens=40, sampling=Sampling(), draft=draft, prefill_chunk=128, room=math.inf
+    )
+    list(generation)
+    assert generation.statistics.drafted_tokens > 10
+    peak, plan = generation.statistics.peak_memory - others, workload.plan(0)
+    assert plan.cache == sum(layer.nbytes for layer in (*generation.cache, *generation.draft_cache))
+    assert 0.5 * plan.total < peak <= 1.02 * plan.total
+
+
+def test_a_run_whose_draft_model_does_not_fit_is_refused_before_anything_is_read(tiny):
+    model, _ = tiny
+    needed = Workload.of_model(model, 200).plan(0)
+    job = Job([5] * 100, 100, draft=model)
+    room = needed.cache + needed.workspace + needed.cache // 2
+    scheduler = Scheduler(model, room=room)
+    with pytest.raises(MemoryLimitError, match="without the draft model it needs"):
+        scheduler.submit(job)
+    Scheduler(model, room=room + needed.cache).submit(job)
+    Scheduler(model, room=room).submit(dataclasses.replace(job, draft=None))
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    """The bundled model with two words in each other's place."""
+    directory = tmp_path_factory.mktemp("models") / "swapped"
+    shutil.copytree(hub.resolve("tiny"), directory)
+    file = directory / "tokenizer.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = raw["model"]["vocab"]
+    words = {number: word for word, number in vocabulary.items()}
+    vocabulary[words[900]], vocabulary[words[901]] = 901, 900
+    file.write_text(json.dumps(raw), encoding="utf-8")
+    return directory
+
+
+def typed(capsys, *words):
+    try:
+        code = cli.main([*map(str, words)])
+    except SystemExit as exit:
+        code = exit.code
+    return code or 0, *capsys.readouterr()
+
+
+def test_the_command_line_drafts_and_says_what_held(capsys):
+    ask = ["generate", "-p", "Tell me a story.", "--max-tokens", 30, "--temperature", 1, "--seed", 2]
+    code, plain, said = typed(capsys, *ask, "--lookup", 0, "--stats")
+    assert code == 0
+    assert "drafted" not in said
+    code, drafted, said = typed(capsys, *ask, "--draft-model", "tiny", "--stats")
+    assert (code, drafted) == (0, plain)
+    assert re.search(r"tok/s, \d+ of \d+ drafted tokens held; peak memory", said)
+    code, drafted, _ = typed(capsys, *ask, "--draft-model", "tiny", "--json")
+    figures = json.loads(drafted)
+    assert figures["drafted_tokens"] >= figures["accepted_tokens"] > 10
+    assert figures["text"].strip() == plain.strip()
+
+
+def test_a_chat_drafts_too(capsys, monkeypatch):
+    lines = b"Tell me a story.\nAnd then?\n"
+    answers = []
+    for options in ([], ["--draft-model", "tiny"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        code, out, said = typed(capsys, "chat", "--max-tokens", 20, "--stats", *options)
+        assert code == 0
+        answers.append(out)
+    assert answers[0] == answers[1]
+    assert said.count("drafted tokens held") == 2
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "Hi"], ["chat"]], ids=["generate", "chat"])
+def test_faults_of_a_draft_model_are_one_line_before_anything_is_loaded(command, capsys, monkeypatch, swapped):
+    loaded = []
+    monkeypatch.setattr("phi3_mlx.store.checkpoint.read_model", lambda *_, **__: loaded.append(1))
+    code, out, said = typed(capsys, *command, "--draft-model", swapped)
+    assert (code, out) == (2, "")
+    assert re.match(
+        r"phi3-mlx: the draft model has another vocabulary than the model: token 900 is '.+' there and ", said
+    )
+    assert said.count("\n") == 1
+    code, out, said = typed(capsys, *command, "--draft-model", "./nowhere")
+    assert (code, out, said.count("\n")) == (1, "", 1)
+    assert "nowhere" in said
+    code, out, said = typed(capsys, *command, "--draft-model", "tiny", "--memory", "6MB")
+    assert (code, out, said.count("\n")) == (1, "", 1)
+    assert " with a draft model's " in said
+    assert not loaded
+
+
+def test_plan_shows_both_models(capsys):
+    plan = ["plan", "-m", "phi-3-medium-4k-4bit", "--json"]
+    alone = json.loads(typed(capsys, *plan)[1])
+    both = json.loads(typed(capsys, *plan, "--draft-model", "phi-3-mini-4k-4bit")[1])
+    mini = json.loads(typed(capsys, "plan", "-m", "phi-3-mini-4k-4bit", "--json")[1])
+    assert both["weights"] == alone["weights"] + mini["weights"]
+    for bits, needed in both["needs"].items():
+        assert alone["needs"][bits] + mini["weights"] < needed < alone["needs"][bits] + mini["needs"][bits]
+    assert both["machines"][1]["longest"]["16"] < alone["machines"][1]["longest"]["16"]
+    total = phi3_mlx.memory_plan("phi-3-medium-4k-4bit", 4096, draft_model="phi-3-mini-4k-4bit").total
+    assert total == both["needs"]["16"]
+    longest = phi3_mlx.longest_context("phi-3-medium-4k-4bit", "16GB", draft_model="phi-3-mini-4k-4bit")
+    assert longest == both["machines"][1]["longest"]["16"]

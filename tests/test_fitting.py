@@ -94,7 +94,8 @@ def test_what_may_be_recomputed_is_a_row_at_the_boundary_and_what_a_cache_has_of
     ids = ids_of(boundary + 8)[0].tolist()
 
     def rule(length, cache=None, model=model, ids=ids):
-        return fitting._recomputed(model, Row(0, Job(ids[:length], 4, cache=cache), model))
+        row = Row(0, Job(ids[:length], 4, cache=cache), model)
+        return fitting._recomputed(model, row, cache, row.shared)
 
     assert rule(boundary - 4) == 0  # ends at the boundary
     assert rule(boundary - 3) == boundary + 1

@@ -245,7 +245,7 @@ def test_the_plan_before_a_model_is_loaded_is_that_of_the_request(
     monkeypatch.setattr(plan, "plan_run", plan_run)
     with pytest.raises(Planned) as caught:
         cli.main(line.split(), standalone_mode=False)
-    assert caught.value.args == (max_tokens, {"kv_bits": None, "kept": False, "force": False} | facts)
+    assert caught.value.args == (max_tokens, {"kv_bits": None, "kept": False, "force": False, "draft": None} | facts)
 
 
 def test_a_request_holds_plain_values_of_its_fields_types():

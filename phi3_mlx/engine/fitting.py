@@ -45,8 +45,8 @@ def _recomputed(model: Model, row: Row, cache: list[KVCache] | None, shared: int
 
 def brought_by(row: Row, workload: Workload) -> int:
     """Bytes of the caches that the row's job brought, which it uses or lets go of."""
-    own, *of_draft = workload.parts
-    brought = min(row.brought, own.cache_bytes()) if row.shared else row.brought
+    main, *of_draft = workload.parts
+    brought = min(row.brought, main.cache_bytes()) if row.shared else row.brought
     for draft in of_draft:
         brought += min(row.draft_brought, draft.cache_bytes()) if row.draft_shared else row.draft_brought
     return brought

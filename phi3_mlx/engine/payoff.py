@@ -20,11 +20,11 @@ class StepTimes:
     extra: float | None = None
 
     def saw_plain(self, seconds: float) -> None:
-        """A step of one token took so long."""
+        """A step of one token took `seconds`."""
         self.plain = faded(self.plain, seconds)
 
     def saw_verifying(self, drafted: int, seconds: float) -> None:
-        """A step that verified `drafted` tokens took so long."""
+        """A step that verified `drafted` tokens took `seconds`."""
         if self.plain:
             self.extra = faded(self.extra, max(0.0, seconds / self.plain - 1) / drafted)
 
@@ -44,7 +44,7 @@ class Payoff:
         self._holding = TRUST
 
     def saw_draft(self, drafted: int, accepted: int, seconds: float) -> None:
-        """A step of so many seconds verified `drafted` tokens, `accepted` of them right."""
+        """A step that took `seconds` verified `drafted` tokens, `accepted` of them right."""
         tried = min(accepted + 1, drafted)  # those behind the first wrong one were not judged
         weight = _FADING**tried
         self._holding = weight * self._holding + (1 - weight) * accepted / tried
@@ -64,7 +64,7 @@ class Payoff:
         return best
 
     def rate(self, drafted: int) -> float:
-        """Tokens in the time of a plain step, estimated, if so many are drafted; 1 for none.
+        """Tokens in the time of a plain step, estimated, if `drafted` are guessed; 1 for none.
 
         Of k guesses that each hold with probability p, p + ... + p^k are expected to; the step draws one more token.
         """

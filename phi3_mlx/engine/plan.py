@@ -132,7 +132,7 @@ class Workload:
         return [replace(self, draft=None), replace(self.draft, length=length, bits=bits, chunk=self.chunk)]
 
     def working(self, chunk: int) -> int:
-        """Bytes beside weights and cache at most, with chunks of so many tokens."""
+        """Bytes beside weights and cache at most, with chunks of `chunk` tokens."""
         return max(self.workspace(chunk), self.recomputing_beside(chunk) - self.cache_bytes())
 
     def chunks(self) -> list[int]:

@@ -129,8 +129,8 @@ class Row:
     @property
     def to_compute(self) -> list[mx.array]:
         """All that the cache keeps, some of it perhaps not computed yet."""
-        own = [array for layer in self.cache for array in layer.state]
-        return own + self.ids_to_compute + self.draft_to_compute
+        states = [array for layer in self.cache for array in layer.state]
+        return states + self.ids_to_compute + self.draft_to_compute
 
     @property
     def draft_to_compute(self) -> list[mx.array]:

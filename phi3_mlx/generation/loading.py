@@ -136,9 +136,9 @@ def check_vocabulary(drafting: Tokenizer, tokenizer: Tokenizer) -> None:
 
     number = first_difference(drafting, tokenizer)
     if number is not None:
-        theirs, own = (shown(each.id_to_token(number)) for each in (drafting, tokenizer))
+        there, here = (shown(each.id_to_token(number)) for each in (drafting, tokenizer))
         raise OptionError(
-            f"the draft model has another vocabulary than the model: token {number} is {theirs} there and {own} here; "
+            f"the draft model has another vocabulary than the model: token {number} is {there} there and {here} here; "
             "take a smaller model of the same tokenizer"
         )
 
