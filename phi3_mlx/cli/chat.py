@@ -54,9 +54,9 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
     system = check_text(system, "--system") if system else None
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
-    found = source.find_draft(tokenizer)
-    model = source.load_model(directory, 1, request, draft=found)
-    draft = source.load_draft(found)
+    drafting = source.find_draft(tokenizer)
+    model = source.load_model(directory, 1, request, draft=drafting)
+    draft = source.load_draft(drafting)
     conversation = Conversation(
         model,
         tokenizer,

@@ -97,9 +97,9 @@ def generate(
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
-    found = source.find_draft(tokenizer)
-    model = source.load_model(directory, len(ids), request, kept=cache is not None, draft=found)
-    draft = source.load_draft(found)
+    drafting = source.find_draft(tokenizer)
+    model = source.load_model(directory, len(ids), request, kept=cache is not None, draft=drafting)
+    draft = source.load_draft(drafting)
     prompt_cache = None
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)
