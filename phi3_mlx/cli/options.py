@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
     from ..generation.answers import Chunk
     from ..models.decoder import LongRopeRule, Model
+    from ..store.checkpoint import Checkpoint
     from ..text.tokenizer import Tokenizer
 
 
 class Draft(NamedTuple):
     """A draft model that was found."""
 
-    directory: Path
+    checkpoint: Checkpoint
     tokenizer: Tokenizer
 
 
@@ -80,8 +81,9 @@ class ModelOptions:
         return read_tokenizer(directory)
 
     def find_draft(self, tokenizer: Tokenizer) -> Draft | None:
-        """The draft model's directory and tokenizer; OptionError if its vocabulary is not that of `tokenizer`."""
+        """The draft model's files and tokenizer; OptionError if its vocabulary is not that of `tokenizer`."""
         from ..generation.loading import check_vocabulary
+        from ..store.checkpoint import open_checkpoint
         from ..store.hub import resolve
 
         if self.draft_model is None:
@@ -89,7 +91,7 @@ class ModelOptions:
         directory = resolve(self.draft_model)
         drafting = self.load_tokenizer(directory)
         check_vocabulary(drafting, tokenizer)
-        return Draft(directory, drafting)
+        return Draft(open_checkpoint(directory), drafting)
 
     def load_draft(self, draft: Draft | None) -> tuple[Model, Tokenizer] | None:
         """The draft model and its tokenizer, once `load_model` has planned the run with it."""
@@ -97,7 +99,7 @@ class ModelOptions:
 
         if draft is None or self.draft_model is None:
             return None
-        model = load_adapted(draft.directory, self.draft_model, dtype=self.dtype, longrope=self.longrope, adapters={})
+        model = load_adapted(draft.checkpoint, self.draft_model, dtype=self.dtype, longrope=self.longrope, adapters={})
         return model, draft.tokenizer
 
     def load_model(
@@ -122,7 +124,7 @@ class ModelOptions:
             kv_bits=request.cache_bits(),
             kept=kept,
             force=request.force,
-            draft=None if draft is None else draft.directory,
+            draft=None if draft is None else draft.checkpoint,
         )
         adapters = _weights(self.adapter)
         return load_adapted(

@@ -287,17 +287,17 @@ def plan_run(
     kv_bits: KVBits | None = None,
     kept: bool = False,
     force: bool = False,
-    draft: Path | None = None,
+    draft: Path | Checkpoint | None = None,
 ) -> None:
     """Raise MemoryLimitError if the model of `directory`, a prompt of this many tokens and its answer do not fit.
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
-    the run. `force` refuses nothing. `draft`: the directory of a draft model. Raises PromptError for a prompt that the
+    the run. `force` refuses nothing. `draft`: a draft model's. Raises PromptError for a prompt that the
     model's context cannot hold.
     """
 
-    def workload_of(directory: Path) -> Workload:
-        workload = Workload.of_directory(directory, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+    def workload_of(source: Path | Checkpoint) -> Workload:
+        workload = Workload.of_directory(source, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
         crosses = longrope == "auto" and prompt <= workload.config.original_max_position_embeddings
         return workload.crossing() if crosses else workload
 
