@@ -21,6 +21,7 @@ from ..errors import CacheError, CheckpointError, OptionError
 from ..fields import Fields, parse, shorten
 from ..files import json_text, open_file
 from ..models.cache import KVBits, KVCache
+from ..store.atomic import new_file
 from ..store.checkpoint import read_arrays
 from ..store.safetensors import Tensor, read_header, read_metadata
 from .identity import model_fingerprint
@@ -65,19 +66,30 @@ class Facts:
     digest: str = ""
 
 
-def facts_of(model: Model, layers: list[KVCache], bits: KVBits | None, document: Document | None) -> Facts:
-    """The facts of layers that have read something, without a digest."""
+def write_cache(
+    path: str | os.PathLike[str], model: Model, fingerprint: str, layers: list[KVCache], document: Document | None
+) -> None:
+    """Write layers that have read something to a file, whole or not at all. Raises OSError.
+
+    `fingerprint` is the model's.
+    """
     first = layers[0]
     assert first.sequence.long is not None
-    return Facts(
-        model=model_fingerprint(model),
+    facts = Facts(
+        model=fingerprint,
         **_options(model),
         tokens=first.offset,
         start=first.start,
         long=first.sequence.long[0],
-        bits=bits,
+        bits=first.bits,
         document=document,
     )
+    arrays = {"ids": first.sequence.ids[0, : first.offset]}
+    for i, layer in enumerate(layers):
+        # With their free slots: without, each would be a copy, and all copies are made before any is written.
+        arrays |= {f"{i}.{j}": array for j, array in enumerate(layer.state)}
+    with new_file(path) as file:
+        mx.save_safetensors(file, arrays, metadata_of(facts, arrays))
 
 
 def metadata_of(facts: Facts, arrays: Mapping[str, mx.array]) -> dict[str, str]:
@@ -88,11 +100,19 @@ def metadata_of(facts: Facts, arrays: Mapping[str, mx.array]) -> dict[str, str]:
 
 def digest_of(facts: Facts, arrays: Mapping[str, mx.array]) -> str:
     """Tells whether a fact or a number was changed since they were written."""
+    return _digest(facts, {name: _summed(array) for name, array in arrays.items()})
+
+
+def _digest(facts: Facts, sums: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(asdict(facts) | {"digest": ""}, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        sums = zlib.crc32(memoryview(mx.contiguous(array)))  # type: ignore[arg-type]  # 2.5 times as fast as SHA-256
-        digest.update(f"{name} {array.shape} {array.dtype} {sums}".encode())
+    for name, text in sorted(sums.items()):
+        digest.update(f"{name} {text}".encode())
     return digest.hexdigest()
+
+
+def _summed(array: mx.array) -> str:
+    sums = zlib.crc32(memoryview(mx.contiguous(array)))  # type: ignore[arg-type]  # 2.5 times as fast as SHA-256
+    return f"{array.shape} {array.dtype} {sums}"
 
 
 def is_cache(path: str | os.PathLike[str]) -> bool:
@@ -165,25 +185,50 @@ def check_model(path: str | os.PathLike[str], facts: Facts, model: Model) -> Non
         )
 
 
-def read_layers(path: str | os.PathLike[str], facts: Facts, model: Model) -> list[KVCache]:
-    """A cache for `model`, filled from a file. Raises CacheError where anything in it contradicts the rest."""
+def read_ids(path: str | os.PathLike[str], facts: Facts) -> list[int]:
+    """The token ids of a file, which nothing vouches for until its layers are read. Raises CacheError."""
     try:
-        layers = model.make_cache(bits=facts.bits)
+        stored = read_header(Path(path)).get("ids")
+        if stored is None or (stored.dtype, stored.shape) != ("I32", (facts.tokens,)):
+            raise CacheError(f"{path} is damaged (ids is not what it says); {_ANEW}")
+        ids: list[int] = read_arrays(Path(path))["ids"].tolist()  # type: ignore[assignment]
+    except (CheckpointError, RuntimeError) as error:
+        raise CacheError(f"{path} is damaged; {_ANEW}") from error
+    return ids
+
+
+def read_layers(
+    path: str | os.PathLike[str], facts: Facts, model: Model, *, tokens: int | None = None, expected: int | None = None
+) -> list[KVCache]:
+    """A cache for `model`, filled from a file. Raises CacheError where anything in it contradicts the rest.
+
+    `tokens`: only of the first so many, in a cache for a prompt of `expected` tokens; never is more than one layer of
+    the others in memory.
+    """
+    try:
+        layers = model.make_cache(None if expected is None else [expected], bits=facts.bits)
         stored = read_header(Path(path))
         fault = _fault(facts, stored, model, layers[0])
         arrays = read_arrays(Path(path))
     except (CheckpointError, OptionError) as error:
         raise CacheError(f"{path} is damaged; {_ANEW}") from error
-    if fault is None and digest_of(facts, arrays) != facts.digest:
-        fault = "its contents are not those that were written"
+    if fault is None:
+        read = facts.tokens if tokens is None else tokens
+        sequence, sums = layers[0].sequence, {"ids": _summed(arrays["ids"])}
+        sequence.read(arrays["ids"][None, :read], 0)
+        sequence.long = (facts.long,)
+        for i, layer in enumerate(layers):
+            names = [f"{i}.{j}" for j in range(len(_parts(model, facts.bits)))]
+            state = [arrays.pop(name) for name in names]
+            sums |= {name: _summed(array) for name, array in zip(names, state, strict=True)}
+            if tokens is None:
+                layer.state, layer.offset, layer.start = state, facts.tokens, facts.start
+            else:
+                layer.begin_with([[array[..., : tokens - facts.start, :] for array in state]], facts.start)
+        if _digest(facts, sums) != facts.digest:
+            fault = "its contents are not those that were written"
     if fault is not None:
         raise CacheError(f"{path} is damaged ({fault}); {_ANEW}")
-    for i, layer in enumerate(layers):
-        layer.state = [arrays[f"{i}.{j}"] for j in range(len(_parts(model, facts.bits)))]
-        layer.offset, layer.start = facts.tokens, facts.start
-    sequence = layers[0].sequence
-    sequence.read(arrays["ids"][None], 0)
-    sequence.long = (facts.long,)
     ids: list[int] = sequence.ids[0].tolist()  # type: ignore[assignment]
     if not all(0 <= token < model.config.vocab_size for token in ids):
         raise CacheError(f"{path} is damaged (it has token ids beyond the model's vocabulary); {_ANEW}")

@@ -25,6 +25,13 @@ class ModelState:
     def __init__(self, model: Model):
         self._arrays = [weakref.ref(array) for _, array in tree_flatten(model.parameters())]
         self._settings = _settings(model)
+        self._fingerprint: str | None = None
+
+    def fingerprint(self, model: Model) -> str:
+        """`model_fingerprint` of the model, which is in this state; its weights are read once."""
+        if self._fingerprint is None:
+            self._fingerprint = model_fingerprint(model)
+        return self._fingerprint
 
     def is_of(self, model: Model) -> bool:
         """Whether the model is in this state."""

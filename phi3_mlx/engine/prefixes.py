@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import heapq
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
+from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from ..sizes import parse_size, size_text
 from ..threads import turn
+from ..values import path as as_path
+from ..values import shown
 from .identity import ModelState
+from .prefix_files import PrefixFiles
 from .prefix_tree import Node, below, nodes_along, readable, runs_of
 
 LEAST = 16  # tokens; fewer are read about as fast as they are copied
@@ -29,16 +35,34 @@ class PrefixStore:
     asked for longest goes first, and all of it before a run has too little memory. What is reused was read with the
     same weights and adapters, LongRoPE regime and `kv_bits`, so answers are the same as without it. Only a weight
     that was written into in place (`weight[0] = 1`) goes unnoticed: `clear()` then.
-    Raises OptionError for a budget that is no size.
+
+    With a `directory` long texts and answers are also kept in files there, of `disk` bytes at most, for later and for
+    other processes, any number of which may use it at once. They have the format of `phi3-mlx cache build`, and files
+    of that are used too. A file is written when an answer ends, unless most of it is in another; one that is damaged
+    is removed.
+    Raises OptionError for a size that is none, and CacheError for a directory that cannot be used.
     """
 
-    def __init__(self, budget: int | str = "2GB"):
+    def __init__(
+        self,
+        budget: int | str = "2GB",
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        disk: int | str | None = None,
+    ):
         self.budget = parse_size(budget)
+        if directory is None and disk is not None:
+            raise OptionError(f"disk {shown(disk)} has no effect without a directory; give one, or leave it out")
+        limit = parse_size("20GB" if disk is None else disk)
+        self._files = None
+        if directory is not None:
+            self._files = PrefixFiles(Path(as_path(directory, "directory", "the name of a folder")).expanduser(), limit)
         self._kept: list[tuple[ModelState, dict[tuple[KVBits | None, bool], Node]]] = []
         self._clock = 0  # one more for each use
 
     def __repr__(self) -> str:
-        return f"<PrefixStore: {size_text(self.nbytes)} of {size_text(self.budget)}>"
+        failed = f", no file written: {self._files.error}" if self._files is not None and self._files.error else ""
+        return f"<PrefixStore: {size_text(self.nbytes)} of {size_text(self.budget)}{failed}>"
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +71,7 @@ class PrefixStore:
 
     @turn()
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything that is in memory."""
         self._kept = []
 
     @turn()
@@ -79,6 +103,10 @@ class PrefixStore:
         left = self.nbytes - lacking
         self._forget(left)
         moves = self.nbytes > left
+        if self._files is not None and not moves:
+            cache = self._files.find(model, self.state_of(model), ids, bits, last)
+            if cache is not None:
+                return cache
         if last < LEAST:
             self.give_way(self.nbytes - left)
             return None
@@ -114,9 +142,7 @@ class PrefixStore:
         `release` empties `cache`, a layer as soon as it is copied, so that all of it never exists twice.
         """
         sequence, start, end = cache[0].sequence, cache[0].start, cache[0].offset
-        if not end or sequence.long is None or any(layer.offset != end for layer in cache):
-            return  # a call was broken off in it
-        if self.state_of(model) is not state:
+        if not self._can_keep(model, cache, state) or sequence.long is None:
             return
         ids: list[int] = sequence.ids[0, :end].tolist()  # type: ignore[assignment]
         node = self._root(model, cache[0].bits, sequence.long[0])
@@ -146,6 +172,18 @@ class PrefixStore:
         if first > known:
             node = node.add(ids[known:first], None, self._clock)
         node.add(ids[first:end], layers, self._clock)
+
+    @turn()
+    def save(self, model: Model, cache: list[KVCache], state: ModelState) -> None:
+        """Keep what a cache has read in a file too, if there is a directory and much of it is new. As for `give`."""
+        if self._files is not None and self._can_keep(model, cache, state):
+            self._files.write(model, state, cache)
+
+    def _can_keep(self, model: Model, cache: list[KVCache], state: ModelState) -> bool:
+        """Whether no call was broken off in a cache, and the model is as it was when it began."""
+        end = cache[0].offset
+        whole = end > 0 and cache[0].sequence.long is not None and all(layer.offset == end for layer in cache)
+        return whole and self.state_of(model) is state
 
     @turn()
     def give_way(self, nbytes: float) -> None:

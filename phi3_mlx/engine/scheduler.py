@@ -127,6 +127,7 @@ class Scheduler:
             self._waiting.remove(row)
             self._batch.add(row, plan.chunk, self._copied(row, lacking))
             self._plan, self._workloads = plan, workloads
+            self._keep(row)  # what it begins with, if that came from a file
         return failed
 
     @turn()
@@ -140,7 +141,7 @@ class Scheduler:
             step = self._batch.step(self._chunk(), self._keep)
             for row in self._workloads:
                 if row.finished:
-                    self._keep(row, release=not self._kept)
+                    self._keep(row, release=not self._kept, save=True)
         finally:
             for row in self._workloads.keys() - {*self._batch.rows}:
                 del self._workloads[row]
@@ -159,7 +160,7 @@ class Scheduler:
             return  # also where Python ends, and a turn may never come
         with turn():
             for row in self._workloads:
-                self._keep(row)
+                self._keep(row, save=True)
             self._workloads = {}
 
     def _chunk(self) -> int:
@@ -245,10 +246,12 @@ class Scheduler:
         row.model_state = self._prefixes.state_of(self._model)
         return self._prefixes.cache_for(self._model, row.prompt, row.bits, lacking=lacking)
 
-    def _keep(self, row: Row, *, release: bool = False) -> None:
-        """Store what a row has read. `release`: it needs its own copy no more, and lets go of it layer by layer."""
+    def _keep(self, row: Row, *, release: bool = False, save: bool = False) -> None:
+        """Store what a row has read, in a file too if `save`. `release`: it lets go of its own, layer by layer."""
         if self._prefixes is None or row.model_state is None or row.error is not None:
             return
+        if save:
+            self._prefixes.save(self._model, row.cache, row.model_state)
         self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release)
 
     def _reuses(self, row: Row) -> bool:

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from ..engine.cache_file import Document, check_model, facts_of, is_cache, metadata_of, read_facts, read_layers
+from ..engine.cache_file import Document, check_model, is_cache, read_facts, read_layers, write_cache
 from ..engine.generation import Generation
+from ..engine.identity import model_fingerprint
 from ..engine.prefill import common_length
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
 from ..models.cache import KVBits, KVCache, make_kv_bits
 from ..sizes import size_text
-from ..store.atomic import check_file, new_file
+from ..store.atomic import check_file
 from ..text.chat import render_chat
 from ..threads import turn
 from ..values import path as as_path
@@ -134,15 +133,9 @@ class PromptCache:
         assert self._layers is not None
         if self._layers[0].lost:
             raise CacheError("a run that did not go on has cut this prompt cache behind its window; read() again")
-        facts = facts_of(self._model, self._layers, self.bits, self.document)
-        arrays = {"ids": mx.array(self.ids, dtype=mx.int32)}
-        for i, layer in enumerate(self._layers):
-            # With their free slots: without, each would be a copy, and all copies are made before any is written.
-            arrays |= {f"{i}.{j}": array for j, array in enumerate(layer.state)}
         check_writable(path)
         try:
-            with new_file(path) as file:
-                mx.save_safetensors(file, arrays, metadata_of(facts, arrays))
+            write_cache(path, self._model, model_fingerprint(self._model), self._layers, self.document)
         except OSError as error:
             raise CacheError(_unwritable(path, error)) from error
 
