@@ -11,6 +11,7 @@ from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import make_directory
 
 from phi3_mlx import Phi3Error, PromptCache, generate, load, sizes, stream_generate
+from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
 from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.engine import identity, machine, plan
@@ -100,6 +101,22 @@ def test_another_model_is_refused_in_memory_and_from_a_file(tmp_path):
     half.set_dtype(mx.bfloat16)
     with pytest.raises(CacheError, match="load it with dtype=float32"):
         PromptCache.load(file, half)
+
+
+def test_a_file_of_an_adapter_at_another_weight_is_refused(tmp_path):
+    model, file = oracle.make_ours(slim(CONFIGS["3.5-mini"])), tmp_path / "a.cache"
+    attention = model.model.layers[0].self_attn
+    outputs, inputs = attention.o_proj.weight.shape
+    attention.o_proj = AdaptedLinear(
+        attention.o_proj, {"mine": Adapter(mx.ones((inputs, 2)), mx.ones((2, outputs)), 0.5)}
+    )
+    cache = PromptCache(model)
+    cache.read(prompt_of(20))
+    cache.save(file)
+    PromptCache.load(file, model)
+    attention.o_proj.use({"mine": 0.5})
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(file, model)
 
 
 def test_a_fingerprint_is_the_same_however_many_numbers_are_summed_at_once(monkeypatch):

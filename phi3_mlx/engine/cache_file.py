@@ -202,8 +202,8 @@ def read_layers(
 ) -> list[KVCache]:
     """A cache for `model`, filled from a file. Raises CacheError where anything in it contradicts the rest.
 
-    `tokens`: only of the first so many, in a cache for a prompt of `expected` tokens; never is more than one layer of
-    the others in memory.
+    `tokens`: how many of the first to keep, in a cache for a prompt of `expected` tokens; of the others one layer is in
+    memory at a time.
     """
     try:
         layers = model.make_cache(None if expected is None else [expected], bits=facts.bits)
