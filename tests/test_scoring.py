@@ -20,7 +20,7 @@ from phi3_mlx.engine.continuations import Continued, score_together
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import MemoryLimitError, OptionError, Phi3Error, PromptError
-from phi3_mlx.models.cache import KVBits
+from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.text.chat import render_chat, render_training_chat
 from phi3_mlx.text.spans import encode_after
 from phi3_mlx.text.tokenizer import read_tokenizer
@@ -126,6 +126,14 @@ def test_a_prompt_is_read_once_for_all_its_continuations(read_tokens):
     assert read_tokens() == 299 + 40 * 3  # each reads the last of the prompt, but not its own last
 
 
+@pytest.mark.parametrize("length", [ORIGINAL - 6, ORIGINAL - 1])
+def test_nothing_is_recomputed_where_some_continuations_cross_the_boundary(length, monkeypatch):
+    monkeypatch.delattr(KVCache, "write_row")
+    model = MODELS["3.5-mini"]
+    continued = several(model, length)
+    assert_as_alone(model, continued, score_together(model, [continued])[0])
+
+
 def test_continuations_of_one_token_are_read_off_the_prompt_alone(read_tokens):
     model = MODELS["3.5-mini"]
     prompt = ids_of(model, 30, 0)
@@ -168,6 +176,22 @@ def test_the_peak_of_scoring_stays_under_its_plan(monkeypatch):
         score_together(model, [several(model, length) for length in (700, 40, 300, 1000, 12, 90)])
         taken = mx.get_peak_memory() - (before - made[0].weights)
         assert taken < 1.05 * max(plan.total for plan in made) + 250_000
+
+
+def test_the_logits_of_many_positions_stay_under_the_plan():
+    model = oracle.make_ours({**slim(CONFIGS["3.5-mini"]), "vocab_size": 32_064})
+    mx.eval(model.parameters())
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    runs = Scheduler(model, room=math.inf, chunk=512)
+    row = runs.submit(Job(ids_of(model, 600, 0), 0, scored_from=1))
+    runs.admit()
+    plan = runs._plan
+    while runs.busy:
+        runs.step()
+    assert len(row.scores) == 599
+    assert mx.get_peak_memory() - before < 1.05 * (plan.cache + plan.workspace) + 250_000
 
 
 def test_fewer_continuations_are_read_at_once_where_memory_is_short(monkeypatch):
@@ -225,21 +249,34 @@ def test_a_job_scores_its_prompt_and_answers_as_before(first, chunk):
         assert rows[1].scores == []
 
 
+def test_a_job_with_a_cache_that_has_read_more_reads_again_what_it_scores():
+    model = MODELS["3.5-mini"]
+    prompt, cache = ids_of(model, 30, 0), MODELS["3.5-mini"].make_cache()
+    model(mx.array([prompt]), cache)
+    runs = Scheduler(model, room=math.inf)
+    row = runs.submit(Job(prompt, 0, cache=cache, scored_from=9))
+    while runs.busy:
+        runs.step()
+    assert row.reused == 8
+    assert_as_alone(model, [Continued(tuple(prompt), 9)], [row.scores])
+
+
 def test_a_job_that_pauses_scores_once():
     model = MODELS["3.5-mini"]
     prompt = ids_of(model, 30, 0)
     runs = Scheduler(model, room=math.inf, chunk=8)
-    row = runs.submit(Job(prompt, 3, scored_from=4, candidates=[5, 6]))
+    runs.submit(Job(ids_of(model, 13, 1), 30))  # the row is read beside it, in the second pass for the first time
+    row = runs.submit(Job(prompt, 3, scored_from=1, candidates=[5, 6]))
     for _ in range(2):
         runs.step()
     runs._batch.remove(row)
     row.pause()
-    runs._workloads.clear()
+    del runs._workloads[row]
     runs._waiting.append(row)
     while runs.busy:
         runs.step()
     assert len(row.answer) == 3
-    assert_as_alone(model, [Continued(tuple(prompt), 4)], [row.scores[:-2]])
+    assert_as_alone(model, [Continued(tuple(prompt), 1)], [row.scores[:-2]])
     for candidate, score in zip([5, 6], row.scores[-2:], strict=True):
         assert_as_alone(model, [Continued((*prompt, candidate), 30)], [[score]])
 
@@ -248,6 +285,19 @@ def test_a_job_that_pauses_scores_once():
 def test_a_place_outside_the_prompt_is_refused(place):
     with pytest.raises(OptionError, match="scored_from"):
         Job([5, 6, 7], 1, scored_from=place)
+
+
+def test_a_job_with_branches_does_not_pause_for_an_older_one(monkeypatch):
+    model = MODELS["3.5-mini"]
+    runs = Scheduler(model, room=math.inf)
+    answers, trunk = runs.submit(Job(ids_of(model, 20, 0))), runs.submit(Job(ids_of(model, 40, 1), 0, branches=2))
+    for _ in range(4):
+        runs.step()
+    monkeypatch.setattr(runs, "_gives_way", lambda lacking: False)
+    runs._workloads[answers] = dataclasses.replace(runs._workloads[answers], length=answers.read)
+    runs._extend(answers)
+    assert trunk.begun
+    assert not answers.begun
 
 
 def test_a_job_with_branches_answers_nothing():
@@ -362,6 +412,16 @@ def test_an_empty_prompt_needs_a_bos_token(loaded, tmp_path):
     with pytest.raises(PromptError, match="BOS"):
         phi3_mlx.score(model, tokenizer, "", ["Once"])
     assert phi3_mlx.score(model, tokenizer, [5], ["Once"])
+
+
+def test_bos_stands_before_a_first_token_that_holds_the_whole_prompt(loaded):
+    model, _ = loaded
+    tokenizer = read_tokenizer(ROOT / "weights" / "tiny")
+    tokenizer.add_bos_token = False
+    (score,) = phi3_mlx.score(model, tokenizer, "d", ["og"], raw=True)
+    assert score.tokens == tokenizer.encode("dog")
+    assert tokenizer.encode("d")[0] != score.tokens[0]
+    assert_ids_score_as_alone(model, [tokenizer.bos_token_id], score)
 
 
 @pytest.mark.parametrize("raw", [False, True])
