@@ -11,11 +11,11 @@ from test_traffic import MODELS, SAMPLINGS, Fails, ids_of, traffic
 
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
-from phi3_mlx.engine.lookup import Drafter
+from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.processors import Bias
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
-from phi3_mlx.errors import OptionError
+from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Decoder
 
@@ -95,7 +95,7 @@ def test_wrong_options_are_refused_before_a_job_waits(options):
 
 
 def test_a_processor_that_fails_while_drafts_are_verified_ends_its_job_alone(monkeypatch):
-    monkeypatch.setattr(Drafter, "_length", lambda self, most: most)
+    monkeypatch.setattr(LookupDrafter, "length", lambda self, most: most)
     drafting = job(0, prompt=ids_of(MODEL, 4, 0) * 4, max_tokens=30, lookup=4, processors=[Fails(6, False)])
     runs = Scheduler(MODEL, room=math.inf)
     row, failed, drafted, said = runs.submit(drafting), [], 0, []
@@ -264,3 +264,16 @@ def test_a_row_that_pauses_leaves_a_cache_alone_that_another_run_took_over():
     while thief.busy:
         said += [token.id for token in thief.step().tokens]
     assert said == ids_alone(job(0))
+
+
+def test_a_refusal_says_how_long_an_answer_fits_and_nothing_of_answers_where_none_is_wanted():
+    least = Scheduler(MODEL, room=math.inf, chunk=16)
+    least.submit(job(0, max_tokens=200))
+    least.admit()
+    runs = Scheduler(MODEL, room=least._plan.total - least._plan.weights, chunk=16)
+    with pytest.raises(MemoryLimitError, match=r"10 of the prompt, 900 for the answer.*max_tokens=\d+ fits"):
+        runs.submit(job(0, max_tokens=900))
+    with pytest.raises(MemoryLimitError, match=r"up to \d+ tokens fit") as refused:
+        runs.submit(Job(ids_of(MODEL, 900, 0), 0))
+    assert "answer" not in str(refused.value)
+    assert "max_tokens" not in str(refused.value)
