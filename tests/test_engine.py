@@ -151,12 +151,20 @@ def test_a_given_cache_that_the_prompt_takes_over_the_boundary_is_read_again_at_
     assert ids(tokens) == plain_greedy(model, prompt, 3)
 
 
-def test_the_last_token_of_a_long_prompt_is_read_alone(model):
-    prompts, seen = [prompt_of(600), prompt_of(550, seed=1)], []
-    run(model, prompts[:1], 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
-    assert seen[-2:] == [(599, 600), (600, 600)]
-    answers, _ = run(model, prompts, 4, prefill_chunk=1000, on_prefill=lambda *a: seen.append(a))
-    assert seen[-2:] == [(1000, 1150), (1150, 1150)]
+@pytest.mark.parametrize("lengths", [[70], [70, 1, 45], [300, 20]])
+def test_of_a_prompt_the_last_layer_computes_its_last_token_alone(model, lengths, monkeypatch):
+    prompts = [prompt_of(length, seed=seed) for seed, length in enumerate(lengths)]
+    widths, feed_forward = [], decoder.DecoderLayer.feed_forward
+
+    def counted(layer, x):
+        widths.append(x.shape[1])
+        return feed_forward(layer, x)
+
+    monkeypatch.setattr(decoder.DecoderLayer, "feed_forward", counted)
+    answers, _ = run(model, prompts, 4, prefill_chunk=1000)
+    layers = len(model.layers)
+    assert widths[:layers] == [sum(lengths)] * (layers - 1) + [len(lengths)]
+    monkeypatch.undo()
     assert [ids(tokens) for tokens in answers] == [plain_greedy(model, prompt, 4) for prompt in prompts]
 
 

@@ -131,7 +131,8 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, b
             model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
         )
         list(generation)
-        assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache) or len(shape) > 6
+        if rows == 1 and len(shape) <= 6:
+            assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
         peak = max(peak, generation.statistics.peak_memory - others)
         del generation
         if predicted < 1.1 * peak:

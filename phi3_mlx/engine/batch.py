@@ -18,6 +18,7 @@ from .rows import Row
 from .tokens import Token
 
 _NOTHING_LEFT = "the processors of this request exclude every token, or make a logit NaN, so no token can be drawn"
+_LEAST_CHUNK = 32
 _NAN = "the model computed NaN: its weights are bad or its number type overflows; load it with dtype='float32'"
 
 
@@ -26,11 +27,13 @@ class Step:
     """What a step gave.
 
     `tokens`: of each row the next, or several that were drafted. `read`: rows of which a part of the prompt was read,
-    `read_tokens` in all. `failed`: rows that ended with an error. `drafted`: how many tokens were verified.
+    `read_tokens` in all. `ended`: rows that have left, `failed`: those of them with an error. `drafted`: how many
+    tokens were verified.
     """
 
     tokens: list[Token] = field(default_factory=list)
     read: list[Row] = field(default_factory=list)
+    ended: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
     read_tokens: int = 0
     drafted: int = 0
@@ -48,6 +51,7 @@ class Batch:
         self.rows: list[Row] = []
         self._queued: Pass | None = None
         self._drafter: Drafter | None = None  # of the row that was alone last
+        self._rate: float | None = None  # tokens of prompts a second
 
     def add(self, row: Row, chunk: int, copied: list[KVCache] | None = None) -> None:
         """Let a row join with the next step. `chunk` and `copied` are `Row.begin`'s."""
@@ -66,16 +70,17 @@ class Batch:
         """Whether some row has read its prompt."""
         return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
 
-    def step(self, chunk: int, on_read: Callable[[Row], None] | None = None) -> Step:
-        """Queue the next pass, which reads `chunk` tokens of prompts at most, and tell what the last one gave.
+    def step(self, chunk: int, seconds: float, on_read: Callable[[Row], None] | None = None) -> Step:
+        """Queue the next pass, and tell what the last one gave.
 
-        `on_read` is called with a row when a further part of its prompt is in its cache, and computed.
+        It reads `chunk` tokens of prompts at most, and where rows answer about as many as take `seconds`. `on_read` is
+        called with a row when a further part of its prompt is in its cache, and computed.
         An error in a row ends that row alone, and one of the whole pass ends all of them. So does what breaks the step
         off (Ctrl-C), which is raised.
         """
         step = Step()
         try:
-            self._step(step, chunk, on_read)
+            self._step(step, chunk, seconds, on_read)
         except Exception as error:  # of which row cannot be told
             self._queued = None
             for row in self.rows:
@@ -86,7 +91,8 @@ class Batch:
                 row.finish()
             _settle(rows)
             raise
-        step.failed = [row for row in self.rows if row.error is not None]
+        step.ended = [row for row in self.rows if row.finished]
+        step.failed = [row for row in step.ended if row.error is not None]
         _settle(step.failed)
         self.rows = [row for row in self.rows if not row.finished]
         if not self.rows:
@@ -94,8 +100,9 @@ class Batch:
         self._forget_drafter()
         return step
 
-    def _step(self, step: Step, chunk: int, on_read: Callable[[Row], None] | None) -> None:
+    def _step(self, step: Step, chunk: int, seconds: float, on_read: Callable[[Row], None] | None) -> None:
         queued, self._queued = self._queued, None
+        started = time.perf_counter()
         if queued is not None and queued.reading:
             # Waited for: MLX would else hold the arrays of this chunk and of the next.
             queued.finish_reading()
@@ -106,6 +113,9 @@ class Batch:
                 if on_read is not None and row.error is None:
                     on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
+            self._rate = queued.read_tokens / (queued.seconds + time.perf_counter() - started)
+        if self._rate is not None and self.answering:
+            chunk = int(min(chunk, max(_LEAST_CHUNK, self._rate * seconds)))
         drafter = self._drafter_of_one()
         if drafter is not None and queued is None and self._draft(drafter, step):
             return
@@ -167,7 +177,10 @@ class Batch:
         ids = None
         if decoding:
             ids = mx.array([[row.answer[-1] for row in decoding]]) if last is None else last.ids_of(decoding)
-        return queue_pass(self._model, decoding, ids, reading, chunk)
+        started = time.perf_counter()
+        queued = queue_pass(self._model, decoding, ids, reading, chunk)
+        queued.seconds = time.perf_counter() - started  # on a CPU most of it is computed meanwhile
+        return queued
 
     def _tell(self, tokens: list[tuple[Row, int, float]], step: Step) -> None:
         for row, token, logprob in tokens:

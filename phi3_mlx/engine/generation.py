@@ -114,6 +114,9 @@ class Generation:
                 if not self._rows[token.row].cancelled:  # perhaps before its turn in the step came
                     self.statistics.generated_tokens += 1
                     yield token
+            if len(self._rows) > 1:  # the next to join needs the room
+                for row in step.ended:
+                    row.let_go()
             _raise_errors(step.failed)
 
     def _count(self, step: Step, seconds: float) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
 
 import mlx.core as mx
 
 from ..models.decoder import Model
-from .prefill import chunk_end
 from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
@@ -20,7 +19,7 @@ class Pass:
 
     Rows whose processors read the answer stand last; they are drawn by `draw_late`, when the token before is known.
     `reading` are the rows of which a part of the prompt is read, `read_tokens` in all; `scored`, how many scores of
-    which rows come of it.
+    which rows come of it; `seconds`, how long it was queued and waited for.
     """
 
     def __init__(
@@ -32,6 +31,7 @@ class Pass:
         scored: tuple[Scores, list[tuple[Row, int]]] | None,
     ):
         self.reading, self.read_tokens = reading, read_tokens
+        self.seconds = 0.0
         self._scored = scored
         self._left: set[Row] = set()
         self.rows: list[Row] = []
@@ -126,7 +126,7 @@ def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading:
     """
     parts: list[tuple[Row, mx.array]] = []
     for row in reading:
-        first, last = row.read, chunk_end(row.read, chunk, len(row.prompt))
+        first, last = row.read, min(row.read + chunk, len(row.prompt))
         if last > first:
             parts.append((row, mx.array([row.prompt[first:last]], dtype=mx.int32)))
             chunk -= last - first
@@ -137,22 +137,20 @@ def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading:
     arrays = [*([] if ids is None else [ids]), *(ids for _, ids in singles), *(ids for _, ids in others)]
     lengths = [1] * (len(decoding) + len(singles)) + [ids.shape[1] for _, ids in others]
     joined = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=1)
-    if len(rows) == 1:
-        hidden = model.model(joined, rows[0].cache)[0]  # (tokens, hidden_size)
+    scoring = any(row.targets(row.read, row.read + ids.shape[1]) for row, ids in parts)
+    if lengths == [1]:
+        hidden = model.model(joined, rows[0].cache)[0]  # (rows, hidden_size)
     else:
-        hidden = model.model.together(joined, lengths, [row.cache for row in rows])[0]
+        hidden = model.model.together(joined, lengths, [row.cache for row in rows], newest=not scoring)[0]
     read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
-    scored = _scored(model, hidden, rows[len(decoding) :], lengths[len(decoding) :], len(decoding))
-    drawing, ends, end = [], [], -1
-    for row, length in zip(rows, lengths, strict=True):
-        end += length
-        if row.read >= len(row.prompt) and row.left > 0:
-            drawing.append(row)
-            ends.append(end)
-    if ends == [len(hidden) - 1]:
-        hidden = hidden[-1:]
-    elif len(ends) < len(hidden):
-        hidden = hidden[mx.array(ends, dtype=mx.int32)]
+    scored = None
+    if scoring:
+        scored = _scored(model, hidden, rows[len(decoding) :], lengths[len(decoding) :], len(decoding))
+        hidden = hidden[mx.array([end - 1 for end in accumulate(lengths)])]
+    draws = [i for i, row in enumerate(rows) if row.read >= len(row.prompt) and row.left > 0]
+    drawing = [rows[i] for i in draws]
+    if drawing and len(drawing) < len(rows):
+        hidden = hidden[mx.array(draws)]
     queued = Pass(drawing, read, read_tokens, model.logits(hidden) if drawing else None, scored)
     if partly := [row.to_compute for row in read if row not in drawing]:
         mx.async_eval(partly)  # another thread could not, and may take the next step

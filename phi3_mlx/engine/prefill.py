@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 
-_LONG = 512  # tokens of a prompt's last chunk for which the last layer takes longer than a step of one token
-
 
 def common_length(a: list[int], b: list[int]) -> int:
     """How many of the first ids are the same. Slices are compared, because Python does that a hundred times faster."""
@@ -52,11 +50,3 @@ def _cut(cache: list[KVCache], length: int) -> None:
     for layer in cache:
         layer.trim(layer.offset - length)
         layer.shrink()
-
-
-def chunk_end(done: int, chunk: int, longest: int) -> int:
-    """Where the chunk that begins at `done` ends."""
-    end = min(done + chunk, longest)
-    if end == longest and end - done >= _LONG:
-        end -= 1  # read alone, the last token spares all others the last layer, of which they need but the keys
-    return end

@@ -107,6 +107,10 @@ class Row:
             targets.append((len(prompt) - 1, list(self.job.candidates)))
         return targets
 
+    def let_go(self) -> None:
+        """Free the keys and values of a row that has ended."""
+        self._ended, self.cache = True, []
+
     @property
     def begun(self) -> bool:
         return bool(self.cache)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +21,6 @@ from .rows import Row
 from .tokens import checked_prompts
 
 CHUNK_SECONDS = 0.5  # the longest that rows which answer wait for a chunk of a newcomer's prompt
-_LEAST_CHUNK = 32
 
 
 class Scheduler:
@@ -55,7 +53,6 @@ class Scheduler:
         self._plan: Plan | None = None
         self._lacking: Row | None = None  # the row that did not fit, while no other has left since
         self._submitted = 0
-        self._rate: float | None = None  # tokens of prompts a second
 
     @property
     def busy(self) -> bool:
@@ -68,7 +65,7 @@ class Scheduler:
 
     @turn()
     def submit(self, job: Job) -> Row:
-        """Let a job join as soon as it fits.
+        """Let a job join as soon as it fits. Its row keeps its cache until it is let go.
 
         Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
         OptionError for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
@@ -135,10 +132,10 @@ class Scheduler:
         """Admit what fits, and take a step of all rows that run."""
         failed = self.admit()
         if not self._batch.rows:
-            return Step(failed=failed)
-        started = time.perf_counter()
+            return Step(ended=failed, failed=failed)
+        assert self._plan is not None
         try:
-            step = self._batch.step(self._chunk(), self._keep)
+            step = self._batch.step(self._plan.chunk, self._chunk_seconds, self._keep)
             for row in self._workloads:
                 if row.finished:
                     self._keep(row, release=not self._kept, save=True)
@@ -146,9 +143,8 @@ class Scheduler:
             for row in self._workloads.keys() - {*self._batch.rows}:
                 del self._workloads[row]
                 self._lacking = None
+        step.ended += failed
         step.failed += failed
-        if step.read_tokens:
-            self._rate = step.read_tokens / (time.perf_counter() - started)
         for row in list(self._workloads):
             if row in self._workloads and row.job.max_tokens is None:
                 self._extend(row)
@@ -162,13 +158,6 @@ class Scheduler:
             for row in self._workloads:
                 self._keep(row, save=True)
             self._workloads = {}
-
-    def _chunk(self) -> int:
-        """How many tokens of prompts the next pass reads at most."""
-        assert self._plan is not None
-        if self._rate is None or not self._batch.answering:
-            return self._plan.chunk
-        return int(min(self._plan.chunk, max(_LEAST_CHUNK, self._rate * self._chunk_seconds)))
 
     def _extend(self, row: Row) -> None:
         """Reserve memory for a further block of an answer without a limit, if it is about to need it.

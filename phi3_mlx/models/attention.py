@@ -36,7 +36,10 @@ Compute = Callable[[mx.array | list[mx.array]], None]
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
-    """Softmax attention; q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D). Softmax in float32."""
+    """Softmax attention; q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D). Softmax in float32.
+
+    There may be fewer queries than new keys: the newest, with the mask that they have.
+    """
     seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
     bits = None if cache is None else cache.bits
     batch, heads, length, dim = q.shape

@@ -48,12 +48,13 @@ def attend_in_blocks(
 ) -> mx.array:
     """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).
 
-    `mask` is that of the dense layers. It is used while the pattern hides no key.
+    There may be fewer queries than keys: the newest. `mask` is that of the dense layers, used while the pattern hides
+    no key.
     """
     batch, _, length, _ = q.shape
     offset = 0 if cache is None else cache.offset
     padding = (None if cache is None else cache.sequence.left_padding) or (0,) * batch
-    if offset + length - min(padding) <= pattern.reach:
+    if offset + k.shape[2] - min(padding) <= pattern.reach:
         return attention.attend(q, k, v, cache, scale, mask)
     seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
     bits = None if cache is None else cache.bits

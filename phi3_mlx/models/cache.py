@@ -308,6 +308,12 @@ class QuantizedKVCache(KVCache):
         return [*mx.quantize(keys, group_size, self.bits.keys), *mx.quantize(values, group_size, self.bits.values)]
 
 
+def take_back(cache: list[KVCache], offset: int) -> None:
+    """Forget what a call that was broken off has read beyond `offset`."""
+    for layer in cache:
+        layer.trim(layer.offset - offset)
+
+
 def kv_bytes(config: Config, length: int, bits: KVBits | None, itemsize: int) -> int:
     """Bytes that a layer's cache has of one row of `length` tokens, with `itemsize` bytes a number.
 

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from ..config import Config
 from ..errors import OptionError
 from .attention import fused_attention, make_mask
-from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState
+from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState, take_back
 from .dropout import Draws
 from .end_to_end import EndToEnd
 from .layer import DecoderLayer
@@ -80,13 +80,16 @@ class Decoder(nn.Module):
             stepped = self._step(ids, [cache], long)
             return self._read(ids, cache, long) if stepped is None else stepped
         except BaseException:
-            _take_back(cache, offset)
+            take_back(cache, offset)
             raise
 
-    def together(self, ids: mx.array, lengths: Sequence[int], caches: Sequence[list[KVCache]]) -> mx.array:
+    def together(
+        self, ids: mx.array, lengths: Sequence[int], caches: Sequence[list[KVCache]], *, newest: bool = False
+    ) -> mx.array:
         """Sequences with caches of their own in one pass: ids (1, sum(lengths)) -> hidden states of the same tokens.
 
         Each comes out as it would alone, and extends its cache, which has one row. Those of one token come first.
+        `newest`: only those of each sequence's last token (1, sequences, hidden_size): less work for the last layer.
         """
         *cuts, _ = accumulate(lengths)
         offsets = [cache[0].offset for cache in caches]
@@ -98,11 +101,13 @@ class Decoder(nn.Module):
                 return stepped
             joint = Together([*map(Addition, caches, lengths, longs)], self._config.sliding_window)
             return self._through(
-                ids, lambda layer, x: layer.together(x, joint), lambda i: any(cache[i].awaited for cache in caches)
+                ids,
+                lambda layer, x: layer.together(x, joint, newest and layer is self.layers[-1]),
+                lambda i: any(cache[i].awaited for cache in caches),
             )
         except BaseException:
             for cache, offset in zip(caches, offsets, strict=True):
-                _take_back(cache, offset)
+                take_back(cache, offset)
             raise
 
     def _step(self, ids: mx.array, caches: Sequence[list[KVCache]], long: tuple[bool, ...]) -> mx.array | None:
@@ -226,12 +231,6 @@ class Decoder(nn.Module):
             if offset > padding:
                 for old, new in zip(cache, fresh, strict=True):
                     old.write_row(row, new)
-
-
-def _take_back(cache: list[KVCache], offset: int) -> None:
-    """Forget what a call that was broken off has read beyond `offset`."""
-    for layer in cache:
-        layer.trim(layer.offset - offset)
 
 
 class Model(nn.Module):

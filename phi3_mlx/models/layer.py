@@ -75,15 +75,16 @@ class Attention(nn.Module):
         blocks = [self._attended(block.gather(qkv), block.mask, None, 0, block.long) for block in joined.blocks]
         return self.output(joined.scatter(blocks))
 
-    def together(self, x: mx.array, joint: Together) -> mx.array:
-        """Sequences with caches of their own, side by side (1, L, hidden_size)."""
+    def together(self, x: mx.array, joint: Together, newest: bool) -> mx.array:
+        """Sequences with caches of their own, side by side (1, L, hidden_size); of all tokens or each one's newest."""
         mixed = []
         for block, qkv in zip(joint.blocks, joint.apart(self.qkv(x)), strict=True):
             caches = [cache[self._index] for cache in block.caches]
-            if len(caches) == 1:
-                mixed.append(self._attended(qkv, block.mask, caches[0], block.offset, block.long))
-                continue
             q, k, v = self._rotated(qkv, block.offset, block.long)
+            if len(caches) == 1:
+                q, mask = (q[:, :, -1:], block.newest_mask) if newest else (q, block.mask)
+                mixed.append(self.attend(q, k, v, caches[0], mask))
+                continue
             each = zip(*(mx.split(array, len(caches)) for array in (q, k, v)), caches, strict=True)
             mixed.append(mx.concatenate([self.attend(q, k, v, cache, block.mask) for q, k, v, cache in each]))
         return self.output(joint.joined(mixed))
@@ -128,6 +129,7 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn.end_to_end(self.input_layernorm(x), joined)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
-    def together(self, x: mx.array, joint: Together) -> mx.array:
-        x = x + self.self_attn.together(self.input_layernorm(x), joint)
+    def together(self, x: mx.array, joint: Together, newest: bool) -> mx.array:
+        mixed = self.self_attn.together(self.input_layernorm(x), joint, newest)
+        x = (joint.newest(x) if newest else x) + mixed
         return x + self.feed_forward(self.post_attention_layernorm(x))

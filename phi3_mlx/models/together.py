@@ -37,6 +37,11 @@ class Alike:
     offset: int | mx.array
     long: Regime
 
+    @property
+    def newest_mask(self) -> Mask:
+        """The part of the mask for the last token."""
+        return self.mask[-1:] if isinstance(self.mask, mx.array) else None
+
     def rows(self, row: mx.array) -> mx.array:
         """The block's part of a row of tokens (1, n, width) -> (sequences, length, width)."""
         return row.reshape(len(self.caches), self.length, row.shape[-1])
@@ -64,11 +69,16 @@ class Together:
             self.blocks.append(Alike([part.cache], part.length, mask, part.cache[0].offset, part.long))
         ends = accumulate(len(block.caches) * block.length for block in self.blocks)
         self._cuts = list(ends)[:-1]
+        self._last = None if not others else mx.array([end - 1 for end in accumulate(part.length for part in parts)])
 
     def apart(self, row: mx.array) -> list[mx.array]:
         """(1, tokens, width) -> of each block (sequences, length, width)."""
         pieces = mx.split(row, self._cuts, axis=1) if self._cuts else [row]
         return [block.rows(piece) for block, piece in zip(self.blocks, pieces, strict=True)]
+
+    def newest(self, row: mx.array) -> mx.array:
+        """(1, tokens, width) -> of each sequence the last token (1, sequences, width)."""
+        return row if self._last is None else row[:, self._last]
 
     def joined(self, blocks: Sequence[mx.array]) -> mx.array:
         """What `apart` made, in one row again."""
