@@ -56,6 +56,10 @@ OTHERS = {
     "kv_bits": (8, 4),
     "kv_group_size": 64,
     "lookup": 2,
+    "schema": '{"type": "integer"}',
+    "regex": "a+",
+    "grammar": 'start: "a"',
+    "choices": ("yes", "no"),
     "force": True,
 }
 
@@ -200,12 +204,15 @@ def test_every_argument_reaches_the_request(loaded, asked):
 
 
 @pytest.mark.parametrize(("name", "words"), [("generate", ["-p", "Hi"]), ("chat", [])])
-def test_every_option_reaches_the_request(asked, monkeypatch, name, words):
+def test_every_option_reaches_the_request(asked, monkeypatch, tmp_path, name, words):
+    (tmp_path / "grammar.lark").write_text(OTHERS["grammar"])
     typed = {
         "stop": ["--stop", "end", "--stop", "<|user|>"],
         "raw": ["--raw"],
         "kv_bits": ["--kv-bits", "8,4"],
         "kv_group_size": ["--kv-bits", "8,4", "--kv-group-size", "64"],
+        "grammar": ["--grammar", str(tmp_path / "grammar.lark")],
+        "choices": ["--choices", "yes,no"],
         "force": ["--force"],
     }
     for field in COMMANDS[name]:
@@ -327,7 +334,7 @@ def test_the_ends_of_a_range_belong_to_it(given):
 
 
 def test_the_engine_gets_the_options_of_sampling_alone():
-    request = Request(**OTHERS)
+    request = Request(**{name: value for name, value in OTHERS.items() if name not in ("schema", "regex", "grammar")})
     assert type(request.sampling()) is Sampling
     assert request.sampling() == Sampling(0.5, 0.9, 7, 0.1, 1.1, 3)
 

@@ -15,6 +15,7 @@ from ..errors import OptionError, Phi3Error
 from ..generation.request import CHAT_TOKENS, Request
 from ..option import DTYPE_NAMES, option
 from .declare import fields_of, option_of, options_of
+from .reading import read_input
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -196,9 +197,15 @@ _MEMORY = ("kv_bits", "kv_group_size", "force")
 _ANSWER = tuple(name for name in REQUEST_FIELDS if name not in ("max_tokens", "raw", *_MEMORY))
 
 
+def _json_or_file(given: str) -> str:
+    return given if given.lstrip().startswith("{") else read_input(given)
+
+
 def _request_options(*names: str) -> Callable[[Any], Any]:
     """Options of a `Request`, which the command gets as `request`."""
-    return options_of("request", Request, names, overrides=_OVERRIDES, before={"force": [within_memory]})
+    then = {"schema": _json_or_file, "grammar": read_input}
+    then = {name: read for name, read in then.items() if name in names}
+    return options_of("request", Request, names, overrides=_OVERRIDES, before={"force": [within_memory]}, then=then)
 
 
 answer_options = _request_options("max_tokens", *_ANSWER, *_MEMORY)  # --raw is for one prompt, of `generate` alone

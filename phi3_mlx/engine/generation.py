@@ -13,6 +13,7 @@ from .batch import Step
 from .jobs import Job
 from .machine import bounded_run
 from .prefixes import PrefixStore
+from .processors import Processor
 from .rows import Row
 from .sampling import Sampling
 from .scheduler import Scheduler
@@ -27,6 +28,7 @@ class Generation:
     `max_tokens` is cut where the model's context ends. `kv_bits` packs the keys and values of new caches.
     `lookup`: tokens that are drafted from earlier text at most and verified in one step, where there is one row. There
     `draft`, a smaller model of the same vocabulary, drafts too; it reads into `draft_cache`, as `cache`, or a new one.
+    `processors`: for each prompt, what changes its logits before a token is drawn.
     `on_prefill(done, total)` is called after each chunk, with tokens of all prompts. `room` is how many bytes the run
     may take beside the weights, by default what the machine has; prompts that do not fit beside others wait. The
     prefill chunk is as large as it allows unless `prefill_chunk` says it. `force` refuses nothing. `kept`: the cache
@@ -53,6 +55,7 @@ class Generation:
         lookup: int = 0,
         draft: Model | None = None,
         draft_cache: list[KVCache] | None = None,
+        processors: Sequence[Sequence[Processor]] | None = None,
         room: float | None = None,
         force: bool = False,
         kept: bool = False,
@@ -70,9 +73,9 @@ class Generation:
         self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk, prefixes=prefixes)
         self._rows = [
             self._scheduler.submit(
-                Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup, draft, draft_cache)
+                Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup, draft, draft_cache, changes)
             )
-            for prompt in prompts
+            for prompt, changes in zip(prompts, processors or [()] * len(prompts), strict=True)
         ]
         _raise_errors(self._scheduler.admit())
         self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import OptionError
 from ..values import shown
@@ -54,3 +55,28 @@ def processed(processors: Sequence[Processor], answer: Sequence[int], logits: mx
             raise OptionError(f"a processor returned {given}; expected the logits, of shape {logits.shape}")
         logits = changed.astype(mx.float32)
     return logits
+
+
+class Matcher(Protocol):
+    """Knows which ids may follow an answer."""
+
+    def allowed(self, answer: Sequence[int]) -> np.ndarray | None:
+        """True for each id that may come next (ids,); None if no answer can begin like this."""
+        ...
+
+
+class Constraint:
+    """Excludes the ids that a matcher does not allow, and all that it does not know, such as the model's padding."""
+
+    reads_answer = True
+
+    def __init__(self, matcher: Matcher):
+        self._matcher = matcher
+
+    def __call__(self, answer: Sequence[int], logits: mx.array) -> mx.array:
+        allowed = self._matcher.allowed(answer)
+        if allowed is None:  # behind a token that was drafted and will not be accepted
+            return logits
+        known = np.zeros(logits.shape, dtype=bool)
+        known[: len(allowed)] = allowed[: len(known)]
+        return mx.where(mx.array(known), logits, -mx.inf)

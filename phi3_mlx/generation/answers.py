@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..engine.generation import Generation
 from ..engine.prefixes import PrefixStore
+from ..engine.processors import Constraint
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
 from ..option import arguments
 from ..text.chat import render_chat
+from ..text.grammar import matchers
 from ..text.messages import Message
 from ..text.stops import Stops
 from ..values import check_function, listed, refusal, shown, token_ids
@@ -20,6 +22,7 @@ from .loading import check_draft, check_loaded, check_tokenizer
 from .request import Request
 
 if TYPE_CHECKING:
+    from ..text.schemas import Schema
     from ..text.tokenizer import Tokenizer
     from .prompt_cache import PromptCache
 
@@ -68,6 +71,10 @@ def generate(
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
     draft: tuple[Model, Tokenizer] | None = None,
+    schema: Schema | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choices: Sequence[str] | str | None = None,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
@@ -83,6 +90,8 @@ def generate(
     keeps what is read for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are
     refused. `prefixes` keeps what all prompts read that it is given to. A run that the memory at hand cannot hold is
     refused unless `force`.
+    One of `schema` (a JSON schema as a dict or a text, a pydantic model or a dataclass), `regex`, `grammar` (Lark) and
+    `choices` (texts) says what the answer must look like: it does so unless `max_tokens` or a stop string cuts it.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     request = Request(**arguments(Request, locals()))
@@ -108,6 +117,10 @@ def stream_generate(
     kv_group_size: int | None = None,
     lookup: int = Request.lookup,
     draft: tuple[Model, Tokenizer] | None = None,
+    schema: Schema | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choices: Sequence[str] | str | None = None,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
@@ -149,6 +162,10 @@ def batch_generate(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
     prefixes: PrefixStore | None = None,
+    schema: Schema | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choices: Sequence[str] | str | None = None,
     force: bool = False,
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone.
@@ -233,6 +250,10 @@ class Answers:
             draft_cache = prompt_cache.beside(draft_model)
             draft_layers = draft_cache.layers_for(draft_model)
         rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
+        processors = None
+        if request.form is not None:
+            followed = matchers(request.form, tokenizer, len(rows))
+            processors = [[Constraint(matcher)] for matcher in followed]
         self.generation = Generation(
             model,
             rows,
@@ -244,6 +265,7 @@ class Answers:
             lookup=request.lookup,
             draft=draft_model,
             draft_cache=draft_layers,
+            processors=processors,
             force=request.force,
             kept=prompt_cache is not None,
             on_prefill=on_prefill,

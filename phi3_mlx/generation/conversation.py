@@ -21,6 +21,7 @@ from .request import CHAT_TOKENS, Request
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
+    from ..text.schemas import Schema
     from ..text.tokenizer import Tokenizer
 
 _OF_THE_CONVERSATION = ("raw", "kv_bits", "kv_group_size", "force")  # not of one message
@@ -109,6 +110,10 @@ class Conversation:
         stop: str | Sequence[str] | None = None,
         lookup: int = Request.lookup,
         draft: tuple[Model, Tokenizer] | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choices: Sequence[str] | str | None = None,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
         return self.ask(text, Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION)), draft=draft)

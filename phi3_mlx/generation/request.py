@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..engine.lookup import MAX_DRAFT
 from ..engine.sampling import Sampling
 from ..errors import OptionError
 from ..option import Range, option
-from ..values import texts
+from ..text.grammar import Form, FormKind, check_form
+from ..text.schemas import Schema, schema_text
+from ..values import text, texts
 
 if TYPE_CHECKING:
     from ..models.cache import KVBits
@@ -26,6 +29,13 @@ def _stops(value: Any, name: str) -> tuple[str, ...] | None:
     return stops or None
 
 
+def _choices(value: Any, name: str) -> tuple[str, ...] | None:
+    choices = tuple(text(value, name).split(",")) if isinstance(value, str) else texts(value, name)
+    if not choices or not all(choices):
+        raise OptionError(f"{name} has an empty answer to choose; give texts of at least one character")
+    return choices
+
+
 def _key_and_value_bits(value: Any, name: str) -> tuple[int, int]:
     from ..models.cache import make_kv_bits
 
@@ -39,7 +49,8 @@ class Request(Sampling):
     """Everything that an answer can be asked for with: the options of sampling, and those below.
 
     The keyword arguments of `generate` and its kin, the options of the command line and the table in docs/python.md are
-    these fields. A `Request` holds values of the fields' types: `stop` is a tuple, `kv_bits` a pair.
+    these fields. A `Request` holds values of the fields' types: `stop` and `choices` are tuples, `kv_bits` a pair,
+    `schema` JSON.
 
     Raises OptionError for a value of another type or outside its range.
     """
@@ -60,11 +71,32 @@ class Request(Sampling):
         "Most tokens to guess from earlier text and verify in one step; 0: none. The text stays the same.",
         Range(lambda n: 0 <= n <= _MOST_LOOKUP, f"0 (off) to {_MOST_LOOKUP}"),
     )
+    schema: Schema | None = option(
+        None, "Answer in JSON that fits this JSON schema.", read=schema_text, metavar="FILE|JSON"
+    )
+    regex: str | None = option(None, "Answer with a text that matches this regular expression.", metavar="REGEX")
+    grammar: str | None = option(None, "Answer with a text of this grammar, in Lark's form.", metavar="FILE")
+    choices: Sequence[str] | str | None = option(
+        None, "Answer with one of these texts, which commas separate.", read=_choices, metavar="A,B,C"
+    )
     force: bool = option(False, "Go on where there is too little memory.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.cache_bits()
+        if self.form is not None:
+            check_form(self.form)
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer must look like. OptionError where two things say so."""
+        given = [kind for kind in get_args(FormKind) if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise OptionError(f"{given[0]} has no place beside {given[1]}: an answer follows one alone; leave one out")
+        if not given:
+            return None
+        value = getattr(self, given[0])
+        return Form(given[0], value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
     def cache_bits(self) -> KVBits | None:
         """How the cache packs keys and values; None if it does not."""

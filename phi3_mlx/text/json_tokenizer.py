@@ -133,16 +133,21 @@ class JsonTokenizer(Tokenizer):
     def id_to_token(self, token_id: int) -> str | None:
         return self._full.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
+    @property
+    def drops_first_space(self) -> bool:
+        return self._decoder_steps[-1]["type"] == "Strip"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if not self._is_byte_level:
+            return self._piece_bytes(token_id)
+        token = self.id_to_token(token_id)
+        return b"" if token is None else symbols_to_bytes(token)
+
     def _stream(self, skip_special: bool) -> StreamDecoder:
         if not self._is_byte_level:
-            return self._piece_stream(skip_special, drop_first_space=self._decoder_steps[-1]["type"] == "Strip")
+            return self._piece_stream(skip_special)
         hidden = self.special_ids if skip_special else frozenset()
-
-        def to_bytes(token_id: int) -> bytes | None:
-            token = None if token_id in hidden else self.id_to_token(token_id)
-            return None if token is None else symbols_to_bytes(token)
-
-        return ByteStream(to_bytes)
+        return ByteStream(lambda token_id: None if token_id in hidden else self.token_bytes(token_id))
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:

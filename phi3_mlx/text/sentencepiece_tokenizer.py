@@ -58,5 +58,12 @@ class SentencePieceTokenizer(Tokenizer):
             return self._added_by_id[token_id]
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._size else None
 
+    @property
+    def drops_first_space(self) -> bool:
+        return True
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._piece_bytes(token_id)
+
     def _stream(self, skip_special: bool) -> StreamDecoder:
         return self._piece_stream(skip_special)

@@ -85,6 +85,12 @@ def fallback_byte(piece: str) -> int | None:
     return int(match[1], 16) if match else None
 
 
+def piece_to_bytes(piece: str) -> bytes:
+    """What a SentencePiece piece adds to a text."""
+    byte = fallback_byte(piece)
+    return piece.replace("▁", " ").encode("utf-8") if byte is None else bytes([byte])
+
+
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
     """The alphabet of byte-level BPE: visible Latin-1 stands for its own byte, the others for U+0100 onwards."""

@@ -56,6 +56,13 @@ class TiktokenTokenizer(Tokenizer):
             return self._added_by_id[token_id].encode("utf-8")
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else None
 
+    @property
+    def drops_first_space(self) -> bool:
+        return False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._to_bytes(token_id) or b""
+
     def _stream(self, skip_special: bool) -> StreamDecoder:
         hidden = self.special_ids if skip_special else frozenset()
         return ByteStream(lambda token_id: None if token_id in hidden else self._to_bytes(token_id))

@@ -14,7 +14,7 @@ from functools import cached_property
 from ..errors import PromptError, TokenizerError
 from ..values import shown, token_ids
 from .added_tokens import AddedToken, AddedTokens, Writer
-from .streaming import PieceStream, StreamDecoder
+from .streaming import PieceStream, StreamDecoder, piece_to_bytes
 
 
 class Tokenizer(ABC):
@@ -118,6 +118,15 @@ class Tokenizer(ABC):
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for an unknown id."""
 
+    @property
+    @abstractmethod
+    def drops_first_space(self) -> bool:
+        """Whether a text that begins with a space is shown without it."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8, perhaps a part of a character; b"" for an unknown id."""
+
     @abstractmethod
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
         """Ids of ordinary text, with the added words in it; `first`: no token stands before it."""
@@ -125,12 +134,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def _stream(self, skip_special: bool) -> StreamDecoder: ...
 
-    def _piece_stream(self, skip_special: bool, drop_first_space: bool = True) -> PieceStream:
+    def _piece_stream(self, skip_special: bool) -> PieceStream:
         hidden = self.special_ids if skip_special else frozenset()
         return PieceStream(
             lambda token_id: None if token_id in hidden else self.id_to_token(token_id),
-            drop_first_space=drop_first_space,
+            drop_first_space=self.drops_first_space,
         )
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        piece = self.id_to_token(token_id)
+        return b"" if piece is None else piece_to_bytes(piece)
 
 
 def require_ids(ids: Iterable[int]) -> list[int]:

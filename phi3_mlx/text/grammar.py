@@ -1,0 +1,216 @@
+"""What an answer must look like, and which tokens may come next: a constraint and a matcher over ids. Calls no model.
+
+The automaton is llguidance's. It gets the vocabulary as bytes, so that every kind of tokenizer goes the same way, and
+the text that it matches is the one that the answer shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+from ..errors import OptionError, Phi3Error
+from .schemas import countless
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .vocabulary import Tokenizer
+
+# No white space between the parts of JSON: a model that may write some may never end.
+_COMPACT = {
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,  # refuses keywords that it would else ignore
+    "coerce_one_of": False,
+    # One spelling for each string: a key that is excluded could else be written another way.
+    "json_allowed_escapes": '"\\bfnrt',
+    "json_allow_general_unicode_escapes": False,
+}
+# Without forcing, every way to spell a text in tokens is allowed, and not only the tokenizer's own.
+_WHOLE = '%llguidance {"no_forcing": true}\nstart: '
+_LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
+
+
+FormKind = Literal["schema", "regex", "grammar", "choices"]
+
+
+class Form(NamedTuple):
+    """What all of an answer's text must be.
+
+    `kind` says how `text` is read: as a JSON schema, a regular expression in Rust's syntax, a grammar in llguidance's
+    form of Lark, or a JSON list of the texts to choose from.
+    """
+
+    kind: FormKind
+    text: str
+
+
+def check_form(form: Form) -> None:
+    """OptionError, with the place, for a constraint that is none, or has a keyword of JSON schema without support."""
+    fault = _fault(form)
+    if fault:
+        raise OptionError(f"{form.kind} {fault}")
+
+
+def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher]:
+    """As many matchers, each at the beginning of an answer."""
+    check_form(form)
+    if not tokenizer.stop_ids:
+        raise OptionError(f"{form.kind} needs a token that ends an answer, and this tokenizer names none")
+    first = _begun(form, tokenizer, "")
+    if tokenizer.drops_first_space:
+        # What is generated may begin with a space that is not shown, and must if the text shown begins with another.
+        allowed = AnswerMatcher(first, tokenizer).allowed([])
+        assert allowed is not None
+        spaced = any(tokenizer.token_bytes(int(token)).startswith(b" ") for token in allowed.nonzero()[0])
+        first = _begun(form, tokenizer, '" " ' if spaced else '" "? ')
+    return [AnswerMatcher(first.deep_copy(), tokenizer) for _ in range(count)]
+
+
+class AnswerMatcher:
+    """Follows one answer, token by token; of an answer that goes back, a draft's, it forgets what was taken back."""
+
+    def __init__(self, matcher: Any, tokenizer: Tokenizer):
+        self._matcher, self._size, self._stop_ids = matcher, tokenizer.vocab_size, tokenizer.stop_ids
+        self._seen: list[int] = []
+
+    def allowed(self, answer: Sequence[int]) -> np.ndarray | None:
+        """True for each id that may come next (vocab_size,); None if no answer can begin like this.
+
+        The tokenizer's stop ids are among them where the answer may end. Raises Phi3Error if the constraint turns out
+        to be too large to be followed.
+        """
+        import numpy as np
+
+        if not self._follow([*answer]):
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
+        return np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)
+
+    def _follow(self, answer: list[int]) -> bool:
+        """Read `answer` from where it differs from what was read; whether all of it can be."""
+        shared = len(self._seen)
+        if answer[:shared] != self._seen:
+            pairs = enumerate(zip(answer, self._seen, strict=False))
+            shared = next((n for n, (a, b) in pairs if a != b), min(len(answer), shared))
+            self._matcher.rollback(len(self._seen) - shared)
+            del self._seen[shared:]
+        new = answer[shared:]
+        text = next((n for n, token in enumerate(new) if token in self._stop_ids or token >= self._size), len(new))
+        self._seen += new[: self._matcher.try_consume_tokens(new[:text])] if text else []
+        return len(self._seen) == len(answer)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise OptionError(
+            'schema, regex, grammar and choices need llguidance, which is not installed: pip install "phi3-mlx[schema]"'
+        ) from None
+    return llguidance
+
+
+def _grammar(form: Form) -> dict[str, Any]:
+    """The constraint as a grammar of the library's own form."""
+    library, (kind, text) = _library().LLMatcher, form
+    if kind == "schema":
+        made = library.grammar_from_json_schema(text, overrides=_COMPACT)
+    elif kind == "regex":
+        made = library.grammar_from_regex(text)
+    else:
+        if kind == "choices":
+            text = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+        return {"lark_grammar": text}
+    grammar: dict[str, Any] = json.loads(made)["grammars"][0]
+    return grammar
+
+
+def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
+    """The library's matcher of `space`, a part of a grammar, and what the constraint allows behind it."""
+    whole = {"name": "all", "lark_grammar": f"{_WHOLE}{space}@answer"}
+    grammar = json.dumps({"grammars": [whole, {**_grammar(form), "name": "answer"}]})
+    matcher = _library().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
+    if matcher.is_error():
+        raise OptionError(f"{form.kind} cannot be followed: {_first_line(matcher.get_error())}")
+    return matcher
+
+
+@functools.lru_cache(maxsize=16)
+def _fault(form: Form) -> str:
+    """What is wrong with a form, as the end of a sentence; "" if nothing."""
+    if form.kind == "schema" and countless(json.loads(form.text)):
+        return 'has "minProperties" above the number of required properties, which cannot be constrained; leave it out'
+    message: str = _library().LLMatcher.validate_grammar(json.dumps({"grammars": [_grammar(form)]}))
+    if not message or message.startswith("WARNING"):
+        return ""
+    kind, text = form
+    if kind == "schema":
+        keywords = re.fullmatch(r"Unimplemented keys: \[(.*)\]", message)
+        if keywords:
+            return f"has {keywords[1]}, which cannot be constrained; leave it out"
+        return f"cannot be followed: {_first_line(message)}"
+    if kind == "regex":
+        return f"{text!r} is no regular expression: {_regex_fault(message)}"
+    place = _LARK_PLACE.match(message)
+    if place is None:
+        return f"cannot be followed: {_first_line(message)}"
+    line, column, rest = place.groups()
+    if "regex parse error" in message:
+        rest = f"{rest.split(' (in regex)')[0]}, {_regex_fault(message)}"
+    return f"has an error in line {line}, column {column}: {rest}"
+
+
+def _regex_fault(message: str) -> str:
+    """What a message of several lines, which draws an arrow under the place, says of a regular expression."""
+    lines = message.splitlines()
+    arrow = next((line for line in lines if line.strip(" ^") == "" and "^" in line), None)
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), _first_line(message))
+    return reason if arrow is None else f"{reason}, at character {arrow.index('^') - 3}"  # behind a margin of four
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return ": ".join([lines[0].removesuffix(":"), *errors]) if lines else "the grammar is empty"
+
+
+_vocabularies: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _vocabulary(tokenizer: Tokenizer) -> Any:
+    """The library's view of a tokenizer, made once: each id's bytes."""
+    with _making:
+        made = _vocabularies.get(tokenizer)
+        if made is None:
+            library, stop_ids = _library(), sorted(tokenizer.stop_ids)
+            wrapped = library.TokenizerWrapper(_Bytes(tokenizer))
+            made = library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=stop_ids)
+            _vocabularies[tokenizer] = made
+        return made
+
+
+class _Bytes:
+    """The bytes of each id, as the library asks for them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.eos_token_id = min(tokenizer.stop_ids)
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        control = {token.id for token in tokenizer.added_tokens.values() if token.special or token.marked}
+        self.special_token_ids = sorted(control | tokenizer.stop_ids)
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("only a grammar that forces tokens encodes text")

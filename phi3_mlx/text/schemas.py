@@ -1,0 +1,134 @@
+"""JSON schemas of what a user has: a dict, a text, a pydantic model or a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import OptionError
+from ..fields import parse
+from ..values import shown, text
+
+Schema = Mapping[str, Any] | str | type
+_SCHEMA_EXPECTED = "a JSON schema as a dict or a text, a pydantic model or a dataclass"
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name
+_DATA = ("const", "enum", "default", "examples")  # keywords that hold values
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def schema_text(value: Any, name: str) -> str:
+    """The JSON schema of `value`, on one line. Raises OptionError, with the place, for what is none."""
+    if isinstance(value, str):
+        try:
+            schema = parse(text(value, name))
+        except ValueError as error:
+            raise OptionError(f"{name} is no JSON: {error}") from None
+    elif isinstance(value, type) and callable(getattr(value, "model_json_schema", None)):
+        schema = value.model_json_schema()  # type: ignore[attr-defined]
+    elif isinstance(value, type) and dataclasses.is_dataclass(value):
+        schema = schema_of(value, name)
+    else:
+        schema = value
+    if not isinstance(schema, Mapping):
+        raise OptionError(f"{name} is {shown(schema)}; expected {_SCHEMA_EXPECTED}")
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"{name} holds what JSON has no form for: {error}") from None
+
+
+def schema_of(hint: Any, name: str) -> dict[str, Any]:
+    """The JSON schema of a type: scalars, lists, dicts, tuples, unions, literals, enums and dataclasses of them.
+
+    A dataclass is an object of its fields and no others; those with a default may be absent. Raises OptionError.
+    """
+    reader = _Hints(name)
+    schema = reader.schema_of(hint)
+    return {**schema, "$defs": reader.definitions} if reader.definitions else schema
+
+
+class _Hints:
+    """Turns types into schemas; `definitions` are those of the dataclasses met, by the names that references have."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._kinds: list[type] = []
+        self.definitions: dict[str, Any] = {}
+
+    def schema_of(self, hint: Any) -> dict[str, Any]:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if hint is Any:
+            return {}
+        if hint is None:
+            return {"type": "null"}
+        if origin is typing.Annotated:
+            return self.schema_of(arguments[0])
+        if origin is typing.Literal:
+            return {"enum": [*arguments]}
+        if origin in (typing.Union, types.UnionType):
+            return {"anyOf": [self.schema_of(argument) for argument in arguments]}
+        return self._schema_of_class(hint) if isinstance(hint, type) and not origin else self._container(hint)
+
+    def _schema_of_class(self, kind: type) -> dict[str, Any]:
+        if kind in _JSON_TYPES:
+            return {"type": _JSON_TYPES[kind]}
+        if issubclass(kind, enum.Enum):
+            return {"enum": [member.value for member in kind]}
+        return self._reference(kind) if dataclasses.is_dataclass(kind) else self._container(kind)
+
+    def _container(self, hint: Any) -> dict[str, Any]:
+        origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+        inner = [self.schema_of(argument) for argument in arguments if argument is not Ellipsis]
+        if origin is tuple and inner and Ellipsis not in arguments:
+            return {"type": "array", "prefixItems": inner, "items": False, "minItems": len(inner)}
+        if origin in (list, tuple, Sequence):
+            return {"type": "array", "items": inner[0] if inner else {}}
+        if origin in (dict, Mapping) and (not arguments or arguments[0] is str):
+            return {"type": "object", "additionalProperties": inner[1] if inner else {}}
+        raise OptionError(f"{self._name} has a field of type {hint}, which JSON has no form for; give a JSON schema")
+
+    def _reference(self, kind: type) -> dict[str, Any]:
+        """A dataclass by its name, so that it may hold itself."""
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+            title = self._title(kind)
+            try:
+                hints = typing.get_type_hints(kind, include_extras=True)
+            except (NameError, TypeError) as error:
+                raise OptionError(f"{self._name}: the types of {kind.__name__} cannot be read: {error}") from None
+            fields = [field for field in dataclasses.fields(kind) if field.init]
+            self.definitions[title] = {
+                "type": "object",
+                "properties": {field.name: self.schema_of(hints[field.name]) for field in fields},
+                "required": [field.name for field in fields if _is_required(field)],
+                "additionalProperties": False,
+            }
+        return {"$ref": f"#/$defs/{self._title(kind)}"}
+
+    def _title(self, kind: type) -> str:
+        """A name of its own, of characters that a reference may have."""
+        return f"{self._kinds.index(kind)}_{re.sub(r'[^A-Za-z0-9]+', '_', kind.__name__)}"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def countless(schema: Any) -> bool:
+    """Whether it counts properties that may come twice, which a grammar cannot tell apart."""
+    if isinstance(schema, list):
+        return any(map(countless, schema))
+    if not isinstance(schema, dict):
+        return False
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if isinstance(least, int | float) and isinstance(required, list) and least > max(1, len({*map(str, required)})):
+        return True
+    maps = [schema[key] for key in _MAPS if isinstance(schema.get(key), dict)]
+    rest = [value for key, value in schema.items() if key not in (*_MAPS, *_DATA)]
+    return any(map(countless, rest)) or any(countless([*inner.values()]) for inner in maps)

@@ -1,0 +1,229 @@
+"""Which tokens a form allows: the matcher against a naive enumeration, with every kind of vocabulary."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level, tiktoken_ranks
+
+from phi3_mlx.engine import processors
+from phi3_mlx.errors import OptionError
+from phi3_mlx.generation.request import Request
+from phi3_mlx.text.grammar import Form, matchers
+from phi3_mlx.text.tokenizer import read_tokenizer
+
+pytest.importorskip("llguidance")
+
+
+def matcher(tokenizer, kind, text):
+    return matchers(Form(kind, text), tokenizer, 1)[0]
+
+
+@pytest.fixture(scope="module", params=["json", "sentencepiece", "byte level", "tiktoken"])
+def tokenizer(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vocabulary")
+    if request.param == "json":
+        return read_tokenizer(TINY)
+    if request.param == "sentencepiece":
+        return read_tokenizer(TINY, backend="sentencepiece")
+    if request.param == "byte level":
+        return read_tokenizer(byte_level(directory, PHI4_MINI_TOKENS, strip=False))
+    return read_tokenizer(tiktoken_ranks(directory))
+
+
+class Naive:
+    """Allows what begins a text of a list, token by token; knows a token by its bytes alone."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, [text.encode() for text in texts]
+        control = {token.id for token in tokenizer.added_tokens.values() if token.special or token.marked}
+        self.spelled = {
+            token: tokenizer.token_bytes(token)
+            for token in range(tokenizer.vocab_size)
+            if token not in control | tokenizer.stop_ids and tokenizer.token_bytes(token)
+        }
+
+    def shown(self, generated):
+        return generated.removeprefix(b" ") if self.tokenizer.drops_first_space else generated
+
+    def allowed(self, answer):
+        generated = b"".join(self.tokenizer.token_bytes(token) for token in answer)
+        ids = {
+            token
+            for token, spelled in self.spelled.items()
+            if any(text.startswith(self.shown(generated + spelled)) for text in self.texts)
+        }
+        return ids | (self.tokenizer.stop_ids if self.shown(generated) in self.texts else set())
+
+
+LANGUAGES = [
+    ["yes", "no", "yes, but"],
+    ["é", "ée", "日本語", "日", "😀"],
+    [" two", "  three"],  # begins with a space, which the first token must not lose
+    ['a"b', "a\\b", "a\nb", "/"],
+    ["the duck and the frog", "the duck", "then"],
+]
+
+
+@pytest.mark.parametrize("texts", LANGUAGES, ids=lambda texts: texts[0].strip())
+def test_a_matcher_allows_what_a_naive_enumeration_does(tokenizer, texts):
+    naive, rng = Naive(tokenizer, texts), random.Random(0)
+    form = Request(choices=texts).form
+    assert form is not None
+    for _ in range(6):
+        ours, answer = matchers(form, tokenizer, 1)[0], []
+        while True:
+            mask = ours.allowed(answer)
+            assert mask.shape == (tokenizer.vocab_size,)
+            assert {*map(int, mask.nonzero()[0])} == naive.allowed(answer)
+            token = int(rng.choice(mask.nonzero()[0]))
+            if token in tokenizer.stop_ids:
+                break
+            answer.append(token)
+        assert tokenizer.decode(answer) in texts
+
+
+PATTERNS = ["[a-z]+(, [a-z]+)*", "(ä|ö|ü|ß|日){2,5}!", r'\{"x":-?[0-9]{1,3}\}', ".{3}", "a?"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_ends_matches_the_whole_regular_expression(tokenizer, pattern):
+    rng, ended = random.Random(0), 0
+    for _ in range(10):
+        ours, answer = matcher(tokenizer, "regex", pattern), []
+        while len(answer) < 30:
+            ids = [int(token) for token in ours.allowed(answer).nonzero()[0]]
+            stops = [token for token in ids if token in tokenizer.stop_ids]
+            token = stops[0] if stops and rng.random() < 0.5 else rng.choice(ids)
+            if token in tokenizer.stop_ids:
+                assert re.fullmatch(pattern, tokenizer.decode(answer))
+                ended += 1
+                break
+            answer.append(token)
+    assert ended >= 8
+
+
+def test_an_answer_may_go_back_and_on_another_way(tokenizer):
+    form, rng = Form("regex", "(ab|ba|ä|[0-9]+ )*[a-f]{2,4}"), random.Random(1)
+    ours, answer = matchers(form, tokenizer, 1)[0], []
+    for _ in range(60):
+        ids = [int(token) for token in ours.allowed(answer).nonzero()[0]]
+        assert ids == [*map(int, matchers(form, tokenizer, 1)[0].allowed(answer).nonzero()[0])]
+        if rng.random() < 0.3:
+            answer = answer[: rng.randrange(len(answer) + 1)]
+        for _ in range(rng.randrange(4)):  # drafts, right or wrong
+            ids = [int(token) for token in ours.allowed(answer).nonzero()[0] if token not in tokenizer.stop_ids]
+            wrong = rng.choice([*tokenizer.stop_ids, *tokenizer.special_ids, tokenizer.vocab_size + 3])
+            assert ours.allowed([*answer, wrong]) is None
+            assert ours.allowed([*answer, wrong, *ids[:1]]) is None
+            if ids:
+                answer = [*answer, rng.choice(ids)]
+
+
+def test_matchers_of_one_constraint_go_their_own_ways():
+    tokenizer = read_tokenizer(TINY)
+    first, second = matchers(Form("regex", "ab|ba"), tokenizer, 2)
+    a, b = tokenizer.token_to_id("a"), tokenizer.token_to_id("b")
+    assert first.allowed([a])[b]
+    assert second.allowed([b])[a]
+    assert not first.allowed([a])[a]
+
+
+def test_ids_that_a_matcher_does_not_know_are_excluded():
+    class Two:
+        def allowed(self, answer):
+            return np.array([True, False])
+
+    logits = mx.array([1.0, 2.0, 3.0, 4.0])
+    changed = processors.Constraint(Two())([], logits)
+    assert changed.tolist() == [1.0, -np.inf, -np.inf, -np.inf]
+    assert processors.Constraint(Two())([], logits[:1]).tolist() == [1.0]
+
+
+def test_behind_a_token_that_is_not_allowed_logits_stay():
+    class Nothing:
+        def allowed(self, answer):
+            return None
+
+    assert processors.Constraint(Nothing())([3], mx.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+FAULTS = [
+    ({"schema": "{a"}, "schema is no JSON: Expecting property name"),
+    ({"schema": '{"a": 1,\n "b": }'}, "schema is no JSON: Expecting value: line 2 column 7 (char 15)"),
+    ({"schema": "true"}, "schema is True; expected a JSON schema as a dict or a text, a pydantic model or a dataclass"),
+    ({"schema": 3}, "schema is 3; expected a JSON schema as a dict or a text, a pydantic model or a dataclass"),
+    ({"schema": {"const": {3}}}, "schema holds what JSON has no form for: "),
+    ({"schema": {"type": "strin"}}, "schema cannot be followed: Invalid type: strin"),
+    ({"schema": {"not": {}}}, 'schema has "not", which cannot be constrained; leave it out'),
+    ({"schema": {"$ref": "#/x"}}, "schema cannot be followed: Pointer '/x' does not exist"),
+    ({"schema": {"enum": []}}, "schema cannot be followed: Unsatisfiable schema"),
+    ({"schema": {"type": "string", "format": "bogus"}}, "schema cannot be followed: Unknown format: bogus"),
+    ({"regex": "ab("}, "regex 'ab(' is no regular expression: unclosed group, at character 3"),
+    ({"regex": "a{2,1}"}, "regex 'a{2,1}' is no regular expression: invalid repetition count range"),
+    ({"regex": "(?=a)b"}, "regex '(?=a)b' is no regular expression: look-around, including look-ahead"),
+    ({"regex": 3}, "regex is 3; expected a text"),
+    ({"grammar": "start: foo"}, 'grammar has an error in line 1, column 8: unknown name: "foo"'),
+    ({"grammar": "start: b\nb: /x(/"}, 'grammar has an error in line 2, column 4: invalid regex "x(", unclosed group'),
+    ({"grammar": 'start: "'}, "grammar has an error in line 1, column 9: lexer error"),
+    ({"grammar": 'other: "a"'}, "grammar cannot be followed: no start rule found"),
+    ({"choices": []}, "choices has an empty answer to choose; give texts of at least one character"),
+    ({"choices": "a,,b"}, "choices has an empty answer to choose; give texts of at least one character"),
+    ({"choices": [3]}, "choices holds 3; expected a list of texts"),
+    ({"choices": 3}, "choices is 3; expected a list of texts"),
+    ({"schema": {}, "regex": "a"}, "schema has no place beside regex: an answer follows one alone; leave one out"),
+    ({"grammar": "a", "choices": "a"}, "grammar has no place beside choices: an answer follows one alone"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message for _, message in FAULTS])
+def test_a_constraint_that_is_none_is_refused_in_one_line(given, message):
+    with pytest.raises(OptionError) as caught:
+        Request(**given)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+UNSUPPORTED = [
+    *("not if then else uniqueItems contains minContains maxContains propertyNames dependentRequired").split(),
+    *("dependentSchemas dependencies unevaluatedProperties unevaluatedItems $dynamicRef $recursiveRef").split(),
+]
+
+
+@pytest.mark.parametrize("keyword", UNSUPPORTED)
+@pytest.mark.parametrize("place", ["top", "property", "items", "definition"])
+def test_keywords_of_json_schema_that_cannot_be_constrained_are_refused_by_name(keyword, place):
+    wrong = {keyword: {"a": {}}}
+    schema = {
+        "top": wrong,
+        "property": {"type": "object", "properties": {"a": wrong}},
+        "items": {"type": "array", "items": wrong},
+        "definition": {"$ref": "#/$defs/a", "$defs": {"a": wrong}},
+    }[place]
+    with pytest.raises(OptionError, match=re.escape(f'schema has "{keyword}", which cannot be constrained')):
+        Request(schema=schema)
+
+
+def test_a_schema_cannot_switch_the_refusal_off():
+    with pytest.raises(OptionError, match=r'^schema has "not"'):
+        Request(schema={"not": {}, "x-guidance": {"lenient": True}})
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(OptionError) as caught:
+        Request(regex="not seen before")
+    assert str(caught.value).endswith('which is not installed: pip install "phi3-mlx[schema]"')
+    Request()
+
+
+def test_a_tokenizer_that_names_no_end_cannot_be_constrained():
+    tokenizer = read_tokenizer(TINY)
+    tokenizer.stop_ids = frozenset()
+    with pytest.raises(OptionError, match=r"^regex needs a token that ends an answer"):
+        matchers(Form("regex", "a"), tokenizer, 1)
