@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,11 @@ def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape
 
 
 @contextmanager
-def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
-    """A case's model as phi3-mlx and as mlx-lm load it, and its name. "unpacked" is `DTYPE` that was not packed."""
+def loaded(case: str, layers: int, shape: Mapping[str, int] | None = None) -> Iterator[tuple[Any, Any, str]]:
+    """A case's model as phi3-mlx and as mlx-lm load it, and its name. "unpacked" is `DTYPE` that was not packed.
+
+    `shape` differs from Phi-3-mini's.
+    """
     from mlx_lm.utils import load_model as load_mlx_lm
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +91,12 @@ def loaded(case: str, layers: int) -> Iterator[tuple[Any, Any, str]]:
         name = "the bundled model"
         if case != "tiny":
             packed, dtype = case != "unpacked", case if case in ("bfloat16", "float32") else DTYPE
-            make_checkpoint(directory, layers, dtype, 4 if packed else 0, **OTHERS.get(case, {}))
+            make_checkpoint(directory, layers, dtype, 4 if packed else 0, **(shape or OTHERS.get(case, {})))
             kind = f"4-bit, {dtype} scales" if packed else dtype
-            shape = case if case in OTHERS else "Phi-3-mini"
-            name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of {shape}'s shape"
+            like = f"{case if case in OTHERS else 'Phi-3-mini'}'s shape"
+            if shape is not None:
+                like = f"{shape['hidden_size']} numbers"
+            name = f"{kind}, {layers} {'layer' if layers == 1 else 'layers'} of {like}"
         ours, theirs = read_model(directory), load_mlx_lm(directory)[0]
         mx.eval(ours.parameters(), theirs.parameters())
         kinds = [{key: (a.shape, a.dtype) for key, a in tree_flatten(m.parameters())} for m in (ours, theirs)]

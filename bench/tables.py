@@ -120,6 +120,45 @@ def batch() -> str:
     return "\n".join([*table, "", sources([result])])
 
 
+def traffic() -> str:
+    """Requests that arrive one after another, and a long newcomer beside an answer."""
+    result = read("traffic")
+    packages = ("phi3-mlx", "mlx-lm")
+    table = [
+        "| model | lengths | phi3-mlx | mlx-lm | ratio | of the processor's time | the last one's first token | peak |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        ours, theirs = (_side(result["rows"], case, package) for package in packages)
+        speeds = [shown(side["tokens_per_second"], "tok/s") for side in (ours, theirs)]
+        ratios = [
+            f"{ours[figure]['median'] / theirs[figure]['median']:.2f}×"
+            for figure in ("tokens_per_second", "tokens_per_processor_second")
+        ]
+        first = " and ".join(f"{side['last_first_token']['median']:.2f} s" for side in (ours, theirs))
+        peak = " and ".join(f"{side['peak_memory']['median'] / 1e6:,.0f} MB" for side in (ours, theirs))
+        lengths = "whole" if ours["shorter"] == 1 else f"1/{ours['shorter']}"
+        table.append(f"| {ours['model']} | {lengths} | {' | '.join([*speeds, *ratios])} | {first} | {peak} |")
+    lines = [*table, "", f"{result['requests']} requests; the last two columns are phi3-mlx and mlx-lm."]
+    if result["newcomers"]:
+        tokens = result["newcomers"][0]["tokens"]
+        lines += [
+            "",
+            f"| a newcomer of {tokens:,} tokens | its first token alone | beside an answer | ratio "
+            "| that answer waits | longest step with a chunk | step without |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in result["newcomers"]:
+            seconds = [f"{row[figure]['median']:.3g} s" for figure in ("alone", "beside", "gap", "chunk", "step")]
+            seconds.insert(2, f"{row['late']['median']:.2f}×")
+            lines.append(f"| {row['package']} | {' | '.join(seconds)} |")
+    return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
+
+
+def _side(rows: list[dict[str, Any]], case: str, package: str) -> dict[str, Any]:
+    return next(row for row in rows if (row["case"], row["package"]) == (case, package))
+
+
 def lookup() -> str:
     """Answers with prompt lookup and without."""
     results = read_all("lookup")

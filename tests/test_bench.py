@@ -289,3 +289,51 @@ def test_all_benches_run_before_a_failure_is_told(capfd):
     with pytest.raises(click.ClickException, match="failed: nonsense"):
         run({"nonsense": "", "readme": "--help"}, {})
     assert "README" in capfd.readouterr().out
+
+
+def test_requests_that_arrive_are_answered_by_both_and_the_table_shows_them(results, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    from bench import traffic
+
+    options = [
+        "--only",
+        "unpacked",
+        "--layers",
+        "1",
+        "--requests",
+        "3",
+        "--shorter",
+        "32",
+        "--runs",
+        "1",
+        "--long",
+        "80",
+    ]
+    assert invoke(traffic.main, *options).exit_code == 0
+    written = check(results, "traffic")
+    assert [row["package"] for row in written["rows"]] == ["phi3-mlx", "mlx-lm"]
+    for row in written["rows"]:
+        assert row["last_first_token"]["median"] > 0
+        assert row["tokens_per_second"]["median"] > 0
+    for row in written["newcomers"]:
+        assert row["tokens"] == 80
+        assert row["gap"]["median"] <= row["chunk"]["median"] + 2 * row["beside"]["median"]
+        assert row["late"]["median"] == pytest.approx(row["beside"]["median"] / row["alone"]["median"])
+    monkeypatch.setattr(record, "PUBLISHED", results)
+    published.systems.cache_clear()
+    table = tables.traffic()
+    published.systems.cache_clear()
+    assert "| float32, 1 layer of 512 numbers | 1/32 |" in table
+    assert "| a newcomer of 80 tokens |" in table
+
+
+def test_requests_are_drawn_alike_and_arrive_in_turn():
+    from bench import traffic
+
+    some, again, shorter = (traffic.make_requests(16, n) for n in (1, 1, 8))
+    assert some == again
+    lengths = [len(request.prompt) for request in some]
+    assert 50 <= min(lengths) < max(lengths) <= 2000
+    assert all(20 <= request.answer <= 300 for request in some)
+    assert [request.arrival for request in some] == [i / 2 for i in range(16)]
+    assert [len(request.prompt) for request in shorter] == [length // 8 for length in lengths]
