@@ -198,6 +198,7 @@ BLOCKS = {
             tables.parity,
             tables.speed,
             tables.batch,
+            tables.prefix,
             tables.lookup,
             tables.gpu,
             tables.kvquality,

@@ -159,6 +159,20 @@ def _side(rows: list[dict[str, Any]], case: str, package: str) -> dict[str, Any]
     return next(row for row in rows if (row["case"], row["package"]) == (case, package))
 
 
+def prefix() -> str:
+    """Tokens that are read where prompts begin alike."""
+    result = read("prefix")
+    table = [
+        f"| a text of {result['tokens']:,} tokens | tokens of prompts | read | of the least |",
+        "|---|---|---|---|",
+    ]
+    table += [
+        f"| {row['what']} | {row['prompt_tokens']:,} | {row['read_tokens']:,} | {row['ratio']:.2f}× |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*table, "", sources([result])])
+
+
 def lookup() -> str:
     """Answers with prompt lookup and without."""
     results = read_all("lookup")

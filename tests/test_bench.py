@@ -267,6 +267,22 @@ def test_prompts_of_a_text_show_once_how_to_quote():
         lookup.prompts_of_text(text[:1500], "a text")
 
 
+def test_prefix_counts_what_is_read_and_the_least_that_could_be(results, monkeypatch):
+    from bench import prefix
+
+    assert prefix.least_of([[1, 2, 3], [1, 2, 3], [1, 2, 4, 5], [9]]) == 3 + 1 + 2 + 1
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    options = ["--tokens", "100", "--questions", "4", "--plain", "2", "--turns", "2"]
+    assert invoke(prefix.main, *options).exit_code == 0
+    questions, conversations = check(results, "prefix")["rows"]
+    assert (questions["prompts"], conversations["prompts"]) == (4, 8)
+    assert questions["least_tokens"] <= questions["read_tokens"] <= 1.05 * questions["least_tokens"]
+    assert conversations["read_tokens"] < conversations["least_tokens"]
+    answer = {"said": "a", "read": 1, "prompt": 1, "seconds": 1.0}
+    with pytest.raises(click.ClickException, match="an answer is another than without a store"):
+        prefix.row_of("questions", [answer], [answer | {"said": "b"}], 1)
+
+
 def test_faults_of_a_user_are_one_line(capfd):
     with pytest.raises(SystemExit) as done:
         main(["lookup", "--model", "./nowhere"])

@@ -71,6 +71,13 @@ def test_lookup_pays_where_text_repeats_and_costs_little_where_it_does_not():
     assert rows(name, prompts="something new")[0]["ratio"] >= 0.97
 
 
+def test_prompts_that_begin_alike_are_read_once():
+    questions, conversations = rows("prefix")
+    assert questions["prompts"] == 32
+    assert questions["read_tokens"] <= 1.05 * questions["least_tokens"]
+    assert conversations["read_tokens"] <= conversations["least_tokens"]
+
+
 def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
     for name in ("decode", "prefill"):
         for ours in rows(name, package="phi3-mlx"):
