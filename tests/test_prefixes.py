@@ -3,6 +3,7 @@
 import functools
 import gc
 import math
+import random
 import threading
 
 import mlx.core as mx
@@ -339,6 +340,34 @@ def test_the_store_gives_way_before_a_job_waits(monkeypatch):
     assert before > 0
     assert prefixes.shared(PLAIN, prompts[2]) == 39
     assert prefixes.shared(PLAIN, prompts[0]) < 39
+
+
+@pytest.mark.parametrize("times", [1.2, 2.2])
+def test_runs_and_the_store_together_stay_within_their_room(times):
+    draws = random.Random(1)
+    texts = [ids_of(draws.randint(200, 900), seed) for seed in range(6)]
+    lone = Scheduler(PLAIN, room=math.inf)
+    lone.submit(Job(ids_of(1000, 0), 64))
+    lone.admit()
+    room = (lone._plan.total - lone._plan.weights) * times
+    del lone
+    gc.collect()
+    mx.clear_cache()
+    before, prefixes = mx.get_active_memory(), PrefixStore("1GB")
+    mx.reset_peak_memory()
+    runs = Scheduler(PLAIN, room=room, prefixes=prefixes)
+    rows = [
+        runs.submit(Job([*draws.choice(texts), *ids_of(draws.randint(5, 60), i)], draws.choice([10, 30, None])))
+        for i in range(12)
+    ]
+    while runs.busy:
+        assert not runs.step().failed
+        for row in rows:
+            if len(row.answer) >= 40:
+                row.finish()
+    assert mx.get_peak_memory() - before <= room
+    assert prefixes.nbytes > 0
+    assert any(row.reused > 100 for row in rows)
 
 
 def test_a_paused_row_goes_on_from_what_it_had_read(monkeypatch):
