@@ -119,9 +119,12 @@ def nested_definitions(schema):
     return {**schema, "$defs": found} if found else schema
 
 
+CHECKED = jsonschema.Draft202012Validator.FORMAT_CHECKER
+
+
 def validate(text, schema):
     value = json.loads(text)
-    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(value)
+    jsonschema.Draft202012Validator(schema, format_checker=CHECKED).validate(value)
     assert json.dumps(value, ensure_ascii=False, separators=(",", ":")).count("\n") == text.count("\n")
     return value
 
