@@ -85,6 +85,8 @@ def test_commands_run(command, checkpoint, tmp_path):
         assert "HF_HUB_OFFLINE" in done.stderr
         # The same command with the bundled model instead.
         words[words.index("-m") + 1] = "tiny"
+        if "--draft-model" in words:
+            words[words.index("--draft-model") + 1] = "tiny"
         done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
