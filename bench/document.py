@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,36 +24,21 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx import KVBits, encode_prompt, resolve
+from phi3_mlx import KVBits, encode_prompt
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 from . import record
-from .models import make_checkpoint
+from .models import make_model
 
 ASK = "Summarise this:"
 BITS, ANSWER = 4, 256  # the answer is long enough to make the cache grow, as the plan says
 CONTEXT = 131_072
-SHAPE = {
-    "vocab_size": 4032,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": CONTEXT,
-    "original_max_position_embeddings": CONTEXT,
-}
 
 
 class Exceeded(Exception):
     """mlx-lm took more than the limit."""
-
-
-def make_model(directory: Path) -> None:
-    make_checkpoint(directory, 2, "float32", 4, **SHAPE)
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(resolve("tiny") / name, directory)
 
 
 def cut(text: str, tokenizer: Tokenizer, tokens: int) -> str:

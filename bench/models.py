@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,17 @@ LAYERS = 2 if not record.on_gpu() else 32 if room() > 40e9 else 8
 DTYPE = "bfloat16" if record.on_gpu() else "float32"  # that a model is computed in, if it is not said
 
 
+TWO_LAYERS = {
+    "vocab_size": 4032,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+    "original_max_position_embeddings": 131_072,
+}
+
+
 def default_cases(cases: tuple[str, ...]) -> list[str]:
     """Those that are measured if none is asked for: nobody gives a GPU float32 scales."""
     return [case for case in cases if not (case == "float32" and record.on_gpu())]
@@ -76,6 +88,13 @@ def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape
     directory.mkdir(exist_ok=True)
     mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def make_model(directory: Path) -> None:
+    """A checkpoint of `TWO_LAYERS` with random weights in 4 bits, and the bundled model's tokenizer."""
+    make_checkpoint(directory, 2, "float32", 4, **TWO_LAYERS)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(resolve("tiny") / name, directory)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from phi3_mlx.engine.prefill import common_length
 from phi3_mlx.text.tokenizer import Tokenizer
 
 from . import record
-from .document import make_model
+from .models import make_model
 
 ANSWER = 8  # tokens
 ASKED = ("Who is it about?", "Where does it begin?", "What is said first?", "How does it end?")

@@ -564,7 +564,7 @@ class Words(Tokenizer):
     def id_to_token(self, token_id):
         return [*self.words, *self.added_tokens][token_id] if token_id < self.vocab_size else None
 
-    _encode_text = _stream = token_to_id
+    _encode_text = _stream = token_bytes = drops_first_space = token_to_id
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,14 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
         gc.collect()
         mx.clear_cache()
         others = mx.get_active_memory() - weights
-        prompts = [[1 + i % 400 for i in range(length - 4)]] * rows
+        answer = 4 if rows == 1 else 60  # so long that all rows are there together: one is read after another
+        prompts = [[1 + i % 400 for i in range(length - answer)]] * rows
         generation = Generation(
-            model, prompts, max_tokens=4, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
+            model, prompts, max_tokens=answer, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
         )
         list(generation)
-        assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
+        if rows == 1:  # several rows let go of theirs as they end
+            assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
         peak = max(peak, generation.statistics.peak_memory - others)
         del generation
         if predicted < 1.1 * peak:

@@ -29,7 +29,7 @@ def models(tmp_path_factory):
 
 
 def planned_over_peak(monkeypatch, work):
-    """What the first plan of `work` counts, over what it takes."""
+    """What the first plan of `work(attempt)` counts, over what it takes at most in three attempts."""
     planned, check_room = [], plan.check_room
 
     def watch(what, parts, way_out):
@@ -37,7 +37,8 @@ def planned_over_peak(monkeypatch, work):
         check_room(what, parts, way_out)
 
     monkeypatch.setattr(plan, "check_room", watch)
-    peak = peak_of(work)
+    # How far MLX's threads are ahead of each other is chance, and other tests' garbage may go meanwhile.
+    peak = max(peak_of(lambda attempt=attempt: work(attempt)) for attempt in range(3))
     return planned[0] / peak
 
 
@@ -67,7 +68,7 @@ def peak_of(work):
 )
 def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp_path, monkeypatch):
     make_adapter(models[base], tmp_path / "a", **adapter)
-    assert 0.9 < planned_over_peak(monkeypatch, lambda: fuse(tmp_path / "a", tmp_path / "m", **options)) < 1.35
+    assert 0.9 < planned_over_peak(monkeypatch, lambda i: fuse(tmp_path / "a", tmp_path / f"m{i}", **options)) < 1.35
 
 
 @pytest.mark.parametrize("targets", [("qkv_proj",), ("gate_up_proj", "down_proj")], ids=["small", "large"])
@@ -78,7 +79,7 @@ def test_what_is_quantized_again_is_planned_without_the_measurement_too(mode, ta
     convert(models[None], base, mode=mode, report=False)
     make_adapter(base, tmp_path / "a", targets=targets)
     monkeypatch.setattr(AdaptedSource, "rounds_adapters", False)
-    assert 0.95 < planned_over_peak(monkeypatch, lambda: fuse(tmp_path / "a", tmp_path / "m")) < 1.4
+    assert 0.95 < planned_over_peak(monkeypatch, lambda i: fuse(tmp_path / "a", tmp_path / f"m{i}")) < 1.4
 
 
 def test_a_fusion_that_does_not_fit_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):

@@ -112,7 +112,9 @@ class Decoder(nn.Module):
 
     def _step(self, ids: mx.array, caches: Sequence[list[KVCache]], long: tuple[bool, ...]) -> mx.array | None:
         """Hidden states of one token for each cache, ids (1, caches); None where the plain path must take them."""
-        step = self._steps.begin(self.layers, caches, long) if ids.size == len(caches) else None
+        if ids.size > len(caches) or self._dequantizes(ids.size, self.layers[0].input_layernorm.weight.dtype):
+            return None  # slices of dequantized weights wait for each other, which a compiled layer would not keep
+        step = self._steps.begin(self.layers, caches, long)
         if step is None:
             return None
         return self._through(ids[0], step.forward, lambda i: any(cache[i].awaited for cache in caches))[None]
@@ -194,7 +196,7 @@ class Decoder(nn.Module):
         `awaited`: whether the output of layer i is needed at once; None where there is no cache.
         """
         x = self.embed(ids)
-        dequantizes = self._config.quantization is not None and ids.size >= dequantizing_pays(x.dtype.size)
+        dequantizes = self._dequantizes(ids.size, x.dtype)
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
             x = forward(layer, x)
@@ -206,6 +208,10 @@ class Decoder(nn.Module):
                 mx.eval(x)
                 queued = 0
         return self.last_norm(x)
+
+    def _dequantizes(self, tokens: int, dtype: mx.Dtype) -> bool:
+        """Whether the weights are dequantized for this many tokens."""
+        return self._config.quantization is not None and tokens >= dequantizing_pays(dtype.size)
 
     def _recompute(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
         """Recompute the rows of `cache` whose keys are no longer valid, from their ids.

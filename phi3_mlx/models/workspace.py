@@ -42,7 +42,7 @@ def workspace_bytes(shape: PassShape, step: int, scored: int = 0) -> int:
 def _growing_bytes(shape: PassShape, step: int) -> int:
     """A layer's cache is copied when it last grows, while tokens are generated: then those are scored."""
     before = max(shape.length - KVCache.step, 0)
-    return shape.rows * kv_bytes(shape.config, before, shape.bits, shape.itemsize) + decoding_bytes(shape, step)
+    return kv_bytes(shape.config, before, shape.bits, shape.itemsize) + decoding_bytes(shape, step)
 
 
 def _scoring_bytes(shape: PassShape, step: int, scored: int) -> int:
