@@ -155,6 +155,24 @@ def traffic() -> str:
     return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
 
 
+def host() -> str:
+    """What a step costs the host, beside mlx-lm."""
+    result = read("host")
+    table = [
+        "| weights, rows | host, phi3-mlx | host, mlx-lm | ratio | whole step, phi3-mlx | whole step, mlx-lm | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for weights, rows in dict.fromkeys((row["weights"], row["rows"]) for row in result["rows"]):
+        sides = {row["package"]: row for row in result["rows"] if (row["weights"], row["rows"]) == (weights, rows)}
+        ours, theirs = sides["phi3-mlx"], sides["mlx-lm"]
+        cells = []
+        for figure in ("host", "step"):
+            cells += [f"{side[figure]['median']:.2f} ms" for side in (ours, theirs)]
+            cells.append(f"{ours['ratios'][figure]:.2f}×")
+        table.append(f"| {weights}, {rows} | {' | '.join(cells)} |")
+    return "\n".join([*table, "", f"{result['layers']} layers of a tiny width; {sources([result])}"])
+
+
 def _side(rows: list[dict[str, Any]], case: str, package: str) -> dict[str, Any]:
     return next(row for row in rows if (row["case"], row["package"]) == (case, package))
 

@@ -343,6 +343,26 @@ def test_requests_that_arrive_are_answered_by_both_and_the_table_shows_them(resu
     assert "| a newcomer of 80 tokens |" in table
 
 
+def test_the_host_of_a_step_is_measured_beside_mlx_lms(results, monkeypatch):
+    from bench import host
+
+    options = ["--rows", "1", "--rows", "2", "--bits", "0", "--layers", "1", "--steps", "2", "--runs", "1"]
+    assert invoke(host.main, *options).exit_code == 0
+    written = check(results, "host")
+    assert [(row["rows"], row["package"]) for row in written["rows"]] == [
+        (1, "phi3-mlx"),
+        (1, "mlx-lm"),
+        (2, "phi3-mlx"),
+        (2, "mlx-lm"),
+    ]
+    assert all(0 < row["build"]["median"] <= row["host"]["median"] for row in written["rows"])
+    monkeypatch.setattr(record, "PUBLISHED", results)
+    published.systems.cache_clear()
+    table = tables.host()
+    published.systems.cache_clear()
+    assert "| float32, 2 | " in table
+
+
 def test_requests_are_drawn_alike_and_arrive_in_turn():
     from bench import traffic
 
