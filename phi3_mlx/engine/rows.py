@@ -132,15 +132,13 @@ class Row:
 
     @property
     def to_compute(self) -> list[mx.array]:
-        """All that the cache keeps, some of it perhaps not computed yet."""
-        states = [array for layer in self.cache for array in layer.state]
-        return states + self.ids_to_compute + self.draft_to_compute
+        """All that its caches keep, some of it perhaps not computed yet."""
+        return _kept_by(self.cache) + self.draft_to_compute
 
     @property
     def draft_to_compute(self) -> list[mx.array]:
         """The same of the draft model's cache."""
-        layers = self.draft_cache
-        return [array for layer in layers for array in layer.state] + (layers[0].sequence.kept if layers else [])
+        return _kept_by(self.draft_cache)
 
     @property
     def ids_to_compute(self) -> list[mx.array]:
@@ -187,3 +185,8 @@ class Row:
         elif self.left <= 0:
             reason = "length"
         return Token(self.index, token, logprob, reason)
+
+
+def _kept_by(cache: list[KVCache]) -> list[mx.array]:
+    """The arrays of all layers, and those of the token ids."""
+    return [array for layer in cache for array in layer.state] + (cache[0].sequence.kept if cache else [])

@@ -196,7 +196,7 @@ class Scheduler:
 
     def _check_alone(self, row: Row, workload: Workload) -> None:
         """MemoryLimitError if the row would not fit even if no other ran."""
-        room = self._available({**self._workloads, row: workload}) + (self._prefixes.nbytes if self._prefixes else 0)
+        room = self._available({**self._workloads, row: workload}) + self._stored
         kept = self._kept or row.job.cache is not None
         check_fits(workload, room, prompt=len(row.prompt) if row.left else 0, kept=kept)
 
@@ -205,8 +205,8 @@ class Scheduler:
         weights = Workload.of_model(self._model, 1).weights + draft_weights(workloads.values())
         if self._room is None or self._force:
             return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
-        stored = self._prefixes.nbytes if self._prefixes else 0
-        return self._room + weights + sum(brought_by(row, workload) for row, workload in workloads.items()) - stored
+        brought = sum(brought_by(row, workload) for row, workload in workloads.items())
+        return self._room + weights + brought - self._stored
 
     # What was read is read once.
 
@@ -223,7 +223,12 @@ class Scheduler:
 
     def _gives_way(self, lacking: float) -> bool:
         """Whether there will be `lacking` bytes more once stored prefixes are forgotten."""
-        return self._force or lacking <= (self._prefixes.nbytes if self._prefixes else 0)
+        return self._force or lacking <= self._stored
+
+    @property
+    def _stored(self) -> int:
+        """Bytes of the prefixes that are stored."""
+        return 0 if self._prefixes is None else self._prefixes.nbytes
 
     def _copied(self, row: Row, lacking: float) -> list[KVCache] | None:
         """A cache with the longest stored beginning of what a row is to read, which joins in `lacking` bytes more."""
