@@ -31,6 +31,14 @@ class PromptError(Phi3Error):
     """A prompt that cannot be run: empty, not text, or longer than the model's context."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt of `tokens` tokens, which leaves no room to answer in the model's `context`."""
+
+    def __init__(self, message: str, tokens: int, context: int):
+        super().__init__(message)
+        self.tokens, self.context = tokens, context
+
+
 class DataError(Phi3Error):
     """Training data that cannot be read, or that is not of a form this package knows."""
 
@@ -55,3 +63,15 @@ class MemoryLimitError(Phi3Error):
 
 class CacheError(Phi3Error):
     """A prompt cache that is damaged, or belongs to another model or prompt."""
+
+
+class QueueFullError(Phi3Error):
+    """More requests wait than may. In about `retry_after` seconds some will have ended."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(Phi3Error):
+    """A server that is ending, or whose engine died, takes no request."""

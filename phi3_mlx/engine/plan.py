@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlx.utils import tree_flatten
 
 from ..config import Config
-from ..errors import MemoryLimitError, PromptError
+from ..errors import ContextLengthError, MemoryLimitError
 from ..models.attention import fused_attention
 from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
 from ..models.pass_shape import PassShape
@@ -268,12 +268,14 @@ def check_room(what: str, parts: Mapping[str, int], way_out: str) -> None:
 
 
 def check_length(config: Config, prompt: int) -> None:
-    """PromptError unless a prompt of this many tokens leaves room for an answer in the model's context."""
+    """ContextLengthError unless a prompt of this many tokens leaves room for an answer in the model's context."""
     context = config.max_position_embeddings
     if prompt >= context:
-        raise PromptError(
+        raise ContextLengthError(
             f"the prompt has {prompt:,} tokens and the model's context is {context:,}; "
-            "shorten it or use a model with a longer context"
+            "shorten it or use a model with a longer context",
+            prompt,
+            context,
         )
 
 
@@ -292,7 +294,7 @@ def plan_run(
     """Raise MemoryLimitError if the model of `directory`, a prompt of this many tokens and its answer do not fit.
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
-    the run. `force` refuses nothing. `draft`: a draft model's. Raises PromptError for a prompt that the
+    the run. `force` refuses nothing. `draft`: a draft model's. Raises ContextLengthError for a prompt that the
     model's context cannot hold.
     """
 
