@@ -611,7 +611,7 @@ def test_the_peak_stays_within_the_plan(length, monkeypatch):
     mx.eval(model.parameters(), draft.parameters())
     prompt = [1 + i % 1900 for i in range(length)]
     job = Job(prompt, 40, draft=draft)
-    workload = workload_of(model, Row(0, job, model), 128)
+    workload = workload_of(dataclasses.replace(Workload.of_model(model, 0), chunk=128), Row(0, job, model))
     gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory() - workload.plan(0).weights

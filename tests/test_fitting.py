@@ -1,5 +1,7 @@
 """Which room a run has: what is free, and what it holds already and uses or lets go of."""
 
+import dataclasses
+
 import pytest
 from oracle import CONFIGS, ids_of, make_ours
 
@@ -7,6 +9,7 @@ from phi3_mlx.engine import fitting, machine
 from phi3_mlx.engine.fitting import workload_of
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.rows import Row
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
@@ -14,7 +17,7 @@ from phi3_mlx.errors import MemoryLimitError
 
 MODEL = make_ours(CONFIGS["mini-4k"])
 PROMPT = ids_of(400)[0].tolist()
-WORKLOAD = workload_of(MODEL, Row(0, Job(PROMPT, 20), MODEL), 64)
+WORKLOAD = workload_of(dataclasses.replace(Workload.of_model(MODEL, 0), chunk=64), Row(0, Job(PROMPT, 20), MODEL))
 PLAN = WORKLOAD.plan(0)
 
 
@@ -95,7 +98,7 @@ def test_what_may_be_recomputed_is_a_row_at_the_boundary_and_what_a_cache_has_of
 
     def rule(length, cache=None, model=model, ids=ids):
         row = Row(0, Job(ids[:length], 4, cache=cache), model)
-        return fitting._recomputed(model, row, cache, row.shared)
+        return fitting._recomputed(row, row.main)
 
     assert rule(boundary - 4) == 0  # ends at the boundary
     assert rule(boundary - 3) == boundary + 1
@@ -111,3 +114,14 @@ def test_what_may_be_recomputed_is_a_row_at_the_boundary_and_what_a_cache_has_of
     lengths = [kept - 1, kept]  # of what the prompt shares with the cache
     prompts = [[*PROMPT[:length], PROMPT[length] ^ 1, 1] for length in lengths]
     assert [rule(99999, cache, MODEL, prompt) for prompt in prompts] == [kept - 1, 0]
+
+
+def test_the_weights_are_counted_once_for_all_jobs(monkeypatch):
+    counted, of_model = [], Workload.of_model
+    monkeypatch.setattr(Workload, "of_model", lambda *args, **options: counted.append(args) or of_model(*args))
+    scheduler = Scheduler(MODEL, room=10 * PLAN.total)
+    for _ in range(3):
+        scheduler.submit(Job(PROMPT, 2))
+    while scheduler.busy:
+        scheduler.step()
+    assert len(counted) == 1

@@ -12,11 +12,10 @@ import time
 
 import mlx.core as mx
 
-from ..models.cache import KVCache
-from ..models.decoder import Model
 from .lookup import MAX_DRAFT
 from .payoff import Payoff, StepTimes, faded
 from .processors import processed
+from .row_cache import RowCache
 from .rows import Row
 from .sampler import draw
 
@@ -31,19 +30,10 @@ class ModelDrafter(Payoff):
 
     retrying = 0.02  # more seldom than for guesses that cost nothing
 
-    def __init__(self, row: Row, draft_model: Model, vocab_size: int, times: StepTimes):
+    def __init__(self, row: Row, cache: RowCache, vocab_size: int, times: StepTimes):
         super().__init__(MAX_DRAFT, times)
-        self._row, self._model, self._vocab_size = row, draft_model, vocab_size
+        self._row, self._cache, self._model, self._vocab_size = row, cache, cache.model, vocab_size
         self._foreign = False  # whether there was an id outside its vocabulary
-
-    @property
-    def _cache(self) -> list[KVCache]:
-        return self._row.draft_cache
-
-    @property
-    def _read(self) -> int:
-        """Tokens in its cache."""
-        return self._cache[0].offset
 
     @property
     def _known(self) -> int:
@@ -62,10 +52,10 @@ class ModelDrafter(Payoff):
 
     def draft(self, length: int) -> list[int]:
         """The next `length` tokens as the draft model draws them; none while it has much to read first."""
-        if self._known - self._read > self._row.chunk:
-            self.follow(self._read + self._row.chunk)
+        if self._known - self._cache.read > self._row.chunk:
+            self.follow(self._cache.read + self._row.chunk)
             return []
-        if self._known - self._read > _TAIL:
+        if self._known - self._cache.read > _TAIL:
             self.follow(self._known - 1)
         ids = self._ids(self._known)
         if ids is None:
@@ -80,22 +70,22 @@ class ModelDrafter(Payoff):
         """Read the sequence up to `last` tokens, a chunk at a time."""
         if len(self._row.job.prompt) >= self._model.config.max_position_embeddings:
             return
-        while self._read < last:
-            ids = self._ids(min(self._read + self._row.chunk, last))
+        while self._cache.read < last:
+            ids = self._ids(min(self._cache.read + self._row.chunk, last))
             if ids is None:
                 return
-            self._model.model(ids, self._cache)
-            mx.eval(self._row.draft_to_compute)
+            self._model.model(ids, self._cache.layers)
+            mx.eval(self._cache.to_compute)
             mx.clear_cache()
 
     def saw_draft(self, drafted: int, accepted: int, seconds: float) -> None:
         super().saw_draft(drafted, accepted, seconds)
-        for layer in self._cache:
+        for layer in self._cache.layers:
             layer.trim(max(drafted - 1 - accepted, 0))
 
     def _ids(self, last: int) -> mx.array | None:
         """The ids (1, n) from where it has read to the first `last`; None if it does not know one of them."""
-        prompt, answer, first = self._row.job.prompt, self._row.answer, self._read
+        prompt, answer, first = self._row.job.prompt, self._row.answer, self._cache.read
         ids = [*prompt[first:last], *answer[max(first - len(prompt), 0) : max(last - len(prompt), 0)]]
         self._foreign = self._foreign or max(ids) >= self._model.config.vocab_size
         return None if self._foreign else mx.array([ids], dtype=mx.int32)
@@ -113,15 +103,15 @@ class ModelDrafter(Payoff):
                     guesses: list[int] = mx.concatenate(drawn).tolist() if drawn else []  # type: ignore[assignment]
                     scores = processed(processors, [*self._row.answer, *guesses], logits)[None]
                 drawn.append(draw([sampler], logits[None], scores)[0])
-                mx.async_eval(drawn[-1], self._row.draft_to_compute)
+                mx.async_eval(drawn[-1], self._cache.to_compute)
                 ids = drawn[-1][None]
         finally:
             sampler.state = before
-        mx.eval(self._row.draft_to_compute)
+        mx.eval(self._cache.to_compute)
         return mx.concatenate(drawn).tolist()  # type: ignore[return-value]
 
     def _logits(self, ids: mx.array) -> mx.array:
         """Logits (vocab_size,) of the token behind `ids` (1, n), for the vocab_size of the row's model."""
-        hidden = self._model.model(ids, self._cache)
+        hidden = self._model.model(ids, self._cache.layers)
         logits = self._model.logits(hidden[0, -1:])[0].astype(mx.float32)[: self._vocab_size]
         return mx.pad(logits, (0, self._vocab_size - len(logits)), constant_values=mx.array(-math.inf))

@@ -27,8 +27,8 @@ class Drafter:
         self._heard = 0  # tokens of the answer that lookup knows
         self._lookup = LookupDrafter(row.job.prompt, row.job.lookup, self.times) if row.job.lookup else None
         self._guesser: ModelDrafter | None = None
-        if row.job.draft is not None:
-            self._guesser = ModelDrafter(row, row.job.draft, model.config.vocab_size, self.times)
+        if row.draft is not None:
+            self._guesser = ModelDrafter(row, row.draft, model.config.vocab_size, self.times)
         self._source: Payoff | None = None  # of the last draft
 
     def follow(self) -> None:

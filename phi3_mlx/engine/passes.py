@@ -33,12 +33,12 @@ class Pass:
         self.reading, self.read_tokens = reading, read_tokens
         self.seconds = 0.0
         self._scored = scored
-        self._left: set[Row] = set()
         self.rows: list[Row] = []
         self._late = [row for row in rows if any(processor.reads_answer for processor in row.job.processors)]
         self._late_logits: mx.array | None = None
         self._drawn: list[tuple[mx.array, mx.array]] = []
-        self._before: dict[Row, SamplerState] = {}
+        # What each draws with, to draw it again; those that were left out are not among them.
+        self._before: dict[Row, SamplerState] = {row: row.sampler.state for row in (*rows, *reading)}
         if logits is None:
             return
         early = [row for row in rows if row not in self._late]
@@ -59,13 +59,12 @@ class Pass:
             told = iter(self._scored[0].told())
             for row, count in self._scored[1]:
                 scores_of_row = list(islice(told, count))
-                if row not in self._left:
+                if row in self._before:
                     row.scores += scores_of_row
 
     def leave_out(self, row: Row) -> None:
         """Tell nothing of this row, and undo its draw: it leaves, and may come back."""
         self.reading = [other for other in self.reading if other is not row]
-        self._left.add(row)
         if row in self._before:
             row.sampler.state = self._before.pop(row)
 
@@ -92,9 +91,8 @@ class Pass:
                 return
             rows, logits, scores = list(changed), logits[mx.array(kept)], mx.stack(list(changed.values()))
         self.rows += rows
-        self._before |= {row: row.sampler.state for row in rows}
         self._drawn.append(draw([row.sampler for row in rows], logits, scores))
-        mx.async_eval(self._drawn[-1], [row.sampler.state for row in rows], [row.ids_to_compute for row in rows])
+        mx.async_eval(self._drawn[-1], [row.sampler.state for row in rows], [row.main.ids_to_compute for row in rows])
 
     def ids_of(self, rows: Sequence[Row]) -> mx.array:
         """The next tokens of these rows (1, rows), perhaps not computed yet."""

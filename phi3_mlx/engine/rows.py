@@ -11,7 +11,7 @@ from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
 from .identity import ModelState
 from .jobs import Job
-from .prefill import cache_for, shared_length
+from .row_cache import RowCache
 from .sampler import Sampler
 from .scores import TokenScore
 from .tokens import FinishReason, Token
@@ -25,12 +25,10 @@ class _Where(Exception):
 
 
 class Row:
-    """A job, the ids that it has read and made, and its cache once it was begun.
+    """A job, the ids that it has read and made, and what the model, and its `draft` model, have read of it.
 
-    `budget`: tokens of the answer at most. `error`: why it failed, where it did. `shared`: how many tokens of the
-    prompt the cache that the job brought has read; `brought`: the bytes of that cache. `scores`: of the tokens that the
-    job asks for, so far. `draft_cache`: what the job's draft model has read, empty without one; `draft_shared` and
-    `draft_brought` are as those of the row.
+    `budget`: tokens of the answer at most. `error`: why it failed, where it did. `progress`: tokens of the prompt that
+    are in the cache, and computed. `scores`: of the tokens that the job asks for, so far.
     """
 
     def __init__(self, index: int, job: Job, model: Model):
@@ -41,55 +39,62 @@ class Row:
         if job.max_tokens is not None:
             self.budget = min(job.max_tokens, self.budget)
         self.error: Exception | None = None
-        self.cache: list[KVCache] = []
-        self.reused = 0  # tokens of the prompt that the cache had read
-        self.progress = 0  # tokens of the prompt that are in the cache, and computed
-        self.given = job.cache  # until a pause: then another run may have it
+        self.progress = 0
         self.bits = job.kv_bits if job.cache is None else job.cache[0].bits
         self.scores: list[TokenScore] = []
         self.scored_from = len(self.prompt) if job.scored_from is None and job.candidates else job.scored_from
         # The token before the first that is scored must be read here.
-        self.shared = 0 if job.cache is None else shared_length(job.cache, self.prompt[: self.scored_from])
-        self.brought = sum(layer.nbytes for layer in job.cache or ())
-        self.draft_cache: list[KVCache] = []
-        self.draft_given = job.draft_cache
-        self.draft_shared = 0 if job.draft_cache is None else shared_length(job.draft_cache, self.prompt)
-        self.draft_brought = sum(layer.nbytes for layer in job.draft_cache or ())
+        self.main = RowCache(model, job.cache, self.prompt[: self.scored_from])
+        self.draft = None if job.draft is None else RowCache(job.draft, job.draft_cache, self.prompt)
         self.chunk = RECOMPUTE_CHUNK
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
-        self._model = model
         self.model_state: ModelState | None = None  # when it began, where what it reads may be stored
         self.cancelled = self._ended = False
         self._claim: object = None
 
     def begin(self, chunk: int, copied: list[KVCache] | None = None) -> None:
         """Take the cache `copied`, or the one that the job brought, or make one. `chunk`: tokens read at once."""
-        self.cache = copied or cache_for(self._model, self.length, given=self.given, shared=self.shared, bits=self.bits)
-        self.reused = self.progress = self.read
+        self.main.begin(self.length, self.bits, copied)
+        self.progress = self.read
         self.chunk = chunk
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
         sequence.wanted_from = None if self.scored_from is None else self.scored_from - 1
-        if self.job.draft is not None:
-            bits = None if self.bits is None else self.bits.dividing(self.job.draft.config.head_dim)
-            self.draft_cache = cache_for(
-                self.job.draft, self.length, given=self.draft_given, shared=self.draft_shared, bits=bits
-            )
-            self.draft_cache[0].sequence.recompute_chunk = sequence.recompute_chunk
+        if self.draft is not None:
+            bits = None if self.bits is None else self.bits.dividing(self.draft.model.config.head_dim)
+            self.draft.begin(self.length, bits)
+            self.draft.layers[0].sequence.recompute_chunk = sequence.recompute_chunk
         # Not this row itself: a cycle would keep keys and values until Python looks for cycles.
         self._claim = sequence.reader = object()
 
     def pause(self) -> None:
         """Let go of keys and values; what was read and said is recomputed once the row begins anew."""
         self.prompt = [*self.job.prompt, *self.answer]
-        for cache, given in ((self.cache, self.given), (self.draft_cache, self.draft_given)):
-            if cache is given and self._owns_cache:  # the job would hold it still
-                for layer in cache:
-                    layer.trim(layer.offset)
-        self.cache, self.given, self.shared, self.brought = [], None, 0, 0
-        self.draft_cache, self.draft_given, self.draft_shared, self.draft_brought = [], None, 0, 0
-        self.scores = []
+        owned = self._owns_cache
+        for cache in self.caches:
+            cache.pause(owned)
+        self.progress, self.scores = 0, []
+
+    @property
+    def caches(self) -> list[RowCache]:
+        """That of its model, and of its draft model where it has one."""
+        return [self.main] if self.draft is None else [self.main, self.draft]
+
+    @property
+    def cache(self) -> list[KVCache]:
+        """What the model has read it into, one entry a layer; empty before it begins."""
+        return self.main.layers
+
+    @property
+    def draft_cache(self) -> list[KVCache]:
+        """What the draft model has read it into; empty without one."""
+        return [] if self.draft is None else self.draft.layers
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the prompt that the cache it begins with has read."""
+        return self.main.reused
 
     @property
     def length(self) -> int:
@@ -109,7 +114,9 @@ class Row:
 
     def let_go(self) -> None:
         """Free the keys and values of a row that has ended."""
-        self._ended, self.cache = True, []
+        self._ended = True
+        for cache in self.caches:
+            cache.layers = []
 
     @property
     def begun(self) -> bool:
@@ -118,7 +125,7 @@ class Row:
     @property
     def read(self) -> int:
         """Tokens in the cache."""
-        return self.cache[0].offset if self.cache else 0
+        return self.main.read
 
     @property
     def reading(self) -> bool:
@@ -133,16 +140,7 @@ class Row:
     @property
     def to_compute(self) -> list[mx.array]:
         """All that its caches keep, some of it perhaps not computed yet."""
-        return _kept_by(self.cache) + self.draft_to_compute
-
-    @property
-    def draft_to_compute(self) -> list[mx.array]:
-        """The same of the draft model's cache."""
-        return _kept_by(self.draft_cache)
-
-    @property
-    def ids_to_compute(self) -> list[mx.array]:
-        return self.cache[0].sequence.kept if self.cache else []
+        return [array for cache in self.caches for array in cache.to_compute]
 
     @property
     def left(self) -> int:
@@ -185,8 +183,3 @@ class Row:
         elif self.left <= 0:
             reason = "length"
         return Token(self.index, token, logprob, reason)
-
-
-def _kept_by(cache: list[KVCache]) -> list[mx.array]:
-    """The arrays of all layers, and those of the token ids."""
-    return [array for layer in cache for array in layer.state] + (cache[0].sequence.kept if cache else [])

@@ -45,7 +45,8 @@ class Scheduler:
         prefixes: PrefixStore | None = None,
     ):
         self._model, self._room, self._force, self._kept = model, room, force, kept
-        self._given_chunk, self._chunk_seconds = chunk, chunk_seconds
+        self._chunk_seconds = chunk_seconds
+        self._of_model = replace(Workload.of_model(model, 0), chunk=chunk)  # to count weights takes a while
         self._prefixes = prefixes
         self._batch = Batch(model)
         self._waiting: deque[Row] = deque()
@@ -75,7 +76,7 @@ class Scheduler:
         self._model.make_cache(None, None, job.kv_bits)  # or it would be refused only when it joins
         row = Row(self._submitted, job, self._model)
         if not self._force:
-            self._check_alone(row, workload_of(self._model, row, self._given_chunk))
+            self._check_alone(row, workload_of(self._of_model, row))
         self._submitted += 1
         self._waiting.append(row)
         return row
@@ -107,7 +108,7 @@ class Scheduler:
                 continue
             if row is self._lacking:  # a plan takes as long as a step of a small model
                 break
-            workload = workload_of(self._model, row, self._given_chunk)
+            workload = workload_of(self._of_model, row)
             workloads = {**self._workloads, row: workload}
             plan, lacking = self._planned(workloads)
             if not self._gives_way(lacking):
@@ -202,7 +203,7 @@ class Scheduler:
 
     def _available(self, workloads: Mapping[Row, Workload]) -> float:
         """Bytes that these rows may take, weights and what they hold already among them."""
-        weights = Workload.of_model(self._model, 1).weights + draft_weights(workloads.values())
+        weights = self._of_model.weights + draft_weights(workloads.values())
         if self._room is None or self._force:
             return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
         brought = sum(brought_by(row, workload) for row, workload in workloads.items())
@@ -251,4 +252,4 @@ class Scheduler:
     def _reuses(self, row: Row) -> bool:
         # A scored job reads from a place, or in a LongRoPE regime, of its own.
         scored = row.scored_from is not None or row.job.length is not None
-        return self._prefixes is not None and row.given is None and not scored
+        return self._prefixes is not None and row.main.given is None and not scored
