@@ -69,16 +69,27 @@ class Generation:
         stop_ids = frozenset(stop_ids)
         if len(prompts) != 1:
             lookup, draft, draft_cache = 0, None, None
-        self._on_prefill = on_prefill
-        self._scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk, prefixes=prefixes)
-        self._rows = [
-            self._scheduler.submit(
-                Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup, draft, draft_cache, changes)
-            )
+        jobs = [
+            Job(prompt, max_tokens, sampling, stop_ids, cache, kv_bits, lookup, draft, draft_cache, changes)
             for prompt, changes in zip(prompts, processors or [()] * len(prompts), strict=True)
         ]
-        _raise_errors(self._scheduler.admit())
-        self.statistics = Statistics(prompt_tokens=sum(map(len, prompts)))
+        scheduler = Scheduler(model, room=room, force=force, kept=kept, chunk=prefill_chunk, prefixes=prefixes)
+        self._begin(scheduler, jobs, on_prefill)
+
+    @classmethod
+    def of_jobs(
+        cls, scheduler: Scheduler, jobs: Sequence[Job], *, on_prefill: Callable[[int, int], None] | None = None
+    ) -> Generation:
+        """The same of jobs, which a scheduler that has none yet runs."""
+        generation = cls.__new__(cls)
+        generation._begin(scheduler, jobs, on_prefill)
+        return generation
+
+    def _begin(self, scheduler: Scheduler, jobs: Sequence[Job], on_prefill: Callable[[int, int], None] | None) -> None:
+        self._scheduler, self._on_prefill = scheduler, on_prefill
+        self._rows = [scheduler.submit(job) for job in jobs]
+        _raise_errors(scheduler.admit())
+        self.statistics = Statistics(prompt_tokens=sum(len(job.prompt) for job in jobs))
 
     @property
     def cache(self) -> list[KVCache]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..engine.generation import Generation
 from ..engine.prefixes import PrefixStore
-from ..engine.processors import Constraint
+from ..engine.scheduler import Scheduler
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
 from ..option import arguments
 from ..text.chat import render_chat
-from ..text.grammar import matchers
 from ..text.messages import Message
-from ..text.stops import Stops
 from ..values import check_function, listed, refusal, shown, token_ids
+from .answer import begin_answers
 from .loading import check_draft, check_loaded, check_tokenizer
 from .request import Request
 
@@ -242,57 +241,32 @@ class Answers:
             raise refusal(prefixes, "prefixes", "a PrefixStore")
         if prompt_cache is not None and prefixes is not None:
             raise OptionError("prefixes has no effect beside a prompt_cache; leave out one of the two")
-        self._decoders = [tokenizer.stream() for _ in prompts]
-        self._stops = Stops(tokenizer, request.stop or ())
-        self._finders = [self._stops.finder() for _ in prompts]
-        draft_cache, draft_layers = None, None
-        if prompt_cache is not None and draft_model is not None:
-            draft_cache = prompt_cache.beside(draft_model)
-            draft_layers = draft_cache.layers_for(draft_model)
         rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
-        processors = None
-        if request.form is not None:
-            followed = matchers(request.form, tokenizer, len(rows))
-            processors = [[Constraint(matcher)] for matcher in followed]
-        self.generation = Generation(
-            model,
-            rows,
-            max_tokens=request.max_tokens,
-            sampling=request.sampling(),
-            stop_ids=self._stops.ids,
-            cache=None if prompt_cache is None else prompt_cache.layers_for(model),
-            kv_bits=bits if prompt_cache is None else prompt_cache.bits,
-            lookup=request.lookup,
-            draft=draft_model,
-            draft_cache=draft_layers,
-            processors=processors,
-            force=request.force,
-            kept=prompt_cache is not None,
-            on_prefill=on_prefill,
-            prefixes=prefixes,
-        )
+        self._answers = begin_answers(tokenizer, rows, request)
+        jobs = [replace(answer.job, draft=draft_model) for answer in self._answers]
+        draft_cache = None
+        if prompt_cache is not None:
+            layers, draft_layers = prompt_cache.layers_for(model), None
+            if draft_model is not None:
+                draft_cache = prompt_cache.beside(draft_model)
+                draft_layers = draft_cache.layers_for(draft_model)
+            jobs = [replace(job, cache=layers, kv_bits=prompt_cache.bits, draft_cache=draft_layers) for job in jobs]
+        scheduler = Scheduler(model, force=request.force, kept=prompt_cache is not None, prefixes=prefixes)
+        self.generation = Generation.of_jobs(scheduler, jobs, on_prefill=on_prefill)
         if prompt_cache is not None:
             prompt_cache.keep(self.generation.cache)  # it grows in place
         if draft_cache is not None:
             draft_cache.keep(self.generation.draft_cache)
 
     @property
-    def stop_ids(self) -> frozenset[int]:
-        return self._stops.ids
+    def stop_ids(self) -> Collection[int]:
+        return self._answers[0].job.stop_ids
 
     def __iter__(self) -> Iterator[tuple[Token, str, FinishReason | None]]:
         for token in self.generation:
-            decoder, finder, reason = self._decoders[token.row], self._finders[token.row], token.finish_reason
-            hidden = self._stops.hidden.get(token.id, "")
-            text = "" if token.id in self._stops.ids else decoder.add(token.id)
-            if reason or hidden:
-                text += decoder.finish()
-            text, hit = finder.add(text, hidden)
-            if hit:
-                reason = "stop"
+            text, reason = self._answers[token.row].take(token)
+            if reason and not token.finish_reason:
                 self.generation.finish(token.row)
-            elif reason:
-                text += finder.finish()
             yield token, text, reason
 
     def chunks(self) -> Generator[Chunk, None, None]:

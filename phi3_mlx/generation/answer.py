@@ -1,0 +1,65 @@
+"""One answer: the job that the engine makes its tokens of, and the text that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..engine.jobs import Job
+from ..engine.processors import Constraint, Processor
+from ..engine.tokens import FinishReason, Token
+from ..text.grammar import matchers
+from ..text.stops import Stops
+from .request import Request
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
+
+
+class Answer:
+    """One answer while it is made: `job` is what the engine is asked to do, `take` turns its tokens into text.
+
+    `stops` end it, and are shared by the answers of a request.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, job: Job, stops: Stops):
+        self.job = job
+        self._decoder, self._finder, self._stops = tokenizer.stream(), stops.finder(), stops
+
+    def take(self, token: Token) -> tuple[str, FinishReason | None]:
+        """The text that one more token makes certain, and why the answer ends with it, if it does.
+
+        Where a stop string ends it the engine does not know, so its row must be finished.
+        """
+        reason = token.finish_reason
+        hidden = self._stops.hidden.get(token.id, "")
+        text = "" if token.id in self._stops.ids else self._decoder.add(token.id)
+        if reason or hidden:
+            text += self._decoder.finish()
+        text, hit = self._finder.add(text, hidden)
+        if hit:
+            return text, "stop"
+        return text + (self._finder.finish() if reason else ""), reason
+
+
+def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], request: Request) -> list[Answer]:
+    """An answer to begin for each prompt, a list of token ids; all that they have in common is made once.
+
+    Raises OptionError for a form that cannot be followed.
+    """
+    stops = Stops(tokenizer, request.stop or ())
+    forms = [None] * len(prompts) if request.form is None else matchers(request.form, tokenizer, len(prompts))
+    answers = []
+    for ids, matcher in zip(prompts, forms, strict=True):
+        processors: tuple[Processor, ...] = () if matcher is None else (Constraint(matcher),)
+        job = Job(
+            ids,
+            request.max_tokens,
+            request.sampling(),
+            stops.ids,
+            kv_bits=request.cache_bits(),
+            lookup=request.lookup,
+            processors=processors,
+        )
+        answers.append(Answer(tokenizer, job, stops))
+    return answers
