@@ -1,5 +1,6 @@
 """Prefixes in files: for later and for other processes, whatever else is in the directory."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from test_prefixes import MODELS, PLAIN, answers, ids_of, small_steps  # noqa: F
 
 from phi3_mlx import PrefixStore, PromptCache, generate, load
 from phi3_mlx.engine import prefix_files
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import CacheError, OptionError
 from phi3_mlx.models.cache import KVBits
+from phi3_mlx.store.atomic import hold
 
 TEXT = ids_of(300, 0)
 QUESTIONS = [[*TEXT, *ids_of(5 + i, 3 + i)] for i in range(6)]
@@ -87,8 +91,9 @@ def test_other_weights_bits_and_regimes_take_nothing_from_a_file(tmp_path):
 
 
 def test_a_window_in_a_file_that_has_gone_on_is_no_beginning(tmp_path):
-    model = MODELS["mini-4k"]
-    answers(model, [TEXT], PrefixStore(directory=tmp_path))
+    model, cache = MODELS["mini-4k"], PromptCache(MODELS["mini-4k"])
+    cache.read(TEXT)
+    cache.save(tmp_path / "text.cache")
     for cut in (250, 290):
         prompt = [*TEXT[:cut], 91, 92]
         assert answers(model, [prompt], PrefixStore(directory=tmp_path))[0] == answers(model, [prompt])[0]
@@ -197,12 +202,11 @@ for question in sys.argv[3:]:
 """
 DIES = """
 import os, signal
-import mlx.core as mx
-def dies(file, arrays, metadata):
-    file.write(b"half of a file")
-    file.flush()
+from phi3_mlx.engine import cache_file
+def dies(layers, name):
+    yield memoryview(b"half of a file")
     os.kill(os.getpid(), signal.SIGKILL)
-mx.save_safetensors = dies
+cache_file._pieces = dies
 """
 
 
@@ -237,6 +241,137 @@ def test_two_processes_at_once_share_a_directory(tmp_path):
         assert ended(process)[1][1] < 15
     assert [path.suffix for path in files_in(tmp_path)] == [".cache"]
     assert ended(start(tmp_path, "Is it blue?"))[0][1] < 15
+
+
+# Written apart from the steps
+
+
+class Slow:
+    """`write_cache`, which begins once `go` is set."""
+
+    def __init__(self, monkeypatch):
+        self.go, self.begun, self.write = threading.Event(), threading.Event(), prefix_files.write_cache
+        monkeypatch.setattr(prefix_files, "write_cache", self)
+
+    def __call__(self, *given):
+        self.begun.set()
+        assert self.go.wait(60)
+        self.write(*given)
+
+
+def test_no_step_waits_for_a_file_and_the_end_of_a_run_does(tmp_path, monkeypatch):
+    slow, prefixes = Slow(monkeypatch), PrefixStore(directory=tmp_path)
+    runs = Scheduler(PLAIN, room=math.inf, chunk=64, prefixes=prefixes)
+    stream, short = runs.submit(Job(ids_of(20, 9), 60)), runs.submit(Job(TEXT, 2))
+    while not short.finished:
+        runs.step()
+    assert slow.begun.wait(60)
+    while runs.busy:
+        runs.step()
+    assert len(stream.answer) == 60
+    assert files_in(tmp_path) == []
+    ending = threading.Thread(target=runs.end)
+    ending.start()
+    assert generate(*load("tiny"), "Hi", max_tokens=1) is not None  # nor do other runs
+    assert ending.is_alive()
+    slow.go.set()
+    ending.join()
+    assert PromptCache.load(files_in(tmp_path)[0], PLAIN).ids[:300] == TEXT
+
+
+def test_what_is_forgotten_is_written_first(tmp_path):
+    """Also what no answer ended with: of a row that failed."""
+
+    class Fails:
+        reads_answer = True
+
+        def __call__(self, answer, logits):
+            raise RuntimeError("cannot go on")
+
+    token = nbytes_of_a_token()
+    prefixes = PrefixStore(350 * token, directory=tmp_path)
+    runs = Scheduler(PLAIN, room=math.inf, chunk=64, prefixes=prefixes)
+    runs.submit(Job(TEXT, 4, processors=(Fails(),)))
+    while runs.busy:
+        runs.step()
+    assert files_in(tmp_path) == []
+    answers(PLAIN, [ids_of(200, 1)], prefixes)
+    assert prefixes.nbytes <= prefixes.budget
+    assert prefixes.shared(PLAIN, TEXT) < 200
+    again = [*TEXT, 5]
+    said, read = answers(PLAIN, [again], PrefixStore(directory=tmp_path))
+    assert said == answers(PLAIN, [again])[0]
+    assert read <= 64  # the last chunk, in which it failed
+
+
+def nbytes_of_a_token():
+    cache = PLAIN.make_cache(4)
+    PLAIN(mx.array([[5, 6, 7, 8]]), cache)
+    return sum(layer.nbytes for layer in cache) // 4
+
+
+def test_while_a_file_is_written_the_store_holds_no_more_than_its_budget(tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    prefixes = PrefixStore(350 * nbytes_of_a_token(), directory=tmp_path)
+    runs = Scheduler(PLAIN, room=math.inf, chunk=64, prefixes=prefixes)
+    runs.submit(Job(TEXT, 2))
+    while runs.busy:
+        runs.step()
+    assert slow.begun.wait(60)
+    row = runs.submit(Job(ids_of(290, 1), 4))
+    while len(row.answer) < 2:
+        runs.step()
+        assert prefixes.nbytes <= prefixes.budget
+    assert prefixes.shared(PLAIN, [*TEXT, 5]) == 300  # what is being written stays
+    slow.go.set()
+    while runs.busy:
+        runs.step()
+    runs.end()
+    assert prefixes.nbytes <= prefixes.budget
+    for text in (TEXT, ids_of(290, 1)):
+        assert answers(PLAIN, [[*text, 5]], PrefixStore(directory=tmp_path))[1] == 1
+
+
+def test_a_text_larger_than_the_budget_is_in_a_file_as_a_whole(tmp_path):
+    answers(PLAIN, [TEXT], PrefixStore(100 * nbytes_of_a_token(), directory=tmp_path))
+    assert answers(PLAIN, [[*TEXT, 5]], PrefixStore(directory=tmp_path))[1] == 1
+
+
+def test_a_file_is_used_too_while_memory_holds_what_is_in_it(tmp_path):
+    prefixes = PrefixStore(directory=tmp_path)
+    answers(PLAIN, [TEXT], prefixes)
+    (file,) = files_in(tmp_path)
+    os.utime(file, (1000, 1000))
+    answers(PLAIN, [ids_of(200, 1)], prefixes)
+    assert file.stat().st_mtime == 1000
+    answers(PLAIN, [[*TEXT, 5]], prefixes)
+    assert file.stat().st_mtime > 1000
+
+
+def test_one_that_writes_waits_for_another_and_gives_up_in_the_end(tmp_path, monkeypatch):
+    prefixes = PrefixStore(directory=tmp_path)
+    with hold(tmp_path) as mine:
+        assert mine
+        run = threading.Thread(target=answers, args=(PLAIN, [TEXT], prefixes))
+        run.start()
+        run.join(1.0)
+        assert run.is_alive()
+        assert files_in(tmp_path) == []
+    run.join()
+    assert len(files_in(tmp_path)) == 1
+    monkeypatch.setattr(prefix_files, "_PATIENCE", 0.1)
+    with hold(tmp_path):
+        answers(PLAIN, [ids_of(200, 1)], prefixes)
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_where_no_thread_can_start_a_file_is_written_all_the_same(tmp_path, monkeypatch):
+    def ends(_):
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", ends)
+    answers(PLAIN, [TEXT], PrefixStore(directory=tmp_path))
+    assert len(files_in(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("given", [5, True, [], "a\0b"])

@@ -5,7 +5,6 @@ The format is `safetensors.py`'s; the shards, their names and the index are Hugg
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..files import json_text
 from ..sizes import size_text
-from ..store.safetensors import INDEX, Tensor
+from ..store.safetensors import INDEX, Tensor, header_of
 from .layout import Layout, Rounder
 from .sinks import Progress
 from .sources import Source, to_mlx
@@ -60,7 +59,7 @@ class DirectorySink:
             several = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             file_name = several if len(shards) > 1 else "model.safetensors"
             with (self._directory / file_name).open("wb") as file:
-                file.write(_header(tensors))
+                file.write(header_of(tensors, {"format": "mlx"}))
                 for name, tensor in tensors.items():
                     array = next(coming)
                     if (array.shape, array.dtype) != (tensor.shape, to_mlx(tensor.dtype)):
@@ -104,17 +103,6 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for name, tensor in tensors.items():
-        first, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [first, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of eight, which readers may map
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(array: mx.array) -> memoryview:

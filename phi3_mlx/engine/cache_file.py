@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CacheError, CheckpointError, OptionError
 from ..fields import Fields, parse, shorten
@@ -23,7 +25,7 @@ from ..files import json_text, open_file
 from ..models.cache import KVBits, KVCache
 from ..store.atomic import new_file
 from ..store.checkpoint import read_arrays
-from ..store.safetensors import Tensor, read_header, read_metadata
+from ..store.safetensors import Tensor, header_of, read_header, read_metadata
 from .identity import model_fingerprint
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ _FORMAT = f"{_FORMAT_NAME} 4"
 _KEY = "phi3-mlx"  # of the metadata
 _ANEW = "rebuild it with `phi3-mlx cache build`"
 _FLOATS = ("F32", "BF16", "F16")
+_SPELLED = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
 
 
 @dataclass(frozen=True)
@@ -66,36 +69,98 @@ class Facts:
     digest: str = ""
 
 
-def write_cache(
-    path: str | os.PathLike[str], model: Model, fingerprint: str, layers: list[KVCache], document: Document | None
-) -> None:
-    """Write layers that have read something to a file, whole or not at all. Raises OSError.
+def facts_of(model: Model, fingerprint: str, bits: KVBits | None, long: bool) -> Facts:
+    """What a file says of the model that reads, before it has read a token. `fingerprint` is the model's."""
+    return Facts(fingerprint, **_options(model), tokens=0, start=0, long=long, bits=bits, document=None)
 
-    `fingerprint` is the model's.
+
+class Run(NamedTuple):
+    """The slots `first:last` of a layer's arrays, each (1, Hkv, slots, D), which are computed and lie in row order."""
+
+    arrays: Sequence[mx.array]
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these slots."""
+        return sum(array.nbytes // array.shape[2] for array in self.arrays) * (self.last - self.first)
+
+    @property
+    def slices(self) -> list[mx.array]:
+        """Of each array these slots, as `KVCache.begin_with` takes them."""
+        return [array[..., self.first : self.last, :] for array in self.arrays]
+
+
+def runs_of_cache(layers: Sequence[KVCache]) -> list[list[Run]]:
+    """What each layer of a cache of one row has read."""
+    kept = [[mx.contiguous(array) for array in layer.state] for layer in layers]
+    mx.eval(kept)
+    return [[Run(arrays, 0, layer.offset - layer.start)] for arrays, layer in zip(kept, layers, strict=True)]
+
+
+def write_cache(
+    path: str | os.PathLike[str], facts: Facts, ids: Sequence[int], layers: Sequence[Sequence[Run]]
+) -> None:
+    """Write the file of `facts`, whole or not at all: `ids` (tokens,), and of each layer the runs of its tokens.
+
+    Arrays go to the file as they lie in memory, and nothing is computed, so any thread may do it. Raises OSError.
     """
-    first = layers[0]
-    assert first.sequence.long is not None
-    facts = Facts(
-        model=fingerprint,
-        **_options(model),
-        tokens=first.offset,
-        start=first.start,
-        long=first.sequence.long[0],
-        bits=first.bits,
-        document=document,
-    )
-    arrays = {"ids": first.sequence.ids[0, : first.offset]}
-    for i, layer in enumerate(layers):
-        # With their free slots: without, each would be a copy, and all copies are made before any is written.
-        arrays |= {f"{i}.{j}": array for j, array in enumerate(layer.state)}
+    tensors = {"ids": _Stored("I32", (len(ids),), mx.int32)}
+    for i, runs in enumerate(layers):
+        slots = sum(run.last - run.first for run in runs)
+        for j, array in enumerate(runs[0].arrays):
+            shape = (*array.shape[:2], slots, array.shape[3])
+            tensors[f"{i}.{j}"] = _Stored(_SPELLED[array.dtype], shape, array.dtype)
+    listed = {name: Tensor(each.spelling, each.shape, each.nbytes) for name, each in tensors.items()}
+    sums: dict[str, str] = {}
     with new_file(path) as file:
-        mx.save_safetensors(file, arrays, metadata_of(facts, arrays))
+        file.write(header_of(listed, _metadata(facts, "0" * 64)))
+        for name, each in tensors.items():
+            crc = 0
+            for piece in [_bytes_of_ids(ids)] if name == "ids" else _pieces(layers, name):
+                crc = zlib.crc32(piece, crc)
+                file.write(piece)
+            sums[name] = _sum_text(each.shape, each.dtype, crc)
+        file.seek(0)  # the digest stands in front, and is known now
+        file.write(header_of(listed, _metadata(facts, _digest(facts, sums))))
+
+
+class _Stored(NamedTuple):
+    """A tensor to write: its type in safetensors' spelling, its shape, its type."""
+
+    spelling: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+
+def _bytes_of_ids(ids: Sequence[int]) -> bytes:
+    return np.array(ids, dtype="<i4").tobytes()
+
+
+def _pieces(layers: Sequence[Sequence[Run]], name: str) -> Iterator[memoryview]:
+    """The bytes of the tensor `name` ("layer.array"), head after head, as its runs have them."""
+    layer, place = map(int, name.split("."))
+    views = [(memoryview(run.arrays[place]).cast("B"), run) for run in layers[layer]]  # type: ignore[arg-type]
+    heads = layers[layer][0].arrays[place].shape[1]
+    for head in range(heads):
+        for view, run in views:
+            slots = run.arrays[place].shape[2]
+            width = len(view) // (heads * slots)
+            yield view[(head * slots + run.first) * width : (head * slots + run.last) * width]
 
 
 def metadata_of(facts: Facts, arrays: Mapping[str, mx.array]) -> dict[str, str]:
     """The metadata of the file that holds `arrays`."""
-    content = asdict(facts) | {"format": _FORMAT, "digest": digest_of(facts, arrays)}
-    return {_KEY: json_text(content)}
+    return _metadata(facts, digest_of(facts, arrays))
+
+
+def _metadata(facts: Facts, digest: str) -> dict[str, str]:
+    return {_KEY: json_text(asdict(facts) | {"format": _FORMAT, "digest": digest})}
 
 
 def digest_of(facts: Facts, arrays: Mapping[str, mx.array]) -> str:
@@ -111,8 +176,12 @@ def _digest(facts: Facts, sums: Mapping[str, str]) -> str:
 
 
 def _summed(array: mx.array) -> str:
-    sums = zlib.crc32(memoryview(mx.contiguous(array)))  # type: ignore[arg-type]  # 2.5 times as fast as SHA-256
-    return f"{array.shape} {array.dtype} {sums}"
+    crc = zlib.crc32(memoryview(mx.contiguous(array)))  # type: ignore[arg-type]  # 2.5 times as fast as SHA-256
+    return _sum_text(array.shape, array.dtype, crc)
+
+
+def _sum_text(shape: tuple[int, ...], dtype: mx.Dtype, crc: int) -> str:
+    return f"{shape} {dtype} {crc}"
 
 
 def is_cache(path: str | os.PathLike[str]) -> bool:
@@ -224,7 +293,10 @@ def read_layers(
             if tokens is None:
                 layer.state, layer.offset, layer.start = state, facts.tokens, facts.start
             else:
-                layer.begin_with([[array[..., : tokens - facts.start, :] for array in state]], facts.start)
+                first = max(facts.start, layer.first_kept(tokens))
+                layer.begin_with(
+                    [[array[..., first - facts.start : tokens - facts.start, :] for array in state]], first
+                )
         if _digest(facts, sums) != facts.digest:
             fault = "its contents are not those that were written"
     if fault is not None:

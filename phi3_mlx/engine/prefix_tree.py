@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from .cache_file import Run
 from .prefill import common_length
 
 Layers = list[list[mx.array]]  # of each layer what `KVCache.copy_tokens` gives
@@ -16,10 +17,12 @@ class Node:
     """Some ids behind those of its parents, with the keys and values of these tokens in `layers`.
 
     `layers` is None where a window had left the tokens before they were given. `used` is when it was last asked for.
+    `queued`: whether a file of what ends here is to be written, `saved`: whether it was, or is not worth it.
     """
 
     def __init__(self, ids: list[int], layers: Layers | None, parent: Node | None = None, used: int = 0):
         self.ids, self.layers, self.used = ids, layers, used
+        self.queued = self.saved = False
         self.parent = parent
         self.children: dict[int, Node] = {}  # by their first ids, which differ
 
@@ -59,6 +62,7 @@ class Node:
             rest.append([mx.contiguous(array[..., at:, :]) for array in layer])
             mx.eval(first[-1], rest[-1])
         front = parent.add(self.ids[:at], None if layers is None else first, self.used)
+        front.saved = self.saved
         self.ids, self.layers, self.parent = self.ids[at:], None if layers is None else rest, front
         front.children[self.ids[0]] = self
         return front
@@ -78,6 +82,14 @@ def nodes_along(root: Node, ids: list[int]) -> list[tuple[Node, int]]:
     return path
 
 
+def path_to(node: Node) -> list[tuple[Node, int]]:
+    """The nodes that the ids up to the end of `node` go through, as `nodes_along` gives them."""
+    path = [(node, len(node.ids))]
+    while (parent := path[-1][0].parent) is not None and parent.parent is not None:
+        path.append((parent, len(parent.ids)))
+    return path[::-1]
+
+
 def readable(path: list[tuple[Node, int]], window: int | None) -> tuple[int, int]:
     """The positions `first` to `last` of the longest beginning that a cache can go on from.
 
@@ -93,13 +105,13 @@ def readable(path: list[tuple[Node, int]], window: int | None) -> tuple[int, int
     return longest
 
 
-def runs_of(path: list[tuple[Node, int]], layer: int, first: int, last: int) -> list[list[mx.array]]:
-    """What a layer has of the positions `first` to `last`, in runs for `KVCache.begin_with`."""
+def runs_of(path: list[tuple[Node, int]], layer: int, first: int, last: int) -> list[Run]:
+    """What a layer has of the positions `first` to `last`."""
     runs, start = [], 0
     for node, shared in path:
         begin, end = max(first - start, 0), min(last - start, shared)
         if node.layers is not None and begin < end:
-            runs.append([array[..., begin:end, :] for array in node.layers[layer]])
+            runs.append(Run(node.layers[layer], begin, end))
         start += shared
     return runs
 

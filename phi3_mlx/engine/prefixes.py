@@ -6,6 +6,7 @@ import heapq
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,9 +18,10 @@ from ..sizes import parse_size, size_text
 from ..threads import turn
 from ..values import path as as_path
 from ..values import shown
+from .cache_file import Facts, facts_of, runs_of_cache
 from .identity import ModelState
 from .prefix_files import PrefixFiles
-from .prefix_tree import Node, below, nodes_along, readable, runs_of
+from .prefix_tree import Node, below, nodes_along, path_to, readable, runs_of
 
 LEAST = 16  # tokens; fewer are read about as fast as they are copied
 
@@ -31,15 +33,18 @@ class PrefixStore:
         generate(model, tokenizer, f"{text} Who is Mia?", prefixes=prefixes)
         generate(model, tokenizer, f"{text} Where is the owl?", prefixes=prefixes)  # reads the question alone
 
-    It serves any number of runs at once, of any threads and models, and holds `budget` bytes at most; what was not
-    asked for longest goes first, and all of it before a run has too little memory. What is reused was read with the
-    same weights and adapters, LongRoPE regime and `kv_bits`, so answers are the same as without it. Only a weight
-    that was written into in place (`weight[0] = 1`) goes unnoticed: `clear()` then.
+    What is reused was read with the same weights and adapters, LongRoPE regime and `kv_bits`, so answers are the same
+    as without it. Only a weight that was written into in place (`weight[0] = 1`) goes unnoticed: `clear()` then.
+
+    It holds `budget` bytes at most; what was not asked for longest goes first, and all of it before a run has too
+    little memory. It serves any number of runs at once, of any threads and models: its methods take turns with the
+    steps of runs, so a program that answers many people needs one store, and no locks of its own.
 
     With a `directory` long texts and answers are also kept in files there, of `disk` bytes at most, for later and for
     other processes, any number of which may use it at once. They have the format of `phi3-mlx cache build`, and files
-    of that are used too. A file is written when an answer ends, unless most of it is in another; one that is damaged
-    is removed.
+    of that are used too. A file is written when an answer ends, and before something is forgotten that is in none,
+    unless most of it is in another; one that is damaged is removed. Another thread writes them while runs go on; a run
+    waits for that at its end, and where only what is not written yet could make room for it.
     Raises OptionError for a size that is none, and CacheError for a directory that cannot be used.
     """
 
@@ -57,7 +62,7 @@ class PrefixStore:
         self._files = None
         if directory is not None:
             self._files = PrefixFiles(Path(as_path(directory, "directory", "the name of a folder")).expanduser(), limit)
-        self._kept: list[tuple[ModelState, dict[tuple[KVBits | None, bool], Node]]] = []
+        self._kept: list[tuple[ModelState, dict[tuple[KVBits | None, bool], _Tree]]] = []
         self._clock = 0  # one more for each use
 
     def __repr__(self) -> str:
@@ -67,12 +72,17 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        return sum(node.nbytes for root in self._roots() for node in below(root))
+        return sum(node.nbytes for tree in self._trees() for node in below(tree.root))
 
     @turn()
     def clear(self) -> None:
-        """Forget everything that is in memory."""
+        """Forget everything that is in memory. Files stay."""
         self._kept = []
+
+    def settle(self) -> None:
+        """Wait until the files are written that are to be."""
+        if self._files is not None:
+            self._files.settle()
 
     @turn()
     def state_of(self, model: Model) -> ModelState:
@@ -104,19 +114,21 @@ class PrefixStore:
         self._forget(left)
         moves = self.nbytes > left
         if self._files is not None and not moves:
-            cache = self._files.find(model, self.state_of(model), ids, bits, last)
+            facts = self._tree(model, bits, model.model.is_long(len(ids))).facts
+            assert facts is not None
+            cache = self._files.find(model, facts, ids, last)
             if cache is not None:
                 return cache
         if last < LEAST:
             self.give_way(self.nbytes - left)
             return None
-        if (window := model.config.sliding_window) is not None:
-            first = max(first, last - (window - 1) - KVCache.spare)
-        if moves:
-            path[0][0].remove()
         cache = model.make_cache([len(ids)], None, bits)
+        first = max(first, cache[0].first_kept(last))
+        if moves:
+            self.settle()  # or what is being written would be there twice
+            path[0][0].remove()
         for i, layer in enumerate(cache):
-            layer.begin_with(runs_of(path, i, first, last), first)
+            layer.begin_with([run.slices for run in runs_of(path, i, first, last)], first)
             for node, _ in path if moves else ():
                 if node.layers is not None:
                     node.layers[i] = []
@@ -135,49 +147,66 @@ class PrefixStore:
         spare: float = math.inf,
         *,
         release: bool = False,
+        save: bool = False,
     ) -> None:
         """Keep copies of what `cache`, of one row, has read and is not here yet, in `spare` bytes more at most.
 
         `state` is what `state_of` gave before it was read: nothing is kept of a model that has changed since.
-        `release` empties `cache`, a layer as soon as it is copied, so that all of it never exists twice.
+        `release` empties `cache`, a layer as soon as it is copied, so that all of it never exists twice. `save`: a file
+        is to have it too, if there is a directory. Without it nothing waits for files.
         """
         sequence, start, end = cache[0].sequence, cache[0].start, cache[0].offset
         if not self._can_keep(model, cache, state) or sequence.long is None:
             return
         ids: list[int] = sequence.ids[0, :end].tolist()  # type: ignore[assignment]
-        node = self._root(model, cache[0].bits, sequence.long[0])
-        path = nodes_along(node, ids)
+        tree = self._tree(model, cache[0].bits, sequence.long[0])
+        node, path = tree.root, nodes_along(tree.root, ids)
         known = sum(shared for _, shared in path)
-        first, known_node = max(known, start), path[-1] if path else None
-        if first >= end:
-            self._touch(path)
-            return
-        if known_node is not None:
-            node, shared = known_node
+        first = max(known, start)
+        if path and first < end:
+            node, shared = path[-1]
             if shared < len(node.ids):
                 node = node.split(shared)
             path[-1] = node, shared
         self._touch(path)
-        token_bytes = sum(array.nbytes // array.shape[2] for layer in cache for array in layer.state)
-        limit = min(self.budget, self.nbytes + spare + release * sum(layer.nbytes for layer in cache))
-        self._forget(limit - (end - first) * token_bytes)
-        end = min(end, first + int((limit - self.nbytes) // token_bytes))
-        if end <= first:
-            return
-        layers = []
-        for layer in cache:
-            layers.append(layer.copy_tokens(first, end))
-            if release:
-                layer.state = []
-        if first > known:
-            node = node.add(ids[known:first], None, self._clock)
-        node.add(ids[first:end], layers, self._clock)
+        if first < end:
+            token_bytes = sum(array.nbytes // array.shape[2] for layer in cache for array in layer.state)
+            limit = min(self.budget, self.nbytes + spare + release * sum(layer.nbytes for layer in cache))
+            self._forget(limit - (end - first) * token_bytes, wait=save)
+            kept = min(end, first + int((limit - self.nbytes) // token_bytes))
+            if kept < end and save and self._files is not None and tree.facts is not None and not cache[0].lost:
+                # More than is kept in memory, so it is written before it is let go.
+                self._files.write(replace(tree.facts, tokens=end, start=start), ids, runs_of_cache(cache))
+                self._files.settle()
+            if kept <= first:
+                return
+            layers = []
+            for layer in cache:
+                layers.append(layer.copy_tokens(first, kept))
+                if release:
+                    layer.state = []
+            if first > known:
+                node = node.add(ids[known:first], None, self._clock)
+            path.append((node.add(ids[first:kept], layers, self._clock), kept - first))
+        if save:
+            self._save(tree, path[-1][0])
 
-    @turn()
-    def save(self, model: Model, cache: list[KVCache], state: ModelState) -> None:
-        """Keep what a cache has read in a file too, if there is a directory and much of it is new. As for `give`."""
-        if self._files is not None and self._can_keep(model, cache, state):
-            self._files.write(model, state, cache)
+    def _save(self, tree: _Tree, node: Node) -> None:
+        """Let what ends with a node be written to a file, if it was not yet."""
+        if self._files is None or tree.facts is None or node.saved or node.queued or node.layers is None:
+            return
+        path = path_to(node)
+        first, last = readable(path, tree.window)
+        ids = [token for node, _ in path for token in node.ids][:last]
+        runs = [runs_of(path, i, first, last) for i in range(len(node.layers))]
+
+        def done() -> None:
+            for node, _ in path:
+                node.saved = True
+
+        node.queued, node.saved = True, not last
+        if last:
+            self._files.write(replace(tree.facts, tokens=last, start=first), ids, runs, done)
 
     def _can_keep(self, model: Model, cache: list[KVCache], state: ModelState) -> bool:
         """Whether no call was broken off in a cache, and the model is as it was when it began."""
@@ -191,22 +220,35 @@ class PrefixStore:
         self._clock += 1
         self._forget(self.nbytes - nbytes)
 
-    def _forget(self, limit: float) -> None:
-        """Forget what was not used longest until `limit` bytes are left, but nothing of what is in use now."""
+    def _forget(self, limit: float, *, wait: bool = True) -> None:
+        """Forget what was not used longest until `limit` bytes are left, but nothing of what is in use now.
+
+        What is in no file is written to one first. Without `wait` it stays until then, and later calls find it written.
+        """
         left = self.nbytes
-        leaves = [(node.used, id(node), node) for root in self._roots() for node in below(root) if not node.children]
+        leaves = [
+            (node.used, id(node), node, tree)
+            for tree in self._trees()
+            for node in below(tree.root)
+            if not node.children
+        ]
         heapq.heapify(leaves)
         while left > limit and leaves and leaves[0][0] < self._clock:
-            _, _, node = heapq.heappop(leaves)
+            _, _, node, tree = heapq.heappop(leaves)
             left -= node.nbytes
+            self._save(tree, node)
+            if node.queued and not node.saved:
+                if not wait:
+                    continue
+                self.settle()
             parent = node.parent
             node.remove()
             if parent is not None and parent.parent is not None and not parent.children:
-                heapq.heappush(leaves, (parent.used, id(parent), parent))
+                heapq.heappush(leaves, (parent.used, id(parent), parent, tree))
 
     def _find(self, model: Model, ids: list[int], bits: KVBits | None) -> tuple[list[tuple[Node, int]], int, int]:
         """The nodes that a prompt goes through, and what of it can be taken over: the positions `first` to `last`."""
-        path = nodes_along(self._root(model, bits, model.model.is_long(len(ids))), ids[:-1])
+        path = nodes_along(self._tree(model, bits, model.model.is_long(len(ids))).root, ids[:-1])
         self._touch(path)
         return path, *readable(path, model.config.sliding_window)
 
@@ -215,11 +257,23 @@ class PrefixStore:
         for node, _ in path:
             node.used = self._clock
 
-    def _roots(self) -> list[Node]:
-        return [root for _, roots in self._kept for root in roots.values()]
+    def _trees(self) -> list[_Tree]:
+        return [tree for _, trees in self._kept for tree in trees.values()]
 
-    def _root(self, model: Model, bits: KVBits | None, long: bool) -> Node:
-        """The tree of what a model has read, packed so and in that LongRoPE regime."""
+    def _tree(self, model: Model, bits: KVBits | None, long: bool) -> _Tree:
+        """What a model has read, packed so and in that LongRoPE regime."""
         state = self.state_of(model)
-        roots = next(roots for kept, roots in self._kept if kept is state)
-        return roots.setdefault((bits, long), Node([], None))
+        trees = next(trees for kept, trees in self._kept if kept is state)
+        if (bits, long) not in trees:
+            facts = None if self._files is None else facts_of(model, state.fingerprint(model), bits, long)
+            trees[bits, long] = _Tree(Node([], None), model.config.sliding_window, facts)
+        return trees[bits, long]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """What was read alike, of a model with this window; `facts`: what its files say, where there are files."""
+
+    root: Node
+    window: int | None
+    facts: Facts | None

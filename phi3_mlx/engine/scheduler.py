@@ -159,6 +159,7 @@ class Scheduler:
             for row in self._workloads:
                 self._keep(row, save=True)
             self._workloads = {}
+        self._prefixes.settle()  # not in a turn: other runs go on
 
     def _extend(self, row: Row) -> None:
         """Reserve memory for a further block of an answer without a limit, if it is about to need it.
@@ -245,9 +246,7 @@ class Scheduler:
         """Store what a row has read, in a file too if `save`. `release`: it lets go of its own, layer by layer."""
         if self._prefixes is None or row.model_state is None or row.error is not None:
             return
-        if save:
-            self._prefixes.save(self._model, row.cache, row.model_state)
-        self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release)
+        self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release, save=save)
 
     def _reuses(self, row: Row) -> bool:
         # A scored job reads from a place, or in a LongRoPE regime, of its own.

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.cache_file import Document, check_model, is_cache, read_facts, read_layers, write_cache
+from ..engine.cache_file import (
+    Document,
+    Facts,
+    check_model,
+    facts_of,
+    is_cache,
+    read_facts,
+    read_layers,
+    runs_of_cache,
+    write_cache,
+)
 from ..engine.generation import Generation
 from ..engine.identity import model_fingerprint
 from ..engine.prefill import common_length
@@ -135,9 +146,16 @@ class PromptCache:
             raise CacheError("a run that did not go on has cut this prompt cache behind its window; read() again")
         check_writable(path)
         try:
-            write_cache(path, self._model, model_fingerprint(self._model), self._layers, self.document)
+            write_cache(path, self._facts(), self.ids, runs_of_cache(self._layers))
         except OSError as error:
             raise CacheError(_unwritable(path, error)) from error
+
+    def _facts(self) -> Facts:
+        """What a file of it says."""
+        first = (self._layers or [])[0]
+        assert first.sequence.long is not None
+        facts = facts_of(self._model, model_fingerprint(self._model), self.bits, first.sequence.long[0])
+        return replace(facts, tokens=first.offset, start=first.start, document=self.document)
 
     @classmethod
     @turn()

@@ -179,6 +179,10 @@ class KVCache:
         """Position of the oldest token the next query may see."""
         return 0 if self.window is None else max(0, self.offset - (self.window - 1))
 
+    def first_kept(self, offset: int) -> int:
+        """Position of the oldest token that is of use after `offset` tokens: the window's first, or `spare` before."""
+        return 0 if self.window is None else max(0, offset - (self.window - 1) - self.spare)
+
     @property
     def awaited(self) -> bool:
         """False for the last layer while more of the prompt is coming: nobody reads its output."""

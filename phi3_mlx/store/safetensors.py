@@ -6,10 +6,11 @@ a shape and its place in the data; the data, without holes (github.com/huggingfa
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,6 +125,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file holds beside its tensors, by name. Raises CheckpointError."""
     return _read_json_header(path)[0].get("__metadata__") or {}
+
+
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The header, its length in front, of a file with these tensors in this order and these texts beside them."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        first, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [first, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of eight, which readers may map
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
