@@ -359,7 +359,7 @@ def test_one_that_writes_waits_for_another_and_gives_up_in_the_end(tmp_path, mon
         assert files_in(tmp_path) == []
     run.join()
     assert len(files_in(tmp_path)) == 1
-    monkeypatch.setattr(prefix_files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(prefix_files, "_WAIT", 0.1)
     with hold(tmp_path):
         answers(PLAIN, [ids_of(200, 1)], prefixes)
     assert len(files_in(tmp_path)) == 1

@@ -74,7 +74,7 @@ def facts_of(model: Model, fingerprint: str, bits: KVBits | None, long: bool) ->
     return Facts(fingerprint, **_options(model), tokens=0, start=0, long=long, bits=bits, document=None)
 
 
-class Run(NamedTuple):
+class Slots(NamedTuple):
     """The slots `first:last` of a layer's arrays, each (1, Hkv, slots, D), which are computed and lie in row order."""
 
     arrays: Sequence[mx.array]
@@ -92,15 +92,15 @@ class Run(NamedTuple):
         return [array[..., self.first : self.last, :] for array in self.arrays]
 
 
-def runs_of_cache(layers: Sequence[KVCache]) -> list[list[Run]]:
+def runs_of_cache(layers: Sequence[KVCache]) -> list[list[Slots]]:
     """What each layer of a cache of one row has read."""
     kept = [[mx.contiguous(array) for array in layer.state] for layer in layers]
     mx.eval(kept)
-    return [[Run(arrays, 0, layer.offset - layer.start)] for arrays, layer in zip(kept, layers, strict=True)]
+    return [[Slots(arrays, 0, layer.offset - layer.start)] for arrays, layer in zip(kept, layers, strict=True)]
 
 
 def write_cache(
-    path: str | os.PathLike[str], facts: Facts, ids: Sequence[int], layers: Sequence[Sequence[Run]]
+    path: str | os.PathLike[str], facts: Facts, ids: Sequence[int], layers: Sequence[Sequence[Slots]]
 ) -> None:
     """Write the file of `facts`, whole or not at all: `ids` (tokens,), and of each layer the runs of its tokens.
 
@@ -142,7 +142,7 @@ def _bytes_of_ids(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype="<i4").tobytes()
 
 
-def _pieces(layers: Sequence[Sequence[Run]], name: str) -> Iterator[memoryview]:
+def _pieces(layers: Sequence[Sequence[Slots]], name: str) -> Iterator[memoryview]:
     """The bytes of the tensor `name` ("layer.array"), head after head, as its runs have them."""
     layer, place = map(int, name.split("."))
     views = [(memoryview(run.arrays[place]).cast("B"), run) for run in layers[layer]]  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from ..models.cache import KVCache
 from ..models.decoder import Model
 from ..store.atomic import hold
 from .background import Background
-from .cache_file import Facts, Run, read_facts, read_ids, read_layers, write_cache
+from .cache_file import Facts, Slots, read_facts, read_ids, read_layers, write_cache
 from .prefill import common_length
 
 _SUFFIX = ".cache"
@@ -30,7 +30,7 @@ _OURS = re.compile(rf"prefix-[0-9a-f]{{32}}{re.escape(_SUFFIX)}")
 _READ_AT_LEAST = 64  # tokens that a file must spare: it is read and checked as a whole
 _NEW_PART = 4  # a file is written once a part of this many of its tokens is in none: an answer after another is not
 _HEADER_BYTES, _TENSOR_BYTES = 1 << 16, 200  # at most, of what a file holds beside arrays
-_PATIENCE, _PAUSE = 10.0, 0.05  # seconds: while another process writes there, and between two looks
+_WAIT, _PAUSE = 10.0, 0.05  # seconds: while another process writes there, and between two looks
 
 
 @dataclass
@@ -90,7 +90,7 @@ class PrefixFiles:
         return None
 
     def write(
-        self, facts: Facts, ids: list[int], layers: Sequence[Sequence[Run]], done: Callable[[], None] = lambda: None
+        self, facts: Facts, ids: list[int], layers: Sequence[Sequence[Slots]], done: Callable[[], None] = lambda: None
     ) -> None:
         """Let the file of `facts` be written, apart from the step, if much of it is in no file yet.
 
@@ -111,12 +111,12 @@ class PrefixFiles:
         """Wait until all is written that is to be."""
         self._background.settle()
 
-    def _write(self, facts: Facts, ids: list[int], layers: Sequence[Sequence[Run]]) -> None:
+    def _write(self, facts: Facts, ids: list[int], layers: Sequence[Sequence[Slots]]) -> None:
         nbytes = sum(run.nbytes for runs in layers for run in runs) + 4 * len(ids)
         arrays = sum(len(runs[0].arrays) for runs in layers)
         key = repr((facts.model, facts.bits, facts.long, ids)).encode()
         name = f"prefix-{hashlib.sha256(key).hexdigest()[:32]}{_SUFFIX}"
-        given_up = time.monotonic() + _PATIENCE
+        given_up = time.monotonic() + _WAIT
         while True:
             files = self._of(facts)
             shared = max((common_length(file.ids, ids) for _, file in files), default=0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from .cache_file import Run
+from .cache_file import Slots
 from .prefill import common_length
 
 Layers = list[list[mx.array]]  # of each layer what `KVCache.copy_tokens` gives
@@ -105,13 +105,13 @@ def readable(path: list[tuple[Node, int]], window: int | None) -> tuple[int, int
     return longest
 
 
-def runs_of(path: list[tuple[Node, int]], layer: int, first: int, last: int) -> list[Run]:
+def runs_of(path: list[tuple[Node, int]], layer: int, first: int, last: int) -> list[Slots]:
     """What a layer has of the positions `first` to `last`."""
     runs, start = [], 0
     for node, shared in path:
         begin, end = max(first - start, 0), min(last - start, shared)
         if node.layers is not None and begin < end:
-            runs.append(Run(node.layers[layer], begin, end))
+            runs.append(Slots(node.layers[layer], begin, end))
         start += shared
     return runs
 
