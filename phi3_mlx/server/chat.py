@@ -1,0 +1,148 @@
+"""/v1/chat/completions: fields, and the reply as a whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+from uuid import uuid4
+
+from .. import __version__
+from ..generation.request import Request
+from ..values import flag, text
+from . import protocol
+from .asked import Asked
+from .faults import ApiError
+from .limits import Limits
+from .messages import read_messages
+from .protocol import honoured, needed, neutral, of_request, refused, table_of
+from .streams import DONE, data
+from .tokens import Usage, chat_logprobs
+from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
+
+FINGERPRINT = f"phi3-mlx-{__version__}"
+
+
+def _response_format(value: Any, name: str) -> str | None:
+    """The schema of `response_format`; None for text."""
+    kind = protocol.an_object(value, name)
+    if kind.get("type") == "json_schema":
+        kind = {**protocol.an_object(kind.get("json_schema"), f"{name}.json_schema"), "type": "json_schema"}
+        return protocol.the_schema(kind, f"{name}.json_schema")
+    return protocol.the_schema(kind, name)
+
+
+CHAT_FIELDS = table_of(
+    honoured("model", text, "a name that `/v1/models` lists"),
+    honoured("messages", read_messages, "roles `developer`, `system`, `user`, `assistant`, `tool`; contents are texts"),
+    honoured("stream", flag, "the answer as it is made"),
+    honoured("stream_options", protocol.stream_options, "`include_usage`: a last chunk with the counts of tokens"),
+    *protocol.SAMPLING,
+    of_request("max_tokens"),
+    of_request("max_completion_tokens", "max_tokens", "newer name of `max_tokens`"),
+    honoured("n", protocol.whole_from(1, Limits.answers), "answers to the prompt, which is read once"),
+    honoured("logprobs", flag, "the log-probability of each token"),
+    honoured(
+        "top_logprobs", protocol.whole_from(0, MAX_TOP_LOGPROBS), "and the likeliest in its place; needs `logprobs`"
+    ),
+    honoured("response_format", _response_format, "`text`, `json_object` or `json_schema`; the answer always fits"),
+    *protocol.FORMS,
+    neutral("modalities", ["text"]),
+    neutral("reasoning_effort", "none"),
+    neutral("verbosity", "medium"),
+    *protocol.BOOKKEEPING,
+    *refused("audio", "moderation", "prediction", "web_search_options"),
+    *refused("functions", "function_call", says="give `tools` and `tool_choice`"),
+)
+
+
+def read_chat(body: Mapping[str, Any], base: Request, limits: Limits) -> Asked:
+    """What a body asks for. Raises ApiError."""
+    values = protocol.honoured_values(CHAT_FIELDS, body)
+    needed(values, "model", "messages")
+    if not values["messages"]:
+        raise ApiError(400, "messages is empty; give at least one", "invalid_value", "messages")
+    alternatives = values.get("top_logprobs")
+    if alternatives is not None and not values.get("logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+    streamed = values.get("stream", False)
+    schema = values.get("response_format")
+    forms = {} if schema is None else {"schema": schema}
+    work = Work(
+        values["model"],
+        values["messages"],
+        protocol.request_of(base, CHAT_FIELDS, values, **forms),
+        n=values.get("n", 1),
+        top_logprobs=(alternatives or 0) if values.get("logprobs") else None,
+    )
+    return Asked([work], ChatReply(work, usage=protocol.wants_usage(values)), streamed)
+
+
+class ChatReply:
+    """The answers to one chat; see `streams.Reply`."""
+
+    def __init__(self, work: Work, *, usage: bool):
+        self._work, self._told_usage = work, usage
+        self._usage = Usage()
+        self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
+        self._texts: list[list[str]] = [[] for _ in range(work.n)]
+        self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(work.n)]
+        self._reasons: list[str | None] = [None] * work.n
+
+    def take(self, number: int, event: Event) -> Iterator[str]:
+        if isinstance(event, Begun):
+            self._usage.begin(event)
+            for index in range(self._work.n):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+        elif isinstance(event, Piece):
+            logprobs = self._keep(event)
+            if event.text or logprobs:
+                yield self._chunk(event.index, {"content": event.text}, logprobs)
+        elif isinstance(event, Ended):
+            self._usage.made += event.tokens
+            self._reasons[event.index] = event.reason
+            yield self._chunk(event.index, {}, reason=event.reason)
+
+    def end(self) -> Iterator[str]:
+        if self._told_usage:
+            yield data({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.completion()})
+        yield DONE
+
+    def failed(self, error: ApiError) -> Iterator[str]:
+        yield data(error.body())
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self._choice(index) for index in range(self._work.n)]
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.completion()}
+
+    def _keep(self, piece: Piece) -> dict[str, Any] | None:
+        """Keep a piece for the whole; the log-probabilities of its tokens, if they are asked for."""
+        self._texts[piece.index].append(piece.text)
+        if self._work.top_logprobs is None or not piece.tokens:
+            return None
+        tokens = [chat_logprobs(token) for token in piece.tokens]
+        self._logprobs[piece.index] += tokens
+        return {"content": tokens, "refusal": None}
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(self._texts[index]), "refusal": None}
+        scored = self._work.top_logprobs is not None
+        logprobs = {"content": self._logprobs[index], "refusal": None} if scored else None
+        reason = self._reasons[index]
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, reason: str | None = None
+    ) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return data({**chunk, "usage": None} if self._told_usage else chunk)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._work.model,
+            "system_fingerprint": FINGERPRINT,
+        }

@@ -1,0 +1,77 @@
+"""What went wrong, as OpenAI's clients read it: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from ..errors import (
+    ChatError,
+    ClosedError,
+    ContextLengthError,
+    MemoryLimitError,
+    ModelNotFoundError,
+    OptionError,
+    Phi3Error,
+    PromptError,
+    QueueFullError,
+)
+
+CLOSING = {"connection": "close"}  # a header: what else the client sends is not read
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+# Errors of the library -> status, code and the field to blame; a kind stands before the wider one that it belongs to.
+_FAULTS: Mapping[type[Phi3Error], tuple[int, str, str | None]] = {
+    ModelNotFoundError: (404, "model_not_found", "model"),
+    ContextLengthError: (400, "context_length_exceeded", "messages"),
+    PromptError: (400, "invalid_prompt", None),
+    ChatError: (400, "invalid_messages", "messages"),
+    MemoryLimitError: (400, "memory_limit_exceeded", None),
+    OptionError: (400, "invalid_value", None),
+    ClosedError: (503, "server_closing", None),
+    Phi3Error: (500, "server_error", None),
+}
+
+
+class ApiError(Phi3Error):
+    """A request that is answered with an error. `param` names the field that is to blame, `code` the kind of fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        kind = _ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def api_error(error: Exception) -> ApiError:
+    """An error as the client is told it. What nobody foresaw is told without its message, which may quote a prompt."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return ApiError(429, str(error), "rate_limit_exceeded", headers=headers)
+    for kind, (status, code, param) in _FAULTS.items():
+        if isinstance(error, kind):
+            return ApiError(status, str(error), code, param)
+    return ApiError(500, "the server met a fault of its own; its log has the place", "server_error")
+
+
+def raw_response(error: ApiError) -> bytes:
+    """A whole HTTP response that closes its connection, for where no request was understood."""
+    body = json.dumps(error.body()).encode()
+    head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+    lines = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines |= {name.lower(): value for name, value in error.headers.items()}
+    return (head + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n").encode() + body

@@ -1,0 +1,81 @@
+"""The HTTP server of a service: uvicorn, with connections of our own, and an end in three steps.
+
+Ctrl-C, or SIGTERM, first: nothing new is taken, and answers that run may end. After `Limits.grace_seconds`, or with a
+second Ctrl-C: what still runs is told that the server stops. Then the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from .connections import connections_within
+from .guard import App
+from .service import Service
+
+_LAST_WORDS = 1.0  # seconds that connections have once their requests are ended
+
+
+class HttpServer(uvicorn.Server):
+    """Serves `app`, the application of `service`; `should_exit = True` stops it from another thread."""
+
+    def __init__(self, app: App, service: Service):
+        self._service = service
+        limits = service.limits
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=connections_within(limits),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # the service's log is enough, and quotes nobody
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=limits.idle_seconds,
+                timeout_graceful_shutdown=round(limits.grace_seconds + _LAST_WORDS),
+                h11_max_incomplete_event_size=limits.header_bytes,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.stop()
+        ending = asyncio.get_running_loop().call_later(self._service.limits.grace_seconds, self._service.end)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        again = self.should_exit
+        super().handle_exit(sig, frame)
+        if again and sig == signal.SIGINT:
+            self._service.end()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections. OSError where the address is in use, or none of this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(256)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def run(app: App, service: Service, listening: socket.socket, started: Callable[[], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises KeyboardInterrupt after Ctrl-C."""
+    server = HttpServer(app, service)
+    try:
+        started()
+        server.run([listening])
+    finally:
+        service.close()

@@ -1,0 +1,462 @@
+"""What clients do to a server that should not fall over: slow, gone, huge, malformed and forbidden requests."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from served import FakeEngine, chat_body, events, serving, token, wait_until
+
+from phi3_mlx.errors import (
+    ChatError,
+    ClosedError,
+    ContextLengthError,
+    MemoryLimitError,
+    Phi3Error,
+    PromptError,
+    QueueFullError,
+)
+from phi3_mlx.server.limits import Limits
+from phi3_mlx.server.work import Begun, Ended, Piece, Reading
+
+QUICK = Limits(header_seconds=0.3, body_seconds=0.3, stuck_seconds=0.5, idle_seconds=1, comment_seconds=0.1)
+
+
+def raw(served, data=b"", seconds=5):
+    """A connection on which `data` was sent."""
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=seconds)
+    connection.sendall(data)
+    return connection
+
+
+def all_of(connection):
+    """What a connection brings until it ends."""
+    parts = []
+    with connection:
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def error_in(answer):
+    """The status and code of an error that stands in a whole HTTP response."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+def post(body, **headers):
+    """The bytes of a request; `body` bytes are sent as they are."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"host": "127.0.0.1", "content_length": len(data), **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + data
+
+
+# Slow, long, deep and many.
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+def test_headers_that_do_not_come_are_given_up(sent):
+    with serving(limits=QUICK) as served:
+        begun = time.monotonic()
+        assert error_in(all_of(raw(served, sent))) == (408, "request_timeout")
+        assert 0.25 < time.monotonic() - begun < 3
+
+
+def test_headers_that_trickle_are_given_up_though_bytes_come():
+    with serving(limits=QUICK) as served, raw(served, b"GET /health HTTP/1.1\r\n") as connection:
+        for _ in range(100):
+            try:
+                connection.sendall(b"x: y\r\n")
+            except OSError:
+                return
+            time.sleep(0.02)
+        pytest.fail("the connection stayed")
+
+
+def test_a_further_request_on_a_connection_has_the_same_time():
+    with serving(limits=QUICK) as served:
+        connection = raw(served, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        answer = b""
+        while b'"ok"' not in answer:
+            answer += connection.recv(65536)
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        assert all_of(connection) == b""
+
+
+def test_long_headers_are_refused():
+    with serving(limits=replace(QUICK, header_bytes=2000)) as served:
+        head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nx: "
+        assert error_in(all_of(raw(served, head + b"y" * 3000 + b"\r\n\r\n"))) == (431, "headers_too_large")
+        assert error_in(all_of(raw(served, head + b"y" * 70_000)))[0] == 400
+
+
+def test_what_is_no_http_is_refused_in_openais_form():
+    with serving() as served:
+        assert error_in(all_of(raw(served, b"\x16\x03\x01 hello\r\n\r\n"))) == (400, "invalid_request")
+
+
+def test_a_body_that_does_not_come_is_given_up():
+    with serving(limits=QUICK) as served:
+        assert error_in(all_of(raw(served, post(b"{", content_length=100)))) == (408, "request_timeout")
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_has_come():
+    with serving(limits=replace(QUICK, body_bytes=1000)) as served:
+        assert error_in(all_of(raw(served, post(b"{", content_length=1001)))) == (413, "request_too_large")
+        chunked = post(b"", transfer_encoding="chunked").replace(b"content-length: 0\r\n", b"")
+        answer = all_of(raw(served, chunked + b"400\r\n" + b"[" * 1024 + b"\r\n"))
+        assert error_in(answer) == (413, "request_too_large")
+
+
+def test_bodies_on_their_way_are_bounded_together():
+    with serving(limits=replace(QUICK, body_bytes=1000, bodies_bytes=1500, body_seconds=2)) as served:
+        half = post(b"[" * 900, content_length=1000)
+        with raw(served, half):
+            time.sleep(0.1)
+            answer = all_of(raw(served, half))
+        assert error_in(answer) == (429, "rate_limit_exceeded")
+        assert b"retry-after: 1" in answer.lower()
+        assert served.chat()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"model": "\\ud800"}',
+        b'{"model": "a", "model": "b"}',
+        b'{"user": ' + b"[" * 65 + b"]" * 65 + b"}",
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_json_object_within_limits_is_refused(body):
+    with serving() as served:
+        status, _, reply = served.request("POST", "/v1/chat/completions", raw=body)
+        assert (status, reply["error"]["code"]) == (400, "invalid_json")
+
+
+def test_one_connection_too_many_is_told_so_and_the_others_go_on():
+    with serving(limits=replace(QUICK, connections=3, header_seconds=3)) as served:
+        held = [raw(served) for _ in range(3)]
+        wait_until(lambda: len(served.server.server_state.connections) == 3)
+        assert error_in(all_of(raw(served))) == (503, "too_many_connections")
+        held.pop().close()
+        wait_until(lambda: len(served.server.server_state.connections) == 2)
+        assert served.request("GET", "/health")[0] == 200
+        for connection in held:
+            connection.close()
+
+
+# Clients that go, or do not read.
+
+
+def endless(ticket, tell):
+    """An answer without an end, as fast as it is read by nobody."""
+    tell(Begun(1, 0))
+    while not ticket.cancelled.is_set():
+        tell(Piece(0, "x" * 1000, (token("x", 0),)))
+        time.sleep(0.001)
+
+
+def silent(ticket, tell):
+    """A prompt that takes long to read."""
+    for done in range(10_000):
+        if ticket.cancelled.is_set():
+            return
+        tell(Reading(done, 10_000))
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", [endless, silent])
+def test_a_client_that_goes_ends_its_request_at_once(script, stream):
+    with serving(FakeEngine(script), limits=replace(QUICK, body_seconds=5)) as served:
+        connection = raw(served, post(chat_body(stream=stream)))
+        wait_until(lambda: served.engine.tickets)
+        if stream:
+            connection.recv(100)
+        connection.close()
+        assert served.engine.tickets[0].cancelled.wait(1)
+        wait_until(lambda: not served.server.server_state.tasks)
+
+
+def test_a_client_that_does_not_read_loses_its_request_and_holds_up_nobody():
+    limits = replace(QUICK, unread_bytes=100_000)
+    with serving(FakeEngine(endless), limits=limits) as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(post(chat_body(stream=True)))
+        wait_until(lambda: served.engine.tickets)
+        first = served.engine.tickets[0]
+        assert served.request("GET", "/health")[0] == 200
+        assert first.cancelled.wait(8), "the engine still works for nobody"
+        wait_until(lambda: not served.server.server_state.connections)
+
+
+def test_a_prompt_that_is_read_for_long_gives_comments():
+    def script(ticket, tell):
+        tell(Reading(5, 20))
+        time.sleep(0.5)
+        tell(Begun(20, 0))
+        tell(Ended(0, "stop", 0))
+
+    with serving(FakeEngine(script), limits=QUICK) as served:
+        data, comments = events(served.chat(stream=True)[2])
+        assert comments[0] == ": 5 of 20 tokens read"
+        assert 2 <= len(comments) <= 6
+        assert data[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert data[-1] == "[DONE]"
+
+
+# Errors of the engine.
+
+
+class Failing(FakeEngine):
+    """Raises `error` when a work is submitted, or, `late`, tells it afterwards."""
+
+    error, late = None, False
+
+    def submit(self, work, listener):
+        if self.late:
+            return super().submit(work, listener)
+        raise self.error
+
+    def _run(self, ticket, listener):
+        self.script = self._fail
+        super()._run(ticket, listener)
+
+    def _fail(self, ticket, tell):
+        raise self.error
+
+
+@pytest.fixture(scope="module")
+def failing():
+    with serving(Failing()) as served:
+        yield served
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (QueueFullError("256 requests wait", 2.4), 429, "rate_limit_exceeded"),
+        (ContextLengthError("5,000 tokens", 5000, 4096), 400, "context_length_exceeded"),
+        (MemoryLimitError("it needs 9 GB, and there are 8 GB"), 400, "memory_limit_exceeded"),
+        (PromptError("the prompt is empty"), 400, "invalid_prompt"),
+        (ChatError("message 1"), 400, "invalid_messages"),
+        (Phi3Error("NaN"), 500, "server_error"),
+        (ClosedError("the engine has ended"), 503, "server_closing"),
+        (RuntimeError("secret of a prompt"), 500, "server_error"),
+    ],
+)
+def test_errors_of_the_engine_have_a_status_and_a_code_of_their_own(failing, error, status, code, stream, late):
+    failing.engine.error, failing.engine.late = error, late
+    failing.log.clear()
+    given, headers, reply = failing.chat("a prompt", stream=stream)
+    assert (given, reply["error"]["code"]) == (status, code)
+    assert headers.get("retry-after") == ("3" if status == 429 else None)
+    assert not any("prompt" in line or "secret" in line for line in failing.log)
+    if isinstance(error, RuntimeError):
+        assert "secret" not in reply["error"]["message"]
+        assert any("unexpected RuntimeError" in line for line in failing.log)
+
+
+def test_an_error_in_mid_stream_is_an_event():
+    def script(ticket, tell):
+        tell(Begun(1, 0))
+        tell(Piece(0, "a", ()))
+        time.sleep(0.1)
+        raise Phi3Error("the logits are NaN")
+
+    with serving(FakeEngine(script)) as served:
+        data, _ = events(served.chat(stream=True)[2])
+        assert data[1]["choices"][0]["delta"] == {"content": "a"}
+        assert data[-1]["error"]["message"] == "the logits are NaN"
+        assert "[DONE]" not in data
+
+
+# Who may ask.
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:1", 200),
+        ("localhost", 200),
+        ("[::1]:8080", 200),
+        ("192.168.0.9", 200),
+        ("Models.Local:8080", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("a@localhost.evil", 403),
+        ("", 403),
+        ("[::1", 403),
+    ],
+)
+def test_the_host_is_one_that_the_server_is_called_by(host, status):
+    with serving(hosts=["models.local"]) as served:
+        given, _, reply = served.request("GET", "/health", headers={"Host": host})
+        assert given == status
+        if status == 403:
+            assert reply["error"]["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [(None, 200), ("same", 200), ("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403)],
+)
+def test_pages_of_other_hosts_may_not_ask(origin, status):
+    with serving() as served:
+        origin = served.url if origin == "same" else origin
+        headers = {} if origin is None else {"Origin": origin}
+        given, answer, _ = served.request("POST", "/v1/chat/completions", chat_body(), headers)
+        assert given == status
+        assert "access-control-allow-origin" not in answer
+        assert len(served.engine.tickets) == (status == 200)
+
+
+def test_pages_that_are_named_may_ask():
+    with serving(origins=["https://page.example"], key="k") as served:
+        headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization"
+        status, answer, _ = served.request("OPTIONS", "/v1/chat/completions", headers=headers)
+        assert status == 204
+        assert answer["access-control-allow-origin"] == "https://page.example"
+        assert answer["access-control-allow-headers"] == "authorization"
+        given = {"Origin": "https://page.example", "Authorization": "Bearer k"}
+        status, answer, _ = served.request("GET", "/v1/models", headers=given)
+        assert (status, answer["access-control-allow-origin"]) == (200, "https://page.example")
+        given["Authorization"] = "Bearer wrong"
+        status, answer, _ = served.request("GET", "/v1/models", headers=given)
+        assert (status, answer["access-control-allow-origin"]) == (401, "https://page.example")
+
+
+@pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Basic key", "key", "Bearer kéy", "Bearer keykey"])
+def test_without_the_key_nothing_is_told_but_whether_the_engine_lives(given):
+    with serving(key="key") as served:
+        headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+        for method, path in (
+            ("POST", "/v1/chat/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/x"),
+        ):
+            status, answer, reply = served.request(method, path, headers=headers)
+            assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
+            assert answer["www-authenticate"] == "Bearer"
+        assert served.request("GET", "/health", headers=headers)[0] == 200
+        assert served.request("GET", "/v1/models", headers={"Authorization": "bearer key"})[0] == 200
+
+
+# What is told of the server itself.
+
+
+def test_health_asks_the_engine_once_a_second_at_most():
+    with serving() as served:
+        threads = [threading.Thread(target=served.request, args=("GET", "/health")) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert served.engine.probes <= 2
+
+
+def test_health_says_that_the_engine_is_dead():
+    engine = FakeEngine()
+    engine.is_alive = False
+    with serving(engine) as served:
+        status, _, reply = served.request("GET", "/health")
+        assert (status, reply["error"]["code"]) == (503, "engine_dead")
+
+
+def test_metrics_are_in_prometheus_form():
+    with serving() as served:
+        served.chat()
+        served.request("GET", "/secret/path")
+        _, headers, text = served.request("GET", "/metrics")
+        assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert 'phi3_mlx_requests_total{path="/v1/chat/completions",status="200"} 1\n' in text
+        assert 'phi3_mlx_requests_total{path="other",status="404"} 1\n' in text
+        assert "phi3_mlx_requests_running 1\n" in text
+        assert "memory_limit_bytes" not in text  # there is none
+        for line in text.splitlines():
+            assert line.startswith(("# HELP phi3_mlx_", "# TYPE phi3_mlx_", "phi3_mlx_"))
+
+
+def test_the_log_has_a_line_a_request_and_no_word_of_a_prompt():
+    with serving() as served:
+        served.chat("secret")
+        served.chat("secret", temperature="secret")
+        served.request("GET", "/v1/models?secret=1")
+        wait_until(lambda: len(served.log) == 3)
+        assert served.log[0].startswith("POST /v1/chat/completions 200 ")
+        assert not any("secret" in line for line in served.log)
+    with serving(prompts=True) as served:
+        served.chat("secret")
+        assert "secret" in served.log[0]
+
+
+def test_a_path_cannot_write_lines_of_its_own_into_the_log():
+    with serving() as served:
+        served.request("GET", "/a%0aPOST%20/forged%1b")
+        wait_until(lambda: served.log)
+        assert len(served.log) == 1
+        assert served.log[0].isprintable()
+
+
+# The end.
+
+
+def takes_connections(served):
+    try:
+        socket.create_connection(("127.0.0.1", served.port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_an_answer_that_runs_may_end_when_the_server_stops():
+    go_on = threading.Event()
+
+    def script(ticket, tell):
+        tell(Begun(1, 0))
+        go_on.wait(10)
+        tell(Piece(0, "the end", ()))
+        tell(Ended(0, "stop", 2))
+
+    with serving(FakeEngine(script)) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
+        answer = connection.getresponse()
+        served.server.should_exit = True
+        wait_until(lambda: not takes_connections(served))
+        go_on.set()
+        data, _ = events(answer.read().decode())
+        assert data[1]["choices"][0]["delta"] == {"content": "the end"}
+        assert data[-1] == "[DONE]"
+        connection.close()
+
+
+def test_an_answer_that_does_not_end_is_told_that_the_server_stopped():
+    with serving(FakeEngine(silent), limits=replace(QUICK, grace_seconds=0.3)) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
+        answer = connection.getresponse()
+        served.server.should_exit = True
+        data, _ = events(answer.read().decode())
+        assert data[-1]["error"]["code"] == "server_closing"
+        assert served.engine.tickets[0].cancelled.is_set()
+        connection.close()
