@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from ..errors import MemoryLimitError
 from ..models.cache import KVCache, fork
@@ -23,6 +24,20 @@ from .tokens import checked_prompts
 CHUNK_SECONDS = 0.5  # the longest that rows which answer wait for a chunk of a newcomer's prompt
 
 
+class Elsewhere(Protocol):
+    """What else in this process takes memory of the same room.
+
+    `reserved`: bytes that others were promised and do not hold yet. `freeable`: bytes that they hold, and would give
+    back in time.
+    """
+
+    @property
+    def reserved(self) -> float: ...
+
+    @property
+    def freeable(self) -> float: ...
+
+
 class Scheduler:
     """Runs jobs of one model, each as it would run alone; `step` while it is `busy`, from any thread.
 
@@ -31,6 +46,7 @@ class Scheduler:
     refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs, so a refusal cannot offer other bits.
     `prefixes`: what jobs without a cache of their own read is kept there, and what they begin with is taken from it; it
     gives way to a job that would have to wait. Of jobs that begin alike one reads, and the others wait for it.
+    `elsewhere`: what else takes memory, for which jobs wait too, until `retry`.
     """
 
     def __init__(
@@ -43,7 +59,9 @@ class Scheduler:
         chunk: int | None = None,
         chunk_seconds: float = CHUNK_SECONDS,
         prefixes: PrefixStore | None = None,
+        elsewhere: Elsewhere | None = None,
     ):
+        self._elsewhere = elsewhere
         self._model, self._room, self._force, self._kept = model, room, force, kept
         self._chunk_seconds = chunk_seconds
         self._of_model = replace(Workload.of_model(model, 0), chunk=chunk)  # to count weights takes a while
@@ -58,6 +76,28 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._batch.rows)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether a job waits for memory."""
+        return self._lacking is not None
+
+    def retry(self) -> None:
+        """Let a job that waits for memory try again: others have given some back."""
+        self._lacking = None
+
+    @property
+    def held(self) -> int:
+        """Bytes of the caches of what runs."""
+        return sum(held_by(row, workload) for row, workload in self._workloads.items())
+
+    @property
+    def reserved(self) -> float:
+        """Bytes that what runs was promised and does not hold yet."""
+        if self._plan is None or not self._workloads:
+            return 0.0
+        weights = self._of_model.weights + draft_weights(self._workloads.values())
+        return max(self._plan.total - weights - self.held, 0.0)
 
     @property
     def spare(self) -> float:
@@ -112,16 +152,17 @@ class Scheduler:
             workloads = {**self._workloads, row: workload}
             plan, lacking = self._planned(workloads)
             if not self._gives_way(lacking):
-                if self._workloads:
-                    self._lacking = row
-                    break
                 try:
-                    self._check_alone(row, workload)
+                    if not self._workloads:
+                        self._check_alone(row, workload)
                 except MemoryLimitError as error:
                     row.fail(error)
                     failed.append(row)
                     self._waiting.remove(row)
                     continue
+                if self._workloads or self._freeable:
+                    self._lacking = row
+                    break
             self._waiting.remove(row)
             self._batch.add(row, plan.chunk, self._copied(row, lacking))
             self._plan, self._workloads = plan, workloads
@@ -198,7 +239,7 @@ class Scheduler:
 
     def _check_alone(self, row: Row, workload: Workload) -> None:
         """MemoryLimitError if the row would not fit even if no other ran."""
-        room = self._available({**self._workloads, row: workload}) + self._stored
+        room = self._available({**self._workloads, row: workload}) + self._stored + self._freeable
         kept = self._kept or row.job.cache is not None
         check_fits(workload, room, prompt=len(row.prompt) if row.left else 0, kept=kept)
 
@@ -206,9 +247,15 @@ class Scheduler:
         """Bytes that these rows may take, weights and what they hold already among them."""
         weights = self._of_model.weights + draft_weights(workloads.values())
         if self._room is None or self._force:
-            return machine.room() + weights + sum(held_by(row, workload) for row, workload in workloads.items())
+            held = sum(held_by(row, workload) for row, workload in workloads.items())
+            return machine.room() + weights + held - (0 if self._elsewhere is None else self._elsewhere.reserved)
         brought = sum(brought_by(row, workload) for row, workload in workloads.items())
         return self._room + weights + brought - self._stored
+
+    @property
+    def _freeable(self) -> float:
+        """Bytes that there were more if nothing ran elsewhere."""
+        return 0.0 if self._elsewhere is None else self._elsewhere.reserved + self._elsewhere.freeable
 
     # What was read is read once.
 

@@ -70,6 +70,18 @@ def load_adapted(
     return model
 
 
+def sharing_weights(model: Model, source: Checkpoint, name: str, adapters: Mapping[str, float]) -> Model:
+    """A model with adapters in use and the very arrays of `model`, which has none and was read from `source`."""
+    from ..adapters.folder import apply, base_of
+    from ..store import checkpoint
+
+    adapted = checkpoint.outline(source)
+    adapted.update(model.parameters())
+    adapted.model.longrope = model.model.longrope
+    apply(adapted, base_of(source, name), adapters)
+    return adapted
+
+
 def load_model(
     name: str | Path,
     revision: str | None = None,
@@ -102,16 +114,24 @@ def plan_loading(
     With those of the folders `adapters`. A run is planned when it begins, with its cache and work.
     """
     from ..engine import plan
+
+    if not flag(force, "force"):
+        plan.check_room(f"loading {name}", loading_bytes(source, dtype, adapters), "take a model of fewer bits")
+
+
+def loading_bytes(
+    source: Checkpoint, dtype: str | None = None, adapters: Iterable[str] = (), *, shared: bool = False
+) -> dict[str, int]:
+    """What takes memory while a model is loaded, in bytes; `shared`: its weights are in memory already."""
     from ..store import checkpoint
 
-    if flag(force, "force"):
-        return
     size = checkpoint.model_size(source, dtype)
     adapted = sum(
         file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
     )
-    parts = {"weights": size.weights + adapted, "one of them as it is stored": size.largest_cast}
-    plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
+    if shared:
+        return {"adapters": adapted}
+    return {"weights": size.weights + adapted, "one of them as it is stored": size.largest_cast}
 
 
 def check_draft(draft: tuple[Model, Tokenizer], tokenizer: Tokenizer) -> Model:

@@ -19,9 +19,9 @@ class Work:
     - `model`: a name that `Models.listed` has.
     - `prompt`: messages, a text (in the chat template unless `request.raw`) or token ids.
     - `n`: how many answers; the prompt is read once for all. Answer `i` draws with the seed `request.seed + i`.
+      0: nothing is answered, as for a prompt that is only to be scored; that ends with `Ended(0, "length", 0)`.
     - `top_logprobs`: None: tokens are told without log-probabilities; k: with them, and the k likeliest in each place.
     - `echo`: the prompt's tokens are told too, scored where `top_logprobs` is not None.
-    - `keep`: what is read may be kept for later requests that begin alike.
     """
 
     model: str
@@ -30,7 +30,6 @@ class Work:
     n: int = 1
     top_logprobs: int | None = None
     echo: bool = False
-    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Begun:
-    """The prompt is read: told once, before the first `Piece`. `cached_tokens` of its tokens did not need reading."""
+    """The prompt is read: told once, before the first `Piece`. `cached_tokens` of its tokens did not need reading.
+
+    `echo` and `text`: its tokens and the text that they are, where the request asks for them.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     echo: tuple[TokenInfo, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True)
