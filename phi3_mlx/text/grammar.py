@@ -10,12 +10,13 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ..errors import OptionError, Phi3Error
 from .schemas import countless
+from .tool_grammar import CallForm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,8 @@ _COMPACT = {
     "json_allowed_escapes": '"\\bfnrt',
     "json_allow_general_unicode_escapes": False,
 }
+# Arguments of a call are spelled as models were shown them, and as `json.dumps` writes them in later prompts.
+_AS_WRITTEN = {**_COMPACT, "item_separator": ", ", "key_separator": ": "}
 # Without forcing, every way to spell a text in tokens is allowed, and not only the tokenizer's own.
 _WHOLE = '%llguidance {"no_forcing": true}\nstart: '
 _LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
@@ -46,10 +49,10 @@ class Form(NamedTuple):
     """What all of an answer's text must be.
 
     `kind` says how `text` is read: as a JSON schema, a regular expression in Rust's syntax, a grammar in llguidance's
-    form of Lark, or a JSON list of the texts to choose from.
+    form of Lark, a JSON list of the texts to choose from, or what `tool_grammar.CallForm` holds.
     """
 
-    kind: FormKind
+    kind: FormKind | Literal["tools"]
     text: str
 
 
@@ -66,7 +69,9 @@ def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher
     if not tokenizer.stop_ids:
         raise OptionError(f"{form.kind} needs a token that ends an answer, and this tokenizer names none")
     first = _begun(form, tokenizer, "")
-    if tokenizer.drops_first_space:
+    if tokenizer.drops_first_space and form.kind == "tools":
+        first = _begun(form, tokenizer, '" "? ')
+    elif tokenizer.drops_first_space:
         # What is generated may begin with a space that is not shown, and must if the text shown begins with another.
         allowed = AnswerMatcher(first, tokenizer).allowed([])
         assert allowed is not None
@@ -116,16 +121,32 @@ def _library() -> Any:
         import llguidance
     except ImportError:
         raise OptionError(
-            'schema, regex, grammar and choices need llguidance, which is not installed: pip install "phi3-mlx[schema]"'
+            "schema, regex, grammar, choices and tools need llguidance, which is not installed: "
+            'pip install "phi3-mlx[schema]"'
         ) from None
     return llguidance
 
 
-def _grammar(form: Form) -> dict[str, Any]:
+def _grammars(form: Form) -> list[dict[str, Any]]:
+    """The constraint as grammars of the library's own form: "answer", and those that it refers to."""
+    if form.kind != "tools":
+        return [{**_grammar(form), "name": "answer"}]
+    calls = CallForm.read(form.text)
+    parts = [{**_grammar(part, _AS_WRITTEN), "name": name} for name, part in _parts(calls).items()]
+    return [{"name": "answer", "lark_grammar": _WHOLE.replace("start: ", "") + calls.lark}, *parts]
+
+
+def _parts(calls: CallForm) -> dict[str, Form]:
+    """What a grammar of calls refers to: each tool's arguments, and what a text must be."""
+    parts = {f"arguments_{n}": Form("schema", schema) for n, (_, schema) in enumerate(calls.tools)}
+    return parts if calls.text is None else {**parts, "text": Form(*calls.text)}  # type: ignore[arg-type]
+
+
+def _grammar(form: Form, spelling: Mapping[str, Any] = _COMPACT) -> dict[str, Any]:
     """The constraint as a grammar of the library's own form."""
     library, (kind, text) = _library().LLMatcher, form
     if kind == "schema":
-        made = library.grammar_from_json_schema(text, overrides=_COMPACT)
+        made = library.grammar_from_json_schema(text, overrides=spelling)
     elif kind == "regex":
         made = library.grammar_from_regex(text)
     else:
@@ -139,7 +160,7 @@ def _grammar(form: Form) -> dict[str, Any]:
 def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
     """The library's matcher of `space`, a part of a grammar, and what the constraint allows behind it."""
     whole = {"name": "all", "lark_grammar": f"{_WHOLE}{space}@answer"}
-    grammar = json.dumps({"grammars": [whole, {**_grammar(form), "name": "answer"}]})
+    grammar = json.dumps({"grammars": [whole, *_grammars(form)]})
     matcher = _library().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
     if matcher.is_error():
         raise OptionError(f"{form.kind} cannot be followed: {_first_line(matcher.get_error())}")
@@ -151,7 +172,9 @@ def _fault(form: Form) -> str:
     """What is wrong with a form, as the end of a sentence; "" if nothing."""
     if form.kind == "schema" and countless(json.loads(form.text)):
         return 'has "minProperties" above the number of required properties, which cannot be constrained; leave it out'
-    message: str = _library().LLMatcher.validate_grammar(json.dumps({"grammars": [_grammar(form)]}))
+    if form.kind == "tools" and (fault := _fault_of_tools(CallForm.read(form.text))):
+        return fault
+    message: str = _library().LLMatcher.validate_grammar(json.dumps({"grammars": _grammars(form)}))
     if not message or message.startswith("WARNING"):
         return ""
     kind, text = form
@@ -169,6 +192,13 @@ def _fault(form: Form) -> str:
     if "regex parse error" in message:
         rest = f"{rest.split(' (in regex)')[0]}, {_regex_fault(message)}"
     return f"has an error in line {line}, column {column}: {rest}"
+
+
+def _fault_of_tools(calls: CallForm) -> str:
+    for (name, _), part in zip([*calls.tools, ("", "")], _parts(calls).values(), strict=False):
+        if fault := _fault(part):
+            return f"{name}: parameters {fault}" if name else f"{part.kind} {fault}"
+    return ""
 
 
 def _regex_fault(message: str) -> str:

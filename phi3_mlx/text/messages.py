@@ -11,6 +11,7 @@ from ..fields import shorten
 Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+RESULT = "tool_response"  # whom Phi-4-mini's vocabulary has a token for, where it is told what a tool gave
 
 # Keys that change what a conversation says or what of it is learnt. Others (an "id", a date) are notes.
 MEANINGFUL = frozenset(
@@ -55,7 +56,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
     for key in message:
         if not isinstance(key, str):
             raise ChatError(f"message {number} has the key {shorten(key)}: keys must be text")
-    if message["role"] not in ROLES:
+    if message["role"] not in (*ROLES, RESULT):
         raise ChatError(f"message {number} has the role {shorten(message['role'])}: roles are {', '.join(ROLES)}")
     return {key: _plain(value, f"message {number}, {key!r}") for key, value in message.items() if value is not None}
 

@@ -19,6 +19,10 @@ Schema = Mapping[str, Any] | str | type
 _SCHEMA_EXPECTED = "a JSON schema as a dict or a text, a pydantic model or a dataclass"
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name
 _DATA = ("const", "enum", "default", "examples")  # keywords that hold values
+# What a field of a TypedDict may be marked with, from Python 3.11 on: whether it must be given.
+_REQUIREMENTS = {
+    getattr(typing, mark): must for mark, must in (("Required", True), ("NotRequired", False)) if hasattr(typing, mark)
+}
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -46,18 +50,22 @@ def schema_text(value: Any, name: str) -> str:
 def schema_of(hint: Any, name: str) -> dict[str, Any]:
     """The JSON schema of a type: scalars, lists, dicts, tuples, unions, literals, enums and dataclasses of them.
 
-    A dataclass is an object of its fields and no others; those with a default may be absent. Raises OptionError.
+    A dataclass, or a TypedDict, is an object of its fields and no others; those with a default may be absent. The
+    texts of `Annotated` describe. Raises OptionError.
     """
-    reader = _Hints(name)
+    reader = Hints(name)
     schema = reader.schema_of(hint)
     return {**schema, "$defs": reader.definitions} if reader.definitions else schema
 
 
-class _Hints:
-    """Turns types into schemas; `definitions` are those of the dataclasses met, by the names that references have."""
+class Hints:
+    """Turns types into schemas; `definitions` are those of the classes met, by the names that references have.
+
+    `name`: what has the types, for messages.
+    """
 
     def __init__(self, name: str):
-        self._name = name
+        self.name = name
         self._kinds: list[type] = []
         self.definitions: dict[str, Any] = {}
 
@@ -67,8 +75,9 @@ class _Hints:
             return {}
         if hint is None:
             return {"type": "null"}
-        if origin is typing.Annotated:
-            return self.schema_of(arguments[0])
+        if origin in (typing.Annotated, *_REQUIREMENTS):
+            notes = " ".join(note for note in arguments[1:] if isinstance(note, str))
+            return {**self.schema_of(arguments[0]), **({"description": notes} if notes else {})}
         if origin is typing.Literal:
             return {"enum": [*arguments]}
         if origin in (typing.Union, types.UnionType):
@@ -80,7 +89,12 @@ class _Hints:
             return {"type": _JSON_TYPES[kind]}
         if issubclass(kind, enum.Enum):
             return {"enum": [member.value for member in kind]}
-        return self._reference(kind) if dataclasses.is_dataclass(kind) else self._container(kind)
+        if callable(getattr(kind, "model_json_schema", None)):
+            schema: dict[str, Any] = kind.model_json_schema()  # type: ignore[attr-defined]
+            self.definitions.update(schema.pop("$defs", {}))
+            return schema
+        has_fields = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+        return self._reference(kind) if has_fields else self._container(kind)
 
     def _container(self, hint: Any) -> dict[str, Any]:
         origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -91,22 +105,22 @@ class _Hints:
             return {"type": "array", "items": inner[0] if inner else {}}
         if origin in (dict, Mapping) and (not arguments or arguments[0] is str):
             return {"type": "object", "additionalProperties": inner[1] if inner else {}}
-        raise OptionError(f"{self._name} has a field of type {hint}, which JSON has no form for; give a JSON schema")
+        raise OptionError(f"{self.name} has a field of type {hint}, which JSON has no form for; give a JSON schema")
 
     def _reference(self, kind: type) -> dict[str, Any]:
-        """A dataclass by its name, so that it may hold itself."""
+        """A dataclass or TypedDict by its name, so that it may hold itself."""
         if kind not in self._kinds:
             self._kinds.append(kind)
             title = self._title(kind)
             try:
                 hints = typing.get_type_hints(kind, include_extras=True)
             except (NameError, TypeError) as error:
-                raise OptionError(f"{self._name}: the types of {kind.__name__} cannot be read: {error}") from None
-            fields = [field for field in dataclasses.fields(kind) if field.init]
+                raise OptionError(f"{self.name}: the types of {kind.__name__} cannot be read: {error}") from None
+            fields = required_fields(kind, hints)
             self.definitions[title] = {
                 "type": "object",
-                "properties": {field.name: self.schema_of(hints[field.name]) for field in fields},
-                "required": [field.name for field in fields if _is_required(field)],
+                "properties": {field: self.schema_of(hints[field]) for field in fields},
+                "required": [field for field, required in fields.items() if required],
                 "additionalProperties": False,
             }
         return {"$ref": f"#/$defs/{self._title(kind)}"}
@@ -116,8 +130,17 @@ class _Hints:
         return f"{self._kinds.index(kind)}_{re.sub(r'[^A-Za-z0-9]+', '_', kind.__name__)}"
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def required_fields(kind: Any, hints: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields of a dataclass or TypedDict, whose types are `hints`, and whether they must be given."""
+    if typing.is_typeddict(kind):
+        said = {name: _REQUIREMENTS.get(typing.get_origin(hint)) for name, hint in hints.items()}
+        return {name: name in kind.__required_keys__ if must is None else must for name, must in said.items()}
+    missing = dataclasses.MISSING
+    return {
+        field.name: field.default is missing and field.default_factory is missing
+        for field in dataclasses.fields(kind)
+        if field.init
+    }
 
 
 def countless(schema: Any) -> bool:
