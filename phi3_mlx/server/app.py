@@ -19,6 +19,7 @@ from .faults import ApiError
 from .guard import App, Cors, Guard, Origins, Scope, Send
 from .limits import ClientGoneError, Receive, json_object
 from .metrics import CONTENT_TYPE, metrics_text
+from .responses import read_response
 from .service import Service
 from .work import ModelCard
 
@@ -32,6 +33,7 @@ def create_app(
     routes = [
         Route("/v1/chat/completions", _answering(service, read_chat), methods=["POST"]),
         Route("/v1/completions", _answering(service, read_completions), methods=["POST"]),
+        Route("/v1/responses", _answering(service, read_response), methods=["POST"]),
         Route("/v1/models", _models(service)),
         Route("/v1/models/{name:path}", _model(service)),
         Route("/health", _health(service)),

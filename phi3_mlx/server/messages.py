@@ -36,10 +36,11 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The messages, each of a role that templates know; `developer` is OpenAI's newer name of `system`."""
-    return [_message(message, f"{name}[{n}].") for n, message in enumerate(objects(value, name))]
+    return [read_message(message, f"{name}[{n}].") for n, message in enumerate(objects(value, name))]
 
 
-def _message(given: Mapping[str, Any], within: str) -> dict[str, Any]:
+def read_message(given: Mapping[str, Any], within: str) -> dict[str, Any]:
+    """One message; `within` leads to it, "messages[0]."."""
     role = given.get("role")
     role = "system" if role == "developer" else role
     table = _MESSAGES.get(role) if isinstance(role, str) else None
