@@ -14,12 +14,13 @@ import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, slim
+from rails import MaskAlone, Rails
 
 from phi3_mlx.engine import batch, machine, scheduler
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.lookup import LookupDrafter
-from phi3_mlx.engine.processors import Bias
+from phi3_mlx.engine.processors import Bias, Constraint
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, Phi3Error, PromptError
@@ -65,7 +66,13 @@ class Fails:
         return logits
 
 
-PROCESSORS = [(), (Bias({3: 2.0, 5: -1.5}),), (Alternate(),), (Alternate(), Bias({8: 1.0}))]
+PROCESSORS = [
+    (),
+    (Bias({3: 2.0, 5: -1.5}),),
+    (Alternate(),),
+    (Alternate(), Bias({8: 1.0})),
+    (Constraint(Rails(5)),),
+]
 
 
 def ids_of(model, length, seed):
@@ -117,10 +124,13 @@ plots = st.builds(
 
 @functools.cache
 def alone(name, plot):
-    """The tokens of a job that runs by itself, without drafts: (id, logprob, reason) each."""
+    """The tokens of a job that runs by itself, a token a step: (id, logprob, reason) each."""
     model = MODELS[name]
     runs = Scheduler(model, room=math.inf)
-    runs.submit(dataclasses.replace(plot, lookup=0).job(model))
+    job = dataclasses.replace(plot, lookup=0).job(model)
+    if plot.processors == len(PROCESSORS) - 1:
+        job = dataclasses.replace(job, processors=(MaskAlone(Rails(5)),))
+    runs.submit(job)
     tokens = []
     while runs.busy:
         step = runs.step()

@@ -14,7 +14,7 @@ from ..models.cache import KVCache
 from ..models.decoder import Model
 from .drafts import Drafter
 from .passes import Pass, queue_pass
-from .rows import Row
+from .rows import FORCED, Row
 from .tokens import Token
 
 _NOTHING_LEFT = "the processors of this request exclude every token, or make a logit NaN, so no token can be drawn"
@@ -125,7 +125,7 @@ class Batch:
         ahead = None if queued is None or waits else self._queue(queued, chunk)
         if queued is not None:
             self._tell(queued.tokens(), step)
-        if ahead is not None and drafter is not None and step.tokens:
+        if ahead is not None and drafter is not None and len(step.tokens) == 1 and not ahead.forced:
             drafter.times.saw_plain(time.perf_counter() - started)
         if ahead is None and not waits:
             ahead = self._queue(None, chunk)
@@ -164,7 +164,7 @@ class Batch:
         if last is None:
             decoding = [row for row in self.rows if not row.finished and not row.reading and row.left > 0]
         else:
-            decoding = [row for row in last.staying if not row.finished and row.left > 1]
+            decoding = [row for row in last.staying if not row.finished and row.budget - len(last.known(row)) > 1]
         for rows in (reading, decoding):
             for row in list(rows):
                 try:
@@ -174,13 +174,33 @@ class Batch:
                     rows.remove(row)
         if not reading and not decoding:
             return None
+        runs = self._runs(decoding, last, chunk // 2 if reading else chunk)
+        decoding = [row for row in decoding if row not in runs]
         ids = None
         if decoding:
             ids = mx.array([[row.answer[-1] for row in decoding]]) if last is None else last.ids_of(decoding)
         started = time.perf_counter()
-        queued = queue_pass(self._model, decoding, ids, reading, chunk)
+        queued = queue_pass(self._model, decoding, ids, runs, reading, chunk)
         queued.seconds = time.perf_counter() - started  # on a CPU most of it is computed meanwhile
         return queued
+
+    @staticmethod
+    def _runs(rows: list[Row], last: Pass | None, most: int) -> dict[Row, list[int]]:
+        """Of each row whose next tokens are forced, those that it reads: its newest, and all that must follow.
+
+        Behind a pass whose tokens are not told yet the newest is the first that must follow. `most`: tokens of all rows
+        beside the newest.
+        """
+        runs: dict[Row, list[int]] = {}
+        for row in rows:
+            if last is None:
+                run = [row.answer[-1], *row.forced(row.answer, min(most, FORCED))]
+            else:
+                run = row.forced(last.known(row), min(most, FORCED))
+            if len(run) > 1:
+                runs[row] = run
+                most -= len(run) - 1
+        return runs
 
     def _tell(self, tokens: list[tuple[Row, int, float]], step: Step) -> None:
         for row, token, logprob in tokens:

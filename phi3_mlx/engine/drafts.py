@@ -45,9 +45,9 @@ class Drafter:
     def draft(self) -> list[int]:
         """The likely next tokens behind the last, none past a boundary of LongRoPE; perhaps empty."""
         self.row.check_claim()
-        total, most = self.row.read + 1, self.row.left - 1
-        if not self._model.model.is_long(total) and self._model.model.is_long(total + most):
-            most = self._model.config.original_max_position_embeddings - total
+        if self.row.forced(self.row.answer, 1):
+            return []  # what must follow needs no verifying
+        most = self.row.before_boundary(self.row.read + 1, self.row.left - 1)
         draft, self._source = self._looked_up(most), self._lookup
         if self._guesser is not None:
             length = self._guesser.length(most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 
 import mlx.core as mx
@@ -11,13 +11,14 @@ from ..models.decoder import Model
 from .processors import processed
 from .rows import Row
 from .sampler import SamplerState, draw
-from .scores import Scores
+from .scores import Scores, TokenScore
 
 
 class Pass:
     """What was queued: `ids` and `logprobs` (rows,) are the next tokens of `rows`, perhaps not computed yet.
 
     Rows whose processors read the answer stand last; they are drawn by `draw_late`, when the token before is known.
+    `forced`: of rows that read what must follow, those ids; they are told before the one that is drawn.
     `reading` are the rows of which a part of the prompt is read, `read_tokens` in all; `scored`, how many scores of
     which rows come of it; `seconds`, how long it was queued and waited for.
     """
@@ -28,11 +29,14 @@ class Pass:
         reading: list[Row],
         read_tokens: int,
         logits: mx.array | None,
-        scored: tuple[Scores, list[tuple[Row, int]]] | None,
+        scored: _Scored | None,
+        forced: Mapping[Row, list[int]],
+        forced_scored: _Scored | None,
     ):
         self.reading, self.read_tokens = reading, read_tokens
         self.seconds = 0.0
         self._scored = scored
+        self.forced, self._forced_scored = forced, forced_scored
         self.rows: list[Row] = []
         self._late = [row for row in rows if any(processor.reads_answer for processor in row.job.processors)]
         self._late_logits: mx.array | None = None
@@ -51,14 +55,12 @@ class Pass:
 
     def finish_reading(self) -> None:
         """Wait for what is read and scored, and let the rows know."""
-        scores = [] if self._scored is None else self._scored[0].arrays
+        scores = [] if self._scored is None else self._scored.scores.arrays
         mx.eval([row.to_compute for row in self.reading], scores)
         for row in self.reading:
             row.progress = row.read
         if self._scored is not None:
-            told = iter(self._scored[0].told())
-            for row, count in self._scored[1]:
-                scores_of_row = list(islice(told, count))
+            for row, scores_of_row in self._scored.told():
                 if row in self._before:
                     row.scores += scores_of_row
 
@@ -83,7 +85,7 @@ class Pass:
             changed: dict[Row, mx.array] = {}
             for row, own_logits in zip(rows, logits, strict=True):
                 try:
-                    changed[row] = processed(row.job.processors, row.answer, own_logits)
+                    changed[row] = processed(row.job.processors, self.known(row), own_logits)
                 except Exception as error:
                     row.fail(error)
             kept = [i for i, row in enumerate(rows) if row in changed]
@@ -91,6 +93,8 @@ class Pass:
                 return
             rows, logits, scores = list(changed), logits[mx.array(kept)], mx.stack(list(changed.values()))
         self.rows += rows
+        for row in rows:
+            row.sampler.skip(self.forced.get(row, ()))
         self._drawn.append(draw([row.sampler for row in rows], logits, scores))
         mx.async_eval(self._drawn[-1], [row.sampler.state for row in rows], [row.main.ids_to_compute for row in rows])
 
@@ -107,8 +111,18 @@ class Pass:
             return []
         ids: list[int] = _joined([ids for ids, _ in self._drawn]).tolist()  # type: ignore[assignment]
         logprobs: list[float] = _joined([logprobs for _, logprobs in self._drawn]).tolist()  # type: ignore[assignment]
-        told = zip(self.rows, ids, logprobs, strict=True)
-        return [(row, token, logprob) for row, token, logprob in told if row in self._before]
+        before = {} if self._forced_scored is None else dict(self._forced_scored.told())
+        told: list[tuple[Row, int, float]] = []
+        for row, token, logprob in zip(self.rows, ids, logprobs, strict=True):
+            if row in self._before:
+                scores = zip(self.forced.get(row, ()), before.get(row, ()), strict=True)
+                told += [(row, forced, score.logprob) for forced, score in scores]
+                told.append((row, token, logprob))
+        return told
+
+    def known(self, row: Row) -> list[int]:
+        """The answer of a row up to the token that is drawn, as long as nothing of this pass was told."""
+        return [*row.answer, *self.forced.get(row, ())]
 
     @property
     def staying(self) -> list[Row]:
@@ -116,13 +130,22 @@ class Pass:
         return [row for row in self.rows if row in self._before]
 
 
-def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading: Sequence[Row], chunk: int) -> Pass:
+def queue_pass(
+    model: Model,
+    decoding: list[Row],
+    ids: mx.array | None,
+    runs: Mapping[Row, list[int]],
+    reading: Sequence[Row],
+    chunk: int,
+) -> Pass:
     """Begin a pass, and wait for nothing.
 
-    The rows that are `decoding` bring the tokens `ids` (1, rows). Those that are still `reading` bring the next tokens
-    of their prompts, in this order, `chunk` at most in all.
+    The rows that are `decoding` bring the tokens `ids` (1, rows), those with `runs` their newest token and all that
+    must follow it. Rows that are still `reading` bring the next tokens of their prompts, in this order, `chunk` at most
+    with what the runs add.
     """
     parts: list[tuple[Row, mx.array]] = []
+    chunk -= sum(len(run) - 1 for run in runs.values())
     for row in reading:
         first, last = row.read, min(row.read + chunk, len(row.prompt))
         if last > first:
@@ -131,46 +154,66 @@ def queue_pass(model: Model, decoding: list[Row], ids: mx.array | None, reading:
     # The model wants those of one token first.
     singles = [part for part in parts if part[1].shape[1] == 1]
     others = [part for part in parts if part[1].shape[1] > 1]
+    others += [(row, mx.array([run], dtype=mx.int32)) for row, run in runs.items()]
     rows = [*decoding, *(row for row, _ in singles), *(row for row, _ in others)]
     arrays = [*([] if ids is None else [ids]), *(ids for _, ids in singles), *(ids for _, ids in others)]
     lengths = [1] * (len(decoding) + len(singles)) + [ids.shape[1] for _, ids in others]
     joined = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=1)
-    scoring = any(row.targets(row.read, row.read + ids.shape[1]) for row, ids in parts)
+    scoring = bool(runs) or any(row.targets(row.read, row.read + ids.shape[1]) for row, ids in parts)
     if lengths == [1]:
         hidden = model.model(joined, rows[0].cache)[0]  # (rows, hidden_size)
     else:
         hidden = model.model.together(joined, lengths, [row.cache for row in rows], newest=not scoring)[0]
-    read, read_tokens = [row for row, _ in parts], sum(lengths) - len(decoding)
-    scored = None
+    read, read_tokens = [row for row, _ in parts], sum(ids.shape[1] for _, ids in parts)
+    scored = forced_scored = None
     if scoring:
-        scored = _scored(model, hidden, rows[len(decoding) :], lengths[len(decoding) :], len(decoding))
+        ends = dict(zip(rows, accumulate(lengths), strict=True))
+        scored = _scored(model, hidden, {row: _targets(row, ends[row], ids.shape[1]) for row, ids in parts})
+        forced_scored = _scored(model, hidden, {row: _forced_targets(run, ends[row]) for row, run in runs.items()})
         hidden = hidden[mx.array([end - 1 for end in accumulate(lengths)])]
     draws = [i for i, row in enumerate(rows) if row.read >= len(row.prompt) and row.left > 0]
     drawing = [rows[i] for i in draws]
     if drawing and len(drawing) < len(rows):
         hidden = hidden[mx.array(draws)]
-    queued = Pass(drawing, read, read_tokens, model.logits(hidden) if drawing else None, scored)
+    forced = {row: run[1:] for row, run in runs.items()}
+    logits = model.logits(hidden) if drawing else None
+    queued = Pass(drawing, read, read_tokens, logits, scored, forced, forced_scored)
     if partly := [row.to_compute for row in read if row not in drawing]:
         mx.async_eval(partly)  # another thread could not, and may take the next step
     return queued
 
 
-def _scored(
-    model: Model, hidden: mx.array, rows: Sequence[Row], lengths: Sequence[int], first: int
-) -> tuple[Scores, list[tuple[Row, int]]] | None:
-    """The scores of what rows have read, their tokens side by side in hidden (tokens, hidden_size) from `first` on."""
-    places: list[int] = []
-    targets: list[list[int]] = []
-    counts: list[tuple[Row, int]] = []
-    for row, length in zip(rows, lengths, strict=True):
-        begin = row.read - length
-        wanted = row.targets(begin, row.read)
-        if wanted:
-            places += [first + place - begin for place, _ in wanted]
-            targets += [ids for _, ids in wanted]
-            counts.append((row, sum(len(ids) for _, ids in wanted)))
-        first += length
-    return (Scores(model, hidden[mx.array(places, dtype=mx.int32)], targets), counts) if counts else None
+Targets = list[tuple[int, list[int]]]  # places in a row of tokens, and the ids that may follow each
+
+
+class _Scored:
+    """The scores of what may follow some places of rows, as many for each row as it has targets."""
+
+    def __init__(self, model: Model, hidden: mx.array, targets: Mapping[Row, Targets]):
+        wanted = [target for of_row in targets.values() for target in of_row]
+        places = mx.array([place for place, _ in wanted], dtype=mx.int32)
+        self.scores = Scores(model, hidden[places], [ids for _, ids in wanted])
+        self._counts = {row: sum(len(ids) for _, ids in of_row) for row, of_row in targets.items()}
+
+    def told(self) -> list[tuple[Row, list[TokenScore]]]:
+        """Wait for them."""
+        told = iter(self.scores.told())
+        return [(row, list(islice(told, count))) for row, count in self._counts.items()]
+
+
+def _scored(model: Model, hidden: mx.array, targets: Mapping[Row, Targets]) -> _Scored | None:
+    """hidden (tokens, hidden_size), in which the targets' places are."""
+    return _Scored(model, hidden, targets) if any(targets.values()) else None
+
+
+def _targets(row: Row, end: int, length: int) -> Targets:
+    """What is scored of the `length` tokens that a row has read last, the last of which stands before place `end`."""
+    return [(end - row.read + place, ids) for place, ids in row.targets(row.read - length, row.read)]
+
+
+def _forced_targets(run: list[int], end: int) -> Targets:
+    """All of a run but its first token; the last stands before place `end`."""
+    return [(place, [token]) for place, token in enumerate(run[1:], end - len(run))]
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:

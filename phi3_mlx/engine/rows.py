@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -11,10 +12,13 @@ from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
 from .identity import ModelState
 from .jobs import Job
+from .processors import Constraint
 from .row_cache import RowCache
 from .sampler import Sampler
 from .scores import TokenScore
 from .tokens import FinishReason, Token
+
+FORCED = 16  # tokens at most that are read together because nothing else may follow
 
 
 class _Where(Exception):
@@ -111,6 +115,29 @@ class Row:
         if self.job.candidates and first < len(prompt) <= end:
             targets.append((len(prompt) - 1, list(self.job.candidates)))
         return targets
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What may leave one way to go on, where nothing else changes the logits."""
+        processors = self.job.processors
+        return processors[0] if len(processors) == 1 and isinstance(processors[0], Constraint) else None
+
+    def forced(self, answer: Sequence[int], most: int) -> list[int]:
+        """The ids that will follow `answer`, tokens said and perhaps more, whatever the model computes.
+
+        `most` at most, and a token of the budget is left.
+        """
+        most = min(most, self.budget - len(answer) - 1)
+        if self.constraint is None or most < 1:
+            return []
+        return self.constraint.forced(answer, self.before_boundary(len(self.job.prompt) + len(answer), most))
+
+    def before_boundary(self, length: int, most: int) -> int:
+        """How many of `most` tokens may follow `length` in one pass: none past a boundary of LongRoPE."""
+        model = self.main.model
+        if not model.model.is_long(length) and model.model.is_long(length + most):
+            most = model.config.original_max_position_embeddings - length
+        return most
 
     def let_go(self) -> None:
         """Free the keys and values of a row that has ended."""

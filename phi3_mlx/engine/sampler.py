@@ -45,6 +45,13 @@ class Sampler:
         self._key, key = mx.random.split(self._key)
         return key
 
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Go on as if these had been drawn."""
+        for token in tokens:
+            if self.rule.temperature >= _COLD:
+                self.next_key()
+            self.saw(mx.array(token))
+
     def saw(self, token: mx.array) -> None:
         """Note that this token (a scalar) was drawn."""
         if self._seen is not None:

@@ -18,7 +18,7 @@ from .jobs import Job
 from .plan import Plan, Workload, check_fits, draft_weights, plan_together
 from .prefill import common_length
 from .prefixes import LEAST, PrefixStore
-from .rows import Row
+from .rows import FORCED, Row
 from .tokens import checked_prompts
 
 CHUNK_SECONDS = 0.5  # the longest that rows which answer wait for a chunk of a newcomer's prompt
@@ -208,7 +208,7 @@ class Scheduler:
         Where there is none left, the youngest row pauses. A row that is alone ends with the token that is on its way.
         """
         workload = self._workloads[row]
-        if row.read + 2 + row.job.lookup <= workload.length or row.left <= 1:
+        if row.read + 2 + max(row.job.lookup, FORCED) <= workload.length or row.left <= 1:
             return
         longer = replace(workload, length=min(workload.length + ANSWER_BLOCK, row.read + row.left))
         while True:

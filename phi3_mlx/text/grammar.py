@@ -10,9 +10,9 @@ import functools
 import json
 import re
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 from ..errors import OptionError, Phi3Error
 from .schemas import countless
@@ -37,8 +37,10 @@ _COMPACT = {
 }
 # Arguments of a call are spelled as models were shown them, and as `json.dumps` writes them in later prompts.
 _AS_WRITTEN = {**_COMPACT, "item_separator": ", ", "key_separator": ": "}
-# Without forcing, every way to spell a text in tokens is allowed, and not only the tokenizer's own.
-_WHOLE = '%llguidance {"no_forcing": true}\nstart: '
+# No tokenizer joins this with what follows. Where a space is added to a text, it stands before this.
+_BEFORE = "\0"
+# For a vocabulary that cannot spell every text.
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 
 
@@ -81,26 +83,54 @@ def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher
 
 
 class AnswerMatcher:
-    """Follows one answer, token by token; of an answer that goes back, a draft's, it forgets what was taken back."""
+    """Follows one answer, token by token; of an answer that goes back, a draft's, it forgets what was taken back.
+
+    A text that the form leaves no choice of is spelled as the tokenizer spells it. All else may be spelled in any way.
+    """
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer):
-        self._matcher, self._size, self._stop_ids = matcher, tokenizer.vocab_size, tokenizer.stop_ids
+        import numpy as np
+
+        self._matcher, self._tokenizer = matcher, tokenizer  # which the matcher asks how a text is spelled
+        self._size, self._stop_ids = tokenizer.vocab_size, tokenizer.stop_ids
         self._seen: list[int] = []
+        self._bits = np.zeros(-(-self._size // 32), dtype=np.uint32)
+        self._filled: int | None = None  # for how many tokens seen `_bits` says what comes next
 
     def allowed(self, answer: Sequence[int]) -> np.ndarray | None:
-        """True for each id that may come next (vocab_size,); None if no answer can begin like this.
+        """1 for each id that may come next, else 0 (vocab_size,), uint8; None if no answer can begin like this.
 
         The tokenizer's stop ids are among them where the answer may end. Raises Phi3Error if the constraint turns out
         to be too large to be followed.
         """
         import numpy as np
 
-        if not self._follow([*answer]):
+        if not self._fill(answer):
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
-        return np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)
+        return np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little")
+
+    def forced(self, answer: Sequence[int], most: int) -> list[int]:
+        """The ids that must follow, `most` at most: each is the only one allowed in its place, and no stop id."""
+        ids: list[int] = []
+        while len(ids) < most and self._fill([*answer, *ids]):
+            (places,) = self._bits.nonzero()
+            bits = int(self._bits[places[0]]) if len(places) == 1 else 0
+            token = 32 * int(places[0]) + bits.bit_length() - 1
+            if bits.bit_count() != 1 or token in self._stop_ids:
+                break
+            ids.append(token)
+        return ids
+
+    def _fill(self, answer: Sequence[int]) -> bool:
+        """Let `_bits` say what may come next; False if no answer can begin like this."""
+        if not self._follow([*answer]):
+            return False
+        if self._filled != len(self._seen):
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            if self._matcher.is_error():
+                raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
+            self._filled = len(self._seen)
+        return True
 
     def _follow(self, answer: list[int]) -> bool:
         """Read `answer` from where it differs from what was read; whether all of it can be."""
@@ -110,6 +140,7 @@ class AnswerMatcher:
             shared = next((n for n, (a, b) in pairs if a != b), min(len(answer), shared))
             self._matcher.rollback(len(self._seen) - shared)
             del self._seen[shared:]
+            self._filled = None
         new = answer[shared:]
         text = next((n for n, token in enumerate(new) if token in self._stop_ids or token >= self._size), len(new))
         self._seen += new[: self._matcher.try_consume_tokens(new[:text])] if text else []
@@ -133,7 +164,7 @@ def _grammars(form: Form) -> list[dict[str, Any]]:
         return [{**_grammar(form), "name": "answer"}]
     calls = CallForm.read(form.text)
     parts = [{**_grammar(part, _AS_WRITTEN), "name": name} for name, part in _parts(calls).items()]
-    return [{"name": "answer", "lark_grammar": _WHOLE.replace("start: ", "") + calls.lark}, *parts]
+    return [{"name": "answer", "lark_grammar": calls.lark}, *parts]
 
 
 def _parts(calls: CallForm) -> dict[str, Form]:
@@ -159,9 +190,10 @@ def _grammar(form: Form, spelling: Mapping[str, Any] = _COMPACT) -> dict[str, An
 
 def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
     """The library's matcher of `space`, a part of a grammar, and what the constraint allows behind it."""
-    whole = {"name": "all", "lark_grammar": f"{_WHOLE}{space}@answer"}
+    vocabulary, spells_all = _vocabulary(tokenizer)
+    whole = {"name": "all", "lark_grammar": f"{'' if spells_all else _NO_FORCING}start: {space}@answer"}
     grammar = json.dumps({"grammars": [whole, *_grammars(form)]})
-    matcher = _library().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
+    matcher = _library().LLMatcher(vocabulary, grammar, log_level=0)
     if matcher.is_error():
         raise OptionError(f"{form.kind} cannot be followed: {_first_line(matcher.get_error())}")
     return matcher
@@ -215,32 +247,54 @@ def _first_line(message: str) -> str:
     return ": ".join([lines[0].removesuffix(":"), *errors]) if lines else "the grammar is empty"
 
 
-_vocabularies: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """The library's view of a tokenizer, made once: each id's bytes."""
+def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, bool]:
+    """The library's view of a tokenizer, made once, and whether it can spell every text."""
     with _making:
         made = _vocabularies.get(tokenizer)
         if made is None:
-            library, stop_ids = _library(), sorted(tokenizer.stop_ids)
-            wrapped = library.TokenizerWrapper(_Bytes(tokenizer))
-            made = library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=stop_ids)
-            _vocabularies[tokenizer] = made
+            library, spelled = _library(), _Bytes(tokenizer)
+            wrapped, stop_ids = library.TokenizerWrapper(spelled), sorted(tokenizer.stop_ids)
+            view = library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=stop_ids)
+            _vocabularies[tokenizer] = made = view, spelled.spells_all
         return made
 
 
 class _Bytes:
-    """The bytes of each id, as the library asks for them."""
+    """The bytes of each id, as the library asks for them, and how the tokenizer spells a text."""
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = weakref.ref(tokenizer)  # or the library's view would keep it alive, and with it itself
         self.eos_token_id = min(tokenizer.stop_ids)
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
         control = {token.id for token in tokenizer.added_tokens.values() if token.special or token.marked}
         self.special_token_ids = sorted(control | tokenizer.stop_ids)
+        self._longest = max(map(len, self.tokens))
+        special = {b"", *(self.tokens[token_id] for token_id in self.special_token_ids)}
+        self._ids = {spelled: token_id for token_id, spelled in enumerate(self.tokens) if spelled not in special}
+        self.spells_all = all(bytes([byte]) in self._ids for byte in range(256))
 
-    def __call__(self, text: bytes) -> list[int]:
-        raise NotImplementedError("only a grammar that forces tokens encodes text")
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text inside an answer; together their bytes are the text's."""
+        tokenizer, wanted = self._tokenizer(), text.encode()
+        assert tokenizer is not None
+        ids, before = tokenizer.encode(_BEFORE + text), b""
+        while ids and not before.endswith(_BEFORE.encode()):
+            before += self.tokens[ids.pop(0)]
+        if b"".join(self.tokens[token_id] for token_id in ids) == wanted:
+            return ids
+        return self._longest_first(wanted)  # a tokenizer that changes texts before it encodes them
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """Ids of the longest tokens that the text begins with, again and again."""
+        ids: list[int] = []
+        while text:
+            length = next(n for n in range(self._longest, 0, -1) if text[:n] in self._ids)
+            ids.append(self._ids[text[:length]])
+            text = text[length:]
+        return ids
