@@ -26,6 +26,7 @@ _GIVEN = {
     "tuple[str, ...]": "one or more texts",
     "Sequence[str]": "several texts",
     "Mapping[str, Any]": "a dictionary",
+    "Mapping[int, float]": "a dictionary",
     "Schema": "a JSON schema (a dictionary or a text), a pydantic model or a dataclass",
 }
 # A bound that no sensible value comes near is the message's to name, for who exceeds it.

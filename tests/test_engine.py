@@ -314,6 +314,28 @@ def test_the_narrowest_settings_take_the_likeliest(sampling):
     assert {int(draw_tokens([sampler], logits)[0].item()) for _ in range(20)} == {1}
 
 
+@pytest.mark.parametrize("lookup", [0, 6])
+@pytest.mark.parametrize(
+    ("presence", "frequency", "repetition"), [(0.7, 0.0, 1.0), (0.0, 0.4, 1.0), (-0.3, 0.6, 1.2), (1.5, -0.5, 1.0)]
+)
+def test_presence_and_frequency_penalties_are_openais_formula_over_the_answer(
+    model, presence, frequency, repetition, lookup
+):
+    prompt, answer = [*prompt_of(6), *prompt_of(6)], []
+    penalties = {"presence_penalty": presence, "frequency_penalty": frequency, "repetition_penalty": repetition}
+    for _ in range(24):
+        logits = np.array(model(mx.array([[*prompt, *answer]]))[0, -1], dtype=np.float64)
+        seen = sorted({*prompt, *answer})
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
+        for token in {*answer}:
+            logits[token] -= answer.count(token) * frequency + presence
+        answer.append(int(logits.argmax()))
+    (tokens,), _ = run(model, [prompt], 24, Sampling(**penalties), lookup=lookup)
+    assert ids(tokens) == answer
+    (plain,), _ = run(model, [prompt], 24, Sampling(repetition_penalty=repetition))
+    assert ids(plain) != answer
+
+
 def test_repetition_penalty_counts_prompt_and_answer():
     sampler = Sampler(Sampling(repetition_penalty=2.0), [0, 1], 4)
     logits = mx.array([[3.0, -1.0, 2.0, -1.5]])

@@ -264,3 +264,15 @@ def test_names_and_texts_where_a_model_and_a_list_are_wanted(tiny):
         batch_generate(model, tokenizer, "Tell me a story.")
     with pytest.raises(Phi3Error, match="load\\('tiny'\\)"):
         generate("tiny", tokenizer, "Hello")
+
+
+def test_a_logit_bias_excludes_and_prefers_tokens_and_refuses_ids_that_there_are_not(tiny):
+    model, tokenizer = tiny
+    plain = [chunk.token for chunk in stream_generate(model, tokenizer, "Hello", max_tokens=8)]
+    biased = stream_generate(model, tokenizer, "Hello", max_tokens=8, logit_bias=[f"{token}=-100" for token in plain])
+    assert not {chunk.token for chunk in biased} & {*plain}
+    (text,) = batch_generate(model, tokenizer, ["Hello"], max_tokens=3, logit_bias={plain[3]: 1000})
+    assert text == tokenizer.decode([plain[3]] * 3)
+    last = tokenizer.vocab_size
+    with pytest.raises(OptionError, match=f"token id {last}, outside the tokenizer's vocabulary of {last}"):
+        generate(model, tokenizer, "Hello", logit_bias={last: 1})

@@ -49,9 +49,12 @@ OTHERS = {
     "top_k": 7,
     "min_p": 0.1,
     "repetition_penalty": 1.1,
+    "presence_penalty": 0.3,
+    "frequency_penalty": -0.2,
     "seed": 3,
     "max_tokens": 5,
     "stop": ("end", "<|user|>"),
+    "logit_bias": {5: 1.5, 42: -100},
     "raw": True,
     "kv_bits": (8, 4),
     "kv_group_size": 64,
@@ -208,6 +211,7 @@ def test_every_option_reaches_the_request(asked, monkeypatch, tmp_path, name, wo
     (tmp_path / "grammar.lark").write_text(OTHERS["grammar"])
     typed = {
         "stop": ["--stop", "end", "--stop", "<|user|>"],
+        "logit_bias": ["--logit-bias", "5=1.5", "--logit-bias", "42=-100"],
         "raw": ["--raw"],
         "kv_bits": ["--kv-bits", "8,4"],
         "kv_group_size": ["--kv-bits", "8,4", "--kv-group-size", "64"],
@@ -296,6 +300,17 @@ def test_a_request_holds_plain_values_of_its_fields_types():
         ({"top_k": -1}, "top_k -1 is outside its range; give 0 (off) or more"),
         ({"min_p": 2}, "min_p 2.0 is outside its range; give between 0 and 1"),
         ({"repetition_penalty": 0}, "repetition_penalty 0.0 is outside its range; give above 0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty inf is outside its range; give a finite number"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty nan is outside its range; give a finite number"),
+        ({"logit_bias": ["5"]}, "logit_bias holds '5'; expected a token's id and a number, such as 42=-5"),
+        ({"logit_bias": ["5=x"]}, "a number of logit_bias is 'x'; expected a number"),
+        ({"logit_bias": {"a": 1}}, "an id of logit_bias is 'a'; expected a whole number"),
+        ({"logit_bias": {-1: 1}}, "logit_bias holds -1=1.0; expected an id of the vocabulary and a finite number"),
+        (
+            {"logit_bias": {1: float("nan")}},
+            "logit_bias holds 1=nan; expected an id of the vocabulary and a finite number",
+        ),
+        ({"logit_bias": 5}, "logit_bias is 5; expected ids and numbers, such as {42: -5}"),
         ({"seed": ""}, "seed is ''; expected a whole number"),
         ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number of at most 64 bits"),
         ({"seed": -1}, "seed -1 is outside its range; give 0 to 2**64 - 1"),
@@ -336,7 +351,7 @@ def test_the_ends_of_a_range_belong_to_it(given):
 def test_the_engine_gets_the_options_of_sampling_alone():
     request = Request(**{name: value for name, value in OTHERS.items() if name not in ("schema", "regex", "grammar")})
     assert type(request.sampling()) is Sampling
-    assert request.sampling() == Sampling(0.5, 0.9, 7, 0.1, 1.1, 3)
+    assert request.sampling() == Sampling(0.5, 0.9, 7, 0.1, 1.1, 0.3, -0.2, 3)
 
 
 def test_the_longest_draft_can_be_taken_back_from_a_windowed_cache():

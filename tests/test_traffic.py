@@ -40,6 +40,8 @@ SAMPLINGS = [
     Sampling(repetition_penalty=1.1),
     Sampling(0.8, seed=1),
     Sampling(0.7, top_p=0.9, top_k=20, min_p=0.02, repetition_penalty=1.05, seed=2),
+    Sampling(presence_penalty=0.5, frequency_penalty=0.3),
+    Sampling(0.9, repetition_penalty=1.1, frequency_penalty=-0.2, seed=3),
 ]
 
 

@@ -15,11 +15,12 @@ _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
 Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet
-SamplerState = tuple[mx.array, mx.array | None]  # the random key, and the tokens seen (V,) or None
+# The random key, the tokens seen (V,) or None, and how often each was drawn (V,) or None.
+SamplerState = tuple[mx.array, mx.array | None, mx.array | None]
 
 
 class Sampler:
-    """How a row draws: its options, its random key and the tokens already seen."""
+    """How a row draws: its options, its random key, and the tokens already seen and drawn."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int):
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
@@ -28,17 +29,25 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             self._seen = mx.zeros((vocab_size,), dtype=mx.bool_)
             self._seen[mx.array(list(prompt))] = True
+        self._drawn: mx.array | None = None
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._drawn = mx.zeros((vocab_size,), dtype=mx.float32)
         self.rule = replace(sampling, seed=None)  # rows with the same one draw together
         mx.eval(self.state)
 
     @property
     def state(self) -> SamplerState:
         """What the next draw depends on, to be set again when a draw is taken back."""
-        return self._key, self._seen
+        return self._key, self._seen, self._drawn
 
     @state.setter
     def state(self, state: SamplerState) -> None:
-        self._key, self._seen = state
+        self._key, self._seen, self._drawn = state
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what it draws depends on the tokens before."""
+        return self._seen is not None or self._drawn is not None
 
     def next_key(self) -> mx.array:
         """A random key for one draw."""
@@ -56,6 +65,8 @@ class Sampler:
         """Note that this token (a scalar) was drawn."""
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, token[None], mx.array(True), axis=0)
+        if self._drawn is not None:
+            self._drawn = self._drawn.at[token[None]].add(1.0)
 
 
 def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None = None) -> Drawn:
@@ -84,10 +95,9 @@ def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None 
 def _draw_alike(samplers: Sequence[Sampler], scores: mx.array) -> mx.array:
     """Token ids (B,) of rows with the same rule, from scores (B, V)."""
     rule = samplers[0].rule
-    penalty = rule.repetition_penalty
-    if penalty != 1.0:
-        seen = mx.stack([sampler.state[1] for sampler in samplers])  # type: ignore[misc]
-        scores = mx.where(seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
+    remembers = samplers[0].remembers
+    if remembers:
+        scores = _penalized(samplers, scores)
     if rule.temperature < _COLD:
         tokens = mx.argmax(scores, axis=-1)
     else:
@@ -97,10 +107,22 @@ def _draw_alike(samplers: Sequence[Sampler], scores: mx.array) -> mx.array:
         # With Gumbel noise added the largest score is a draw from their softmax. Each row draws as it would alone.
         noise = [mx.random.gumbel(scores.shape[-1:], key=sampler.next_key()) for sampler in samplers]
         tokens = mx.argmax(scores + mx.stack(noise), axis=-1)
-    if penalty != 1.0:
+    if remembers:
         for row, sampler in enumerate(samplers):
             sampler.saw(tokens[row])
     return tokens
+
+
+def _penalized(samplers: Sequence[Sampler], scores: mx.array) -> mx.array:
+    """Scores (B, V) of rows with the same rule, less what they lose for the tokens that were seen and drawn."""
+    rule, states = samplers[0].rule, [sampler.state for sampler in samplers]
+    if (penalty := rule.repetition_penalty) != 1.0:
+        seen = mx.stack([seen for _, seen, _ in states])  # type: ignore[misc]
+        scores = mx.where(seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if rule.presence_penalty or rule.frequency_penalty:
+        drawn = mx.stack([drawn for _, _, drawn in states])  # type: ignore[misc]
+        scores = scores - rule.frequency_penalty * drawn - rule.presence_penalty * (drawn > 0)
+    return scores
 
 
 def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:

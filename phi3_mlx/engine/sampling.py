@@ -16,6 +16,8 @@ class Sampling:
     - `top_k`: only the k likeliest tokens (0: all). `top_p`: only the likeliest that together reach p (1: all).
     - `min_p`: only tokens at least this fraction as likely as the likeliest (0: all).
     - `repetition_penalty`: above 1 makes tokens of the prompt and the answer so far less likely (arXiv 1909.05858).
+    - `presence_penalty`, `frequency_penalty`: what the logit of a token of the answer so far loses, once, and for each
+      time that it occurs; below 0 it gains. As OpenAI's.
     - `seed`: the same seed gives the same tokens; None: different each time.
 
     Raises OptionError for a value of another type or outside its range.
@@ -45,6 +47,18 @@ class Sampling:
         1.0,
         "Above 1: make tokens that already occurred less likely.",
         Range(lambda r: 0 < r < math.inf, "above 0"),
+        shown_default="",
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Above 0: make tokens that the answer has less likely; below: more.",
+        Range(math.isfinite, "a finite number"),
+        shown_default="",
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "As presence_penalty, for each time that the answer has the token.",
+        Range(math.isfinite, "a finite number"),
         shown_default="",
     )
     seed: int | None = option(None, "Repeat the same draw.", Range(lambda s: 0 <= s < 2**64, "0 to 2**64 - 1"))

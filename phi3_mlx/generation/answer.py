@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..engine.jobs import Job
-from ..engine.processors import Constraint, Processor
+from ..engine.processors import Bias, Constraint, Processor
 from ..engine.tokens import FinishReason, Token
+from ..errors import OptionError
 from ..text.grammar import matchers
 from ..text.stops import Stops
 from .request import Request
@@ -45,13 +46,13 @@ class Answer:
 def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], request: Request) -> list[Answer]:
     """An answer to begin for each prompt, a list of token ids; all that they have in common is made once.
 
-    Raises OptionError for a form that cannot be followed.
+    Raises OptionError for a form that cannot be followed, and for a bias of ids outside the vocabulary.
     """
-    stops = Stops(tokenizer, request.stop or ())
+    stops, bias = Stops(tokenizer, request.stop or ()), _bias(tokenizer, request)
     forms = [None] * len(prompts) if request.form is None else matchers(request.form, tokenizer, len(prompts))
     answers = []
     for ids, matcher in zip(prompts, forms, strict=True):
-        processors: tuple[Processor, ...] = () if matcher is None else (Constraint(matcher),)
+        processors: list[Processor] = bias if matcher is None else [*bias, Constraint(matcher)]
         job = Job(
             ids,
             request.max_tokens,
@@ -63,3 +64,15 @@ def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], reques
         )
         answers.append(Answer(tokenizer, job, stops))
     return answers
+
+
+def _bias(tokenizer: Tokenizer, request: Request) -> list[Processor]:
+    """The processor of `logit_bias`, none without it. OptionError for ids outside the vocabulary."""
+    biases = request.biases()
+    if not biases:
+        return []
+    if max(biases) >= tokenizer.vocab_size:
+        raise OptionError(
+            f"logit_bias has token id {max(biases)}, outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
+    return [Bias(biases)]

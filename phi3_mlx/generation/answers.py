@@ -63,8 +63,11 @@ def generate(
     top_k: int = Request.top_k,
     min_p: float = Request.min_p,
     repetition_penalty: float = Request.repetition_penalty,
+    presence_penalty: float = Request.presence_penalty,
+    frequency_penalty: float = Request.frequency_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    logit_bias: Mapping[int, float] | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
@@ -82,13 +85,13 @@ def generate(
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it; control tokens too
-    ("<|user|>"). The sampling options are those of `Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of
-    values) packs the cache, `kv_group_size` numbers (32, or 64) to a scale. `lookup`: how many tokens may be guessed
-    from earlier text and verified at once (0: none), which changes the speed alone. So does `draft`, a smaller model
-    of the same vocabulary with its tokenizer, as `load` gives them: it guesses tokens where that pays. `prompt_cache`
-    keeps what is read for the next prompt that begins alike; it has bits of its own, and others in `kv_bits` are
-    refused. `prefixes` keeps what all prompts read that it is given to. A run that the memory at hand cannot hold is
-    refused unless `force`.
+    ("<|user|>"). `logit_bias`: what the logits of some ids gain, {42: -5.0}. The sampling options are those of
+    `Sampling`. `kv_bits` (2, 3, 4, 6 or 8; two numbers: of keys and of values) packs the cache, `kv_group_size` numbers
+    (32, or 64) to a scale. `lookup`: how many tokens may be guessed from earlier text and verified at once (0: none),
+    which changes the speed alone. So does `draft`, a smaller model of the same vocabulary with its tokenizer, as `load`
+    gives them: it guesses tokens where that pays. `prompt_cache` keeps what is read for the next prompt that begins
+    alike; it has bits of its own, and others in `kv_bits` are refused. `prefixes` keeps what all prompts read that it
+    is given to. A run that the memory at hand cannot hold is refused unless `force`.
     One of `schema` (a JSON schema as a dict or a text, a pydantic model or a dataclass), `regex`, `grammar` (Lark) and
     `choices` (texts) says what the answer must look like: it does so unless `max_tokens` or a stop string cuts it.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
@@ -109,8 +112,11 @@ def stream_generate(
     top_k: int = Request.top_k,
     min_p: float = Request.min_p,
     repetition_penalty: float = Request.repetition_penalty,
+    presence_penalty: float = Request.presence_penalty,
+    frequency_penalty: float = Request.frequency_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    logit_bias: Mapping[int, float] | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
@@ -155,8 +161,11 @@ def batch_generate(
     top_k: int = Request.top_k,
     min_p: float = Request.min_p,
     repetition_penalty: float = Request.repetition_penalty,
+    presence_penalty: float = Request.presence_penalty,
+    frequency_penalty: float = Request.frequency_penalty,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    logit_bias: Mapping[int, float] | Sequence[str] | None = None,
     raw: bool = False,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,

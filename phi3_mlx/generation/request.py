@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,7 +15,7 @@ from ..errors import OptionError
 from ..option import Range, option
 from ..text.grammar import Form, FormKind, check_form
 from ..text.schemas import Schema, schema_text
-from ..values import text, texts
+from ..values import listed, number, refusal, shown, text, texts, whole
 
 if TYPE_CHECKING:
     from ..models.cache import KVBits
@@ -36,6 +38,31 @@ def _choices(value: Any, name: str) -> tuple[str, ...] | None:
     return choices
 
 
+def _biases(value: Any, name: str) -> tuple[tuple[int, float], ...] | None:
+    """Of a dictionary of ids and numbers, of pairs, or of texts such as "42=-5"."""
+    pairs: list[Any] = [*value.items()] if isinstance(value, Mapping) else listed(value) or []
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if isinstance(pair, str) and re.fullmatch(r"\d{1,9}=.+", pair):
+            pair = int(pair.partition("=")[0]), _typed(pair.partition("=")[2])
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise OptionError(f"{name} holds {shown(pair)}; expected a token's id and a number, such as 42=-5")
+        token, bias = whole(pair[0], f"an id of {name}"), number(pair[1], f"a number of {name}")
+        if token < 0 or not math.isfinite(bias):
+            raise OptionError(f"{name} holds {token}={bias}; expected an id of the vocabulary and a finite number")
+        biases[token] = bias
+    if not pairs and value not in ({}, [], ()):
+        raise refusal(value, name, "ids and numbers, such as {42: -5}")
+    return tuple(sorted(biases.items())) or None
+
+
+def _typed(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _key_and_value_bits(value: Any, name: str) -> tuple[int, int]:
     from ..models.cache import make_kv_bits
 
@@ -50,7 +77,7 @@ class Request(Sampling):
 
     The keyword arguments of `generate` and its kin, the options of the command line and the table in docs/python.md are
     these fields. A `Request` holds values of the fields' types: `stop` and `choices` are tuples, `kv_bits` a pair,
-    `schema` JSON.
+    `logit_bias` pairs, `schema` JSON.
 
     Raises OptionError for a value of another type or outside its range.
     """
@@ -58,6 +85,12 @@ class Request(Sampling):
     max_tokens: int = option(256, "Longest answer.", Range(lambda n: n >= 1, "1 or more"))
     stop: str | Sequence[str] | None = option(
         None, "Stop before this text or control token; may be repeated.", read=_stops, metavar="TEXT"
+    )
+    logit_bias: Mapping[int, float] | Sequence[str] | None = option(
+        None,
+        "Add BIAS to the logit of the token ID: -100 excludes it; may be repeated.",
+        read=_biases,
+        metavar="ID=BIAS",
     )
     raw: bool = option(False, "Send the text as it is, without the chat template.")
     kv_bits: int | tuple[int, int] | None = option(
@@ -97,6 +130,10 @@ class Request(Sampling):
             return None
         value = getattr(self, given[0])
         return Form(given[0], value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id; empty without one."""
+        return dict(self.logit_bias or ())  # type: ignore[arg-type]
 
     def cache_bits(self) -> KVBits | None:
         """How the cache packs keys and values; None if it does not."""
