@@ -20,6 +20,7 @@ from .terminal import say, take_all_characters
 _COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Chat with a model.",
+    "serve": "Serve models over HTTP, to OpenAI's clients.",
     "convert": "Convert a checkpoint (Hugging Face, MLX, GGUF) to a small MLX model.",
     "compare": "Compare two models on a text: perplexity, KL divergence.",
     "tune": "Fine-tune a model on your examples.",
@@ -34,6 +35,7 @@ _COMMANDS = {
 _STRAY = {
     "generate": "-p",
     "chat": "-m",
+    "serve": "-m",
     "plan": "-m",
     "tune": "-d",
     "convert": "-o",

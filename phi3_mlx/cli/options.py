@@ -190,6 +190,7 @@ model_options = options_of("source", ModelOptions, [name for name in _MODEL_FIEL
 draft_model_option = option_of(_MODEL_FIELDS["draft_model"])
 revision_option = option_of(_MODEL_FIELDS["revision"])
 compute_dtype = option_of(_MODEL_FIELDS["dtype"])
+longrope_option = option_of(_MODEL_FIELDS["longrope"])
 
 REQUEST_FIELDS = fields_of(Request)
 _OVERRIDES: dict[str, dict[str, Any]] = {"max_tokens": {"default": CHAT_TOKENS}, "kv_bits": {"type": _KVBitsType()}}
@@ -209,6 +210,8 @@ def _request_options(*names: str) -> Callable[[Any], Any]:
 
 
 answer_options = _request_options("max_tokens", *_ANSWER, *_MEMORY)  # --raw is for one prompt, of `generate` alone
+_SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "lookup", "kv_bits", "kv_group_size")
+serving_options = _request_options("max_tokens", *_SERVED)
 memory_options = _request_options(*_MEMORY)
 
 

@@ -77,6 +77,8 @@ def read_completions(body: Mapping[str, Any], base: Request, limits: Limits) -> 
     if not most and not echo:
         raise ApiError(400, "max_tokens 0 needs echo: true", "invalid_value", "max_tokens")
     request = protocol.request_of(base, COMPLETION_FIELDS, values, max_tokens=max(most, 1), raw=True)
+    if not most:
+        n = 0  # only what the prompts are is told
     works = [
         Work(
             values["model"],
@@ -89,36 +91,37 @@ def read_completions(body: Mapping[str, Any], base: Request, limits: Limits) -> 
         )
         for prompt in prompts
     ]
-    reply = CompletionReply(works, silent=not most, usage=protocol.wants_usage(values))
+    reply = CompletionReply(works, usage=protocol.wants_usage(values))
     return Asked(works, reply, values.get("stream", False))
 
 
 class CompletionReply:
-    """The answers to some prompts; see `streams.Reply`. `silent`: only what the prompts are is told."""
+    """The answers to some prompts; see `streams.Reply`."""
 
-    def __init__(self, works: list[Work], *, silent: bool, usage: bool):
-        self._works, self._silent, self._told_usage = works, silent, usage
+    def __init__(self, works: list[Work], *, usage: bool):
+        self._works, self._told_usage = works, usage
+        self._each = max(works[0].n, 1)  # choices of a prompt
         self._usage = Usage()
         self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
-        self._choices = [_Choice(index) for index in range(len(works) * works[0].n)]
+        self._choices = [_Choice(index) for index in range(len(works) * self._each)]
 
     def take(self, number: int, event: Event) -> Iterator[str]:
-        first = number * self._works[0].n
+        first = number * self._each
         if isinstance(event, Begun):
             self._usage.begin(event)
             if self._works[number].echo:
                 text = _echoed(self._works[number].prompt, event.echo)
-                for choice in self._choices[first : first + self._works[0].n]:
+                for choice in self._choices[first : first + self._each]:
                     yield self._more(choice, text, event.echo)
                     choice.answer_offset = len(text)
-        elif isinstance(event, Piece) and not self._silent:
+        elif isinstance(event, Piece):
             choice = self._choices[first + event.index]
             tokens = [replace(token, offset=token.offset + choice.answer_offset) for token in event.tokens]
             yield self._more(choice, event.text, tokens)
         elif isinstance(event, Ended):
             choice = self._choices[first + event.index]
-            self._usage.made += 0 if self._silent else event.tokens
-            choice.reason = "length" if self._silent else event.reason
+            self._usage.made += event.tokens
+            choice.reason = event.reason
             yield data({**self._head(), "choices": [self._told(choice, "", ())]})
 
     def end(self) -> Iterator[str]:

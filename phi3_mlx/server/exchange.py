@@ -53,7 +53,7 @@ class Exchange:
 
     def submit(self, engine: Engine, works: Sequence[Work]) -> None:
         """Hand the works to the engine, all or none; from any thread, as encoding a long prompt takes a while."""
-        self._open = sum(work.n for work in works)
+        self._open = sum(max(work.n, 1) for work in works)  # times that an end is told
         try:
             for number, work in enumerate(works):
                 self._tickets.append(engine.submit(work, partial(self._listen, number)))

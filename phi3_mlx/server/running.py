@@ -22,10 +22,13 @@ _LAST_WORDS = 1.0  # seconds that connections have once their requests are ended
 
 
 class HttpServer(uvicorn.Server):
-    """Serves `app`, the application of `service`; `should_exit = True` stops it from another thread."""
+    """Serves `app`, the application of `service`, and calls `on_start` once it does.
 
-    def __init__(self, app: App, service: Service):
-        self._service = service
+    `should_exit = True` stops it from another thread.
+    """
+
+    def __init__(self, app: App, service: Service, on_start: Callable[[], None] = lambda: None):
+        self._service, self._on_start = service, on_start
         limits = service.limits
         super().__init__(
             uvicorn.Config(
@@ -43,6 +46,10 @@ class HttpServer(uvicorn.Server):
                 h11_max_incomplete_event_size=limits.header_bytes,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.stop()
@@ -71,11 +78,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(app: App, service: Service, listening: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM. Raises KeyboardInterrupt after Ctrl-C."""
-    server = HttpServer(app, service)
+def run(app: App, service: Service, listening: socket.socket, on_start: Callable[[], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM, and then do what those do elsewhere: Ctrl-C raises KeyboardInterrupt."""
     try:
-        started()
-        server.run([listening])
+        HttpServer(app, service, on_start).run([listening])
     finally:
         service.close()

@@ -1,0 +1,200 @@
+"""phi3-mlx serve"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from .. import files
+from ..errors import OptionError, Phi3Error
+from .options import compute_dtype, longrope_option, note_idle, serving_options
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..generation.request import Request
+    from ..models.decoder import LongRopeRule
+
+_KEY = "PHI3_MLX_API_KEY"
+_MOST_KEY_BYTES = 4096
+
+
+@click.command()
+@click.option(
+    "-m", "--model", "names", multiple=True, default=("tiny",), show_default=True, metavar="NAME",
+    help="As in generate; may be repeated. Loaded on first use.",
+)  # fmt: skip
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=DIR",
+    help="Serve the model with the adapter in this folder, as a model called NAME; may be repeated.",
+)  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--memory", metavar="SIZE", help="Hold at most this much, such as 16GB, for models, prompts and answers.")
+@click.option(
+    "--queue", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Requests that may wait."
+)
+@click.option(
+    "--api-key-file", metavar="FILE", help=f"Clients must know the key in this file. Without it: that of {_KEY}."
+)
+@click.option(
+    "--allowed-host", "hosts", multiple=True, metavar="NAME",
+    help="A name that clients call this server by, beside localhost and addresses; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--cors-origin", "origins", multiple=True, metavar="ORIGIN",
+    help="Let pages of this origin (https://page.example) ask from a browser; may be repeated; '*': all.",
+)  # fmt: skip
+@click.option("--log-prompts", is_flag=True, help="Write what is asked into the log. Without it no word of that is.")
+@compute_dtype
+@longrope_option
+@serving_options
+def serve(
+    names: tuple[str, ...],
+    adapters: tuple[str, ...],
+    host: str,
+    port: int,
+    memory: str | None,
+    queue: int,
+    api_key_file: str | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    log_prompts: bool,
+    dtype: str | None,
+    longrope: LongRopeRule,
+    request: Request,
+) -> None:
+    """Serve models over HTTP, to OpenAI's clients.
+
+    \b
+    phi3-mlx serve -m phi-3.5-mini-4bit
+    curl http://127.0.0.1:8080/v1/chat/completions -d '{"model": "phi-3.5-mini-4bit",
+      "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+
+    Options of answers hold for requests that do not say otherwise. Ctrl-C lets answers end; a second one ends them.
+    """
+    _check_installed()
+    key = _read_key(api_key_file)
+    address = _address(host)
+    if key is None and not ipaddress.ip_address(address).is_loopback:
+        raise OptionError(
+            f"--host {host} lets other machines ask, and there is no key that they must know; "
+            f"set {_KEY} or give --api-key-file"
+        )
+    from ..server.app import create_app
+    from ..server.limits import Limits
+    from ..server.models import Models
+    from ..server.running import run
+    from ..server.service import Service
+    from ..server.worker import Worker
+
+    note_idle(request)
+    with _listen(address, port) as listening:
+        models = Models(names, _adapters(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
+        worker = Worker(models, queue=queue)
+        try:
+            service = Service(worker, models.listed, request, Limits(), _log, prompts=log_prompts)
+            called = [*hosts, *([] if host == address else [host])]
+            app = create_app(service, hosts=called, origins=origins, key=key)
+            signal.signal(signal.SIGTERM, _end)
+            run(app, service, listening, lambda: _say_where(listening, [card.name for card in models.listed()]))
+        finally:
+            worker.close(wait=False)
+
+
+def _check_installed() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise Phi3Error(
+            'serve needs starlette and uvicorn, which are not installed: pip install "phi3-mlx[serve]"'
+        ) from None
+
+
+def _read_key(file: str | None) -> str | None:
+    """What clients must know: the first line of a file, else what the environment says; None: nothing."""
+    if file is None:
+        return _checked_key(os.environ[_KEY], _KEY) if _KEY in os.environ else None
+    try:
+        text = files.read_text(file, most=_MOST_KEY_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return _checked_key(text.strip(), f"--api-key-file {file}")
+
+
+def _checked_key(key: str, where: str) -> str:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise OptionError(f"{where} has no key; give one of letters, digits and signs, without spaces")
+    return key
+
+
+def _address(host: str) -> str:
+    """The address of a name of this machine."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise OptionError(f"--host {host} is no address of this machine; give one such as 127.0.0.1") from None
+
+
+def _adapters(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The adapters NAME=DIR: name -> (the model that it changes, folder)."""
+    adapters = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise OptionError(f"--adapter {text} has no name and folder; write --adapter NAME=DIR")
+        if name in adapters:
+            raise OptionError(f"two adapters are called {name}; give one of them another name")
+        adapters[name] = (_base(folder, names), folder)
+    return adapters
+
+
+def _base(folder: str, names: Sequence[str]) -> str:
+    """Which of several models an adapter was trained on."""
+    if len(names) == 1:
+        return names[0]
+    from pathlib import Path
+
+    from ..adapters.folder import base_of, read_config_of, trained_on
+    from ..store.hub import resolve
+
+    directory = Path(folder).expanduser()
+    trained, _ = trained_on(directory, read_config_of(directory))
+    for name in names:
+        if trained in (name, base_of(resolve(name), name).name):
+            return name
+    raise OptionError(f"{folder} was trained on {trained}, which is not among the models; add -m {trained}")
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    from ..server.running import listen
+
+    try:
+        return listen(address, port)
+    except OSError as error:
+        advice = "; give another --port" if error.errno == errno.EADDRINUSE else ""
+        raise Phi3Error(f"{address}:{port} cannot be listened at: {error.strerror}{advice}") from None
+
+
+def _say_where(listening: socket.socket, names: Sequence[str]) -> None:
+    address, port = listening.getsockname()[:2]
+    host = f"[{address}]" if ":" in address else address
+    say(f"{', '.join(names)} at http://{host}:{port}/v1; Ctrl-C stops it")
+
+
+def _log(line: str) -> None:
+    say(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM, as systemd and launchd send it, is a proper end. uvicorn gives it back once it has stopped."""
+    raise SystemExit(0)

@@ -1,0 +1,176 @@
+"""`phi3-mlx serve` as a user types it, and the bundled model behind it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from conftest import ROOT
+from served import chat_body, events, serving
+
+from phi3_mlx import generate, load
+from phi3_mlx.cli import main
+from phi3_mlx.server.models import Models
+from phi3_mlx.server.worker import Worker
+
+STORY = "Tell me a story about a duck and a frog."
+
+
+@pytest.fixture(scope="module")
+def served():
+    models = Models(["tiny"])
+    worker = Worker(models)
+    with serving(worker, listed=models.listed) as served:
+        yield served
+    worker.close(wait=False)
+
+
+def said_by(capsys, *words):
+    """(exit code, what is said to stderr) of a command that ends by itself."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", *words])
+    return exit_.value.code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask, and there is no key"),
+        (["--host", "::"], "--host :: lets other machines ask"),
+        (["--host", "no.such.invalid"], "--host no.such.invalid is no address of this machine"),
+        (["--api-key-file", "no-such-file"], "--api-key-file no-such-file cannot be read"),
+        (["--adapter", "folder"], "--adapter folder has no name and folder; write --adapter NAME=DIR"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are called a"),
+        (["--temperature", "-1"], "--temperature -1.0 is outside its range"),
+        (["--kv-bits", "5"], "5"),
+        (["--memory", "plenty"], "'plenty' is not a size"),
+        (["tiny"], "unexpected extra argument (tiny); -m goes before it"),
+    ],
+)
+def test_a_wrong_command_line_is_a_line(capsys, monkeypatch, words, message):
+    monkeypatch.delenv("PHI3_MLX_API_KEY", raising=False)
+    code, said = said_by(capsys, "--port", "0", *words)
+    assert code == 2
+    assert said.startswith("phi3-mlx: ")
+    assert message in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("key", ["", "two words", "kéy", "a\nb"])
+def test_a_key_that_no_client_could_send_is_refused(capsys, monkeypatch, tmp_path, key):
+    monkeypatch.setenv("PHI3_MLX_API_KEY", key)
+    code, said = said_by(capsys)
+    assert (code, "PHI3_MLX_API_KEY has no key" in said) == (2, True)
+    file = tmp_path / "key"
+    file.write_text(f" {key}\n")
+    assert f"{file} has no key" in said_by(capsys, "--api-key-file", str(file))[1]
+    assert key not in said or not key
+
+
+def test_a_port_in_use_is_a_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = said_by(capsys, "--port", str(port))
+    assert code == 1
+    assert said == f"phi3-mlx: 127.0.0.1:{port} cannot be listened at: Address already in use; give another --port"
+
+
+def test_without_the_packages_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, said = said_by(capsys)
+    assert code == 1
+    assert said.endswith('which are not installed: pip install "phi3-mlx[serve]"')
+
+
+def test_help_and_other_commands_import_no_web_server():
+    code = "import sys; from phi3_mlx.cli import main\ntry: main(['serve', '-h'])\nexcept SystemExit: pass\n"
+    code += "assert not {'starlette', 'uvicorn', 'mlx'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_the_process_serves_and_ends_politely(tmp_path, number, code):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    command = [sys.executable, "-m", "phi3_mlx", "serve", "--port", "0", "--api-key-file", str(key)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            first = process.stderr.readline()
+            port = re.fullmatch(r"tiny at http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops it\n", first)[1]
+            for header, status in (("Bearer secret", b"200"), ("Bearer other", b"401")):
+                with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
+                    lines = f"GET /v1/models HTTP/1.0\r\nAuthorization: {header}\r\n\r\n"
+                    connection.sendall(lines.encode())
+                    assert connection.recv(100).split()[1] == status
+            process.send_signal(number)
+            rest = process.stderr.read()
+            assert process.wait(20) == code
+        finally:
+            process.kill()
+    assert "Traceback" not in rest
+    assert "secret" not in rest
+
+
+def test_a_chat_is_generates_answer(served):
+    model, tokenizer = load("tiny")
+    expected = generate(model, tokenizer, STORY, max_tokens=40)
+    assert served.chat(STORY, model="tiny", max_tokens=40)[2]["choices"][0]["message"]["content"] == expected
+    data, _ = events(served.chat(STORY, model="tiny", max_tokens=40, stream=True)[2])
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in data[:-1])
+    assert text == expected
+
+
+def test_many_chats_at_once_are_what_each_is_alone(served):
+    model, tokenizer = load("tiny")
+    prompts = [f"Tell me a story about a {animal}." for animal in ("duck", "frog", "cat", "dog", "owl", "lion")]
+    answers = [None] * len(prompts)
+
+    def ask(number, prompt):
+        answers[number] = served.chat(prompt, model="tiny", max_tokens=20)[2]["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=ask, args=item) for item in enumerate(prompts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [generate(model, tokenizer, prompt, max_tokens=20) for prompt in prompts]
+
+
+def test_the_second_turn_reads_only_what_is_new(served):
+    first = served.chat(STORY, model="tiny", max_tokens=40)[2]
+    said = first["choices"][0]["message"]
+    messages = [{"role": "user", "content": STORY}, said, {"role": "user", "content": "And then?"}]
+    usage = served.chat(model="tiny", messages=messages, max_tokens=5)[2]["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= first["usage"]["prompt_tokens"] + 30
+    assert cached < usage["prompt_tokens"]
+
+
+def test_a_prompt_that_never_fits_the_context_is_told_with_the_numbers(served):
+    status, _, reply = served.chat("word " * 5000, model="tiny")
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    assert "4,096" in reply["error"]["message"]
+
+
+def test_a_response_format_holds_the_answer(served):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    kind = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+    for form in ({"response_format": kind}, {"regex": '[{]"a":(true|false)[}]'}):
+        reply = served.request("POST", "/v1/chat/completions", chat_body(STORY, model="tiny", **form))[2]
+        assert reply["choices"][0]["message"]["content"] in ('{"a":true}', '{"a":false}')
+        assert reply["choices"][0]["finish_reason"] == "stop"
