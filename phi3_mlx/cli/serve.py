@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..generation.request import Request
     from ..models.decoder import LongRopeRule
 
-_KEY = "PHI3_MLX_API_KEY"
+_KEY_VARIABLE = "PHI3_MLX_API_KEY"
 _MOST_KEY_BYTES = 4096
 
 
@@ -43,7 +43,9 @@ _MOST_KEY_BYTES = 4096
     "--queue", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Requests that may wait."
 )
 @click.option(
-    "--api-key-file", metavar="FILE", help=f"Clients must know the key in this file. Without it: that of {_KEY}."
+    "--api-key-file",
+    metavar="FILE",
+    help=f"Clients must know the key in this file. Without it: that of {_KEY_VARIABLE}.",
 )
 @click.option(
     "--allowed-host", "hosts", multiple=True, metavar="NAME",
@@ -87,7 +89,7 @@ def serve(
     if key is None and not ipaddress.ip_address(address).is_loopback:
         raise OptionError(
             f"--host {host} lets other machines ask, and there is no key that they must know; "
-            f"set {_KEY} or give --api-key-file"
+            f"set {_KEY_VARIABLE} or give --api-key-file"
         )
     from ..server.app import create_app
     from ..server.limits import Limits
@@ -123,7 +125,7 @@ def _check_installed() -> None:
 def _read_key(file: str | None) -> str | None:
     """What clients must know: the first line of a file, else what the environment says; None: nothing."""
     if file is None:
-        return _checked_key(os.environ[_KEY], _KEY) if _KEY in os.environ else None
+        return _checked_key(os.environ[_KEY_VARIABLE], _KEY_VARIABLE) if _KEY_VARIABLE in os.environ else None
     try:
         text = files.read_text(file, most=_MOST_KEY_BYTES)
     except (OSError, UnicodeDecodeError) as error:
