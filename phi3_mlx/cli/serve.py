@@ -78,8 +78,8 @@ def serve(
 
     \b
     phi3-mlx serve -m phi-3.5-mini-4bit
-    curl http://127.0.0.1:8080/v1/chat/completions -d '{"model": "phi-3.5-mini-4bit",
-      "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+    phi3-mlx serve -m phi-3.5-mini-4bit -m phi-4-mini-4bit --memory 12GB
+    curl http://127.0.0.1:8080/v1/models
 
     Options of answers hold for requests that do not say otherwise. Ctrl-C lets answers end; a second one ends them.
     """
