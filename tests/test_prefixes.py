@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, slim
 
-from phi3_mlx import Conversation, PrefixStore, PromptCache, batch_generate, generate, load, stream_generate
+from phi3_mlx import Conversation, PrefixStore, PromptCache, batch_generate, generate, load, score, stream_generate
 from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
 from phi3_mlx.engine import machine, scheduler
+from phi3_mlx.engine.batch import Batch
+from phi3_mlx.engine.continuations import Continued, score_together
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.prefill import common_length
@@ -371,6 +373,7 @@ def test_runs_and_the_store_together_stay_within_their_room(times):
 
 
 def test_a_paused_row_goes_on_from_what_it_had_read(monkeypatch):
+    monkeypatch.setattr(scheduler, "FORCED", 0)
     monkeypatch.setattr(scheduler, "ANSWER_BLOCK", 8)
     monkeypatch.setattr("phi3_mlx.engine.fitting.ANSWER_BLOCK", 8)
     prompts = [ids_of(30, seed) for seed in range(3)]
@@ -487,3 +490,106 @@ def test_memory_that_runs_out_names_the_numbers_still(monkeypatch):
     monkeypatch.setattr(machine, "room", lambda: 1000)
     with pytest.raises(Exception, match="may be used"):
         answers(PLAIN, [ids_of(40, 0)], PrefixStore("1GB"), room=None)
+
+
+# Scores
+
+
+def scored(model, continued, prefixes=None, bits=None):
+    (of_prompt,) = score_together(model, [continued], prefixes=prefixes, kv_bits=bits)
+    return [[token.logprob for token in tokens] for tokens in of_prompt]
+
+
+@pytest.mark.parametrize("bits", [None, KVBits(8, 8)], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_without_a_store_on_both_sides_of_the_boundary(name, bits, read_tokens):
+    """Some continuations of the prompt are short, some long; what each regime has read before is not read again."""
+    model, prefixes = MODELS[name], PrefixStore("1GB")
+    bits = bits if model.config.head_dim % 32 == 0 else None
+    text = ids_of(ORIGINAL - 12, 0)
+    for seed in range(3):
+        prompt = [*text, *ids_of(2, 3 + seed)]
+        ends = [ids_of(count, 5 + seed + count) for count in (1, 1, 3, 4, 20, 20, 25)]
+        continued = [Continued((*prompt, *end), len(prompt)) for end in ends]
+        expected = scored(model, continued, bits=bits)
+        read_tokens.clear()
+        found = scored(model, continued, prefixes, bits)
+        assert max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)) < 1e-4
+        if seed and model.config.sliding_window is None:
+            regimes = 2 if model.model.is_long(10**6) != model.model.is_long(1) else 1
+            assert sum(read_tokens) <= 4 * regimes + sum(map(len, ends))
+
+
+@pytest.fixture
+def read_tokens(monkeypatch):
+    """Tokens of prompts that each step has read."""
+    read, step = [], Batch.step
+
+    def noted(self, *given, **options):
+        done = step(self, *given, **options)
+        read.append(done.read_tokens)
+        return done
+
+    monkeypatch.setattr(Batch, "step", noted)
+    return read
+
+
+def test_what_an_answer_has_read_is_scored_behind_and_the_other_way_round(read_tokens):
+    prefixes, text = PrefixStore("1GB"), ids_of(40, 0)
+    (said,), _ = answers(PLAIN, [text], prefixes, n=6)
+    continued = [Continued((*text, *said[:4]), len(text))]
+    read_tokens.clear()
+    found = scored(PLAIN, continued, prefixes)
+    assert sum(read_tokens) <= 5
+    assert abs(math.fsum(found[0]) - math.fsum(scored(PLAIN, continued)[0])) < 1e-4
+    longer = [*text, *ids_of(8, 1)]
+    scored(PLAIN, [Continued((*longer, 9, 8), len(longer)), Continued((*longer, 7, 8), len(longer))], prefixes)
+    assert answers(PLAIN, [[*longer, 5]], prefixes) == (answers(PLAIN, [[*longer, 5]])[0], 2)
+
+
+def test_a_token_that_is_scored_is_never_taken_over(read_tokens):
+    """Its log-probability comes of the token before it, which is read anew."""
+    prefixes, ids = PrefixStore("1GB"), ids_of(50, 0)
+    answers(PLAIN, [ids], prefixes)
+    for scored_from in (18, 30, 50 - 1):
+        continued = [Continued(tuple(ids), scored_from)]
+        read_tokens.clear()
+        (found,) = scored(PLAIN, continued, prefixes)
+        (expected,) = scored(PLAIN, continued)
+        assert len(found) == len(ids) - scored_from
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4
+        assert read_tokens[0] <= len(ids) - scored_from + 1
+
+
+def test_score_takes_a_store(loaded):
+    prefixes, story = PrefixStore(), "Once there was a dog who had a red ball and a blue hat. " * 5
+    question = f"{story}\nWhat did the dog have?"
+    expected = score(*loaded, question, ["A red ball.", "A duck."])
+    for _ in range(2):
+        found = score(*loaded, question, ["A red ball.", "A duck."], prefixes=prefixes)
+        for one, other in zip(found, expected, strict=True):
+            assert abs(one.total - other.total) < 1e-3
+    chunks = list(stream_generate(*loaded, question, max_tokens=2, prefixes=prefixes))
+    assert chunks[-1].prefilled_tokens < 10
+    with pytest.raises(OptionError, match=r"^prefixes is .+; expected a PrefixStore$"):
+        score(*loaded, question, ["A duck."], prefixes="2GB")
+
+
+# Draft models
+
+
+def test_a_draft_model_reads_only_what_is_new_too():
+    prefixes, draft = PrefixStore("1GB"), oracle.make_ours(slim(CONFIGS["3.5-mini"]), seed=4)
+    prompt = ids_of(28, 0)
+    (said,), _ = answers(PLAIN, [prompt], prefixes, draft=draft)
+    assert said == answers(PLAIN, [prompt])[0][0]
+    assert prefixes.shared(draft, [*prompt, 5]) >= 27
+    runs = Scheduler(PLAIN, room=math.inf, chunk=16, prefixes=prefixes)
+    row = runs.submit(Job([*prompt, *said, 5], 4, draft=draft))
+    runs.step()
+    assert row.draft.reused >= 27
+    while runs.busy:
+        runs.step()
+    assert row.answer == answers(PLAIN, [[*prompt, *said, 5]], n=4)[0][0]
+    assert answers(PLAIN, [[*prompt, 9]], prefixes)[1] == 1  # of the two models none takes the other's
+    assert answers(draft, [[*prompt, 9]], prefixes) == (answers(draft, [[*prompt, 9]])[0], 1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..errors import CacheError, Phi3Error
-from ..models.cache import KVCache
 from ..models.decoder import Model
 from .drafts import Drafter
 from .passes import Pass, queue_pass
@@ -53,9 +52,9 @@ class Batch:
         self._drafter: Drafter | None = None  # of the row that was alone last
         self._rate: float | None = None  # tokens of prompts a second
 
-    def add(self, row: Row, chunk: int, copied: list[KVCache] | None = None) -> None:
-        """Let a row join with the next step. `chunk` and `copied` are `Row.begin`'s."""
-        row.begin(chunk, copied)
+    def add(self, row: Row, chunk: int) -> None:
+        """Let a row join with the next step. `chunk` is `Row.begin`'s."""
+        row.begin(chunk)
         self.rows.append(row)
 
     def remove(self, row: Row) -> None:

@@ -12,6 +12,7 @@ from ..models.decoder import Model
 from ..threads import turn
 from .jobs import Job
 from .machine import bounded_run
+from .prefixes import PrefixStore
 from .rows import Row
 from .scheduler import Scheduler
 from .scores import TokenScore
@@ -99,17 +100,19 @@ def score_together(
     *,
     kv_bits: KVBits | None = None,
     force: bool = False,
+    prefixes: PrefixStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[TokenScore]]]:
     """The scores of all tokens from `scored_from` on, of each continuation of each prompt.
 
     Those of a prompt have in common what stands before the first token that any of them scores. Each comes out as if
-    its ids had been read alone. `progress(done, total)` counts prompts. Raises MemoryLimitError unless `force`.
+    its ids had been read alone. `prefixes`: what prompts begin with is taken from there, and what is read is kept
+    there. `progress(done, total)` counts prompts. Raises MemoryLimitError unless `force`.
     """
     groups = [_groups(model, continued, kv_bits) for continued in prompts]
     waiting = deque(group for of_prompt in groups for group in of_prompt)
     running: list[_Group] = []
-    runs = Scheduler(model, force=force)
+    runs = Scheduler(model, force=force, prefixes=prefixes)
 
     def let_join() -> None:
         while waiting and len(running) < _PROMPTS_AT_ONCE:
@@ -132,13 +135,16 @@ def score_together(
     with turn():
         let_join()
         _raise_first(runs.admit())
-    with bounded_run(runs.spare):
-        while running:
-            with turn():
-                step = runs.step()
-                let_join()
-            _raise_first(step.failed)
-            take_scored()
+    try:
+        with bounded_run(runs.spare):
+            while running:
+                with turn():
+                    step = runs.step()
+                    let_join()
+                _raise_first(step.failed)
+                take_scored()
+    finally:
+        runs.end()
     take_scored()
     return scored
 

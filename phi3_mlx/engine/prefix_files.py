@@ -62,11 +62,11 @@ class PrefixFiles:
         except OSError as error:
             raise CacheError(f"{directory} cannot be used ({error.strerror or error}); name a folder") from error
 
-    def find(self, model: Model, facts: Facts, prompt: list[int], known: int) -> list[KVCache] | None:
+    def find(self, model: Model, facts: Facts, prompt: list[int], length: int, known: int) -> list[KVCache] | None:
         """A cache with the longest beginning of a prompt that a file has, if it is much longer than `known` tokens.
 
-        `facts`: what a file of use says of its model, packing and LongRoPE regime. The file counts as used, also where
-        `known` is enough.
+        `facts`: what a file of use says of its model, packing and LongRoPE regime. `length`: tokens that the sequence
+        will have. The file counts as used, also where `known` is enough.
         """
         window, most = model.config.sliding_window, len(prompt) - 1
         by_length = [(min(common_length(file.ids, prompt), most), path, file) for path, file in self._of(facts)]
@@ -79,7 +79,7 @@ class PrefixFiles:
             if file.facts.start > (0 if window is None else max(0, shared - (window - 1))):
                 continue  # its window has gone on
             try:
-                cache = read_layers(path, file.facts, model, tokens=shared, expected=len(prompt))
+                cache = read_layers(path, file.facts, model, tokens=shared, expected=length)
             except (CacheError, RuntimeError, OSError):  # MLX raises the second where a file is cut while it is read
                 file.damaged = True
                 self._discard(path)

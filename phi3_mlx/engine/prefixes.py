@@ -17,7 +17,7 @@ from ..models.decoder import Model
 from ..sizes import parse_size, size_text
 from ..threads import turn
 from ..values import path as as_path
-from ..values import shown
+from ..values import refusal, shown
 from .cache_file import Facts, facts_of, runs_of_cache
 from .identity import ModelState
 from .prefix_files import PrefixFiles
@@ -33,8 +33,9 @@ class PrefixStore:
         generate(model, tokenizer, f"{text} Who is Mia?", prefixes=prefixes)
         generate(model, tokenizer, f"{text} Where is the owl?", prefixes=prefixes)  # reads the question alone
 
-    What is reused was read with the same weights and adapters, LongRoPE regime and `kv_bits`, so answers are the same
-    as without it. Only a weight that was written into in place (`weight[0] = 1`) goes unnoticed: `clear()` then.
+    It keeps what a draft model read as well. What is reused was read with the same weights and adapters, LongRoPE
+    regime and `kv_bits`, so answers are the same as without it. Only a weight that was written into in place
+    (`weight[0] = 1`) goes unnoticed: `clear()` then.
 
     It holds `budget` bytes at most; what was not asked for longest goes first, and all of it before a run has too
     little memory. It serves any number of runs at once, of any threads and models: its methods take turns with the
@@ -97,32 +98,41 @@ class PrefixStore:
     @turn()
     def shared(self, model: Model, prompt: Sequence[int], bits: KVBits | None = None) -> int:
         """How many tokens of a prompt `cache_for` would take over; they count as used."""
-        return self._find(model, list(prompt), bits)[2]
+        return self._find(model, list(prompt), bits, model.model.is_long(len(prompt)))[2]
 
     @turn()
     def cache_for(
-        self, model: Model, prompt: Sequence[int], bits: KVBits | None = None, *, lacking: float = 0
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        bits: KVBits | None = None,
+        *,
+        length: int | None = None,
+        lacking: float = 0,
     ) -> list[KVCache] | None:
         """A new cache that has read the longest known beginning of a prompt; None if there is none worth it.
 
-        The last token of the prompt is never among them: its logits begin the answer. `lacking` bytes give way, other
-        prefixes first; if that is not enough, this one is not copied but moved.
+        The last token of the prompt is never among them: its logits begin the answer. `length`: tokens that the
+        sequence counts as having, where they are more than these; they decide its LongRoPE regime. `lacking` bytes give
+        way, other prefixes first; if that is not enough, this one is not copied but moved.
         """
         ids = list(prompt)
-        path, first, last = self._find(model, ids, bits)
+        length = len(ids) if length is None else length
+        long = model.model.is_long(length)
+        path, first, last = self._find(model, ids, bits, long)
         left = self.nbytes - lacking
         self._forget(left)
         moves = self.nbytes > left
         if self._files is not None and not moves:
-            facts = self._tree(model, bits, model.model.is_long(len(ids))).facts
+            facts = self._tree(model, bits, long).facts
             assert facts is not None
-            cache = self._files.find(model, facts, ids, last)
+            cache = self._files.find(model, facts, ids, length, last)
             if cache is not None:
                 return cache
         if last < LEAST:
             self.give_way(self.nbytes - left)
             return None
-        cache = model.make_cache([len(ids)], None, bits)
+        cache = model.make_cache([length], None, bits)
         first = max(first, cache[0].first_kept(last))
         if moves:
             self.settle()  # or what is being written would be there twice
@@ -134,7 +144,7 @@ class PrefixStore:
                     node.layers[i] = []
         sequence = cache[0].sequence
         sequence.read(mx.array([ids[:last]], dtype=mx.int32), 0)
-        sequence.long = (model.model.is_long(len(ids)),)
+        sequence.long = (long,)
         mx.eval(sequence.kept)
         return cache
 
@@ -246,9 +256,11 @@ class PrefixStore:
             if parent is not None and parent.parent is not None and not parent.children:
                 heapq.heappush(leaves, (parent.used, id(parent), parent, tree))
 
-    def _find(self, model: Model, ids: list[int], bits: KVBits | None) -> tuple[list[tuple[Node, int]], int, int]:
+    def _find(
+        self, model: Model, ids: list[int], bits: KVBits | None, long: bool
+    ) -> tuple[list[tuple[Node, int]], int, int]:
         """The nodes that a prompt goes through, and what of it can be taken over: the positions `first` to `last`."""
-        path = nodes_along(self._tree(model, bits, model.model.is_long(len(ids))).root, ids[:-1])
+        path = nodes_along(self._tree(model, bits, long).root, ids[:-1])
         self._touch(path)
         return path, *readable(path, model.config.sliding_window)
 
@@ -268,6 +280,12 @@ class PrefixStore:
             facts = None if self._files is None else facts_of(model, state.fingerprint(model), bits, long)
             trees[bits, long] = _Tree(Node([], None), model.config.sliding_window, facts)
         return trees[bits, long]
+
+
+def check_store(prefixes: object) -> None:
+    """Raise OptionError for what is neither a store nor None."""
+    if prefixes is not None and not isinstance(prefixes, PrefixStore):
+        raise refusal(prefixes, "prefixes", "a PrefixStore")
 
 
 @dataclass(frozen=True, eq=False)

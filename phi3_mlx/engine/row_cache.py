@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
+from .identity import ModelState
 from .prefill import cache_for, shared_length
 
 
@@ -15,18 +16,23 @@ class RowCache:
     """The cache of a row's model, or of its draft model: `layers`, one entry each, once the row has begun.
 
     `given`: the layers that the job brought, until a pause; then another run may have them. `brought`: their bytes at
-    first. `reused`: how many tokens of the prompt the layers have read that the row begins with.
+    first. `reused`: how many tokens of the prompt the layers have read that the row begins with. `bits` pack new ones.
+    `copied`: layers to begin with that a store of prefixes gave, and `state` the model's state then: what the row reads
+    may be stored.
     """
 
-    def __init__(self, model: Model, given: list[KVCache] | None, prompt: Sequence[int]):
-        self.model, self.given = model, given
+    def __init__(self, model: Model, given: list[KVCache] | None, prompt: Sequence[int], bits: KVBits | None):
+        self.model, self.given, self.bits = model, given, bits
+        self.copied: list[KVCache] | None = None
+        self.state: ModelState | None = None
         self.layers: list[KVCache] = []
         self.brought = sum(layer.nbytes for layer in given or ())
         self.reused = 0 if given is None else shared_length(given, prompt)
 
-    def begin(self, length: int, bits: KVBits | None, copied: list[KVCache] | None = None) -> None:
-        """Take the layers `copied`, or those given, or make new ones, for a prompt that counts as `length` tokens."""
-        self.layers = copied or cache_for(self.model, length, given=self.given, shared=self.reused, bits=bits)
+    def begin(self, length: int) -> None:
+        """Take the layers copied, or those given, or make new ones, for a prompt that counts as `length` tokens."""
+        copied, self.copied = self.copied, None
+        self.layers = copied or cache_for(self.model, length, given=self.given, shared=self.reused, bits=self.bits)
         self.reused = self.read
 
     def pause(self, owned: bool) -> None:

@@ -10,7 +10,6 @@ import mlx.core as mx
 from ..errors import CacheError
 from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
-from .identity import ModelState
 from .jobs import Job
 from .processors import Constraint
 from .row_cache import RowCache
@@ -47,27 +46,27 @@ class Row:
         self.bits = job.kv_bits if job.cache is None else job.cache[0].bits
         self.scores: list[TokenScore] = []
         self.scored_from = len(self.prompt) if job.scored_from is None and job.candidates else job.scored_from
-        # The token before the first that is scored must be read here.
-        self.main = RowCache(model, job.cache, self.prompt[: self.scored_from])
-        self.draft = None if job.draft is None else RowCache(job.draft, job.draft_cache, self.prompt)
+        self.main = RowCache(model, job.cache, self.reusable, self.bits)
+        self.draft = None
+        if job.draft is not None:
+            bits = None if self.bits is None else self.bits.dividing(job.draft.config.head_dim)
+            self.draft = RowCache(job.draft, job.draft_cache, self.prompt, bits)
         self.chunk = RECOMPUTE_CHUNK
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
-        self.model_state: ModelState | None = None  # when it began, where what it reads may be stored
         self.cancelled = self._ended = False
         self._claim: object = None
 
-    def begin(self, chunk: int, copied: list[KVCache] | None = None) -> None:
-        """Take the cache `copied`, or the one that the job brought, or make one. `chunk`: tokens read at once."""
-        self.main.begin(self.length, self.bits, copied)
+    def begin(self, chunk: int) -> None:
+        """Take the cache that was copied or that the job brought, or make one. `chunk`: tokens read at once."""
+        self.main.begin(self.length)
         self.progress = self.read
         self.chunk = chunk
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
         sequence.wanted_from = None if self.scored_from is None else self.scored_from - 1
         if self.draft is not None:
-            bits = None if self.bits is None else self.bits.dividing(self.draft.model.config.head_dim)
-            self.draft.begin(self.length, bits)
+            self.draft.begin(self.length)
             self.draft.layers[0].sequence.recompute_chunk = sequence.recompute_chunk
         # Not this row itself: a cycle would keep keys and values until Python looks for cycles.
         self._claim = sequence.reader = object()
@@ -99,6 +98,11 @@ class Row:
     def reused(self) -> int:
         """Tokens of the prompt that the cache it begins with has read."""
         return self.main.reused
+
+    @property
+    def reusable(self) -> list[int]:
+        """What its caches may begin with, and one more: the token before the first that is scored must be read here."""
+        return self.prompt[: self.scored_from]
 
     @property
     def length(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..errors import MemoryLimitError
-from ..models.cache import KVCache, fork
+from ..models.cache import fork
 from ..models.decoder import Model
 from ..threads import turn
 from . import machine
@@ -164,7 +164,8 @@ class Scheduler:
                     self._lacking = row
                     break
             self._waiting.remove(row)
-            self._batch.add(row, plan.chunk, self._copied(row, lacking))
+            self._copy(row, lacking)
+            self._batch.add(row, plan.chunk)
             self._plan, self._workloads = plan, workloads
             self._keep(row)  # what it begins with, if that came from a file
         return failed
@@ -264,8 +265,8 @@ class Scheduler:
         return self._reuses(row) and any(
             self._reuses(other)
             and other.bits == row.bits
-            and self._model.model.is_long(len(other.prompt)) == self._model.model.is_long(len(row.prompt))
-            and (shared := common_length(other.prompt, row.prompt[:-1])) >= LEAST
+            and self._model.model.is_long(other.length) == self._model.model.is_long(row.length)
+            and (shared := common_length(other.prompt, row.reusable[:-1])) >= LEAST
             and shared > other.progress
             for other in self._workloads
         )
@@ -279,23 +280,27 @@ class Scheduler:
         """Bytes of the prefixes that are stored."""
         return 0 if self._prefixes is None else self._prefixes.nbytes
 
-    def _copied(self, row: Row, lacking: float) -> list[KVCache] | None:
-        """A cache with the longest stored beginning of what a row is to read, which joins in `lacking` bytes more."""
+    def _copy(self, row: Row, lacking: float) -> None:
+        """Take the longest stored beginning of what a row is to read, which joins in `lacking` bytes more."""
         if self._prefixes is None:
-            return None
+            return
         if not self._reuses(row):
             self._prefixes.give_way(lacking)
-            return None
-        row.model_state = self._prefixes.state_of(self._model)
-        return self._prefixes.cache_for(self._model, row.prompt, row.bits, lacking=lacking)
+            return
+        for cache in row.caches:
+            cache.state = self._prefixes.state_of(cache.model)
+            cache.copied = self._prefixes.cache_for(
+                cache.model, row.reusable, cache.bits, length=row.length, lacking=lacking if cache is row.main else 0
+            )
 
     def _keep(self, row: Row, *, release: bool = False, save: bool = False) -> None:
         """Store what a row has read, in a file too if `save`. `release`: it lets go of its own, layer by layer."""
-        if self._prefixes is None or row.model_state is None or row.error is not None:
+        if self._prefixes is None or row.error is not None:
             return
-        self._prefixes.give(self._model, row.cache, row.model_state, self.spare, release=release, save=save)
+        for cache in row.caches:
+            if cache.state is not None and cache.layers:
+                self._prefixes.give(cache.model, cache.layers, cache.state, self.spare, release=release, save=save)
 
     def _reuses(self, row: Row) -> bool:
-        # A scored job reads from a place, or in a LongRoPE regime, of its own.
-        scored = row.scored_from is not None or row.job.length is not None
-        return self._prefixes is not None and row.main.given is None and not scored
+        """Whether a row takes what is stored, and stores what it reads: unless its job brought a cache."""
+        return self._prefixes is not None and row.main.given is None

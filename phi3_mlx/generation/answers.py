@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..engine.generation import Generation
-from ..engine.prefixes import PrefixStore
+from ..engine.prefixes import PrefixStore, check_store
 from ..engine.scheduler import Scheduler
 from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
@@ -246,8 +246,7 @@ class Answers:
             raise refusal(prompt_cache, "prompt_cache", "a PromptCache")
         if prompt_cache is not None and bits not in (None, prompt_cache.bits):
             raise OptionError("kv_bits has no effect beside a prompt_cache, which has bits of its own; leave it out")
-        if prefixes is not None and not isinstance(prefixes, PrefixStore):
-            raise refusal(prefixes, "prefixes", "a PrefixStore")
+        check_store(prefixes)
         if prompt_cache is not None and prefixes is not None:
             raise OptionError("prefixes has no effect beside a prompt_cache; leave out one of the two")
         rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import values
-from ..engine.prefixes import PrefixStore
+from ..engine.prefixes import PrefixStore, check_store
 from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
 from ..text.chat import render_chat
@@ -57,8 +57,7 @@ class Conversation:
         check_loaded(model)
         check_tokenizer(tokenizer)
         values.check_function(notify, "notify")
-        if prefixes is not None and not isinstance(prefixes, PrefixStore):
-            raise values.refusal(prefixes, "prefixes", "a PrefixStore")
+        check_store(prefixes)
         self._model, self._tokenizer, self._notify, self._prefixes = model, tokenizer, notify, prefixes
         self._memory = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
         self.messages: list[dict[str, str]] = []

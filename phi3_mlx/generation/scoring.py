@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..engine.continuations import Continued, score_together
 from ..engine.plan import check_length
 from ..engine.prefill import common_length
+from ..engine.prefixes import PrefixStore, check_store
 from ..engine.tokens import check_ids
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
@@ -51,6 +52,7 @@ def score(
     raw: bool = Request.raw,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
+    prefixes: PrefixStore | None = None,
     force: bool = Request.force,
 ) -> list[Score]:
     """How likely each of some continuations is behind `prompt`, which is read once for all of them.
@@ -67,12 +69,20 @@ def score(
     whatever else is in one token with the first characters, counts with the continuation. White space is never removed:
     " yes" and "yes" are two continuations.
 
-    An empty prompt stands for the tokenizer's BOS token. `kv_bits` and `kv_group_size` pack the cache, as `generate`'s.
+    An empty prompt stands for the tokenizer's BOS token. `kv_bits` and `kv_group_size` pack the cache, and `prefixes`
+    keeps what is read for what begins alike later, as `generate`'s.
     What the memory at hand cannot hold is refused unless `force`. Raises PromptError (with the index of a continuation
     that is empty), ChatError, OptionError or MemoryLimitError.
     """
     (scores,) = batch_score(
-        model, tokenizer, [(prompt, continuations)], raw=raw, kv_bits=kv_bits, kv_group_size=kv_group_size, force=force
+        model,
+        tokenizer,
+        [(prompt, continuations)],
+        raw=raw,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        prefixes=prefixes,
+        force=force,
     )
     return scores
 
@@ -85,6 +95,7 @@ def batch_score(
     raw: bool = Request.raw,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int | None = None,
+    prefixes: PrefixStore | None = None,
     force: bool = Request.force,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Score]]:
@@ -95,12 +106,15 @@ def batch_score(
     check_loaded(model)
     check_tokenizer(tokenizer)
     check_function(progress, "progress")
+    check_store(prefixes)
     request = Request(raw=raw, kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
     pairs = listed(prompts)
     if pairs is None:
         raise PromptError(f"prompts is {shown(prompts)}; give a list of (prompt, continuations)")
     joined = [_joined(model, tokenizer, pair, request.raw) for pair in pairs]
-    scored = score_together(model, joined, kv_bits=request.cache_bits(), force=request.force, progress=progress)
+    scored = score_together(
+        model, joined, kv_bits=request.cache_bits(), force=request.force, prefixes=prefixes, progress=progress
+    )
     return [
         [
             Score(
