@@ -1,7 +1,9 @@
 """Prefixes in files: for later and for other processes, whatever else is in the directory."""
 
+import io
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from oracle import CONFIGS, slim
 from test_prefixes import MODELS, PLAIN, answers, ids_of, small_steps  # noqa: F401
 
 from phi3_mlx import PrefixStore, PromptCache, generate, load
+from phi3_mlx.cli import main
 from phi3_mlx.engine import prefix_files
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.scheduler import Scheduler
@@ -396,3 +399,75 @@ def test_a_bound_of_the_files_that_is_no_size_is_refused(disk, tmp_path):
 def test_a_bound_without_a_directory_is_refused():
     with pytest.raises(OptionError, match=r"^disk '2GB' has no effect without a directory"):
         PrefixStore(disk="2GB")
+
+
+# On the command line
+
+
+def called(capsys, *words):
+    """The exit code, the answer, and what was said beside it."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    return ended.value.code or 0, *capsys.readouterr()
+
+
+def test_a_second_call_reads_only_what_is_new(capsys, tmp_path):
+    for question, most in (("Who had a hat?", 1000), ("Who had a ball?", 14)):
+        words = ("generate", "-p", STORY + question, "--max-tokens", "4", "--stats")
+        code, out, err = called(capsys, *words, "--prefixes", tmp_path / "kept")
+        assert code == 0
+        assert out == called(capsys, *words)[1]
+        assert int(re.search(r"\(([\d,]+) read now\)", err)[1].replace(",", "")) < most
+    assert len(files_in(tmp_path / "kept")) == 1
+
+
+def test_a_chat_goes_on_from_the_files_of_an_earlier_one(capsys, tmp_path, monkeypatch):
+    text = f"{STORY}Who had a hat?\nAnd a ball?\n"
+    read = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        code, _, err = called(capsys, "chat", "--max-tokens", "8", "--stats", "--prefixes", tmp_path)
+        assert code == 0
+        read.append([int(n) for n in re.findall(r"tokens, (\d+) of them new", err)])
+    (first, second), (again, _) = read
+    assert first > 100
+    assert second < 15
+    assert again == 1
+
+
+def test_the_folder_of_prefixes_may_have_a_bound(capsys, tmp_path):
+    words = ("generate", "-p", STORY, "--max-tokens", "2", "--prefixes")
+    assert called(capsys, *words, f"{tmp_path / 'small'}=10kB")[0] == 0
+    assert files_in(tmp_path / "small") == []
+    (tmp_path / "a=b").mkdir()
+    assert called(capsys, *words, tmp_path / "a=b")[0] == 0
+    assert len(files_in(tmp_path / "a=b")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["DIR/kept=much"], "is not a size"),
+        (["DIR/file/below"], "name a folder"),
+        (["DIR", "--cache", "DIR/book.cache"], "leave out one of the two"),
+    ],
+)
+def test_a_folder_of_prefixes_that_cannot_be_is_refused_in_one_line(words, expected, capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    given = [word.replace("DIR", str(tmp_path)) for word in words]
+    code, out, err = called(capsys, "generate", "-p", "Hi", "--prefixes", *given)
+    assert code
+    assert out == ""
+    assert expected in err
+    assert err.splitlines()[-1].startswith("phi3-mlx: ")
+
+
+def test_a_file_that_cannot_be_written_is_said_and_fails_no_call(capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix_files, "write_cache", full)
+    code, out, err = called(capsys, "generate", "-p", STORY, "--max-tokens", "2", "--prefixes", tmp_path)
+    assert code == 0
+    assert out
+    assert "--prefixes has written no file: [Errno 28] No space left on device" in err

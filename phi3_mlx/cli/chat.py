@@ -20,6 +20,9 @@ from .options import (
     as_typed,
     drafts_text,
     note_idle,
+    note_unwritten,
+    open_prefixes,
+    prefixes_option,
 )
 from .reading import check_text, decode_text
 from .terminal import answer_writer, note, say, show
@@ -41,9 +44,10 @@ _HELP = """\
 @click.command()
 @answering_model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
+@prefixes_option
 @answer_options
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
-def chat(source: ModelOptions, system: str | None, request: Request, stats: bool) -> None:
+def chat(source: ModelOptions, system: str | None, prefixes: str | None, request: Request, stats: bool) -> None:
     """Chat with a model.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
@@ -51,6 +55,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
     note_idle(request)
     from ..generation.conversation import Conversation
 
+    store = open_prefixes(prefixes)
     system = check_text(system, "--system") if system else None
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
@@ -63,6 +68,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
         system=system,
         kv_bits=request.kv_bits,
         kv_group_size=request.kv_group_size,
+        prefixes=store,
         force=request.force,
         notify=note,
     )
@@ -75,6 +81,7 @@ def chat(source: ModelOptions, system: str | None, request: Request, stats: bool
         try:
             line = _read_line()
             if line is None or line.strip() in ("/exit", "/quit", "/bye"):
+                note_unwritten(store)
                 return
             if line.startswith("/"):
                 _command(conversation, line)

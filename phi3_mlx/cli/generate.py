@@ -19,6 +19,9 @@ from .options import (
     answering_model_options,
     drafts_text,
     note_idle,
+    note_unwritten,
+    open_prefixes,
+    prefixes_option,
 )
 from .progress import PrefillProgress
 from .reading import check_text, read_input
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     help="Ask about a text that `phi3-mlx cache build` has read, with the same model. You may repeat the text with -f "
     "to check that it is the same.",
 )
+@prefixes_option
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @option_of(REQUEST_FIELDS["raw"])
 @answer_options
@@ -56,6 +60,7 @@ def generate(
     prompt: str | None,
     files: tuple[str, ...],
     cache: str | None,
+    prefixes: str | None,
     system: str | None,
     request: Request,
     stats: bool,
@@ -70,6 +75,8 @@ def generate(
     """
     note_idle(request)
     raw = request.raw
+    if cache is not None and prefixes is not None:
+        raise click.UsageError("--prefixes has no effect beside --cache; leave out one of the two")
     if raw and (system or cache):
         raise click.UsageError("--raw sends no template, so it has no place for --system or --cache")
     if cache is not None:
@@ -92,6 +99,7 @@ def generate(
         text = _prompt(prompt, files, raw)
     from ..generation.answers import Answers, encode_prompt
 
+    store = open_prefixes(prefixes, 1)  # one prompt takes nothing from memory
     directory = source.find()
     tokenizer = source.load_tokenizer(directory)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
@@ -106,9 +114,17 @@ def generate(
         prompt_cache.check_prefix(ids, cache)
     with PrefillProgress(len(ids)) as progress:
         answer = Answers(
-            model, tokenizer, [ids], request, draft=draft, prompt_cache=prompt_cache, on_prefill=progress.update
+            model,
+            tokenizer,
+            [ids],
+            request,
+            draft=draft,
+            prompt_cache=prompt_cache,
+            prefixes=store,
+            on_prefill=progress.update,
         )
         last = _print_json(source.model, answer.chunks()) if as_json else _print_text(answer.chunks())
+    note_unwritten(store)
     if stats:
         from ..sizes import size_text
 

@@ -21,6 +21,7 @@ from .terminal import note
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..engine.prefixes import PrefixStore
     from ..generation.answers import Chunk
     from ..models.decoder import LongRopeRule, Model
     from ..store.checkpoint import Checkpoint
@@ -213,6 +214,37 @@ answer_options = _request_options("max_tokens", *_ANSWER, *_MEMORY)  # --raw is 
 _SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "lookup", "kv_bits", "kv_group_size")
 serving_options = _request_options("max_tokens", *_SERVED)
 memory_options = _request_options(*_MEMORY)
+
+
+prefixes_option = click.option(
+    "--prefixes",
+    metavar="DIR[=SIZE]",
+    help="Keep what is read in files in this folder, and read only what no call before has. They take 20GB at most, or "
+    "SIZE.",
+)
+
+
+def open_prefixes(given: str | None, budget: int | None = None) -> PrefixStore | None:
+    """The store of --prefixes, with `budget` bytes of memory, or all there are (it gives way); None without the option.
+
+    Raises OptionError or CacheError.
+    """
+    from ..engine.machine import room
+    from ..engine.prefixes import PrefixStore
+
+    if given is None:
+        return None
+    budget = max(room(), 1) if budget is None else budget
+    directory, equals, size = given.rpartition("=")
+    if not equals or os.path.isdir(given):  # a folder may have = in its name
+        return PrefixStore(budget, directory=given)
+    return PrefixStore(budget, directory=directory, disk=size)
+
+
+def note_unwritten(prefixes: PrefixStore | None) -> None:
+    """Say so where a file of --prefixes could not be written."""
+    if prefixes is not None and prefixes.error is not None:
+        note(f"--prefixes has written no file: {prefixes.error}")
 
 
 def note_idle(request: Request) -> None:

@@ -67,8 +67,13 @@ class PrefixStore:
         self._clock = 0  # one more for each use
 
     def __repr__(self) -> str:
-        failed = f", no file written: {self._files.error}" if self._files is not None and self._files.error else ""
+        failed = f", no file written: {self.error}" if self.error else ""
         return f"<PrefixStore: {size_text(self.nbytes)} of {size_text(self.budget)}{failed}>"
+
+    @property
+    def error(self) -> Exception | None:
+        """The last fault that kept a file from being written; no run fails with it."""
+        return None if self._files is None else self._files.error
 
     @property
     def nbytes(self) -> int:
