@@ -30,6 +30,7 @@ MODEL = MODELS["3.5-mini"]
 SAMPLINGS = {
     "greedy": Sampling(),
     "penalty": Sampling(repetition_penalty=1.3),
+    "counts": Sampling(presence_penalty=0.5, frequency_penalty=0.3),
     "sampled": Sampling(0.9, seed=3),
     "all": Sampling(0.8, top_p=0.9, top_k=30, min_p=0.01, repetition_penalty=1.1, seed=4),
 }

@@ -92,7 +92,7 @@ class ModelDrafter(Payoff):
 
     def _guesses(self, ids: mx.array, length: int) -> list[int]:
         """Read `ids` (1, n), and draw `length` tokens behind them as the row will; its sampler stays as it is."""
-        sampler, processors = self._row.sampler, self._row.job.processors
+        sampler, processors = self._row.sampler, self._row.processors
         before = sampler.state
         drawn: list[mx.array] = []
         try:

@@ -66,11 +66,11 @@ class Drafter:
         drawn, states = [], []
         for position in range(len(draft) + 1):
             scores = None
-            if row.job.processors:
-                scores = processed(row.job.processors, [*row.answer, *draft[:position]], logits[position])[None]
+            if row.processors:
+                scores = processed(row.processors, [*row.answer, *draft[:position]], logits[position])[None]
             drawn.append(draw([row.sampler], logits[position : position + 1], scores))
             states.append(row.sampler.state)
-            if row.job.processors and drawn[-1][0].item() != (*draft, None)[position]:
+            if row.processors and drawn[-1][0].item() != (*draft, None)[position]:
                 break  # a constraint need not know how to go on behind a token that it excludes
         ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]
         logprobs: list[float] = mx.concatenate([logprobs for _, logprobs in drawn]).tolist()  # type: ignore[assignment]

@@ -14,6 +14,7 @@ ANSWER_BLOCK = 512  # tokens of an answer without a limit that memory is reserve
 def workload_of(of_model: Workload, row: Row) -> Workload:
     """Of a row whose answer takes what it may, or, where it has no limit, a block. `of_model`: that of any row."""
     answer = row.left if row.job.max_tokens is not None else min(row.left, ANSWER_BLOCK)
+    answer = max(answer, *map(len, row.job.choices), 0)  # all of a choice is scored, if not said
     length = row.length + answer
     draft = None
     if row.draft is not None:
@@ -23,8 +24,8 @@ def workload_of(of_model: Workload, row: Row) -> Workload:
         length=length,
         bits=row.bits,
         recomputed=_recomputed(row, row.main),
-        branches=row.job.branches,
-        scores=row.scored_from is not None or row.job.branches > 0,
+        branches=max(row.job.branches, int(bool(row.job.choices))),
+        scores=row.scored_from is not None or row.job.branches > 0 or row.constraint is not None,
         draft=draft,
     )
 

@@ -25,6 +25,7 @@ class Job:
     - `draft`: a smaller model of the same vocabulary that drafts tokens, while no other job runs and where it pays more
       than lookup. `draft_cache`: layers that it has read something into.
     - `processors`: what changes the logits before a token is drawn, in this order.
+    - `choices`: the answer is one of these lists of ids, the likeliest, and a stop id.
     - `scored_from`: the log-probability of the prompt's tokens from this place on is wanted (1: of all but the first,
       before which nothing stands); None: of none.
     - `candidates`: ids whose log-probability behind the prompt is wanted; scores follow those of the prompt's tokens.
@@ -46,6 +47,7 @@ class Job:
     draft: Model | None = None
     draft_cache: list[KVCache] | None = None
     processors: Sequence[Processor] = ()
+    choices: Sequence[Sequence[int]] = ()
     scored_from: int | None = None
     candidates: Sequence[int] = ()
     length: int | None = None
@@ -63,6 +65,9 @@ class Job:
         for processor in self.processors:
             if not callable(processor) or not isinstance(getattr(processor, "reads_answer", None), bool):
                 raise refusal(processor, "processors", "Processors, with reads_answer True or False")
+        for ids in self.choices:
+            if not token_ids(ids):
+                raise refusal(ids, "choices", "lists of token ids, none of them empty")
         if not 0 <= whole(self.lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
             raise OptionError(f"lookup {self.lookup} is outside its range; give 0 (off) to {KVCache.spare}")
         if self.scored_from is not None and not 1 <= whole(self.scored_from, "scored_from") <= len(self.prompt):

@@ -38,7 +38,7 @@ class Pass:
         self._scored = scored
         self.forced, self._forced_scored = forced, forced_scored
         self.rows: list[Row] = []
-        self._late = [row for row in rows if any(processor.reads_answer for processor in row.job.processors)]
+        self._late = [row for row in rows if any(processor.reads_answer for processor in row.processors)]
         self._late_logits: mx.array | None = None
         self._drawn: list[tuple[mx.array, mx.array]] = []
         # What each draws with, to draw it again; those that were left out are not among them.
@@ -81,11 +81,12 @@ class Pass:
         """Draw the next token of each row from logits (rows, vocab_size); a processor that fails ends its row alone."""
         logits = logits.astype(mx.float32)
         scores = None
-        if any(row.job.processors for row in rows):
+        if any(row.processors for row in rows):
             changed: dict[Row, mx.array] = {}
             for row, own_logits in zip(rows, logits, strict=True):
                 try:
-                    changed[row] = processed(row.job.processors, self.known(row), own_logits)
+                    row.decide()
+                    changed[row] = processed(row.processors, self.known(row), own_logits)
                 except Exception as error:
                     row.fail(error)
             kept = [i for i, row in enumerate(rows) if row in changed]

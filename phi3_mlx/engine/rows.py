@@ -10,8 +10,9 @@ import mlx.core as mx
 from ..errors import CacheError
 from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
+from .choices import LikeliestChoice
 from .jobs import Job
-from .processors import Constraint
+from .processors import Constraint, Processor
 from .row_cache import RowCache
 from .sampler import Sampler
 from .scores import TokenScore
@@ -54,6 +55,11 @@ class Row:
         self.chunk = RECOMPUTE_CHUNK
         self.sampler = Sampler(job.sampling, job.prompt, model.config.vocab_size)
         self._stop_ids = frozenset(job.stop_ids)
+        self.processors: list[Processor] = [*job.processors]
+        self._choice: LikeliestChoice | None = None
+        if job.choices:
+            self._choice = LikeliestChoice(job.choices, job.stop_ids, model.config.vocab_size)
+            self.processors.append(Constraint(self._choice))
         self.cancelled = self._ended = False
         self._claim: object = None
 
@@ -123,7 +129,7 @@ class Row:
     @property
     def constraint(self) -> Constraint | None:
         """What may leave one way to go on, where nothing else changes the logits."""
-        processors = self.job.processors
+        processors = self.processors
         return processors[0] if len(processors) == 1 and isinstance(processors[0], Constraint) else None
 
     def forced(self, answer: Sequence[int], most: int) -> list[int]:
@@ -135,6 +141,11 @@ class Row:
         if self.constraint is None or most < 1:
             return []
         return self.constraint.forced(answer, self.before_boundary(len(self.job.prompt) + len(answer), most))
+
+    def decide(self) -> None:
+        """Once the prompt is read, find the likeliest of the job's choices, if it has some."""
+        if self._choice is not None:
+            self._choice.decide(self.main.model, self.cache, self.prompt, self.chunk)
 
     def before_boundary(self, length: int, most: int) -> int:
         """How many of `most` tokens may follow `length` in one pass: none past a boundary of LongRoPE."""

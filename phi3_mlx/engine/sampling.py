@@ -65,3 +65,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         settle(self)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the model's likeliest token is always drawn."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return self.temperature == 0 and not any(penalties)

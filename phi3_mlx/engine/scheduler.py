@@ -15,11 +15,11 @@ from . import machine
 from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
 from .jobs import Job
-from .plan import Plan, Workload, check_fits, draft_weights, plan_together
+from .plan import Plan, Workload, check_fits, check_length, draft_weights, plan_together
 from .prefill import common_length
 from .prefixes import LEAST, PrefixStore
 from .rows import FORCED, Row
-from .tokens import checked_prompts
+from .tokens import check_ids, checked_prompts
 
 CHUNK_SECONDS = 0.5  # the longest that rows which answer wait for a chunk of a newcomer's prompt
 
@@ -113,6 +113,9 @@ class Scheduler:
         would not fit alone.
         """
         checked_prompts(self._model, [job.prompt])
+        for ids in job.choices:
+            check_ids(self._model, ids)
+            check_length(self._model.config, len(job.prompt) + len(ids) - 1)
         self._model.make_cache(None, None, job.kv_bits)  # or it would be refused only when it joins
         row = Row(self._submitted, job, self._model)
         if not self._force:

@@ -9,7 +9,8 @@ from ..engine.jobs import Job
 from ..engine.processors import Bias, Constraint, Processor
 from ..engine.tokens import FinishReason, Token
 from ..errors import OptionError
-from ..text.grammar import matchers
+from ..text.grammar import AnswerMatcher, matchers
+from ..text.spans import encode_after
 from ..text.stops import Stops
 from .request import Request
 
@@ -49,7 +50,10 @@ def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], reques
     Raises OptionError for a form that cannot be followed, and for a bias of ids outside the vocabulary.
     """
     stops, bias = Stops(tokenizer, request.stop or ()), _bias(tokenizer, request)
-    forms = [None] * len(prompts) if request.form is None else matchers(request.form, tokenizer, len(prompts))
+    scored = request.choices if request.sampling().takes_likeliest and not bias else None
+    forms: Sequence[AnswerMatcher | None] = [None] * len(prompts)
+    if request.form is not None and scored is None:
+        forms = matchers(request.form, tokenizer, len(prompts))
     answers = []
     for ids, matcher in zip(prompts, forms, strict=True):
         processors: list[Processor] = bias if matcher is None else [*bias, Constraint(matcher)]
@@ -61,6 +65,7 @@ def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], reques
             kv_bits=request.cache_bits(),
             lookup=request.lookup,
             processors=processors,
+            choices=[encode_after(tokenizer, ids, choice) for choice in scored or ()],
         )
         answers.append(Answer(tokenizer, job, stops))
     return answers
