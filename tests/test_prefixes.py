@@ -213,6 +213,33 @@ def test_other_weights_are_another_model():
     assert prefixes.nbytes <= held / 2  # what a model read that is gone goes too
 
 
+def test_a_weight_that_is_written_into_makes_another_model():
+    model, prefixes, prompt = oracle.make_ours(slim(CONFIGS["3.5-mini"])), PrefixStore("1GB"), ids_of(40, 0)
+    for layer in (model.model.layers[0].mlp.down_proj, model.model.layers[1].self_attn.o_proj):
+        answers(model, [prompt], prefixes)
+        assert answers(model, [prompt], prefixes)[1] == 1
+        layer.weight[0] = layer.weight[1] * 2
+        assert answers(model, [prompt], prefixes) == answers(model, [prompt])
+    held = prefixes.nbytes
+    layer.weight[0] = layer.weight[0] * 2
+    assert answers(model, [prompt], prefixes) == answers(model, [prompt])
+    assert prefixes.nbytes == held  # what was read before goes, for no model is as it was
+
+
+def test_a_store_keeps_no_weights_alive():
+    prefixes, prompt = PrefixStore("1GB"), ids_of(100, 0)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = oracle.make_ours(slim(CONFIGS["3.5-mini"]))
+    weights = mx.get_active_memory() - before
+    answers(model, [prompt], prefixes, chunk=128)
+    del model
+    gc.collect()
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < prefixes.nbytes + weights / 4
+
+
 def test_adapters_put_on_and_off_never_mix():
     model, prefixes, prompt = oracle.make_ours(slim(CONFIGS["3.5-mini"])), PrefixStore("1GB"), ids_of(40, 0)
     attention = model.model.layers[0].self_attn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 from typing import Any
@@ -18,12 +19,15 @@ _SUMMED = 1 << 22  # numbers of a weight whose sums are taken at a time
 class ModelState:
     """The weights that a model has now and how it uses them; weights are not kept alive.
 
-    Loading others, casting, an adapter that comes, goes or counts differently make another state. A number that is
-    written into a weight in place (`weight[0] = 1`) does not.
+    Loading others, casting, an adapter that comes, goes or counts differently, and a number that is written into a
+    weight in place (`weight[0] = 1`) make another state.
     """
 
     def __init__(self, model: Model):
-        self._arrays = [weakref.ref(array) for _, array in tree_flatten(model.parameters())]
+        arrays = [array for _, array in tree_flatten(model.parameters())]
+        # Other objects of the same arrays, so that writing into one gives it another place in memory. They go with it.
+        held = {i: copy.copy(array) for i, array in enumerate(arrays)}
+        self._arrays = [(_reference(array, held, i), _place(array)) for i, array in enumerate(arrays)]
         self._settings = _settings(model)
         self._fingerprint: str | None = None
 
@@ -38,14 +42,25 @@ class ModelState:
         arrays = [array for _, array in tree_flatten(model.parameters())]
         return (
             len(arrays) == len(self._arrays)
-            and all(kept() is array for kept, array in zip(self._arrays, arrays, strict=True))
+            and all(kept() is array for (kept, _), array in zip(self._arrays, arrays, strict=True))
+            and not self.gone
             and _settings(model) == self._settings
         )
 
     @property
     def gone(self) -> bool:
         """Whether no model can be in this state any more."""
-        return any(kept() is None for kept in self._arrays)
+        return any((array := kept()) is None or _place(array) != place for kept, place in self._arrays)
+
+
+def _reference(array: mx.array, held: dict[int, mx.array], key: int) -> weakref.ref[mx.array]:
+    """A weak reference to an array, whose end takes what is held under `key` along."""
+    return weakref.ref(array, lambda _: held.pop(key, None))
+
+
+def _place(array: mx.array) -> int:
+    """Where an array's numbers stand in memory."""
+    return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]
 
 
 def model_fingerprint(model: Model) -> str:

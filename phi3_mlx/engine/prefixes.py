@@ -34,8 +34,7 @@ class PrefixStore:
         generate(model, tokenizer, f"{text} Where is the owl?", prefixes=prefixes)  # reads the question alone
 
     It keeps what a draft model read as well. What is reused was read with the same weights and adapters, LongRoPE
-    regime and `kv_bits`, so answers are the same as without it. Only a weight that was written into in place
-    (`weight[0] = 1`) goes unnoticed: `clear()` then.
+    regime and `kv_bits`, so answers are the same as without it.
 
     It holds `budget` bytes at most; what was not asked for longest goes first, and all of it before a run has too
     little memory. It serves any number of runs at once, of any threads and models: its methods take turns with the
