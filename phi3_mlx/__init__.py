@@ -31,6 +31,8 @@ _PUBLIC = {
     "Score": "generation.scoring",
     "Statistics": "engine.tokens",
     "Token": "engine.tokens",
+    "Tool": "text.tools",
+    "ToolCall": "text.tool_calls",
     "batch_generate": "generation.answers",
     "batch_score": "generation.scoring",
     "compare": "evaluation.quality",
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from .generation.scoring import score as score
     from .models.cache import KVBits as KVBits
     from .store.hub import resolve as resolve
+    from .text.tool_calls import ToolCall as ToolCall
+    from .text.tools import Tool as Tool
     from .tuning import tune as tune
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -9,7 +9,7 @@ from ..engine.jobs import Job
 from ..engine.processors import Bias, Constraint, Processor
 from ..engine.tokens import FinishReason, Token
 from ..errors import OptionError
-from ..text.grammar import AnswerMatcher, matchers
+from ..text.grammar import AnswerMatcher, Form, matchers
 from ..text.spans import encode_after
 from ..text.stops import Stops
 from .request import Request
@@ -44,16 +44,20 @@ class Answer:
         return text + (self._finder.finish() if reason else ""), reason
 
 
-def begin_answers(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], request: Request) -> list[Answer]:
+def begin_answers(
+    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], request: Request, form: Form | None = None
+) -> list[Answer]:
     """An answer to begin for each prompt, a list of token ids; all that they have in common is made once.
 
+    `form`: what the answers must be, in place of what the request says.
     Raises OptionError for a form that cannot be followed, and for a bias of ids outside the vocabulary.
     """
     stops, bias = Stops(tokenizer, request.stop or ()), _bias(tokenizer, request)
-    scored = request.choices if request.sampling().takes_likeliest and not bias else None
+    scored = request.choices if request.sampling().takes_likeliest and not bias and form is None else None
+    form = form or request.form
     forms: Sequence[AnswerMatcher | None] = [None] * len(prompts)
-    if request.form is not None and scored is None:
-        forms = matchers(request.form, tokenizer, len(prompts))
+    if form is not None and scored is None:
+        forms = matchers(form, tokenizer, len(prompts))
     answers = []
     for ids, matcher in zip(prompts, forms, strict=True):
         processors: list[Processor] = bias if matcher is None else [*bias, Constraint(matcher)]

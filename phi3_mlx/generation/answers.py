@@ -14,7 +14,9 @@ from ..errors import OptionError, PromptError
 from ..models.decoder import Model
 from ..option import arguments
 from ..text.chat import render_chat
+from ..text.grammar import Form
 from ..text.messages import Message
+from ..text.tool_calls import ToolCall
 from ..values import check_function, listed, refusal, shown, token_ids
 from .answer import begin_answers
 from .loading import check_draft, check_loaded, check_tokenizer
@@ -35,7 +37,8 @@ class Chunk:
 
     `finish_reason` is None until the last chunk: "stop" (the model ended its answer or a stop string came) or
     "length". The other figures are those of the run so far: tokens (`prefilled_tokens` are those of the prompt that no
-    cache held, `accepted_tokens` are those drafted that were right), tokens a second, peak bytes.
+    cache held, `accepted_tokens` are those drafted that were right), tokens a second, peak bytes. `calls` are those of
+    tools that the token completed, which `Conversation.send` alone tells apart from the text.
     """
 
     text: str
@@ -50,6 +53,7 @@ class Chunk:
     peak_memory: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    calls: tuple[ToolCall, ...] = ()
 
 
 def generate(
@@ -222,7 +226,7 @@ class Answers:
     """The answers to one or more prompts, computed together: (token, text, finish reason) a token.
 
     Between them stands the engine, which knows no text: it gets ids and `Sampling`, and its ids become text here. The
-    faults of `generate` are raised at once.
+    faults of `generate` are raised at once. `form`: what the answers must be, in place of what the request says.
     """
 
     def __init__(
@@ -236,6 +240,7 @@ class Answers:
         prompt_cache: PromptCache | None = None,
         prefixes: PrefixStore | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        form: Form | None = None,
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
@@ -250,7 +255,7 @@ class Answers:
         if prompt_cache is not None and prefixes is not None:
             raise OptionError("prefixes has no effect beside a prompt_cache; leave out one of the two")
         rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
-        self._answers = begin_answers(tokenizer, rows, request)
+        self._answers = begin_answers(tokenizer, rows, request, form)
         jobs = [replace(answer.job, draft=draft_model) for answer in self._answers]
         draft_cache = None
         if prompt_cache is not None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import html
+import itertools
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from .. import values
 from ..engine.prefixes import PrefixStore, check_store
 from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
 from ..text.chat import render_chat
+from ..text.tool_calls import CallBroken, CallEnded, TextPiece, ToolCall
+from ..text.tool_use import ToolUse, use_tools
+from ..text.tools import Tool, ToolChoice
 from .answers import Answers, Chunk
 from .loading import check_loaded, check_tokenizer
 from .prompt_cache import PromptCache
 from .request import CHAT_TOKENS, Request
+from .tool_turns import TOOL_ROUNDS, RunTool, ToolTurn
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
@@ -60,7 +66,7 @@ class Conversation:
         check_store(prefixes)
         self._model, self._tokenizer, self._notify, self._prefixes = model, tokenizer, notify, prefixes
         self._memory = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         # The last answer, which may not have been read to its end, and the number of it.
         self._open: Generator[Chunk, None, None] | None = None
         self._number = 0
@@ -116,12 +122,34 @@ class Conversation:
         regex: str | None = None,
         grammar: str | None = None,
         choices: Sequence[str] | str | None = None,
+        tools: Sequence[Tool | Callable[..., Any] | Mapping[str, Any]] | str | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        run_tool: RunTool | None = None,
+        tool_rounds: int = TOOL_ROUNDS,
     ) -> Generator[Chunk, None, None]:
-        """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call."""
-        return self.ask(text, Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION)), draft=draft)
+        """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call.
+
+        `tools` are functions that the model may call: Python functions with type hints, or OpenAI's JSON form. The
+        arguments of a call fit the tool's schema. Its function is called, or `run_tool` with the `ToolCall`, the model
+        is told the result, or the error, and goes on; after `tool_rounds` rounds of calls it must answer in text.
+        Chunks have the text beside the calls, and each call in the `calls` of the chunk that completes it. A call of a
+        tool without a function ends the turn, unless there is `run_tool`. `tool_choice` is "auto", "none", "required"
+        or a tool's name, which the first answer is held to; with `parallel_tool_calls=False` an answer has one call at
+        most.
+        """
+        request = Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION))
+        use = use_tools(self._tokenizer, tools, tool_choice, values.flag(parallel_tool_calls, "parallel_tool_calls"))
+        turn = ToolTurn(use, run_tool, tool_rounds, self._notify) if use.tools else None
+        return self.ask(text, request, draft=draft, tools=turn)
 
     def ask(
-        self, text: str, request: Request, *, draft: tuple[Model, Tokenizer] | None = None
+        self,
+        text: str,
+        request: Request,
+        *,
+        draft: tuple[Model, Tokenizer] | None = None,
+        tools: ToolTurn | None = None,
     ) -> Generator[Chunk, None, None]:
         """`send`, with all options at once.
 
@@ -135,22 +163,85 @@ class Conversation:
             self._end_answer()
             if not values.text(text, "the message").strip():
                 raise PromptError("the message is empty; give some text")
-            messages = [*self.messages, {"role": "user", "content": text}]
-            rendered = render_chat(self._tokenizer, messages, notify=self._notify if len(messages) <= 2 else None)
-            actual = self._with_own_answers(rendered)
             if self._prefixes is not None:
                 request = replace(request, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size)
-            answers = Answers(
-                self._model,
-                self._tokenizer,
-                [actual],
-                request,
-                draft=draft,
-                prompt_cache=self._cache if self._prefixes is None else None,
-                prefixes=self._prefixes,
-            )
-            self._open = self._answered(answers, messages, rendered, actual, self._number)
+            begin = partial(self._begun, request=request, draft=draft, number=self._number)
+            messages = [*self.messages, {"role": "user", "content": text}]
+            answer = begin(messages, tools.use_in(0) if tools else None)
+            self._open = answer if tools is None else self._with_calls(answer, begin, tools, self._number)
             return self._read(self._open, self._number)
+
+    def _begun(
+        self,
+        messages: list[dict[str, Any]],
+        use: ToolUse | None,
+        *,
+        request: Request,
+        draft: tuple[Model, Tokenizer] | None,
+        number: int,
+    ) -> Generator[Chunk, None, None]:
+        """The next answer to the messages."""
+        notify = self._notify if len(messages) <= 2 else None
+        if use is None and any(message.get("tool_calls") for message in messages):
+            use = use_tools(self._tokenizer, None)
+        if use is None:
+            rendered = render_chat(self._tokenizer, messages, notify=notify)
+        else:
+            rendered = use.render(self._tokenizer, messages, notify)
+        actual = self._with_own_answers(rendered)
+        answers = Answers(
+            self._model,
+            self._tokenizer,
+            [actual],
+            request,
+            draft=draft,
+            prompt_cache=self._cache if self._prefixes is None else None,
+            prefixes=self._prefixes,
+            form=use.form(request.form) if use else None,
+        )
+        return self._answered(answers, messages, rendered, actual, number)
+
+    def _with_calls(
+        self,
+        answer: Generator[Chunk, None, None],
+        begin: Callable[[list[dict[str, Any]], ToolUse], Generator[Chunk, None, None]],
+        tools: ToolTurn,
+        number: int,
+    ) -> Generator[Chunk, None, None]:
+        """The chunks of an answer, of the calls in it, and of the answers to their results."""
+        for round_ in itertools.count(1):
+            calls = yield from self._told_apart(answer, tools, number)
+            if calls is None:
+                return
+            results = [tools.result(call) for call in calls]
+            with self._changing:
+                if number != self._number:
+                    return
+                answer = begin([*self.messages, *results], tools.use_in(round_))
+
+    def _told_apart(
+        self, answer: Generator[Chunk, None, None], tools: ToolTurn, number: int
+    ) -> Generator[Chunk, None, list[ToolCall] | None]:
+        """The chunks of an answer with its text alone, and the calls to run; None if the turn ends with it."""
+        parser, text, run = tools.use.parser(), "", False
+        calls: list[ToolCall] = []
+        with closing(answer):
+            for chunk in answer:
+                events = parser.add(chunk.text) + (parser.finish() if chunk.finish_reason else [])
+                shown = "".join(event.text for event in events if isinstance(event, TextPiece | CallBroken))
+                ended = tuple(event.call for event in events if isinstance(event, CallEnded))
+                text, calls = text + shown, [*calls, *ended]
+                run = chunk.finish_reason == "stop" and tools.runs(calls)
+                if chunk.finish_reason and calls:
+                    self._note_calls(text, calls, number)
+                yield replace(chunk, text=shown, calls=ended, finish_reason=None if run else chunk.finish_reason)
+        return calls if run else None
+
+    def _note_calls(self, text: str, calls: Sequence[ToolCall], number: int) -> None:
+        """Give the last message its calls, apart from its text."""
+        with self._changing:
+            if number == self._number:
+                self.messages[-1].update(content=text, tool_calls=[call.json for call in calls])
 
     def _end_answer(self) -> None:
         """End an answer that was not read to its end, and what it holds."""
@@ -186,11 +277,11 @@ class Conversation:
         return [*self._actual, *self._answer, *rendered[end:]]
 
     def _answered(
-        self, answers: Answers, messages: list[dict[str, str]], rendered: list[int], actual: list[int], number: int
+        self, answers: Answers, messages: list[dict[str, Any]], rendered: list[int], actual: list[int], number: int
     ) -> Generator[Chunk, None, None]:
         """The chunks of an answer, noted as they come."""
         ids: list[int] = []
-        answer = {"role": "assistant", "content": ""}
+        answer: dict[str, Any] = {"role": "assistant", "content": ""}
         with self._changing:
             if number != self._number:
                 return
@@ -211,11 +302,13 @@ class Conversation:
 _COLORS = {"system": "#8d99ae", "user": "#2a6f97", "assistant": "#c8553d"}
 
 
-def conversation_html(messages: Sequence[Mapping[str, str]]) -> str:
+def conversation_html(messages: Sequence[Mapping[str, Any]]) -> str:
     """A chat, a block a message."""
     blocks = []
     for message in messages:
-        role, content = message["role"], html.escape(message["content"].strip()).replace("\n", "<br>")
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        lines = [message["content"].strip(), *(f"→ {call['name']} {call['arguments']}" for call in calls)]
+        role, content = message["role"], html.escape("\n".join(filter(None, lines))).replace("\n", "<br>")
         color = _COLORS.get(role, "#8d99ae")
         blocks.append(
             f'<div style="border-left: 4px solid {color}; padding: 0 0 0 0.8em; margin: 0.6em 0; max-width: 50em">'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,8 @@ _OTHER_HEADING = re.compile(
 )
 _RULE = re.compile(r"-{3,}\s*")
 _FIELD = re.compile(r":param\s+(?:[^:]*\s)?(\w+)\s*:\s*(.*)")
+_GOOGLE_ENTRY = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
+_NUMPY_ENTRY = re.compile(r"(\w+)\s*(?::|$)")
 _OTHER_FIELD = re.compile(r":(returns?|rtype|raises?|type|yields?)\b")
 
 
@@ -31,9 +35,10 @@ def described(function: Callable[..., Any]) -> tuple[str, str, dict[str, Any]]:
     """
     name = getattr(_bare(function), "__name__", type(function).__name__)
     where = f"tool {name}"
+    if inspect.iscoroutinefunction(_bare(function)):
+        raise OptionError(f"{where} is a coroutine function; give a function that returns its result")
     try:
-        parameters = inspect.signature(function).parameters
-        hints = typing.get_type_hints(_annotated(function), include_extras=True)
+        parameters, hints = inspect.signature(function).parameters, hints_of(function)
     except (NameError, TypeError, ValueError) as error:
         raise OptionError(f"{where}: its type hints cannot be read: {error}") from None
     description, texts = docstring(inspect.getdoc(_bare(function)) or "")
@@ -48,6 +53,7 @@ def described(function: Callable[..., Any]) -> tuple[str, str, dict[str, Any]]:
             raise OptionError(f"{where}: {parameter} cannot be described; give parameters that have a name each")
         if parameter.name not in hints:
             raise OptionError(f"{where}: {parameter.name} has no type hint; give one")
+        types.name = f"{where}: {parameter.name}"
         schema = types.schema_of(hints[parameter.name])
         if "description" not in schema and parameter.name in texts:
             schema = {**schema, "description": texts[parameter.name]}
@@ -60,15 +66,16 @@ def described(function: Callable[..., Any]) -> tuple[str, str, dict[str, Any]]:
     return name, description, {**whole, "$defs": types.definitions} if types.definitions else whole
 
 
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's parameters, also of a method, of an object that can be called, and of a partial."""
+    bare = inspect.unwrap(_bare(function))
+    annotated = bare if inspect.isroutine(bare) else type(bare).__call__
+    return typing.get_type_hints(annotated, include_extras=True)
+
+
 def _bare(function: Any) -> Any:
     """What stands behind `functools.partial`."""
     return _bare(function.func) if isinstance(function, functools.partial) else function
-
-
-def _annotated(function: Any) -> Any:
-    """What has the annotations: a function, a method, or the `__call__` of an object."""
-    bare = inspect.unwrap(_bare(function))
-    return bare if inspect.isroutine(bare) else type(bare).__call__
 
 
 def _is_plain(value: Any) -> bool:
@@ -76,50 +83,57 @@ def _is_plain(value: Any) -> bool:
 
 
 def docstring(text: str) -> tuple[str, dict[str, str]]:
-    """(what it says of the function, of each parameter by its name), each on one line or in paragraphs.
+    """(what it says of the function, what it says of each parameter), on one line or in paragraphs.
 
     Parameters are looked for under a heading `Args:` (Google), `Parameters` with a rule (NumPy), and in fields
     `:param name: text` (Sphinx).
     """
     lines = inspect.cleandoc(text).splitlines()
     about: list[str] = []
-    texts: dict[str, list[str]] = {}
-    of_parameters, ended, current = False, False, None
-    base = 0  # the indentation of the names under a heading
+    parameters: list[str] = []
+    fields: list[str] = []
+    section = about
     for number, line in enumerate(lines):
-        indent, stripped = len(line) - len(line.lstrip()), line.strip()
-        if _RULE.fullmatch(stripped) and (of_parameters or ended):
-            continue
-        if field := _FIELD.match(stripped):
-            current, ended = field[1], True
-            texts[current] = [field[2]]
-        elif _OTHER_FIELD.match(stripped):
-            current, ended = None, True
-        elif indent == 0 and _is_heading(_PARAMETERS_HEADING, lines, number):
-            of_parameters, ended, current, base = True, False, None, -1
-        elif indent == 0 and _is_heading(_OTHER_HEADING, lines, number):
-            of_parameters, ended, current = False, True, None
-        elif of_parameters and stripped:
-            base = indent if base < 0 else base
-            entry = re.match(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*(?::\s*(.*))?$", stripped) if indent <= base else None
-            if entry:
-                current = entry[1]
-                # NumPy's form has the type behind the colon, and the text below.
-                texts[current] = [] if base == 0 else [entry[2] or ""]
-            elif current:
-                texts[current].append(stripped)
-        elif current and stripped:
-            texts[current].append(stripped)
-        elif not ended and not of_parameters:
-            about.append(line.rstrip())
-    joined = {name: " ".join(part for part in parts if part) for name, parts in texts.items()}
+        if _is_heading(_PARAMETERS_HEADING, lines, number):
+            section = parameters
+        elif _is_heading(_OTHER_HEADING, lines, number) or _OTHER_FIELD.match(line):
+            section = []
+        elif _FIELD.match(line):
+            section = fields
+            section.append(line)
+        elif section is about or not _RULE.fullmatch(line):
+            section.append(line)
     paragraphs = re.split(r"\n\s*\n", "\n".join(about).strip())
-    return "\n\n".join(" ".join(part.split()) for part in paragraphs), {k: v for k, v in joined.items() if v}
+    return "\n\n".join(map(_one_line, paragraphs)), {**_entries(parameters), **_texts_of(fields, _FIELD)}
 
 
 def _is_heading(pattern: re.Pattern[str], lines: list[str], number: int) -> bool:
     """Whether a line is a heading: it ends in a colon, or has a rule below."""
-    line = lines[number].strip()
-    if not pattern.fullmatch(line):
-        return False
-    return line.endswith(":") or (number + 1 < len(lines) and _RULE.fullmatch(lines[number + 1].strip()) is not None)
+    below = lines[number + 1] if number + 1 < len(lines) else ""
+    return bool(pattern.fullmatch(lines[number])) and (lines[number].rstrip().endswith(":") or bool(_RULE.match(below)))
+
+
+def _entries(lines: list[str]) -> dict[str, str]:
+    """The texts of a section of parameters. In Google's form it is indented; in NumPy's only the texts are."""
+    lines = [line for line in lines if line.strip()]
+    numpy = bool(lines) and not lines[0].startswith(" ")
+    if not numpy:
+        indented = itertools.takewhile(lambda line: line.startswith(" "), lines)
+        lines = textwrap.dedent("\n".join(indented)).splitlines()
+    return _texts_of(lines, _NUMPY_ENTRY if numpy else _GOOGLE_ENTRY)
+
+
+def _texts_of(lines: list[str], entry: re.Pattern[str]) -> dict[str, str]:
+    """Texts by their names: a line that `entry` matches begins one, (name) or (name, text); others go on with it."""
+    texts: dict[str, list[str]] = {}
+    for line in lines:
+        begin = entry.match(line)
+        if begin:
+            texts[begin[1]] = [*begin.groups()[1:]]
+        elif texts:
+            texts[next(reversed(texts))].append(line)
+    return {name: _one_line(" ".join(parts)) for name, parts in texts.items() if any(map(str.strip, parts))}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import OptionError
 from ..fields import parse
 from ..values import listed, shown
-from .functions import described
+from .functions import described, hints_of
+from .python_values import as_hinted
 
 # "auto": the model decides; "none": no call; "required": at least one call; else the name of the tool to call.
 ToolChoice = str
@@ -58,6 +59,17 @@ class Tool:
         if isinstance(value, Tool):
             return value
         return _of_json(value) if isinstance(value, Mapping) else cls.of(value)
+
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """What the function returns for a call's arguments, which become the types of its hints.
+
+        Raises OptionError if there is no function, ValueError for arguments of other types, and what the function
+        raises.
+        """
+        if self.function is None:
+            raise OptionError(f"tool {self.name} has no function to call; it is known by its JSON alone")
+        hints = hints_of(self.function)
+        return self.function(**{name: as_hinted(value, hints.get(name, Any)) for name, value in arguments.items()})
 
     @property
     def json(self) -> dict[str, Any]:
