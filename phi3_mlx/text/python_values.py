@@ -25,14 +25,14 @@ def as_hinted(value: Any, hint: Any) -> Any:
         return _member(value, arguments, arguments)
     if origin in (typing.Union, types.UnionType):
         return _first_that_fits(value, arguments)
-    if isinstance(hint, type) and not origin and hint not in _CONTAINERS:
+    if isinstance(hint, type) and not origin and hint not in _COLLECTIONS:
         return _of_class(value, hint)
-    if origin and origin not in _CONTAINERS:  # Annotated, Required and the like
+    if origin and origin not in _COLLECTIONS:  # Annotated, Required and the like
         return as_hinted(value, arguments[0])
     return _container(value, origin or hint, arguments)
 
 
-_CONTAINERS = (list, tuple, dict, Sequence, Mapping)
+_COLLECTIONS = (list, tuple, dict, Sequence, Mapping)
 
 
 def _of_class(value: Any, kind: Any) -> Any:
