@@ -23,7 +23,7 @@ from .answers import Answers, Chunk
 from .loading import check_loaded, check_tokenizer
 from .prompt_cache import PromptCache
 from .request import CHAT_TOKENS, Request
-from .tool_turns import TOOL_ROUNDS, RunTool, ToolTurn
+from .tool_turns import TOOL_ROUNDS, ToolCaller, ToolTurn
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
@@ -125,7 +125,7 @@ class Conversation:
         tools: Sequence[Tool | Callable[..., Any] | Mapping[str, Any]] | str | None = None,
         tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
-        run_tool: RunTool | None = None,
+        run_tool: ToolCaller | None = None,
         tool_rounds: int = TOOL_ROUNDS,
     ) -> Generator[Chunk, None, None]:
         """Ask; yields the answer's chunks. The arguments are `generate`'s, and faults are raised at the call.

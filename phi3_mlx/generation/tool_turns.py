@@ -13,7 +13,7 @@ from ..text.tool_calls import ToolCall
 from ..text.tool_use import ToolUse
 
 TOOL_ROUNDS = 8
-RunTool = Callable[[ToolCall], Any]
+ToolCaller = Callable[[ToolCall], Any]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ToolTurn:
     """
 
     use: ToolUse
-    run: RunTool | None = None
+    run: ToolCaller | None = None
     rounds: int = TOOL_ROUNDS
     notify: Callable[[str], None] | None = None
 
