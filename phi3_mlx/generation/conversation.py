@@ -231,8 +231,9 @@ class Conversation:
                 shown = "".join(event.text for event in events if isinstance(event, TextPiece | CallBroken))
                 ended = tuple(event.call for event in events if isinstance(event, CallEnded))
                 text, calls = text + shown, [*calls, *ended]
-                run = chunk.finish_reason == "stop" and tools.runs(calls)
-                if chunk.finish_reason and calls:
+                whole = chunk.finish_reason == "stop" and bool(calls)  # a cut answer stays as the model wrote it
+                run = whole and tools.runs(calls)
+                if whole:
                     self._note_calls(text, calls, number)
                 yield replace(chunk, text=shown, calls=ended, finish_reason=None if run else chunk.finish_reason)
         return calls if run else None
