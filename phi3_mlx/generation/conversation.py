@@ -197,7 +197,7 @@ class Conversation:
             draft=draft,
             prompt_cache=self._cache if self._prefixes is None else None,
             prefixes=self._prefixes,
-            form=use.form(request.form) if use else None,
+            form=use.form(request.form) if use and use.tools else None,
         )
         return self._answered(answers, messages, rendered, actual, number)
 
