@@ -7,7 +7,8 @@ the folder that the first has left. The model has random weights, two layers wit
 bundled model's tokenizer. The least that can be read is the text once, and what is new of each question. Then four
 conversations of the bundled model take turns under one system message, with one store; their least is what they read
 with a cache for each. The first `--plain` questions, and all turns, are answered without a store too, and the run
-fails if an answer differs. Seconds are those until the first token.
+fails if an answer differs, or if a turn reads more than it does with a cache of its own. Seconds are those until the
+first token.
 """
 
 from __future__ import annotations
@@ -124,6 +125,15 @@ def of_questions(name: str, tokens: int, number: int, compared: int) -> dict[str
     return row_of(f"{number} questions about a text, in two processes", stored, plain, least)
 
 
+def check_turns(stored: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
+    """Raise ClickException if a turn reads more with a store than with a cache of its conversation."""
+    for number, (turn, alone) in enumerate(zip(stored, plain, strict=True), 1):
+        if turn["read"] > alone["read"]:
+            raise click.ClickException(
+                f"turn {number} reads {turn['read']} tokens, and {alone['read']} without a store"
+            )
+
+
 def of_conversations(turns: int) -> dict[str, Any]:
     model, tokenizer = load("tiny")
     answers: list[list[dict[str, Any]]] = []
@@ -137,6 +147,7 @@ def of_conversations(turns: int) -> dict[str, Any]:
             ]
         )
     stored, plain = answers
+    check_turns(stored, plain)
     least = sum(answer["read"] for answer in plain)  # each has a cache of its own, and reads what is new to it
     return row_of(f"{CONVERSATIONS} conversations that take turns", stored, plain, least)
 

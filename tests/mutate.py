@@ -38,7 +38,7 @@ TESTS = {
     "engine/fitting": ["test_fitting", "test_traffic", "test_memory_first"],
     "engine/background": ["test_prefix_files"],
     "engine/cache_file": ["test_cache_file", "test_prefix_files", "test_prompt_cache"],
-    "engine/identity": ["test_prefix_identity", "test_prefixes", "test_prompt_cache"],
+    "engine/identity": ["test_prompt_cache", "test_prefix_identity", "test_prefixes"],
     "engine/prefixes": ["test_prefixes", "test_prefix_files"],
     "engine/prefix_files": ["test_prefix_files", "test_prefix_identity"],
     "engine/prefix_tree": ["test_prefixes", "test_prefix_files"],

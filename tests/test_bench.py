@@ -281,6 +281,8 @@ def test_prefix_counts_what_is_read_and_the_least_that_could_be(results, monkeyp
     answer = {"said": "a", "read": 1, "prompt": 1, "seconds": 1.0}
     with pytest.raises(click.ClickException, match="an answer is another than without a store"):
         prefix.row_of("questions", [answer], [answer | {"said": "b"}], 1)
+    with pytest.raises(click.ClickException, match="turn 2 reads 2 tokens, and 1 without a store"):
+        prefix.check_turns([answer, answer | {"read": 2}], [answer, answer])
 
 
 def test_faults_of_a_user_are_one_line(capfd):

@@ -353,6 +353,31 @@ def test_what_it_holds_is_what_it_says():
     assert mx.get_active_memory() - before < held / 10
 
 
+def test_a_prefix_is_moved_where_there_is_no_room_for_a_copy_and_else_it_stays():
+    prompt, other = ids_of(1201, 0), ids_of(900, 1)
+    prefixes = PrefixStore("1GB")
+    for text in (prompt, other):
+        answers(PLAIN, [text], prefixes, n=1, chunk=512)
+    both = prefixes.nbytes
+    cache = prefixes.cache_for(PLAIN, [*prompt, 5])
+    assert (cache[0].offset, prefixes.nbytes) == (1201, both)  # a copy
+    del cache
+    cache = prefixes.cache_for(PLAIN, [*prompt, 5], lacking=1)
+    assert prefixes.shared(PLAIN, other) < 899  # what was not used longest gives way first
+    assert prefixes.shared(PLAIN, [*prompt, 5]) == 1201  # and that is enough
+    del cache
+    gc.collect()
+    mx.clear_cache()
+    held, before = prefixes.nbytes, mx.get_active_memory()
+    mx.reset_peak_memory()
+    cache = prefixes.cache_for(PLAIN, [*prompt, 5], lacking=held)
+    assert cache[0].offset == 1201
+    assert prefixes.nbytes == prefixes.shared(PLAIN, [*prompt, 5]) == 0
+    assert mx.get_peak_memory() - before < 0.2 * held  # a layer at a time, where `other` was
+    run = Generation(PLAIN, [[*prompt, 5]], max_tokens=8, sampling=Sampling(), cache=cache, room=math.inf)
+    assert [token.id for token in run] == answers(PLAIN, [[*prompt, 5]])[0][0]
+
+
 def test_the_store_gives_way_before_a_job_waits(monkeypatch):
     monkeypatch.setattr(scheduler, "ANSWER_BLOCK", 8)
     prompts = [ids_of(40, seed) for seed in range(3)]

@@ -41,7 +41,8 @@ class Conversation:
             print(chunk.text, end="", flush=True)
 
     `kv_bits`, `kv_group_size` and `force` are `generate`'s. With `prefixes` what it has read is kept there, beside that
-    of other conversations, instead of in a cache of its own.
+    of other conversations. Without, it has a cache of its own, which grows in place: a store would copy all of it for
+    each answer, and hold it twice meanwhile.
     An answer that is broken off (the iterator closed, Ctrl-C, a further message) is kept up to that point. Any thread
     may send a message, but one answer is read at a time: a further message, or a reset, ends the one before, and who
     reads on in that gets a CacheError.
