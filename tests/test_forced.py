@@ -48,7 +48,7 @@ def naive(model, prompt, matcher, sampling, tokens):
         known = np.full(logits.shape[-1], -np.inf, dtype=np.float32)
         allowed = matcher.allowed(ids[len(prompt) :])
         known[: len(allowed)][allowed == 1] = 0
-        token, logprob = draw([sampler], logits, logits + mx.array(known))
+        token, logprob, _ = draw([sampler], logits, logits + mx.array(known))
         ids.append(int(token.item()))
         told.append((ids[-1], float(logprob.item())))
     return told

@@ -13,7 +13,7 @@ from ..errors import CacheError, Phi3Error
 from ..models.decoder import Model
 from .drafts import Drafter
 from .passes import Pass, queue_pass
-from .rows import FORCED, Row
+from .rows import FORCED, Answered, Row
 from .tokens import Token
 
 _NOTHING_LEFT = "the processors of this request exclude every token, or make a logit NaN, so no token can be drawn"
@@ -201,8 +201,8 @@ class Batch:
                 most -= len(run) - 1
         return runs
 
-    def _tell(self, tokens: list[tuple[Row, int, float]], step: Step) -> None:
-        for row, token, logprob in tokens:
+    def _tell(self, tokens: list[Answered], step: Step) -> None:
+        for row, token, logprob, top in tokens:
             if row.finished:
                 continue
             if math.isnan(logprob):
@@ -210,7 +210,7 @@ class Batch:
             elif math.isinf(logprob):
                 row.fail(Phi3Error(_NOTHING_LEFT))
             else:
-                step.tokens.append(row.say(token, logprob))
+                step.tokens.append(row.say(token, logprob, top))
 
 
 def _settle(rows: list[Row]) -> None:

@@ -102,7 +102,7 @@ class ModelDrafter(Payoff):
                 if processors:
                     guesses: list[int] = mx.concatenate(drawn).tolist() if drawn else []  # type: ignore[assignment]
                     scores = processed(processors, [*self._row.answer, *guesses], logits)[None]
-                drawn.append(draw([sampler], logits[None], scores)[0])
+                drawn.append(draw([sampler], logits[None], scores).ids)
                 mx.async_eval(drawn[-1], self._cache.to_compute)
                 ids = drawn[-1][None]
         finally:

@@ -11,7 +11,7 @@ from .draft_model import ModelDrafter
 from .lookup import LookupDrafter, accepted_of
 from .payoff import Payoff, StepTimes
 from .processors import processed
-from .rows import Row
+from .rows import Answered, Row
 from .sampler import SamplerState, draw
 
 
@@ -56,7 +56,7 @@ class Drafter:
                 draft, self._source = self._guesser.draft(length), self._guesser
         return draft
 
-    def verify(self, draft: list[int]) -> list[tuple[Row, int, float]]:
+    def verify(self, draft: list[int]) -> list[Answered]:
         """Read the last token and the draft in one pass; what is drawn behind that and every right token of the draft.
 
         The tokens are those of plain decoding: one that was drafted counts only if the same was drawn in its place.
@@ -68,17 +68,18 @@ class Drafter:
             scores = None
             if row.processors:
                 scores = processed(row.processors, [*row.answer, *draft[:position]], logits[position])[None]
-            drawn.append(draw([row.sampler], logits[position : position + 1], scores))
+            drawn.append(draw([row.sampler], logits[position : position + 1], scores, [row.job.top]))
             states.append(row.sampler.state)
-            if row.processors and drawn[-1][0].item() != (*draft, None)[position]:
+            if row.processors and drawn[-1].ids.item() != (*draft, None)[position]:
                 break  # a constraint need not know how to go on behind a token that it excludes
-        ids: list[int] = mx.concatenate([ids for ids, _ in drawn]).tolist()  # type: ignore[assignment]
-        logprobs: list[float] = mx.concatenate([logprobs for _, logprobs in drawn]).tolist()  # type: ignore[assignment]
+        ids: list[int] = mx.concatenate([each.ids for each in drawn]).tolist()  # type: ignore[assignment]
+        logprobs: list[float] = mx.concatenate([each.logprobs for each in drawn]).tolist()  # type: ignore[assignment]
         accepted = accepted_of(draft, ids)
         _take_back(row, len(draft) - accepted, states[accepted])
         assert self._source is not None
         self._source.saw_draft(len(draft), accepted, time.perf_counter() - started)
-        return [(row, token, logprob) for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False)]
+        told = zip(ids[: accepted + 1], logprobs, drawn, strict=False)
+        return [Answered(row, token, logprob, *each.top.told()) for token, logprob, each in told]
 
     def _looked_up(self, most: int) -> list[int]:
         """The draft of earlier text."""

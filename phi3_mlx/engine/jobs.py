@@ -29,6 +29,7 @@ class Job:
     - `scored_from`: the log-probability of the prompt's tokens from this place on is wanted (1: of all but the first,
       before which nothing stands); None: of none.
     - `candidates`: ids whose log-probability behind the prompt is wanted; scores follow those of the prompt's tokens.
+    - `top`: how many of the likeliest tokens are told with each token of the answer and each score.
     - `length`: tokens that the sequence counts as having, where more than the prompt's are to come: it decides
       LongRoPE's regime from the first token on.
     - `branches`: how many jobs may continue at once what this one has read (`Scheduler.branch`). It then reads, and
@@ -50,12 +51,12 @@ class Job:
     choices: Sequence[Sequence[int]] = ()
     scored_from: int | None = None
     candidates: Sequence[int] = ()
+    top: int = 0
     length: int | None = None
     branches: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and whole(self.max_tokens, "max_tokens") < 0:
-            raise OptionError(f"max_tokens {self.max_tokens} is outside its range; give 0 or more")
+        self._check_counts()
         if not isinstance(self.sampling, Sampling):
             raise refusal(self.sampling, "sampling", "a Sampling")
         if not isinstance(self.stop_ids, Collection) or token_ids(list(self.stop_ids)) is None:
@@ -68,9 +69,14 @@ class Job:
         for ids in self.choices:
             if not token_ids(ids):
                 raise refusal(ids, "choices", "lists of token ids, none of them empty")
-        if not 0 <= whole(self.lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
-            raise OptionError(f"lookup {self.lookup} is outside its range; give 0 (off) to {KVCache.spare}")
         if self.scored_from is not None and not 1 <= whole(self.scored_from, "scored_from") <= len(self.prompt):
             raise OptionError(f"scored_from {self.scored_from} is outside its range; give 1 to {len(self.prompt)}")
         if self.branches and self.max_tokens != 0:
             raise OptionError("a job with branches answers nothing itself; give max_tokens=0")
+
+    def _check_counts(self) -> None:
+        for name, count in (("max_tokens", self.max_tokens), ("top", self.top)):
+            if count is not None and whole(count, name) < 0:
+                raise OptionError(f"{name} {count} is outside its range; give 0 or more")
+        if not 0 <= whole(self.lookup, "lookup") <= KVCache.spare:  # a longer draft could not be taken back
+            raise OptionError(f"lookup {self.lookup} is outside its range; give 0 (off) to {KVCache.spare}")

@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from ..models.decoder import Model
 from .processors import processed
-from .rows import Row
-from .sampler import SamplerState, draw
+from .rows import Answered, Row
+from .sampler import Drawn, SamplerState, draw
 from .scores import Scores, TokenScore
 
 
@@ -40,7 +40,7 @@ class Pass:
         self.rows: list[Row] = []
         self._late = [row for row in rows if any(processor.reads_answer for processor in row.processors)]
         self._late_logits: mx.array | None = None
-        self._drawn: list[tuple[mx.array, mx.array]] = []
+        self._drawn: list[Drawn] = []
         # What each draws with, to draw it again; those that were left out are not among them.
         self._before: dict[Row, SamplerState] = {row: row.sampler.state for row in (*rows, *reading)}
         if logits is None:
@@ -96,29 +96,37 @@ class Pass:
         self.rows += rows
         for row in rows:
             row.sampler.skip(self.forced.get(row, ()))
-        self._drawn.append(draw([row.sampler for row in rows], logits, scores))
-        mx.async_eval(self._drawn[-1], [row.sampler.state for row in rows], [row.main.ids_to_compute for row in rows])
+        drawn = draw([row.sampler for row in rows], logits, scores, [row.job.top for row in rows])
+        self._drawn.append(drawn)
+        mx.async_eval(
+            drawn.ids,
+            drawn.logprobs,
+            drawn.top.arrays,
+            [row.sampler.state for row in rows],
+            [row.main.ids_to_compute for row in rows],
+        )
 
     def ids_of(self, rows: Sequence[Row]) -> mx.array:
         """The next tokens of these rows (1, rows), perhaps not computed yet."""
-        ids = _joined([ids for ids, _ in self._drawn])
+        ids = _joined([drawn.ids for drawn in self._drawn])
         if len(rows) < len(self.rows):
             ids = ids[mx.array([self.rows.index(row) for row in rows])]
         return ids[None]
 
-    def tokens(self) -> list[tuple[Row, int, float]]:
+    def tokens(self) -> list[Answered]:
         """Wait for the tokens of all rows and their log-probabilities."""
         if not self._drawn:
             return []
-        ids: list[int] = _joined([ids for ids, _ in self._drawn]).tolist()  # type: ignore[assignment]
-        logprobs: list[float] = _joined([logprobs for _, logprobs in self._drawn]).tolist()  # type: ignore[assignment]
+        ids: list[int] = _joined([drawn.ids for drawn in self._drawn]).tolist()  # type: ignore[assignment]
+        logprobs: list[float] = _joined([drawn.logprobs for drawn in self._drawn]).tolist()  # type: ignore[assignment]
+        tops = [top for drawn in self._drawn for top in drawn.top.told()]
         before = {} if self._forced_scored is None else dict(self._forced_scored.told())
-        told: list[tuple[Row, int, float]] = []
-        for row, token, logprob in zip(self.rows, ids, logprobs, strict=True):
-            if row in self._before:
-                scores = zip(self.forced.get(row, ()), before.get(row, ()), strict=True)
-                told += [(row, forced, score.logprob) for forced, score in scores]
-                told.append((row, token, logprob))
+        told: list[Answered] = []
+        for token in map(Answered, self.rows, ids, logprobs, tops):
+            if token.row in self._before:
+                scores = zip(self.forced.get(token.row, ()), before.get(token.row, ()), strict=True)
+                told += [Answered(token.row, forced, score.logprob, score.top) for forced, score in scores]
+                told.append(token)
         return told
 
     def known(self, row: Row) -> list[int]:
@@ -193,7 +201,8 @@ class _Scored:
     def __init__(self, model: Model, hidden: mx.array, targets: Mapping[Row, Targets]):
         wanted = [target for of_row in targets.values() for target in of_row]
         places = mx.array([place for place, _ in wanted], dtype=mx.int32)
-        self.scores = Scores(model, hidden[places], [ids for _, ids in wanted])
+        top = [row.job.top for row, of_row in targets.items() for _ in of_row]
+        self.scores = Scores(model, hidden[places], [ids for _, ids in wanted], top)
         self._counts = {row: sum(len(ids) for _, ids in of_row) for row, of_row in targets.items()}
 
     def told(self) -> list[tuple[Row, list[TokenScore]]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import CacheError
 from ..models.cache import RECOMPUTE_CHUNK, KVCache
 from ..models.decoder import Model
+from .alternatives import Alternatives
 from .choices import LikeliestChoice
 from .jobs import Job
 from .processors import Constraint, Processor
@@ -26,6 +28,15 @@ class _Where(Exception):
 
     def __str__(self) -> str:
         return f"\n\n{self.args[0]}"
+
+
+class Answered(NamedTuple):
+    """A token of a row's answer that is known: its id, its log-probability, and the likeliest in its place."""
+
+    row: Row
+    id: int
+    logprob: float
+    top: Alternatives = ()
 
 
 class Row:
@@ -215,7 +226,7 @@ class Row:
         if not self._owns_cache:
             raise CacheError("another run has taken over this prompt cache; use one cache for each stream")
 
-    def say(self, token: int, logprob: float) -> Token:
+    def say(self, token: int, logprob: float, top: Alternatives = ()) -> Token:
         """Add the next token of the answer, and end the row with it where it is the last."""
         self.answer.append(token)
         reason: FinishReason | None = None
@@ -224,4 +235,4 @@ class Row:
             self._ended = True
         elif self.left <= 0:
             reason = "length"
-        return Token(self.index, token, logprob, reason)
+        return Token(self.index, token, logprob, reason, top)

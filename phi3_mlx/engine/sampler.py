@@ -6,17 +6,26 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from .alternatives import Likeliest
 from .sampling import Sampling
 
 _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
-Drawn = tuple[mx.array, mx.array]  # token ids (B,) and their log-probabilities (B,), perhaps not computed yet
 # The random key, the tokens seen (V,) or None, and how often each was drawn (V,) or None.
 SamplerState = tuple[mx.array, mx.array | None, mx.array | None]
+
+
+class Drawn(NamedTuple):
+    """Token ids (B,), their log-probabilities (B,) and the likeliest of each place, perhaps not computed yet."""
+
+    ids: mx.array
+    logprobs: mx.array
+    top: Likeliest
 
 
 class Sampler:
@@ -69,11 +78,13 @@ class Sampler:
             self._drawn = self._drawn.at[token[None]].add(1.0)
 
 
-def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None = None) -> Drawn:
+def draw(
+    samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None = None, top: Sequence[int] = ()
+) -> Drawn:
     """logits (B, V), a row for each sampler -> token ids (B,) and their natural-log probabilities under the model (B,).
 
     `scores` (B, V) are drawn from instead, where processors changed the logits. Where they exclude every token, or one
-    is NaN, the log-probability is infinite.
+    is NaN, the log-probability is infinite. `top`: how many of the likeliest ids each row wants to know.
     """
     logits = logits.astype(mx.float32)
     processed, scores = scores is not None, logits if scores is None else scores
@@ -86,10 +97,11 @@ def draw(samplers: Sequence[Sampler], logits: mx.array, scores: mx.array | None 
         order = mx.array([row for rows in groups.values() for row in rows])
         parts = [_draw_alike([samplers[row] for row in rows], scores[mx.array(rows)]) for rows in groups.values()]
         tokens = mx.concatenate(parts)[mx.argsort(order)]
-    logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+    normalizers = mx.logsumexp(logits, axis=-1)
+    logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
     if processed:
         logprobs += mx.where(mx.isfinite(scores.max(axis=-1)), 0.0, math.inf)  # NaN of the model stays NaN
-    return tokens, logprobs
+    return Drawn(tokens, logprobs, Likeliest(logits, normalizers, top))
 
 
 def _draw_alike(samplers: Sequence[Sampler], scores: mx.array) -> mx.array:

@@ -9,18 +9,23 @@ from typing import Literal, NamedTuple
 from ..errors import PromptError
 from ..models.decoder import Model
 from ..values import shown, token_ids
+from .alternatives import Alternatives
 from .plan import check_length
 
 FinishReason = Literal["stop", "length"]
 
 
 class Token(NamedTuple):
-    """One token of one row. `logprob` is natural, under the model itself, whatever the sampling."""
+    """One token of one row. `logprob` is natural, under the model itself, whatever the sampling.
+
+    `top`: the likeliest ids in its place with theirs, best first; as many as the job asks for.
+    """
 
     row: int
     id: int
     logprob: float
     finish_reason: FinishReason | None
+    top: Alternatives = ()
 
 
 @dataclass

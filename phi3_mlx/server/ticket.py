@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..engine.alternatives import Alternatives
 from ..engine.jobs import Job
 from ..engine.rows import Row
-from ..engine.tokens import Token
+from ..engine.tokens import FinishReason, Token
 from ..generation.answer import Answer, begin_answers
 from ..generation.answers import encode_prompt
-from .work import Begun, Ended, Event, EventListener, Failed, Piece, Reading, TokenInfo, Work
+from .work import Alternative, Begun, Ended, Event, EventListener, Failed, Piece, Reading, TokenInfo, Work
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Ticket:
         self._tokenizer, self._listener, self._wake = tokenizer, listener, wake
         self._answers = _answers(work, tokenizer, self.prompt)
         self._said = [0] * len(self._answers)  # tokens
+        self._texts = [_Spelling(tokenizer) for _ in self._answers]
         self._left = len(self._answers)
         self._told = threading.RLock()
         self.rows: list[Row] = []
@@ -72,29 +74,82 @@ class Ticket:
         if row.progress < len(self.prompt):
             self.tell(Reading(row.progress, len(self.prompt)))
             return False
-        self.tell(Begun(len(self.prompt), row.reused))
+        text = self._tokenizer.decode(self.prompt) if self.work.echo else ""
+        self.tell(Begun(len(self.prompt), row.reused, self._echo(row), text))
+        if not self.work.n:
+            self._end(0, "length")
         return True
 
     def took(self, index: int, token: Token) -> bool:
         """Tell of one more token of an answer; whether the answer ends with it."""
         text, reason = self._answers[index].take(token)
         self._said[index] += 1
-        self.tell(Piece(index, text, (self._info(token),)))
+        scored = self.work.top_logprobs is not None
+        info = self._texts[index].info(token.id, token.logprob if scored else None, token.top)
+        self.tell(Piece(index, text, (info,)))
         if reason is not None:
-            self.tell(Ended(index, reason, self._said[index]))
-            self._left -= 1
-            self.over = self.over or not self._left
+            self._end(index, reason)
         return reason is not None
 
-    def _info(self, token: Token) -> TokenInfo:
-        return TokenInfo(token.id, self._tokenizer.token_bytes(token.id), 0, token.logprob)
+    def _end(self, index: int, reason: FinishReason) -> None:
+        """Tell that an answer has ended; with the last of them the request is over."""
+        self.tell(Ended(index, reason, self._said[index]))
+        self._left -= 1
+        self.over = self.over or not self._left
+
+    def _echo(self, row: Row) -> tuple[TokenInfo, ...]:
+        """The prompt's tokens, if they are to be told."""
+        if not self.work.echo:
+            return ()
+        texts = _Spelling(self._tokenizer)
+        told = [texts.info(self.prompt[0], None, ())]
+        if not row.scores:
+            return tuple(told + [texts.info(token, None, ()) for token in self.prompt[1:]])
+        for token, score in zip(self.prompt[1:], row.scores, strict=True):
+            told.append(texts.info(token, score.logprob, score.top))
+        return tuple(told)
+
+
+class _Spelling:
+    """Tokens of a text as clients see them, and where in it each begins."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._unseen = tokenizer.special_ids | tokenizer.stop_ids
+        self._characters = 0
+        self._drops_space = tokenizer.drops_first_space
+
+    def info(self, token: int, logprob: float | None, top: Alternatives) -> TokenInfo:
+        """One more token."""
+        spelled = self._tokenizer.token_bytes(token)
+        alternatives = tuple(
+            Alternative(other, self._tokenizer.token_bytes(other), likelihood) for other, likelihood in top
+        )
+        shown = b"" if token in self._unseen else spelled
+        if shown and self._drops_space:
+            self._drops_space, shown = False, shown.removeprefix(b" ")
+        inside = bool(shown) and _continues(shown[0])  # of a character that began before
+        offset = self._characters - inside
+        self._characters += sum(not _continues(byte) for byte in shown)
+        return TokenInfo(token, spelled, offset, logprob, alternatives)
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 is not the first of its character."""
+    return byte & 0xC0 == 0x80
 
 
 def _answers(work: Work, tokenizer: Tokenizer, prompt: list[int]) -> list[Answer]:
-    """As many answers as are asked for, each with a seed of its own."""
-    answers = begin_answers(tokenizer, [prompt] * work.n, work.request)
-    if (seed := work.request.seed) is not None:
-        for index, answer in enumerate(answers):
-            sampling = replace(answer.job.sampling, seed=(seed + index) % 2**64)
-            answer.job = replace(answer.job, sampling=sampling)
+    """As many answers as are asked for, each with a seed of its own; the first scores the prompt where it is echoed."""
+    answers = begin_answers(tokenizer, [prompt] * max(work.n, 1), work.request)
+    for index, answer in enumerate(answers):
+        sampling = answer.job.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+        answer.job = replace(answer.job, sampling=sampling, top=work.top_logprobs or 0)
+    first = answers[0]
+    if work.echo and work.top_logprobs is not None:
+        first.job = replace(first.job, scored_from=1)
+    if not work.n:
+        first.job = replace(first.job, max_tokens=0)
     return answers
