@@ -56,11 +56,11 @@ def build(source: ModelOptions, file: str, output: str, system: str | None, requ
     from ..sizes import size_text
 
     check_writable(output)
-    directory = source.find()
-    tokenizer = source.load_tokenizer(directory)
+    place = source.find()
+    tokenizer = source.load_tokenizer(place)
     document = Document(text, system, source.name())
     ids = document_ids(tokenizer, document, notify=note)
-    model = source.load_model(directory, len(ids), replace(request, max_tokens=1))  # nothing is answered
+    model = source.load_model(place, len(ids), replace(request, max_tokens=1))  # nothing is answered
     prompt_cache = PromptCache(model, kv_bits=request.kv_bits, kv_group_size=request.kv_group_size, document=document)
     with PrefillProgress(len(ids)) as progress:
         prompt_cache.read(ids, force=request.force, on_prefill=progress.update)

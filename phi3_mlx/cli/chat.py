@@ -55,12 +55,12 @@ def chat(source: ModelOptions, system: str | None, prefixes: str | None, request
     note_idle(request)
     from ..generation.conversation import Conversation
 
-    store = open_prefixes(prefixes)
     system = check_text(system, "--system") if system else None
-    directory = source.find()
-    tokenizer = source.load_tokenizer(directory)
+    place = source.find_answering(request, prefixes=prefixes)
+    store = open_prefixes(prefixes)
+    tokenizer = source.load_tokenizer(place)
     drafting = source.find_draft(tokenizer)
-    model = source.load_model(directory, 1, request, draft=drafting)
+    model = source.load_model(place, 1, request, draft=drafting)
     draft = source.load_draft(drafting)
     conversation = Conversation(
         model,

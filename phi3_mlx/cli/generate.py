@@ -99,14 +99,14 @@ def generate(
         text = _prompt(prompt, files, raw)
     from ..generation.answers import Answers, encode_prompt
 
+    place = source.find_answering(request, cache=cache, prefixes=prefixes)
     store = open_prefixes(prefixes, 1)  # one prompt takes nothing from memory
-    directory = source.find()
-    tokenizer = source.load_tokenizer(directory)
+    tokenizer = source.load_tokenizer(place)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
     messages.append({"role": "user", "content": text})
     ids = encode_prompt(tokenizer, text if raw else messages, raw=raw, notify=note)
     drafting = source.find_draft(tokenizer)
-    model = source.load_model(directory, len(ids), request, kept=cache is not None, draft=drafting)
+    model = source.load_model(place, len(ids), request, kept=cache is not None, draft=drafting)
     draft = source.load_draft(drafting)
     prompt_cache = None
     if cache is not None:

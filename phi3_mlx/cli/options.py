@@ -19,12 +19,11 @@ from .reading import read_input
 from .terminal import note
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..engine.prefixes import PrefixStore
     from ..generation.answers import Chunk
     from ..models.decoder import LongRopeRule, Model
     from ..store.checkpoint import Checkpoint
+    from ..store.other import Place
     from ..text.tokenizer import Tokenizer
 
 
@@ -64,11 +63,23 @@ class ModelOptions:
         metavar="NAME",
     )
 
-    def find(self) -> Path:
-        """The model's directory, downloaded if need be."""
+    def find(self) -> Place:
+        """Where the model is, one of the Phi family; downloaded if need be."""
         from ..store.hub import resolve
+        from ..store.other import Place
 
-        return resolve(self.model, self.revision)
+        return Place(resolve(self.model, self.revision), False)
+
+    def find_answering(self, request: Request, *, cache: str | None = None, prefixes: str | None = None) -> Place:
+        """Where the model is, perhaps of another family. OptionError for what that cannot take."""
+        from ..store.other import find
+
+        given = {name: getattr(self, name) for name in ("adapter", "longrope", "draft_model")}
+        given |= {"kv_bits": request.kv_bits, "cache": cache, "prefixes": prefixes}
+        place = find(self.model, self.revision, given)
+        if place.is_other:
+            note(f"{self.model} runs with mlx-lm's code: exactness is promised for the Phi family alone")
+        return place
 
     def name(self) -> str:
         """The model's name wherever it is used from: a directory's is its whole path."""
@@ -77,21 +88,22 @@ class ModelOptions:
         there = find_alias(self.model) is None and os.path.isdir(self.model)
         return os.path.abspath(self.model) if there else self.model
 
-    def load_tokenizer(self, directory: Path) -> Tokenizer:
+    def load_tokenizer(self, place: Place) -> Tokenizer:
         from ..text.tokenizer import read_tokenizer
 
-        return read_tokenizer(directory)
+        return read_tokenizer(place.directory, of_family=not place.is_other)
 
     def find_draft(self, tokenizer: Tokenizer) -> Draft | None:
         """The draft model's files and tokenizer; OptionError if its vocabulary is not that of `tokenizer`."""
         from ..generation.loading import check_vocabulary
         from ..store.checkpoint import open_checkpoint
         from ..store.hub import resolve
+        from ..text.tokenizer import read_tokenizer
 
         if self.draft_model is None:
             return None
         directory = resolve(self.draft_model)
-        drafting = self.load_tokenizer(directory)
+        drafting = read_tokenizer(directory)
         check_vocabulary(drafting, tokenizer)
         return Draft(open_checkpoint(directory), drafting)
 
@@ -105,7 +117,7 @@ class ModelOptions:
         return model, draft.tokenizer
 
     def load_model(
-        self, directory: Path, prompt: int, request: Request, *, kept: bool = False, draft: Draft | None = None
+        self, place: Place, prompt: int, request: Request, *, kept: bool = False, draft: Draft | None = None
     ) -> Model:
         """The model, unless it, a prompt of this many tokens and the answer asked for do not fit in memory.
 
@@ -113,10 +125,19 @@ class ModelOptions:
         what `load` raises.
         """
         from ..engine.plan import plan_run
-        from ..generation.loading import load_adapted
+        from ..generation.loading import load_adapted, load_other
         from ..store.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(directory)
+        if place.is_other:
+            return load_other(
+                place.directory,
+                self.model,
+                dtype=self.dtype,
+                prompt=prompt,
+                max_tokens=request.max_tokens,
+                force=request.force,
+            )
+        checkpoint = open_checkpoint(place.directory)
         plan_run(
             checkpoint,
             prompt,
@@ -186,7 +207,8 @@ within_memory = click.option(
 
 
 _MODEL_FIELDS = fields_of(ModelOptions)
-answering_model_options = options_of("source", ModelOptions)
+_ANY_FAMILY = {"model": {"help": f"{_MODEL_FIELDS['model'].metadata['help']} mlx-lm:NAME: a model of another family."}}
+answering_model_options = options_of("source", ModelOptions, overrides=_ANY_FAMILY)
 model_options = options_of("source", ModelOptions, [name for name in _MODEL_FIELDS if name != "draft_model"])
 draft_model_option = option_of(_MODEL_FIELDS["draft_model"])
 revision_option = option_of(_MODEL_FIELDS["revision"])

@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import ContextLengthError, MemoryLimitError
 from ..models.attention import fused_attention
 from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
+from ..models.other import Config as OtherConfig
 from ..models.pass_shape import PassShape
 from ..models.workspace import workspace_bytes
 from ..sizes import size_text
@@ -77,7 +78,8 @@ class Workload:
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
         """For a model in memory, in the dtype and on the device that it is computed in."""
         weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        return cls(model.config, weights, length, rows, kv_bits, model.dtype.size, fused_attention())
+        kind = cls if model.of_family else EstimatedWorkload
+        return kind(model.config, weights, length, rows, kv_bits, model.dtype.size, fused_attention())
 
     @classmethod
     def of_directory(
@@ -182,6 +184,19 @@ class Workload:
         shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused_kernel)
         scored = min(chunk, positions_at_once(self.config.vocab_size)) if self.scores else 0
         return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows, scored)
+
+
+@dataclass(frozen=True)
+class EstimatedWorkload(Workload):
+    """That of a model of another family, whose kernels are not ours to count: an upper estimate of everything."""
+
+    config: OtherConfig
+
+    def row_bytes(self) -> int:
+        return self.config.cache_bytes(self.length)
+
+    def workspace(self, chunk: int) -> int:
+        return self.config.working_bytes(chunk, self.length, self.rows, self.itemsize, self.scores)
 
 
 def plan_together(workloads: Sequence[Workload], room: float) -> Plan:

@@ -188,7 +188,7 @@ class Row:
     @property
     def drafts(self) -> bool:
         """Whether tokens of the answer may be drafted."""
-        return self.job.lookup > 0 or self.job.draft is not None
+        return self.main.model.of_family and (self.job.lookup > 0 or self.job.draft is not None)
 
     @property
     def to_compute(self) -> list[mx.array]:

@@ -65,7 +65,7 @@ class Scheduler:
         self._model, self._room, self._force, self._kept = model, room, force, kept
         self._chunk_seconds = chunk_seconds
         self._of_model = replace(Workload.of_model(model, 0), chunk=chunk)  # to count weights takes a while
-        self._prefixes = prefixes
+        self._prefixes = prefixes if model.of_family else None  # other caches cannot be cut into pieces
         self._batch = Batch(model)
         self._waiting: deque[Row] = deque()
         self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first

@@ -86,13 +86,14 @@ def compare(
     cannot hold is refused unless `force`. Raises PromptError for a text of fewer than two tokens, OptionError for a
     window longer than a model's context, MemoryLimitError.
     """
-    from ..generation.loading import check_loaded, check_tokenizer
+    from ..generation.loading import check_family, check_loaded, check_tokenizer
 
     options = CompareOptions(**arguments(CompareOptions, locals()))
     text, window = values.text(text, "text"), options.window
     values.check_function(progress, "progress")
     for model, tokenizer in ((model_a, tokenizer_a), (model_b, tokenizer_b)):
         check_loaded(model)
+        check_family(model, "compare")
         check_tokenizer(tokenizer)
         check_window(window, model.config.max_position_embeddings)
     if not options.force:

@@ -13,6 +13,7 @@ from ..engine.tokens import FinishReason, Statistics, Token
 from ..errors import OptionError, PromptError
 from ..models.decoder import Model
 from ..option import arguments
+from ..store.other import check_other
 from ..text.chat import render_chat
 from ..text.grammar import Form
 from ..text.messages import Message
@@ -244,6 +245,8 @@ class Answers:
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
+        if not model.of_family:
+            check_other({"kv_bits": request.kv_bits, "draft": draft, "prefixes": prefixes})
         draft_model = None if draft is None else check_draft(draft, tokenizer)
         check_function(on_prefill, "on_prefill")
         bits = request.cache_bits()

@@ -15,6 +15,7 @@ from .. import values
 from ..engine.prefixes import PrefixStore, check_store
 from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
+from ..store.other import check_other
 from ..text.chat import render_chat
 from ..text.tool_calls import CallBroken, CallEnded, TextPiece, ToolCall
 from ..text.tool_use import ToolUse, use_tools
@@ -65,6 +66,8 @@ class Conversation:
         check_tokenizer(tokenizer)
         values.check_function(notify, "notify")
         check_store(prefixes)
+        if not model.of_family:
+            check_other({"kv_bits": kv_bits, "prefixes": prefixes})
         self._model, self._tokenizer, self._notify, self._prefixes = model, tokenizer, notify, prefixes
         self._memory = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
         self.messages: list[dict[str, Any]] = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..errors import OptionError, Phi3Error
 from ..models.decoder import Model
@@ -34,16 +36,21 @@ def load(
     with an optional `revision`. `dtype`: "float32", "bfloat16" or "float16" instead of the device's best.
     `adapter`: a folder of `phi3-mlx tune` or mlx-lm, or several with their weights, {"one": 1.0, "other": 0.5}.
     A model that the memory at hand cannot hold is refused before it is read, unless `force`.
+    "mlx-lm:NAME", or a directory of another model_type, is a model of another family that mlx-lm's code runs, for
+    comparison and as a judge: it answers (`generate` and its kin), and exactness is promised for the Phi family alone.
     Raises ModelNotFoundError, CheckpointError, ConfigError, TokenizerError, AdapterError, OptionError or
     MemoryLimitError.
     """
-    from ..store import checkpoint, hub
+    from ..store import checkpoint, other
     from ..text import tokenizer
 
     folder = "an adapter's folder, or several with their weights"
     given = list(adapter.items()) if isinstance(adapter, Mapping) else [] if adapter is None else [(adapter, 1.0)]
     weights = {path(source, "adapter", folder): number(weight, "an adapter's weight") for source, weight in given}
-    directory = hub.resolve(name, revision)
+    directory, is_other = other.find(name, revision, {"longrope": longrope, "adapter": weights})
+    if is_other:
+        vocabulary = tokenizer.read_tokenizer(directory, of_family=False)
+        return load_other(directory, str(name), dtype=dtype, force=force), vocabulary
     vocabulary = tokenizer.read_tokenizer(directory)  # first: it reads little and fails fast
     source = checkpoint.open_checkpoint(directory)
     plan_loading(source, str(name), dtype=dtype, adapters=weights, force=force)
@@ -91,19 +98,48 @@ def load_model(
     force: bool = False,
 ) -> Model:
     """The model of `load` alone."""
-    from ..store import checkpoint, hub
+    from ..store import checkpoint, other
 
-    source = checkpoint.open_checkpoint(hub.resolve(name, revision))
+    directory, is_other = other.find(name, revision, {"longrope": longrope})
+    if is_other:
+        return load_other(directory, str(name), dtype=dtype, force=force)
+    source = checkpoint.open_checkpoint(directory)
     plan_loading(source, str(name), dtype=dtype, force=force)
     return load_adapted(source, str(name), revision, dtype=dtype, longrope=longrope, adapters={})
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of `load` alone."""
-    from ..store import hub
+    from ..store import other
     from ..text import tokenizer
 
-    return tokenizer.read_tokenizer(hub.resolve(name, revision))
+    directory, is_other = other.find(name, revision)
+    return tokenizer.read_tokenizer(directory, of_family=not is_other)
+
+
+def load_other(
+    directory: Path, name: str, *, dtype: str | None = None, prompt: int = 0, max_tokens: int = 0, force: bool = False
+) -> Model:
+    """The model of another family in a directory, asked for by `name`; planned from its files, and read if it fits.
+
+    With a run of `prompt` and `max_tokens` tokens where there is a prompt, else by its weights alone. Raises what
+    mlx-lm refuses as CheckpointError, MemoryLimitError unless `force`, and ContextLengthError.
+    """
+    from ..engine import machine, plan
+    from ..store import other
+
+    model = other.outline_other(directory, dtype)
+    if prompt:
+        plan.check_length(model.config, prompt)
+        length = min(prompt + max_tokens, model.config.max_position_embeddings)
+        run = plan.Workload.of_model(model, length)
+        plan.check_fits(run, math.inf if force else machine.room(), prompt=prompt)
+    elif not flag(force, "force"):
+        sizes = [array.nbytes for _, array in tree_flatten(model.parameters())]
+        parts = {"weights": sum(sizes), "one of them as it is stored": max(sizes, default=0)}
+        plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
+    other.read_weights(model)
+    return model
 
 
 def plan_loading(
@@ -145,6 +181,7 @@ def check_draft(draft: tuple[Model, Tokenizer], tokenizer: Tokenizer) -> Model:
         raise OptionError(f"draft {given}; give the model and its tokenizer: draft=load(NAME)")
     model, drafting = draft
     check_loaded(model)
+    check_family(model, "draft")
     check_tokenizer(drafting)
     check_vocabulary(drafting, tokenizer)
     return model
@@ -176,6 +213,12 @@ def check_loaded(model: Model) -> None:
     _check_model(model)
     if not model:
         raise Phi3Error("this model was unloaded; load() it again")
+
+
+def check_family(model: Model, what: str) -> None:
+    """OptionError where `what` takes models of the Phi family alone, and this is another's."""
+    if not model.of_family:
+        raise OptionError(f"{what} takes models of the Phi family alone, and this one is {model.config.model_type}'s")
 
 
 def _check_model(model: Model) -> None:

@@ -31,7 +31,7 @@ from ..text.chat import render_chat
 from ..threads import turn
 from ..values import path as as_path
 from ..values import shown, token_ids
-from .loading import check_loaded
+from .loading import check_family, check_loaded
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
@@ -139,6 +139,7 @@ class PromptCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file `path`, whole or not at all. Raises CacheError, and OptionError for what names no file."""
         path = as_path(path, "path", "the name of a file")
+        check_family(self._model, "a cache's file")
         if not self.ids:
             raise CacheError("this prompt cache has read nothing yet, so there is nothing to write")
         assert self._layers is not None
@@ -162,6 +163,7 @@ class PromptCache:
     def load(cls, path: str | os.PathLike[str], model: Model) -> PromptCache:
         """The cache of a file of `save`. Raises CacheError for a damaged file or one of another model."""
         check_loaded(model)
+        check_family(model, "a cache's file")
         path = as_path(path, "path", "the name of a file")
         facts = read_facts(path)
         check_model(path, facts, model)

@@ -54,7 +54,10 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     reader, model_type = Reader(raw, source), raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(f"{name} ({who})" for name, (_, who) in ARCHITECTURES.items())
-        reader.fail(f"model_type {shorten(model_type)} is not supported; this version runs {known}")
+        reader.fail(
+            f"model_type {shorten(model_type)} is not supported; this version runs {known}, and answers of others with "
+            "mlx-lm (mlx-lm:NAME for generate, chat and serve)"
+        )
     config: Config = _member(model_type).Config.read(reader)
     return config
 

@@ -243,6 +243,7 @@ class Model(nn.Module):
     """A language model: `model(ids, cache=None)`, ids int32 (B, L) -> logits (B, L, vocab_size)."""
 
     decoder_type: type[Decoder]
+    of_family = True  # False: a model of another family, which answers, and whose caches can do less
 
     def __init__(self, config: Config):
         super().__init__()

@@ -57,7 +57,7 @@ def read_model(source: Path | Checkpoint, *, dtype: str | None = None, longrope:
     refuse_fork()
     checkpoint = open_checkpoint(source)
     model = _built(checkpoint)
-    _read(checkpoint, model, _target(dtype))
+    _read(checkpoint, model, target_dtype(dtype))
     model.model.longrope = longrope
     model.eval()
     return model
@@ -112,7 +112,7 @@ def model_size(source: Path | Checkpoint, dtype: str | None = None) -> ModelSize
 
     Raises what `read_model` does for a directory that it would not read.
     """
-    target, checkpoint = _target(dtype), open_checkpoint(source)
+    target, checkpoint = target_dtype(dtype), open_checkpoint(source)
     stored = checkpoint.weights.tensors.values()
     cast = set() if target is None else {*FLOATS} - {_STORED_AS[target]}
     return ModelSize(
@@ -127,7 +127,7 @@ def model_size(source: Path | Checkpoint, dtype: str | None = None) -> ModelSize
     )
 
 
-def _target(dtype: str | None) -> mx.Dtype | None:
+def target_dtype(dtype: str | None) -> mx.Dtype | None:
     """The dtype of floating weights in memory; None is the checkpoint's own."""
     if dtype is not None:
         return DTYPES[choice(dtype, "dtype", DTYPES)]

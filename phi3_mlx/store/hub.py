@@ -117,6 +117,7 @@ COMPANIONS = (
 )
 _WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
 _CACHE_PREFIX = "models--"  # of a repository's folder in Hugging Face's cache; OWNER--NAME follows
+OTHER = "mlx-lm:"  # in front of the name of a model of another family, which mlx-lm's code runs; see `other`
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
@@ -125,9 +126,11 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     `name` is taken for, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local
     directory, an `owner/repository` of the Hugging Face hub. `revision` (a branch, tag or commit) goes with an alias or
     a repository. A repository that is on this disk is used without asking the network. Raises ModelNotFoundError, and
-    OptionError for a name that is no text and for a revision of a directory.
+    OptionError for a name that is no text or asks for mlx-lm's code, and for a revision of a directory.
     """
     name = values.path(name, "model", "the name or directory of a model")
+    if name.startswith(OTHER):
+        raise OptionError(f"{name} can only answer (generate, chat, serve); name a model of the Phi family here")
     revision = values.optional(values.text, revision, "revision")
     low, path = name.lower(), os.path.expanduser(name)
     if low == "tiny" or (low not in _REPO_IDS and os.path.isdir(path)):

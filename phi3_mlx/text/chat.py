@@ -301,7 +301,8 @@ def _lift(text: str, mark: str) -> tuple[str, list[int]]:
 
 
 def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    return tokenizer.add_bos_token and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]
+    wanted = tokenizer.add_bos_token and tokenizer.chat_begins_with_bos
+    return wanted and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]
 
 
 def _template(tokenizer: Tokenizer, tools: bool) -> str:

@@ -24,12 +24,14 @@ _FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model", "t
 _USUAL = {"bos_token": ("<s>",), "eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<|endoftext|>", "</s>")}
 
 
-def read_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
+def read_tokenizer(directory: Path, *, backend: str | None = None, of_family: bool = True) -> Tokenizer:
     """The tokenizer of a model directory: `tokenizer.json`, else `tokenizer.model`, else `*.tiktoken`.
 
     `backend` ("tokenizers", "sentencepiece" or "tiktoken") chooses one of them. `stop_ids` is the union of
     `eos_token_id` in generation_config.json, in config.json and of the tokenizer, and of the family's end-of-turn
     tokens by name. config.json alone is not enough, because the models end their turns with `<|end|>` or `<|im_end|>`.
+    Of a model that is not `of_family` its files are taken at their word, as mlx-lm takes them: what ends an answer,
+    and whether a chat begins with BOS.
 
     Raises TokenizerError for files that are missing, damaged or contradict each other, OptionError for an unknown
     `backend`.
@@ -58,7 +60,10 @@ def read_tokenizer(directory: Path, *, backend: str | None = None) -> Tokenizer:
     templates = _chat_templates(directory, config)
     tokenizer.chat_template = templates.pop("default", None)
     tokenizer.named_templates = templates
-    tokenizer.stop_ids = frozenset(_stop_ids(directory, tokenizer))
+    tokenizer.stop_ids = frozenset(_declared_stops(directory, tokenizer))
+    if of_family:
+        tokenizer.stop_ids |= _usual_stops(tokenizer)
+    tokenizer.chat_begins_with_bos = of_family
     return tokenizer
 
 
@@ -163,14 +168,18 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     return templates
 
 
-def _stop_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
+def _usual_stops(tokenizer: Tokenizer) -> set[int]:
+    """The family's tokens that end a turn, by name."""
     names = ["<|end|>", "<|im_end|>", "<|endoftext|>"]
     if tokenizer.token_to_id("<0x0A>") is not None:
         # The SentencePiece models (mini, medium, 3.5) may open the next turn instead of ending their own.
         names.append("<|assistant|>")
-    ids = {token_id for name in names if (token_id := tokenizer.token_to_id(name)) is not None}
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
+    return {token_id for name in names if (token_id := tokenizer.token_to_id(name)) is not None}
+
+
+def _declared_stops(directory: Path, tokenizer: Tokenizer) -> set[int]:
+    """What ends an answer as the files say: EOS, and `eos_token_id` of two of them."""
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for source in (directory / "generation_config.json", directory / "config.json"):
         listed = _read_json(source).get("eos_token_id")
         for token_id in listed if isinstance(listed, list) else [] if listed is None else [listed]:

@@ -26,6 +26,7 @@ class Tokenizer(ABC):
         vocab_size: one more than the highest id (the model's embedding may have more rows).
         stop_ids: ids that end a generation, see `read_tokenizer`.
         add_bos_token: whether a prompt begins with `bos_token_id`; `encode` itself never adds it.
+        chat_begins_with_bos: whether that holds for a chat too if its template writes none.
         chat_template: the model's Jinja template, None if its files have none.
         named_templates: its other templates by name, such as "tool_use".
         special_tokens: the tokens that a template knows by name, such as `bos_token`.
@@ -35,6 +36,7 @@ class Tokenizer(ABC):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     add_bos_token: bool = False
+    chat_begins_with_bos: bool = True
     chat_template: str | None = None
     named_templates: Mapping[str, str] = {}
     special_tokens: Mapping[str, str] = {}
