@@ -62,6 +62,7 @@ def compare(
     from ..evaluation.quality import check_comparison
     from ..evaluation.quality import compare as compare_models
     from ..generation.loading import load
+    from ..models import read_config
     from ..store.atomic import new_directory
     from ..store.hub import resolve
     from ..store.safetensors import find_weights
@@ -69,6 +70,8 @@ def compare(
     content = bundled("sample") if content is None else content
     name = "the bundled sample" if text is None else "stdin" if text == "-" else text
     places = [resolve(a), resolve(b)]
+    for directory in places:
+        read_config(directory)  # which knows the Phi family alone
     loaded = []
     for model, directory in zip((a, b), places, strict=True):  # one is planned when the other is in memory
         if not options.force:

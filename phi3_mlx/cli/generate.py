@@ -123,7 +123,7 @@ def generate(
             prefixes=store,
             on_prefill=progress.update,
         )
-        last = _print_json(source.model, answer.chunks()) if as_json else _print_text(answer.chunks())
+        last = _print_json(source.model, place.code, answer.chunks()) if as_json else _print_text(answer.chunks())
     note_unwritten(store)
     if stats:
         from ..sizes import size_text
@@ -169,7 +169,7 @@ def _print_text(chunks: Iterator[Chunk]) -> Chunk:
     return last
 
 
-def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
+def _print_json(model: str, code: str, chunks: Iterator[Chunk]) -> Chunk:
     seen: list[Chunk] = []
     try:
         seen.extend(chunks)
@@ -179,6 +179,12 @@ def _print_json(model: str, chunks: Iterator[Chunk]) -> Chunk:
             for key in ("text", "token", "logprob"):
                 del figures[key]
             tokens = [{"id": chunk.token, "text": chunk.text, "logprob": chunk.logprob} for chunk in seen]
-            answer = {"model": model, "text": "".join(chunk.text for chunk in seen), **figures, "tokens": tokens}
+            answer = {
+                "model": model,
+                "code": code,
+                "text": "".join(chunk.text for chunk in seen),
+                **figures,
+                "tokens": tokens,
+            }
             show_json(answer)
     return seen[-1]

@@ -149,7 +149,7 @@ class Row:
         `most` at most, and a token of the budget is left.
         """
         most = min(most, self.budget - len(answer) - 1)
-        if self.constraint is None or most < 1:
+        if self.constraint is None or most < 1 or not self.main.model.of_family:
             return []
         return self.constraint.forced(answer, self.before_boundary(len(self.job.prompt) + len(answer), most))
 

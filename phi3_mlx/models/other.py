@@ -22,11 +22,11 @@ from ..errors import OptionError
 from . import decoder
 from .cache import KVBits, KVCache, SequenceState
 
-BLOCK = 256  # tokens by which mlx-lm's caches grow
+GROWTH = 256  # tokens by which mlx-lm's caches grow
 
 # Names that families give the longest context, and how many experts a token goes through.
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
-_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "experts_per_token")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+_EXPERTS_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "experts_per_token")
 _UNKNOWN_CONTEXT, _UNKNOWN_EXPERTS, _UNKNOWN_HEADS = 1 << 20, 8, 128
 _ALIVE = 3  # times the outputs of a layer's matrices: inputs, outputs and what is computed between
 
@@ -35,7 +35,7 @@ _ALIVE = 3  # times the outputs of a layer's matrices: inputs, outputs and what 
 class Config(config.Config):
     """What the engine asks of a model of another family; of the shared fields those that its config.json has, else 0.
 
-    `cache_block`: bytes that the caches of all layers grow by with every `BLOCK` tokens, at most. `token_numbers`:
+    `cache_block`: bytes that the caches of all layers grow by with every `GROWTH` tokens, at most. `token_numbers`:
     numbers of a token that are alive in a layer, an upper estimate.
     """
 
@@ -48,10 +48,10 @@ class Config(config.Config):
         inner = raw.get("text_config")
         given = {**raw, **(inner if isinstance(inner, Mapping) else {})}
         layers = _caches(network)
-        logits = network(mx.zeros((1, BLOCK), dtype=mx.int32), cache=layers)
+        logits = network(mx.zeros((1, GROWTH), dtype=mx.int32), cache=layers)
         known: dict[str, Any] = {field.name: 0 for field in fields(config.Config)}
         known |= {key: given[key] for key in known if isinstance(given.get(key), int)}
-        context = _first(given, _CONTEXT, _UNKNOWN_CONTEXT)
+        context = _first(given, _CONTEXT_KEYS, _UNKNOWN_CONTEXT)
         known |= {
             "model_type": str(raw.get("model_type")),
             "vocab_size": logits.shape[-1],
@@ -69,7 +69,7 @@ class Config(config.Config):
 
     def cache_bytes(self, length: int) -> int:
         """Bytes of the caches of a sequence, an upper estimate: as if all of them grew, and none had a window."""
-        return (-(-length // BLOCK) + 1) * self.cache_block
+        return (-(-length // GROWTH) + 1) * self.cache_block
 
     def working_bytes(self, chunk: int, length: int, rows: int, itemsize: int, scored: bool) -> int:
         """Bytes beside weights and caches while `chunk` tokens are read behind `length`, an upper estimate."""
@@ -248,5 +248,5 @@ def _token_numbers(network: nn.Module, given: Mapping[str, Any]) -> int:
         if layer is None or not isinstance(weight, mx.array) or weight.ndim < 2:
             continue
         outputs = weight.shape[-2]
-        widths[layer] += outputs * (_first(given, _EXPERTS, _UNKNOWN_EXPERTS) if weight.ndim > 2 else 1)
+        widths[layer] += outputs * (_first(given, _EXPERTS_KEYS, _UNKNOWN_EXPERTS) if weight.ndim > 2 else 1)
     return _ALIVE * max(widths.values(), default=math.prod((64, 1024)))

@@ -21,7 +21,7 @@ from ..threads import refuse_fork
 from . import hub
 from .checkpoint import target_dtype
 
-_LONGEST = 300  # characters of what mlx-lm says
+_MOST_SAID = 300  # characters of what mlx-lm says
 
 
 class Place(NamedTuple):
@@ -29,6 +29,11 @@ class Place(NamedTuple):
 
     directory: Path
     is_other: bool
+
+    @property
+    def code(self) -> str:
+        """Whose code runs it."""
+        return "mlx-lm" if self.is_other else "phi3-mlx"
 
 
 def find(name: str | Path, revision: str | None = None, given: Mapping[str, object] = MappingProxyType({})) -> Place:
@@ -87,7 +92,7 @@ def outline_other(directory: Path, dtype: str | None = None) -> Model:
         raise
     except Exception as error:  # it raises many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"mlx-lm cannot load {directory}: {reason[:_LONGEST]}") from error
+        raise CheckpointError(f"mlx-lm cannot load {directory}: {reason[:_MOST_SAID]}") from error
 
 
 def read_weights(model: Model) -> None:
@@ -96,4 +101,4 @@ def read_weights(model: Model) -> None:
         for _, array in tree_flatten(model.parameters()):
             mx.eval(array)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights cannot be read ({' '.join(str(error).split())[:_LONGEST]})") from error
+        raise CheckpointError(f"the weights cannot be read ({' '.join(str(error).split())[:_MOST_SAID]})") from error
