@@ -51,6 +51,7 @@ def chat(source: ModelOptions, system: str | None, prefixes: str | None, request
     """Chat with a model.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
+    -m mlx-lm:OWNER/REPO is a model of another family; exactness is promised for the Phi family alone.
     """
     note_idle(request)
     from ..generation.conversation import Conversation

@@ -72,6 +72,9 @@ def generate(
     phi3-mlx generate -p "Why is the sky blue?" -m phi-3.5-mini-4bit
     phi3-mlx generate -f notes.txt -p "Summarise these notes."
     git diff | phi3-mlx generate -p "Write a commit message for this diff:" -f -
+
+    -m mlx-lm:OWNER/REPO answers with a model of another family, which mlx-lm's code runs. Exactness is promised for the
+    Phi family alone.
     """
     note_idle(request)
     raw = request.raw

@@ -207,8 +207,7 @@ within_memory = click.option(
 
 
 _MODEL_FIELDS = fields_of(ModelOptions)
-_ANY_FAMILY = {"model": {"help": f"{_MODEL_FIELDS['model'].metadata['help']} Of another family: mlx-lm:NAME."}}
-answering_model_options = options_of("source", ModelOptions, overrides=_ANY_FAMILY)
+answering_model_options = options_of("source", ModelOptions)
 model_options = options_of("source", ModelOptions, [name for name in _MODEL_FIELDS if name != "draft_model"])
 draft_model_option = option_of(_MODEL_FIELDS["draft_model"])
 revision_option = option_of(_MODEL_FIELDS["revision"])
