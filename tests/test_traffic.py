@@ -357,8 +357,8 @@ def test_an_answer_without_a_limit_grows_by_blocks_and_the_youngest_pauses_where
     jobs = [dataclasses.replace(job, max_tokens=None) for job in limited]
     expected = [traffic(model, [job], [0])[0][0] for job in limited]
     measure = Scheduler(model, room=math.inf, chunk=16)
-    for job in (dataclasses.replace(limited[0], max_tokens=482), dataclasses.replace(limited[1], max_tokens=226)):
-        measure.submit(job)
+    for job in limited:  # two blocks of 256 tokens: a row of two has no room beside it
+        measure.submit(dataclasses.replace(job, max_tokens=226))
     measure.admit()
     runs = Scheduler(model, room=measure._plan.total - measure._plan.weights, chunk=16)
     rows = [runs.submit(job) for job in jobs]

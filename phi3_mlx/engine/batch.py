@@ -41,7 +41,7 @@ class Step:
 class Batch:
     """The one decode loop: every step reads a token of each row that answers, and a chunk of those that join.
 
-    Each row has a cache of its own, so what it reads, sees and holds is what it would alone; its weights are read once
+    Each row has a cache of its own, so what it reads, sees and holds is what it would alone; weights are read once
     for all rows. The next pass is queued before the last tokens are read, so the device never waits for Python.
     """
 

@@ -27,6 +27,7 @@ def workload_of(of_model: Workload, row: Row) -> Workload:
         branches=max(row.job.branches, int(bool(row.job.choices))),
         scores=row.scored_from is not None or row.job.branches > 0 or row.constraint is not None,
         draft=draft,
+        prompt=len(row.prompt),
     )
 
 

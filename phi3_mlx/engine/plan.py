@@ -16,6 +16,7 @@ from ..models.attention import fused_attention
 from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
 from ..models.other import Config as OtherConfig
 from ..models.pass_shape import PassShape
+from ..models.slots import LIKE
 from ..models.workspace import workspace_bytes
 from ..sizes import size_text
 from ..store.checkpoint import Checkpoint, model_size
@@ -58,7 +59,7 @@ class Workload:
     recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot. `branches`: how many
     continuations of the sequence, with caches of their own, there are at once. `scores`: whether log-probabilities of
     given tokens are computed. `draft`: a draft model that reads along, in caches of the same bits; its own length and
-    bits are not looked at.
+    bits are not looked at. `prompt`: how many of the tokens are there before the answer begins, at least.
     """
 
     config: Config
@@ -73,6 +74,7 @@ class Workload:
     branches: int = 0
     scores: bool = False
     draft: Workload | None = None
+    prompt: int = 0
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
@@ -132,6 +134,11 @@ class Workload:
         length = min(self.length, config.max_position_embeddings)
         bits = None if self.bits is None else self.bits.dividing(config.head_dim)
         return [replace(self, draft=None), replace(self.draft, length=length, bits=bits, chunk=self.chunk)]
+
+    @property
+    def shares_slots(self) -> bool:
+        """Whether its row may share arrays with others while it answers."""
+        return self.bits is None and self.config.sparse_layers is None
 
     def working(self, chunk: int) -> int:
         """Bytes beside weights and cache at most, with chunks of `chunk` tokens."""
@@ -207,9 +214,11 @@ def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
     longest = max(workloads, key=lambda workload: workload.length)
     if len(workloads) == 1:
         return longest.plan(room)
-    parts = [part for workload in workloads for part in workload.parts]
+    parts = [part for workload in workloads for part in _among(workload, workloads).parts]
     cache = sum(part.cache_bytes() for part in parts)
-    step = replace(longest, rows=len(workloads)).workspace(1)
+    # A layer of the rows that come to share arrays exists twice.
+    moved = sum(part.cache_bytes() for part in parts if part.shares_slots) // longest.config.num_hidden_layers
+    step = max(replace(longest, rows=len(workloads)).workspace(1), moved)
     for chunk in longest.chunks():
         tokens = chunk + len(workloads) - 1
         chunks = (max(part.workspace(tokens), part.recomputing(chunk)) for part in parts)
@@ -217,6 +226,18 @@ def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
         if plan.total <= room:
             break
     return plan
+
+
+def _among(workload: Workload, others: Sequence[Workload]) -> Workload:
+    """The workload with as many slots as it has where its row shares arrays with longer rows of like length."""
+    if not workload.shares_slots:
+        return workload
+    lengths = [
+        min(other.length, workload.length + LIKE)
+        for other in others
+        if other.shares_slots and other.prompt <= workload.length + LIKE
+    ]
+    return replace(workload, length=max(lengths))
 
 
 def draft_weights(workloads: Iterable[Workload]) -> int:

@@ -43,9 +43,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
     seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
     bits = None if cache is None else cache.bits
     batch, heads, length, dim = q.shape
-    if length == 1 and mask is None and bits is None and not fused_attention():
+    if length == 1 and bits is None and not isinstance(mask, str) and not fused_attention():
         queries = q.reshape(batch, -1, heads // seen[0].shape[1], dim)
-        return _attend_one(queries, seen[0], seen[1], scale).reshape(batch, 1, -1)
+        return _attend_one(queries, seen[0], seen[1], scale, mask).reshape(batch, 1, -1)
     numbers = batch * heads * length * seen[0].shape[2]
     # Each part is computed before the next is queued. Not without a cache: this may be training, whose graph is one.
     compute = mx.eval if cache is not None and cache.awaited else _leave_to_mlx
@@ -67,12 +67,15 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: 
 
 
 @partial(mx.compile, shapeless=True)
-def _attend_one(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def _attend_one(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     """One query a head of a row, of which each key has G: q (B, Hkv, G, D), k and v (B, Hkv, S, D) -> (B, Hkv, G, D).
 
-    On the CPU, where MLX writes its own attention out in three times as many operations.
+    On the CPU, where MLX writes its own attention out in three times as many operations. mask (B, 1, 1, S) or None.
     """
-    return mx.softmax((q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True) @ v
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    return mx.softmax(scores, axis=-1, precise=True) @ v
 
 
 def attention_bytes(shape: PassShape, keys: int) -> int:

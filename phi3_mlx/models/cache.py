@@ -156,9 +156,14 @@ class KVCache:
         """Keys and values in the form in which they are kept."""
         return [keys, values]
 
+    @property
+    def tokens(self) -> list[mx.array]:
+        """What `state` has of the tokens from `start` on, as views."""
+        return [array[..., : self.offset - self.start, :] for array in self.state]
+
     def copy_tokens(self, first: int, last: int) -> list[mx.array]:
         """Arrays of their own with the slots of the tokens at positions `first` to `last`, as in `state`."""
-        copies = [mx.contiguous(array[..., first - self.start : last - self.start, :]) for array in self.state]
+        copies = [mx.contiguous(array[..., first - self.start : last - self.start, :]) for array in self.tokens]
         mx.eval(copies)
         return copies
 
@@ -312,7 +317,7 @@ class QuantizedKVCache(KVCache):
         return [*mx.quantize(keys, group_size, self.bits.keys), *mx.quantize(values, group_size, self.bits.values)]
 
 
-def take_back(cache: list[KVCache], offset: int) -> None:
+def take_back(cache: Sequence[KVCache], offset: int) -> None:
     """Forget what a call that was broken off has read beyond `offset`."""
     for layer in cache:
         layer.trim(layer.offset - offset)

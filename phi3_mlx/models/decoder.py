@@ -27,6 +27,7 @@ from .end_to_end import EndToEnd
 from .layer import DecoderLayer
 from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
+from .slots import Unit, units_of
 from .step import Steps
 from .together import Addition, Together
 
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         offset = cache[0].offset
         long = self._enter(ids, cache)
         try:
-            stepped = self._step(ids, [cache], long)
+            stepped = self._step(ids, [cache], [Unit([0], cache)], long) if ids.size == 1 else None
             return self._read(ids, cache, long) if stepped is None else stepped
         except BaseException:
             take_back(cache, offset)
@@ -92,29 +93,46 @@ class Decoder(nn.Module):
         `newest`: only those of each sequence's last token (1, sequences, hidden_size): less work for the last layer.
         """
         *cuts, _ = accumulate(lengths)
-        offsets = [cache[0].offset for cache in caches]
+        undo: list[tuple[Sequence[KVCache], int]] = [(cache, cache[0].offset) for cache in caches]
         try:
             rows = mx.split(ids.astype(mx.int32), cuts, axis=1)
             longs = [self._enter(row, cache)[0] for row, cache in zip(rows, caches, strict=True)]
-            stepped = self._step(ids, caches, tuple(longs))
-            if stepped is not None:
-                return stepped
-            joint = Together([*map(Addition, caches, lengths, longs)], self._config.sliding_window)
-            return self._through(
-                ids,
-                lambda layer, x: layer.together(x, joint, newest and layer is self.layers[-1]),
-                lambda i: any(cache[i].awaited for cache in caches),
-            )
+            singles = sum(length == 1 for length in lengths)
+            units = units_of(caches[:singles], share=self._config.sparse_layers is None)
+            undo = [*((unit.layers, unit.layers[0].offset) for unit in units), *undo]
+            order = [row for unit in units for row in unit.rows]
+            parts = [Addition(caches[row], 1, longs[row]) for row in order]
+            parts += map(Addition, caches[singles:], lengths[singles:], longs[singles:])
+            if order == sorted(order):
+                return self._in_units(ids, parts, units, newest)
+            hidden = self._in_units(_permuted(ids, order), parts, units, newest)
+            return _permuted(hidden, [order.index(row) for row in range(singles)])
         except BaseException:
-            for cache, offset in zip(caches, offsets, strict=True):
+            for cache, offset in undo:
                 take_back(cache, offset)
             raise
 
-    def _step(self, ids: mx.array, caches: Sequence[list[KVCache]], long: tuple[bool, ...]) -> mx.array | None:
+    def _in_units(self, ids: mx.array, parts: Sequence[Addition], units: list[Unit], newest: bool) -> mx.array:
+        """`together` of sequences that have entered; those of one token stand in the order of their units."""
+        caches = [part.cache for part in parts]
+        if ids.size == len(parts):
+            stepped = self._step(ids, caches, units, tuple(part.long for part in parts))
+            if stepped is not None:
+                return stepped
+        joint = Together(parts, units, self._config.sliding_window)
+        return self._through(
+            ids,
+            lambda layer, x: layer.together(x, joint, newest and layer is self.layers[-1]),
+            lambda i: any(cache[i].awaited for cache in caches),
+        )
+
+    def _step(
+        self, ids: mx.array, caches: Sequence[list[KVCache]], units: Sequence[Unit], long: tuple[bool, ...]
+    ) -> mx.array | None:
         """Hidden states of one token for each cache, ids (1, caches); None where the plain path must take them."""
-        if ids.size > len(caches) or self._dequantizes(ids.size, self.layers[0].input_layernorm.weight.dtype):
+        if self._dequantizes(ids.size, self.layers[0].input_layernorm.weight.dtype):
             return None  # slices of dequantized weights wait for each other, which a compiled layer would not keep
-        step = self._steps.begin(self.layers, caches, long)
+        step = self._steps.begin(self.layers, caches, units, long)
         if step is None:
             return None
         return self._through(ids[0], step.forward, lambda i: any(cache[i].awaited for cache in caches))[None]
@@ -305,3 +323,9 @@ class Model(nn.Module):
             prompt_length=None if prompt_length is None else tuple(prompt_length),
         )
         return self.model.make_cache(sequence, bits)
+
+
+def _permuted(row: mx.array, order: Sequence[int]) -> mx.array:
+    """The first tokens of (1, tokens, ...) in another order, the others as they are."""
+    first = row[:, mx.array([*order])]
+    return first if len(order) == row.shape[1] else mx.concatenate([first, row[:, len(order) :]], axis=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from .attention import Mask, attend
 from .cache import KVCache
 from .end_to_end import EndToEnd
 from .rope import Regime, Rope
+from .slots import Unit
 from .together import Together
 
 _ROTATED_TOGETHER = 32  # queries and keys of at most this many tokens are rotated in one call
@@ -64,6 +66,14 @@ class Attention(nn.Module):
         """Rotated q (B, H, L, D), rotated k and v (B, Hkv, L, D) -> (B, L, H * D)."""
         return attend(q, k, v, cache, self._rope.scale, mask)
 
+    def attend_each(self, q: mx.array, k: mx.array, v: mx.array, units: Sequence[Unit], index: int) -> list[mx.array]:
+        """`attend` of the rows of each unit, which stand in this order, in layer `index`."""
+        if len(units) == 1:
+            return [self.attend(q, k, v, units[0].layers[index], units[0].mask)]
+        *cuts, _ = accumulate(len(unit.rows) for unit in units)
+        each = zip(*(mx.split(array, cuts) for array in (q, k, v)), units, strict=True)
+        return [self.attend(q, k, v, unit.layers[index], unit.mask) for q, k, v, unit in each]
+
     def __call__(
         self, x: mx.array, mask: Mask, cache: KVCache | None, offset: int | mx.array, long: Regime
     ) -> mx.array:
@@ -79,14 +89,9 @@ class Attention(nn.Module):
         """Sequences with caches of their own, side by side (1, L, hidden_size); of all tokens or each one's newest."""
         mixed = []
         for block, qkv in zip(joint.blocks, joint.apart(self.qkv(x)), strict=True):
-            caches = [cache[self._index] for cache in block.caches]
             q, k, v = self._rotated(qkv, block.offset, block.long)
-            if len(caches) == 1:
-                q, mask = (q[:, :, -1:], block.newest_mask) if newest else (q, block.mask)
-                mixed.append(self.attend(q, k, v, caches[0], mask))
-                continue
-            each = zip(*(mx.split(array, len(caches)) for array in (q, k, v)), caches, strict=True)
-            mixed.append(mx.concatenate([self.attend(q, k, v, cache, block.mask) for q, k, v, cache in each]))
+            units = block.newest if newest else block.units
+            mixed += self.attend_each(q[:, :, -1:] if newest else q, k, v, units, self._index)
         return self.output(joint.joined(mixed))
 
     def _attended(

@@ -1,4 +1,4 @@
-"""A decoding step that costs the host little: one token of each of some sequences, which have caches of their own.
+"""A decoding step that costs the host little: one token of each of some sequences, perhaps of several.
 
 Python that calls a layer's modules, and MLX that takes up their operations one by one, last longer than the arithmetic
 of a small model. So what a layer does before and behind attention is compiled, as two functions of its arrays. They
@@ -24,6 +24,7 @@ from .experts import QuantizedSwitchLinear, SwitchLinear
 from .layer import DecoderLayer
 from .linear import Linear, QuantizedLinear
 from .rope import Rope
+from .slots import Unit
 
 # Modules whose call is a function of their arrays, their packing and their input.
 _PURE = (Linear, QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.RMSNorm, nn.LayerNorm)
@@ -36,12 +37,12 @@ Arrays = dict[str, Any]  # a layer's: a module is a dict of arrays and other mod
 class _Halves:
     """What a kind of layer does around attention.
 
-    `before(layer, x, turns)`: rotated queries, rotated keys and values, a list of each with an array (1, heads, 1, D)
-    a row; `behind(layer, x, mixed)`: the layer's output, where `mixed` has each row's output of attention. x and the
-    output are (rows, hidden_size).
+    `before(layer, x, turns)`: rotated queries, rotated keys and values (rows, heads, 1, D);
+    `behind(layer, x, mixed)`: the layer's output, where `mixed` has the outputs of attention, of some rows each.
+    x and the output are (rows, hidden_size).
     """
 
-    before: Callable[[Arrays, mx.array, list[mx.array]], list[list[mx.array]]]
+    before: Callable[[Arrays, mx.array, list[mx.array]], list[mx.array]]
     behind: Callable[[Arrays, mx.array, list[mx.array]], mx.array]
 
 
@@ -70,9 +71,13 @@ class Steps:
         return Steps, (self._rope,)  # a copy of the model compiles its own layers
 
     def begin(
-        self, layers: Sequence[DecoderLayer], caches: Sequence[list[KVCache]], long: tuple[bool, ...]
+        self,
+        layers: Sequence[DecoderLayer],
+        caches: Sequence[list[KVCache]],
+        units: Sequence[Unit],
+        long: tuple[bool, ...],
     ) -> CompiledStep | None:
-        """A step of the sequences with these caches, in these regimes; None where it takes the plain path."""
+        """A step of the sequences with these caches, in these units and regimes; None where it takes the plain path."""
         if any(cache[0].sequence.left_padding is not None for cache in caches) or layers[0].waits(len(caches)):
             return None
         halves: list[_Halves] = []
@@ -84,7 +89,7 @@ class Steps:
                 return None
             halves.append(known.halves)
         turns = self._rope.turns([cache[0].offset for cache in caches], long)
-        return None if turns is None else CompiledStep(halves, caches, turns)
+        return None if turns is None else CompiledStep(halves, units, turns)
 
     def _look_at(self, layer: DecoderLayer) -> _Known:
         modules = tuple(_modules_in(layer))
@@ -97,27 +102,26 @@ class Steps:
 
 
 class CompiledStep:
-    """One more token of each of the sequences with these caches, layer after layer."""
+    """One more token of each of some sequences, which are attended to in these units, layer after layer."""
 
-    def __init__(self, halves: list[_Halves], caches: Sequence[list[KVCache]], turns: list[mx.array]):
-        self._layers, self._caches, self._turns = enumerate(halves), caches, turns
+    def __init__(self, halves: list[_Halves], units: Sequence[Unit], turns: list[mx.array]):
+        self._layers, self._units, self._turns = enumerate(halves), units, turns
 
     def forward(self, layer: DecoderLayer, x: mx.array) -> mx.array:
         """The next layer's output (rows, hidden_size) for x of the same shape."""
         index, halves = next(self._layers)
-        attend = layer.self_attn.attend
-        rows = zip(*halves.before(layer, x, self._turns), self._caches, strict=True)
-        return halves.behind(layer, x, [attend(q, k, v, cache[index], None) for q, k, v, cache in rows])
+        q, k, v = halves.before(layer, x, self._turns)
+        return halves.behind(layer, x, layer.self_attn.attend_each(q, k, v, self._units, index))
 
 
 def _compiled(template: DecoderLayer, rope: Rope) -> _Halves:
     """The halves of layers like `template`, which has no arrays. They are traced when they meet another shape."""
 
-    def before(arrays: Arrays, x: mx.array, turns: list[mx.array]) -> list[list[mx.array]]:
+    def before(arrays: Arrays, x: mx.array, turns: list[mx.array]) -> list[mx.array]:
         layer = _with_arrays(template, arrays)
         qkv = layer.self_attn.qkv(layer.input_layernorm(x))
         q, k, v = layer.self_attn.split(qkv[:, None], lambda part: rope.turned(part, turns))
-        return [mx.split(part, len(x)) for part in (rope.gained(q, turns), k, v)]  # type: ignore[misc]
+        return [rope.gained(q, turns), k, v]
 
     def behind(arrays: Arrays, x: mx.array, mixed: list[mx.array]) -> mx.array:
         layer = _with_arrays(template, arrays)

@@ -1,4 +1,4 @@
-"""Sequences with caches of their own in one pass: each attends alone, all other layers treat their tokens as one row.
+"""Sequences with caches of their own in one pass: each attends to itself, other layers treat their tokens as one row.
 
 So every weight is read once for all of them, while each sequence keeps the length, the LongRoPE regime, the window and
 the packing that it has alone. Sequences that bring one token are rotated and cut from the row together, which spares
@@ -8,14 +8,15 @@ Python most of its work in a step of decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
 
-from .attention import Mask, make_mask
+from .attention import make_mask
 from .cache import KVCache
 from .rope import Regime
+from .slots import Unit
 
 
 @dataclass(frozen=True)
@@ -29,31 +30,36 @@ class Addition:
 
 @dataclass(frozen=True)
 class Alike:
-    """Sequences that bring equally many tokens: their caches, and what attention asks beside queries and keys."""
+    """Sequences that bring equally many tokens: how they are attended to, and what rotation asks."""
 
-    caches: list[list[KVCache]]
+    units: list[Unit]
     length: int
-    mask: Mask
     offset: int | mx.array
     long: Regime
 
     @property
-    def newest_mask(self) -> Mask:
-        """The part of the mask for the last token."""
-        return self.mask[-1:] if isinstance(self.mask, mx.array) else None
+    def newest(self) -> list[Unit]:
+        """The units for the last token of each sequence alone."""
+        if self.length == 1:
+            return self.units
+        return [replace(unit, mask=unit.mask[-1:] if isinstance(unit.mask, mx.array) else None) for unit in self.units]
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(unit.rows) for unit in self.units)
 
     def rows(self, row: mx.array) -> mx.array:
         """The block's part of a row of tokens (1, n, width) -> (sequences, length, width)."""
-        return row.reshape(len(self.caches), self.length, row.shape[-1])
+        return row.reshape(self.sequences, self.length, row.shape[-1])
 
 
 class Together:
     """How a row of tokens is cut into blocks for attention, and joined again.
 
-    `parts` stand in the row in this order; those of one token come first.
+    `parts` stand in the row in this order; those of one token come first, and are attended to in `units`.
     """
 
-    def __init__(self, parts: Sequence[Addition], window: int | None):
+    def __init__(self, parts: Sequence[Addition], units: list[Unit], window: int | None):
         singles = [part for part in parts if part.length == 1]
         others = [part for part in parts if part.length > 1]
         if [*singles, *others] != list(parts):
@@ -61,13 +67,12 @@ class Together:
         self.blocks: list[Alike] = []
         if singles:
             offsets = mx.array([part.cache[0].offset for part in singles])
-            caches = [part.cache for part in singles]
-            # One query sees every key that its cache gives it, so there is no mask.
-            self.blocks.append(Alike(caches, 1, None, offsets, tuple(part.long for part in singles)))
+            self.blocks.append(Alike(units, 1, offsets, tuple(part.long for part in singles)))
         for part in others:
             mask = make_mask(part.length, window, part.cache[0])
-            self.blocks.append(Alike([part.cache], part.length, mask, part.cache[0].offset, part.long))
-        ends = accumulate(len(block.caches) * block.length for block in self.blocks)
+            unit = Unit([0], part.cache, mask)
+            self.blocks.append(Alike([unit], part.length, part.cache[0].offset, part.long))
+        ends = accumulate(block.sequences * block.length for block in self.blocks)
         self._cuts = list(ends)[:-1]
         self._last = None if not others else mx.array([end - 1 for end in accumulate(part.length for part in parts)])
 
