@@ -69,6 +69,17 @@ TWO_LAYERS = {
     "original_max_position_embeddings": 131_072,
 }
 
+# Phi-3-mini's proportions, a sixth as wide; a context that holds the long newcomer.
+MIDDLING = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+}
+
 
 def default_cases(cases: tuple[str, ...]) -> list[str]:
     """Those that are measured if none is asked for: nobody gives a GPU float32 scales."""
@@ -93,6 +104,11 @@ def make_checkpoint(directory: Path, layers: int, dtype: str, bits: int, **shape
 def make_model(directory: Path) -> None:
     """A checkpoint of `TWO_LAYERS` with random weights in 4 bits, and the bundled model's tokenizer."""
     make_checkpoint(directory, 2, "float32", 4, **TWO_LAYERS)
+    copy_tokenizer(directory)
+
+
+def copy_tokenizer(directory: Path) -> None:
+    """Give a checkpoint the bundled model's tokenizer, whose vocabulary has 4,032 ids."""
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(resolve("tiny") / name, directory)
 

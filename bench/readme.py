@@ -199,6 +199,8 @@ BLOCKS = {
             tables.speed,
             tables.batch,
             tables.traffic,
+            tables.serve,
+            tables.bad_inputs,
             tables.prefix,
             tables.host,
             tables.lookup,

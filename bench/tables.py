@@ -155,6 +155,48 @@ def traffic() -> str:
     return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
 
 
+def serve() -> str:
+    """The server beside mlx-lm's."""
+    result = read("serve")
+    table = [
+        "| weights | clients | requests a second, phi3-mlx | mlx-lm | ratio | first token, phi3-mlx | mlx-lm | ratio "
+        "| peak |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for case, clients in dict.fromkeys((row["case"], row["clients"]) for row in result["rows"]):
+        sides = {row["package"]: row for row in result["rows"] if (row["case"], row["clients"]) == (case, clients)}
+        pair = [sides["phi3-mlx"], sides["mlx-lm"]]
+        cells = []
+        for figure, unit in (("requests_per_second", ""), ("first_token", "s")):
+            cells += [shown(side[figure], unit).strip() for side in pair]
+            cells.append(f"{pair[0][figure]['median'] / pair[1][figure]['median']:.2f}×")
+        peaks = [side["peak_memory"] for side in pair]
+        cells.append(" and ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks if peak is not None))
+        table.append(f"| {pair[0]['model']} | {clients} | {' | '.join(cells)} |")
+    facts = (
+        f"{result['requests']} requests, answers of {result['answer']} tokens, one system message of "
+        f"{result['shared']:,}; {result['layers']} layers. The peak is the whole process'."
+    )
+    return "\n".join([*table, "", facts, f"Medians (least to most); {sources([result])}"])
+
+
+def bad_inputs() -> str:
+    """What the two servers do with what a client may get wrong."""
+    ours, theirs = (read("serve")["bad"][package] for package in ("phi3-mlx", "mlx-lm"))
+    table = ["| sent | phi3-mlx | mlx-lm |", "|---|---|---|"]
+    for one, other in zip(ours, theirs, strict=True):
+        table.append(f"| {one['input']} | {_reply(one)} | {_reply(other)} |")
+    return "\n".join([*table, "", sources([read("serve")])])
+
+
+def _reply(row: dict[str, Any]) -> str:
+    """A status and what was told; of an answer, that there was one."""
+    if not row["status"]:
+        return f"the connection broke{'' if row['lives'] else ', and so did the server'}"
+    told = "answers" if row["status"] == 200 else row["told"].replace("|", "\\|")
+    return f"{row['status']}: {told}{'' if row['lives'] else '; the server is dead'}"
+
+
 def host() -> str:
     """What a step costs the host, beside mlx-lm."""
     result = read("host")

@@ -31,18 +31,8 @@ from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.scheduler import Scheduler
 
 from . import record
-from .models import loaded
+from .models import MIDDLING, loaded
 
-# Phi-3-mini's proportions, a sixth as wide; a context that holds the long newcomer.
-MIDDLING = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 16384,
-    "original_max_position_embeddings": 16384,
-}
 # Of each case, by how much lengths and times are divided on a CPU, so that mlx-lm takes a minute or two.
 SHORTER = {"unpacked": 4, "float32": 8, "bfloat16": 16, "tiny": 8}
 REQUESTS, PROMPTS, ANSWERS, EVERY = 16, (50, 2000), (20, 300), 0.5
