@@ -1,4 +1,4 @@
-"""Many clients at once, some of whom go, read slowly, or send what nobody can answer: none is lost, and memory is flat."""
+"""Many clients at once, some of whom go, read slowly or send rubbish: nothing is lost, and memory is flat."""
 
 import contextlib
 import http.client
@@ -199,23 +199,22 @@ def idle(worker):
 
 
 @pytest.mark.parametrize(
-    ("clients", "requests"), [(8, 64), pytest.param(64, 2000, marks=pytest.mark.long)], ids=["few", "2000"]
+    ("clients", "requests"), [(8, 64), pytest.param(64, 2048, marks=pytest.mark.long)], ids=["few", "2048"]
 )
 def test_nothing_is_lost_memory_is_flat_and_every_answer_is_what_generate_gives(expected, clients, requests):
     with tiny_server(queue=24) as (served, worker):
-        Crowd(served, expected, 0).run(4, 24)  # until here memory may grow: the model is loaded, prefixes are kept
-        wait_until(lambda: idle(worker), 60)
-        mx.clear_cache()
-        before = mx.get_active_memory() - worker.figures().prefix_memory
-        crowd = Crowd(served, expected, 1)
-        crowd.run(clients, requests)
-        assert not crowd.faults
-        assert sum(crowd.told.values()) == requests // clients * clients
-        wait_until(lambda: idle(worker), 60)
-        mx.clear_cache()
-        after = mx.get_active_memory() - worker.figures().prefix_memory
-        assert after - before < 2e6, "memory of requests that are over"
+        held, crowds = [], []
+        for part in range(4):
+            crowds.append(Crowd(served, expected, part))
+            crowds[-1].run(clients, requests // 4)
+            assert not crowds[-1].faults
+            assert crowds[-1].told.total() == requests // 4 // clients * clients
+            wait_until(lambda: idle(worker), 60)
+            mx.clear_cache()
+            held.append(mx.get_active_memory() - worker.figures().prefix_memory)
+        # In the first part the model is loaded. Short runs in the store take up to a page more than they say.
+        assert held[-1] - held[1] < 1e6, "memory of requests that are over"
         assert served.request("GET", "/health")[0] == 200
-    assert {*crowd.told} == {"whole", "stream", "slow", "left", "refused"}
-    for fields, said in crowd.answered:
+    assert {what for crowd in crowds for what in crowd.told} == {"whole", "stream", "slow", "left", "refused"}
+    for fields, said in (answer for crowd in crowds for answer in crowd.answered):
         assert said == expected(fields), fields
