@@ -407,3 +407,15 @@ def test_a_forked_process_is_told_so_where_it_would_hang_and_works_where_it_woul
         [sys.executable, "-W", "ignore", "-c", _FORK, when], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ends_with_the_thread_that_computed_ends_well():
+    code = (
+        "import threading, phi3_mlx as p; model, tokenizer = p.load('tiny'); "
+        "thread = threading.Thread(target=lambda: print(p.generate(model, tokenizer, 'Who?', max_tokens=3))); "
+        "thread.start(); thread.join()"
+    )
+    for _ in range(3):  # without a wait the process was aborted every other time
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
