@@ -103,6 +103,16 @@ def test_a_window_in_a_file_that_has_gone_on_is_no_beginning(tmp_path):
     assert answers(model, [[*TEXT[:250], 91]], PrefixStore(directory=tmp_path))[1] == 251
 
 
+def test_a_shorter_file_is_taken_where_the_window_of_a_longer_one_has_gone_on(tmp_path):
+    model = MODELS["mini-4k"]
+    for name, tokens in (("long", 300), ("short", 200)):
+        cache = PromptCache(model)
+        cache.read(TEXT[:tokens])
+        cache.save(tmp_path / f"{name}.cache")
+    prompt = [*TEXT[:202], 91]
+    assert answers(model, [prompt], PrefixStore(directory=tmp_path)) == (answers(model, [prompt])[0], 3)
+
+
 def cut(content):
     return content[: len(content) // 2]
 

@@ -17,7 +17,7 @@ from oracle import CONFIGS, ORIGINAL, WINDOW, slim
 
 from phi3_mlx import Conversation, PrefixStore, PromptCache, batch_generate, generate, load, score, stream_generate
 from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
-from phi3_mlx.engine import machine, scheduler
+from phi3_mlx.engine import identity, machine, scheduler
 from phi3_mlx.engine.batch import Batch
 from phi3_mlx.engine.continuations import Continued, score_together
 from phi3_mlx.engine.generation import Generation
@@ -224,6 +224,17 @@ def test_a_weight_that_is_written_into_makes_another_model():
     layer.weight[0] = layer.weight[0] * 2
     assert answers(model, [prompt], prefixes) == answers(model, [prompt])
     assert prefixes.nbytes == held  # what was read before goes, for no model is as it was
+
+
+def test_on_an_nvidia_gpu_weights_are_not_looked_at_and_clear_helps(monkeypatch):
+    monkeypatch.setattr(identity, "on_cuda", lambda: True)
+    model, prefixes, prompt = oracle.make_ours(slim(CONFIGS["3.5-mini"])), PrefixStore("1GB"), ids_of(40, 0)
+    answers(model, [prompt], prefixes)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight[0] = weight[1] * 2
+    assert answers(model, [prompt], prefixes)[1] == 1
+    prefixes.clear()
+    assert answers(model, [prompt], prefixes) == answers(model, [prompt])
 
 
 def test_a_store_keeps_no_weights_alive():

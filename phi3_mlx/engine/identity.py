@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..models.attention import on_cuda
 from ..models.decoder import Model
 
 _SUMMED = 1 << 22  # numbers of a weight whose sums are taken at a time
@@ -20,7 +21,7 @@ class ModelState:
     """The weights that a model has now and how it uses them; weights are not kept alive.
 
     Loading others, casting, an adapter that comes, goes or counts differently, and a number that is written into a
-    weight in place (`weight[0] = 1`) make another state.
+    weight in place (`weight[0] = 1`) make another state. On an NVIDIA GPU the last does not.
     """
 
     def __init__(self, model: Model):
@@ -59,7 +60,9 @@ def _reference(array: mx.array, held: dict[int, mx.array], key: int) -> weakref.
 
 
 def _place(array: mx.array) -> int:
-    """Where an array's numbers stand in memory."""
+    """Where an array's numbers stand in memory; 0 on an NVIDIA GPU, from which a look at them would move them."""
+    if on_cuda():
+        return 0
     return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]
 
 

@@ -34,7 +34,8 @@ class PrefixStore:
         generate(model, tokenizer, f"{text} Where is the owl?", prefixes=prefixes)  # reads the question alone
 
     It keeps what a draft model read as well. What is reused was read with the same weights and adapters, LongRoPE
-    regime and `kv_bits`, so answers are the same as without it.
+    regime and `kv_bits`, so answers are the same as without it. Only on an NVIDIA GPU a weight that was written into in
+    place (`weight[0] = 1`) goes unnoticed: `clear()` then.
 
     It holds `budget` bytes at most; what was not asked for longest goes first, and all of it before a run has too
     little memory. It serves any number of runs at once, of any threads and models: its methods take turns with the
@@ -149,7 +150,6 @@ class PrefixStore:
         sequence = cache[0].sequence
         sequence.read(mx.array([ids[:last]], dtype=mx.int32), 0)
         sequence.long = (long,)
-        mx.eval(sequence.kept)
         return cache
 
     @turn()
