@@ -6,8 +6,9 @@ python docs/_options.py
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,41 @@ def given_for(annotation: str) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def endpoints() -> dict[str, Any]:
+    """The fields that each address of the server knows, by the address's last word."""
+    from phi3_mlx.server.chat import CHAT_FIELDS
+    from phi3_mlx.server.completions import COMPLETION_FIELDS
+    from phi3_mlx.server.responses import RESPONSE_FIELDS
+
+    return {"chat": CHAT_FIELDS, "completions": COMPLETION_FIELDS, "responses": RESPONSE_FIELDS}
+
+
+def field_table(known: Mapping[str, Any]) -> str:
+    """A row a field that is honoured; the others in rows of those that are taken alike."""
+    rows = ["| field | taken | what it does |", "|---|---|---|"]
+    for field in known.values():
+        if field.treatment == "honoured":
+            rows.append(f"| `{field.name}` | yes | {field.says} |")
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for field in known.values():
+        if field.treatment != "honoured":
+            alike.setdefault((field.treatment, _values(field.neutral), field.says), []).append(f"`{field.name}`")
+    for treatment in ("neutral", "noted", "refused"):
+        for (same, values, says), names in alike.items():
+            if same == treatment:
+                taken = {"neutral": f"only {values}", "noted": "yes, without effect", "refused": "no"}[treatment]
+                rows.append(f"| {', '.join(names)} | {taken} | {says} |")
+    return "\n".join(rows) + "\n"
+
+
+def _values(values: Iterable[Any]) -> str:
+    return " or ".join(f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`" for value in values)
+
+
 def with_tables(text: str) -> str:
     """The text of a page with the tables of today."""
     tables = {kind.__name__: table(kind, function) for kind, function in doors().items()}
+    tables |= {address: field_table(known) for address, known in endpoints().items()}
     return _PLACE.sub(lambda place: f"{place[1]}\n{tables[place[2]]}\n{place[3]}", text)
 
 

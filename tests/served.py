@@ -10,6 +10,7 @@ import time
 from phi3_mlx.errors import ModelNotFoundError
 from phi3_mlx.generation.request import Request
 from phi3_mlx.server.app import create_app
+from phi3_mlx.server.asked import Defaults
 from phi3_mlx.server.limits import Limits
 from phi3_mlx.server.running import HttpServer, listen
 from phi3_mlx.server.service import Service
@@ -85,7 +86,7 @@ def say_words(ticket, tell):
     scored = work.top_logprobs is not None
     echo = tuple(token(word, 0, scored and n > 0) for n, word in enumerate(words)) if work.echo else ()
     tell(Reading(1, len(words)))
-    tell(Begun(len(words), 0, echo))
+    tell(Begun(len(words), 0, echo, text_of(work) if work.echo else ""))
     for index in range(work.n):
         said = words[: work.request.max_tokens]
         offset = 0
@@ -128,11 +129,13 @@ def events(text):
 
 
 @contextlib.contextmanager
-def serving(engine=None, *, limits=SLOW, base=None, prompts=False, listed=None, **guard):
+def serving(engine=None, *, limits=SLOW, base=None, longrope="auto", prompts=False, listed=None, **guard):
     """A server that runs while the block does."""
     engine = engine or FakeEngine()
     log = []
-    service = Service(engine, listed or engine.listed, base or Request(), limits, log.append, prompts=prompts)
+    service = Service(
+        engine, listed or engine.listed, Defaults(base or Request(), longrope, limits), log.append, prompts=prompts
+    )
     app = create_app(service, **guard)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]

@@ -23,7 +23,8 @@ from _site import linked, on_page_content
 DOCS = ROOT / "docs"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
-OTHERS_OPTIONS = {"--force-reinstall", "--backend"}  # of pip and mlx.launch
+# Of pip, mlx.launch, Docker, systemd and lm-evaluation-harness.
+OTHERS_OPTIONS = {"--force-reinstall", "--backend", "--add-host", "--user", "--now", "--tasks"}
 
 
 def lines(language):

@@ -79,17 +79,29 @@ def test_commands_run(command, checkpoint, tmp_path):
     if words[0] in ("convert", "compare") and words[1].startswith("phi-"):  # for those of the hub
         words[1] = str(checkpoint)
         words[2] = "tiny" if words[0] == "compare" else words[2]
+    if words[0] == "serve":  # until it is told to stop
+        check_served([*program, "serve", "-m", "tiny", "--port", "0"], home)
     done = run(words)
     if "-m" in words and words[0] != "plan":  # a real model: without the network its name is known, and what is missing
         assert done.returncode == 1
         assert "HF_HUB_OFFLINE" in done.stderr
         # The same command with the bundled model instead.
         words[words.index("-m") + 1] = "tiny"
+        if words[0] == "serve":
+            return
         if "--draft-model" in words:
             words[words.index("--draft-model") + 1] = "tiny"
         done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
+
+
+def check_served(command, home):
+    """A server says where it is, and ends when it is told to."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=home) as process:
+        assert process.stderr.readline().startswith("tiny at http://127.0.0.1:")
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_the_walk_through_fine_tuning(tmp_path):

@@ -101,6 +101,10 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(audio={}), "unsupported_parameter", "audio"),
         (chat_body(prediction={}), "unsupported_parameter", "prediction"),
         (chat_body(web_search_options={}), "unsupported_parameter", "web_search_options"),
+        (chat_body(longrope="long"), "unsupported_value", "longrope"),
+        (chat_body(logit_bias={"a": 1}), "invalid_type", "logit_bias"),
+        (chat_body(logit_bias={"3": 101}), "invalid_value", "logit_bias"),
+        (chat_body(presence_penalty="high"), "invalid_type", "presence_penalty"),
         (chat_body(store=True), "unsupported_value", "store"),
         (chat_body(response_format={"type": "yaml"}), "invalid_value", "response_format.type"),
         (chat_body(response_format={"type": "json_schema"}), "invalid_type", "response_format"),
@@ -160,7 +164,9 @@ def test_messages_reach_the_engine_as_templates_take_them(served):
 def test_absent_fields_take_the_servers_options():
     from phi3_mlx.generation.request import Request
 
-    with serving(base=Request(temperature=0.7, max_tokens=2, kv_bits=8)) as served:
+    with serving(base=Request(temperature=0.7, max_tokens=2, kv_bits=8), longrope="long") as served:
+        reply = served.chat(top_k=5, longrope="long")[2]
+        assert served.chat(longrope="auto")[2]["error"]["param"] == "longrope"  # not what the server does
         reply = served.chat(top_k=5)[2]
         assert reply["choices"][0]["finish_reason"] == "length"
         request = served.engine.tickets[-1].work.request

@@ -1,6 +1,8 @@
 """The server as real clients see it: OpenAI's SDK and curl, with an engine that needs no model."""
 
+import importlib
 import json
+import re
 import shutil
 import subprocess
 
@@ -11,9 +13,13 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
 
 import openai
+from conftest import ROOT
 from served import FakeEngine, events, serving, token
 
 from phi3_mlx.errors import Phi3Error
+from phi3_mlx.server.chat import CHAT_FIELDS
+from phi3_mlx.server.completions import COMPLETION_FIELDS
+from phi3_mlx.server.responses import RESPONSE_FIELDS
 from phi3_mlx.server.work import Begun, Ended, Piece
 
 
@@ -32,11 +38,34 @@ def client(served):
 MESSAGES = [{"role": "user", "content": "one two three"}]
 
 
+@pytest.mark.parametrize(
+    ("module", "kind", "table"),
+    [
+        ("chat.completion_create_params", "CompletionCreateParamsNonStreaming", CHAT_FIELDS),
+        ("completion_create_params", "CompletionCreateParamsNonStreaming", COMPLETION_FIELDS),
+        ("responses.response_create_params", "ResponseCreateParamsNonStreaming", RESPONSE_FIELDS),
+    ],
+)
+def test_every_field_that_openais_client_can_send_is_in_the_table(module, kind, table):
+    fields = getattr(importlib.import_module(f"openai.types.{module}"), kind).__annotations__
+    assert len(fields) > 15
+    assert {*fields} - {*table} == set()
+
+
 def test_openai_chats(client):
     reply = client.chat.completions.create(model="echo", messages=MESSAGES, max_completion_tokens=2)
     assert reply.choices[0].message.content == "one two "
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage.total_tokens == 5
+
+
+def test_the_pages_example_runs(served, capsys):
+    (code,) = re.findall(r"^```py\n(.*?)```", (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), re.S | re.M)
+    code = code.replace("http://127.0.0.1:8080", served.url).replace("phi-3.5-mini-4bit", "echo")
+    names = {}
+    exec(code.replace('"none"', '"key"'), names)
+    names["client"].close()
+    assert capsys.readouterr().out == "Why is the sky blue? \n"
 
 
 def test_openai_streams(client):

@@ -1,5 +1,6 @@
 """`phi3-mlx serve` as a user types it, and the bundled model behind it."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -16,7 +18,7 @@ pytest.importorskip("uvicorn")
 from conftest import ROOT
 from served import chat_body, events, serving
 
-from phi3_mlx import generate, load
+from phi3_mlx import generate, load, score, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
@@ -161,6 +163,23 @@ def test_a_prompt_that_never_fits_the_context_is_told_with_the_numbers(served):
     assert "4,096" in reply["error"]["message"]
 
 
+@pytest.mark.parametrize("text", ["a" * 4_000_000, "é漢 " * 500_000])
+def test_a_huge_prompt_is_refused_before_it_is_encoded(served, text):
+    begun = time.monotonic()
+    status, _, reply = served.chat(text, model="tiny")
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    assert "tokens or more" in reply["error"]["message"]
+    assert time.monotonic() - begun < 5  # a sixth of what encoding takes
+
+
+def test_a_prompt_of_the_longest_tokens_is_not_taken_for_too_long(served):
+    _, tokenizer = load("tiny")
+    words = [token for token in range(tokenizer.vocab_size) if tokenizer.token_bytes(token).strip().isalpha()]
+    prompt = tokenizer.decode([max(words, key=lambda token: len(tokenizer.token_bytes(token)))] * 4000)
+    status, _, reply = served.request("POST", "/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 1})
+    assert status == 200, reply["error"]["message"]
+
+
 def test_a_response_format_holds_the_answer(served):
     pytest.importorskip("llguidance")
     schema = {
@@ -174,3 +193,58 @@ def test_a_response_format_holds_the_answer(served):
         reply = served.request("POST", "/v1/chat/completions", chat_body(STORY, model="tiny", **form))[2]
         assert reply["choices"][0]["message"]["content"] in ('{"a":true}', '{"a":false}')
         assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+TOOL = {
+    "name": "colour",
+    "parameters": {
+        "type": "object",
+        "properties": {"name": {"enum": ["red", "blue"]}},
+        "required": ["name"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_a_tool_that_must_be_called_is_called_with_arguments_that_fit(served):
+    pytest.importorskip("llguidance")
+    tools = [{"type": "function", "function": TOOL}]
+    choice = {"type": "function", "function": {"name": "colour"}}
+    reply = served.chat(STORY, model="tiny", tools=tools, tool_choice=choice)[2]["choices"][0]
+    assert reply["finish_reason"] == "tool_calls"
+    (call,) = reply["message"]["tool_calls"]
+    assert call["function"]["name"] == "colour"
+    assert json.loads(call["function"]["arguments"]) in ({"name": "red"}, {"name": "blue"})
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "nice"}
+    messages = [{"role": "user", "content": STORY}, reply["message"], result]
+    for more in ({"tools": tools}, {}):
+        status, _, reply = served.chat(model="tiny", messages=messages, max_tokens=5, **more)
+        assert status == 200, reply
+
+
+def test_completions_score_a_prompt_that_is_echoed(served):
+    model, tokenizer = load("tiny")
+    ids = [int(token) for token in tokenizer.encode("Once upon a time, there was a duck.")]
+    body = {"model": "tiny", "prompt": [ids, ids[:5]], "echo": True, "logprobs": 2, "max_tokens": 0}
+    first, second = served.request("POST", "/v1/completions", body)[2]["choices"]
+    (expected,) = score(model, tokenizer, ids[:1], [ids[1:]])
+    assert first["logprobs"]["token_logprobs"][0] is None
+    assert first["logprobs"]["token_logprobs"][1:] == pytest.approx(expected.logprobs, abs=1e-4)
+    assert len(second["logprobs"]["tokens"]) == 5
+    assert second["logprobs"]["text_offset"][0] == 0
+    assert len(first["logprobs"]["top_logprobs"][3]) in (2, 3)
+    text = tokenizer.decode(ids)
+    assert first["text"] == text
+    for offset, piece in zip(first["logprobs"]["text_offset"], first["logprobs"]["tokens"], strict=True):
+        assert text[offset:].lstrip().startswith(piece.strip())
+    assert first["finish_reason"] == "length"
+
+
+def test_log_probabilities_of_an_answer_are_generates(served):
+    model, tokenizer = load("tiny")
+    expected = list(stream_generate(model, tokenizer, STORY, max_tokens=8, lookup=0))
+    reply = served.chat(STORY, model="tiny", max_tokens=8, logprobs=True, top_logprobs=3)[2]["choices"][0]
+    told = reply["logprobs"]["content"]
+    assert [token["logprob"] for token in told] == pytest.approx([chunk.logprob for chunk in expected], abs=1e-4)
+    assert all(token["top_logprobs"][0]["logprob"] == token["logprob"] for token in told)  # the likeliest was taken
+    assert {len(token["top_logprobs"]) for token in told} == {3}

@@ -49,7 +49,7 @@ _MOST_KEY_BYTES = 4096
 )
 @click.option(
     "--allowed-host", "hosts", multiple=True, metavar="NAME",
-    help="A name that clients call this server by, beside localhost and addresses; may be repeated.",
+    help="A name that clients call this server by, beside localhost and addresses; may be repeated; '*': any.",
 )  # fmt: skip
 @click.option(
     "--cors-origin", "origins", multiple=True, metavar="ORIGIN",
@@ -92,6 +92,7 @@ def serve(
             f"set {_KEY_VARIABLE} or give --api-key-file"
         )
     from ..server.app import create_app
+    from ..server.asked import Defaults
     from ..server.limits import Limits
     from ..server.models import Models
     from ..server.running import run
@@ -103,7 +104,7 @@ def serve(
         models = Models(names, _adapters(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
         worker = Worker(models, queue=queue)
         try:
-            service = Service(worker, models.listed, request, Limits(), _log, prompts=log_prompts)
+            service = Service(worker, models.listed, Defaults(request, longrope, Limits()), _log, prompts=log_prompts)
             called = [*hosts, *([] if host == address else [host])]
             app = create_app(service, hosts=called, origins=origins, key=key)
             signal.signal(signal.SIGTERM, _end)
@@ -140,9 +141,10 @@ def _checked_key(key: str, where: str) -> str:
 
 
 def _address(host: str) -> str:
-    """The address of a name of this machine."""
+    """The address of a name of this machine; of localhost 127.0.0.1, which all clients try."""
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return str(min(addresses, key=lambda info: info[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError):
         raise OptionError(f"--host {host} is no address of this machine; give one such as 127.0.0.1") from None
 

@@ -95,7 +95,7 @@ def _answering(service: Service, read: AskReader) -> Endpoint:
     async def answer(request: HTTPRequest) -> Any:
         body = await service.beside(json_object, await service.body(request))
         service.log_prompt(body)
-        asked = await service.beside(read, body, service.base, service.limits)
+        asked = await service.beside(read, body, service.defaults)
         return await service.answer(request, asked)
 
     return answer

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..generation.request import Request
 from .limits import Limits
 from .streams import Reply
 from .work import Work
+
+if TYPE_CHECKING:
+    from ..models.decoder import LongRopeRule
 
 
 class Asked(NamedTuple):
@@ -19,5 +23,14 @@ class Asked(NamedTuple):
     streamed: bool
 
 
-# Makes that of a body, the options that it leaves out, and what it may ask for at most. Raises ApiError.
-AskReader = Callable[[Mapping[str, Any], Request, Limits], Asked]
+@dataclass(frozen=True)
+class Defaults:
+    """What holds for a request that does not say otherwise, and what no request can change: the rule of LongRoPE."""
+
+    request: Request
+    longrope: LongRopeRule
+    limits: Limits
+
+
+# Makes that of a body. Raises ApiError.
+AskReader = Callable[[Mapping[str, Any], Defaults], Asked]

@@ -8,14 +8,15 @@ from typing import Any
 from uuid import uuid4
 
 from .. import __version__
-from ..generation.request import Request
+from ..text.tool_calls import CallBegun, TextPiece
 from ..values import flag, text
 from . import protocol
-from .asked import Asked
+from .asked import Asked, Defaults
 from .faults import ApiError
 from .limits import Limits
 from .messages import read_messages
 from .protocol import honoured, needed, neutral, of_request, refused, table_of
+from .speech import Call, Said, Speech
 from .streams import DONE, data
 from .tokens import Usage, chat_logprobs
 from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
@@ -47,6 +48,7 @@ CHAT_FIELDS = table_of(
     ),
     honoured("response_format", _response_format, "`text`, `json_object` or `json_schema`; the answer always fits"),
     *protocol.FORMS,
+    *protocol.TOOLS,
     neutral("modalities", ["text"]),
     neutral("reasoning_effort", "none"),
     neutral("verbosity", "medium"),
@@ -56,7 +58,7 @@ CHAT_FIELDS = table_of(
 )
 
 
-def read_chat(body: Mapping[str, Any], base: Request, limits: Limits) -> Asked:
+def read_chat(body: Mapping[str, Any], defaults: Defaults) -> Asked:
     """What a body asks for. Raises ApiError."""
     values = protocol.honoured_values(CHAT_FIELDS, body)
     needed(values, "model", "messages")
@@ -71,9 +73,10 @@ def read_chat(body: Mapping[str, Any], base: Request, limits: Limits) -> Asked:
     work = Work(
         values["model"],
         values["messages"],
-        protocol.request_of(base, CHAT_FIELDS, values, **forms),
+        protocol.request_of(defaults, CHAT_FIELDS, values, **forms),
         n=values.get("n", 1),
         top_logprobs=(alternatives or 0) if values.get("logprobs") else None,
+        **protocol.tool_fields(values),
     )
     return Asked([work], ChatReply(work, usage=protocol.wants_usage(values)), streamed)
 
@@ -85,7 +88,7 @@ class ChatReply:
         self._work, self._told_usage = work, usage
         self._usage = Usage()
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
-        self._texts: list[list[str]] = [[] for _ in range(work.n)]
+        self._speech = [Speech(work) for _ in range(work.n)]
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(work.n)]
         self._reasons: list[str | None] = [None] * work.n
 
@@ -95,13 +98,13 @@ class ChatReply:
             for index in range(self._work.n):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
         elif isinstance(event, Piece):
-            logprobs = self._keep(event)
-            if event.text or logprobs:
-                yield self._chunk(event.index, {"content": event.text}, logprobs)
+            yield from self._said(event.index, self._speech[event.index].add(event.text), self._scored(event))
         elif isinstance(event, Ended):
+            speech = self._speech[event.index]
+            yield from self._said(event.index, speech.end())
             self._usage.made += event.tokens
-            self._reasons[event.index] = event.reason
-            yield self._chunk(event.index, {}, reason=event.reason)
+            self._reasons[event.index] = speech.reason(event.reason)
+            yield self._chunk(event.index, {}, reason=self._reasons[event.index])
 
     def end(self) -> Iterator[str]:
         if self._told_usage:
@@ -115,9 +118,15 @@ class ChatReply:
         choices = [self._choice(index) for index in range(self._work.n)]
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.completion()}
 
-    def _keep(self, piece: Piece) -> dict[str, Any] | None:
-        """Keep a piece for the whole; the log-probabilities of its tokens, if they are asked for."""
-        self._texts[piece.index].append(piece.text)
+    def _said(self, index: int, said: list[Said], logprobs: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """A chunk for each thing that was said; the first has the log-probabilities of the tokens."""
+        deltas = [_delta(event) for event in said] or ([{"content": ""}] if logprobs else [])
+        for delta in deltas:
+            yield self._chunk(index, delta, logprobs)
+            logprobs = None
+
+    def _scored(self, piece: Piece) -> dict[str, Any] | None:
+        """The log-probabilities of a piece's tokens, if they are asked for; kept for the whole too."""
         if self._work.top_logprobs is None or not piece.tokens:
             return None
         tokens = [chat_logprobs(token) for token in piece.tokens]
@@ -125,7 +134,11 @@ class ChatReply:
         return {"content": tokens, "refusal": None}
 
     def _choice(self, index: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(self._texts[index]), "refusal": None}
+        speech = self._speech[index]
+        content = speech.text or (None if speech.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if speech.calls:
+            message["tool_calls"] = [call.json for call in speech.calls]
         scored = self._work.top_logprobs is not None
         logprobs = {"content": self._logprobs[index], "refusal": None} if scored else None
         reason = self._reasons[index]
@@ -146,3 +159,12 @@ class ChatReply:
             "model": self._work.model,
             "system_fingerprint": FINGERPRINT,
         }
+
+
+def _delta(event: Said) -> dict[str, Any]:
+    """What a chunk tells of text, of the beginning of a call, or of more of its arguments."""
+    if isinstance(event, TextPiece):
+        return {"content": event.text}
+    if isinstance(event, CallBegun):
+        return {"tool_calls": [{"index": event.index, **Call(event.id, event.name).json}]}
+    return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}

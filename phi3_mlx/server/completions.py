@@ -10,10 +10,9 @@ from uuid import uuid4
 
 from ..errors import OptionError
 from ..generation.answers import Prompt
-from ..generation.request import Request
 from ..values import flag, shown, text, whole
 from . import protocol
-from .asked import Asked
+from .asked import Asked, Defaults
 from .chat import FINGERPRINT
 from .faults import ApiError
 from .limits import Limits
@@ -63,21 +62,23 @@ COMPLETION_FIELDS = table_of(
 )
 
 
-def read_completions(body: Mapping[str, Any], base: Request, limits: Limits) -> Asked:
+def read_completions(body: Mapping[str, Any], defaults: Defaults) -> Asked:
     """What a body asks for: a work a prompt. Raises ApiError."""
     values = protocol.honoured_values(COMPLETION_FIELDS, body)
     needed(values, "model", "prompt")
     prompts, n, echo = values["prompt"], values.get("n", 1), values.get("echo", False)
     if values.get("best_of", n) != n:
         raise ApiError(400, "best_of is not supported beside another n", "unsupported_value", "best_of")
-    if len(prompts) * n > limits.answers:
-        message = f"{len(prompts)} prompts times {n} answers are more than {limits.answers}; send several requests"
+    if len(prompts) * n > defaults.limits.answers:
+        message = (
+            f"{len(prompts)} prompts times {n} answers are more than {defaults.limits.answers}; send several requests"
+        )
         raise ApiError(400, message, "invalid_value", "n" if n > 1 else "prompt")
-    most = values.get("max_tokens", base.max_tokens)
-    if not most and not echo:
+    max_tokens = values.get("max_tokens", defaults.request.max_tokens)
+    if not max_tokens and not echo:
         raise ApiError(400, "max_tokens 0 needs echo: true", "invalid_value", "max_tokens")
-    request = protocol.request_of(base, COMPLETION_FIELDS, values, max_tokens=max(most, 1), raw=True)
-    if not most:
+    request = protocol.request_of(defaults, COMPLETION_FIELDS, values, max_tokens=max(max_tokens, 1), raw=True)
+    if not max_tokens:
         n = 0  # only what the prompts are is told
     works = [
         Work(
@@ -110,10 +111,9 @@ class CompletionReply:
         if isinstance(event, Begun):
             self._usage.begin(event)
             if self._works[number].echo:
-                text = _echoed(self._works[number].prompt, event.echo)
                 for choice in self._choices[first : first + self._each]:
-                    yield self._more(choice, text, event.echo)
-                    choice.answer_offset = len(text)
+                    yield self._more(choice, event.text, event.echo)
+                    choice.answer_offset = len(event.text)
         elif isinstance(event, Piece):
             choice = self._choices[first + event.index]
             tokens = [replace(token, offset=token.offset + choice.answer_offset) for token in event.tokens]
@@ -165,10 +165,6 @@ class _Choice:
     tokens: list[TokenInfo] = field(default_factory=list)
     answer_offset: int = 0  # characters of the echoed prompt
     reason: str | None = None
-
-
-def _echoed(prompt: Prompt, tokens: Sequence[TokenInfo]) -> str:
-    return prompt if isinstance(prompt, str) else token_text(b"".join(token.text for token in tokens))
 
 
 def _logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_HOST = re.compile(r"[\w.:\[\]-]+")  # nothing that has a meaning elsewhere in an address
 _OPEN = ("/health",)  # what is told without a key
 _ALLOWED_METHODS, _PREFLIGHT_SECONDS = "GET, POST, OPTIONS", "600"
 
@@ -45,7 +47,7 @@ class Cors:
         if origin is not None and origin in self._origins:
             send = _with_headers(send, {"access-control-allow-origin": origin, "vary": "Origin"})
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await _allow(send, headers.get("access-control-request-headers", ""))
+                await _allow(send, headers)
                 return
         await self._app(scope, receive, send)
 
@@ -108,6 +110,8 @@ def _headers_of(scope: Scope) -> dict[str, str]:
 
 def _name_of(host: str) -> str | None:
     """The name in "name:port", in lower case; None if it is no such thing."""
+    if not _HOST.fullmatch(host):
+        return None
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:
@@ -133,13 +137,15 @@ def _with_headers(send: Send, headers: dict[str, str]) -> Send:
     return with_headers
 
 
-async def _allow(send: Send, headers: str) -> None:
+async def _allow(send: Send, headers: Mapping[str, str]) -> None:
     """Answer a browser that asks whether a page may ask."""
     lines = {
         "access-control-allow-methods": _ALLOWED_METHODS,
-        "access-control-allow-headers": headers,
+        "access-control-allow-headers": headers.get("access-control-request-headers", ""),
         "access-control-max-age": _PREFLIGHT_SECONDS,
     }
+    if "access-control-request-private-network" in headers:  # Chrome asks so of an address like 127.0.0.1
+        lines["access-control-allow-private-network"] = "true"
     sent = [(name.encode(), value.encode("latin-1")) for name, value in lines.items()]
     await send({"type": "http.response.start", "status": 204, "headers": sent})
     await send({"type": "http.response.body", "body": b""})

@@ -17,7 +17,9 @@ from ..errors import OptionError
 from ..fields import shorten
 from ..generation.request import Request
 from ..text.schemas import schema_text
-from ..values import flag, number, shown, whole
+from ..text.tools import Tool, ToolChoice, read_choice, read_tools
+from ..values import choice, flag, number, shown, whole
+from .asked import Defaults
 from .faults import ApiError
 
 Treatment = Literal["honoured", "neutral", "noted", "refused"]
@@ -38,8 +40,8 @@ class ApiField:
     sets: str | None = None
 
 
-def honoured(name: str, read: Callable[[Any, str], Any], says: str) -> ApiField:
-    return ApiField(name, "honoured", says, read)
+def honoured(name: str, read: Callable[[Any, str], Any], says: str, sets: str | None = None) -> ApiField:
+    return ApiField(name, "honoured", says, read, sets=sets)
 
 
 def of_request(name: str, field: str | None = None, says: str = "") -> ApiField:
@@ -101,9 +103,17 @@ def needed(values: Mapping[str, Any], *names: str, within: str = "") -> None:
             raise ApiError(400, f"{where} is missing", "missing_required_parameter", where)
 
 
-def request_of(base: Request, table: Table, values: Mapping[str, Any], **more: Any) -> Request:
-    """`base` with the values that are fields of `Request`, and `more`. Raises ApiError for two that exclude each
-    other."""
+def request_of(defaults: Defaults, table: Table, values: Mapping[str, Any], **more: Any) -> Request:
+    """The default request with the values that are fields of `Request`, and `more`.
+
+    Raises ApiError for two that exclude each other, and for another rule of LongRoPE than the server's.
+    """
+    rule = values.get("longrope", defaults.longrope)
+    if rule != defaults.longrope:
+        message = (
+            f"longrope {rule!r} is not supported, only {defaults.longrope!r}: start the server with --longrope {rule}"
+        )
+        raise ApiError(400, message, "unsupported_value", "longrope")
     settings: dict[str, Any] = {}
     for name, value in values.items():
         field = table[name].sets
@@ -112,7 +122,7 @@ def request_of(base: Request, table: Table, values: Mapping[str, Any], **more: A
         if settings.setdefault(field, value) != value:
             raise ApiError(400, f"{name} says something else than {field}; give one of the two", "invalid_value", name)
     try:
-        return replace(base, **settings, **more)
+        return replace(defaults.request, **settings, **more)
     except OptionError as error:
         name = str(error).split(" ", 1)[0]
         name = "response_format" if name == "schema" else name
@@ -145,6 +155,10 @@ def _unsupported(field: ApiField, value: Any, where: str) -> ApiError:
 
 
 # How values of other fields are read.
+
+
+def _longrope(value: Any, name: str) -> str:
+    return choice(value, name, ("auto", "short", "long"))
 
 
 def objects(value: Any, name: str) -> list[Mapping[str, Any]]:
@@ -216,6 +230,22 @@ def stream_options(value: Any, name: str) -> Mapping[str, Any]:
     return honoured_values(STREAM_OPTIONS, an_object(value, name), f"{name}.")
 
 
+def tools(value: Any, name: str) -> tuple[Tool, ...]:
+    """Functions that the model may call; OpenAI's own tools are refused by name."""
+    given = [{key: part for key, part in tool.items() if part is not None} for tool in objects(value, name)]
+    return tuple(read_tools(given, name))
+
+
+def tool_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a work is told of tools. ApiError for a choice of a tool that was not given."""
+    given = values.get("tools", ())
+    try:
+        chosen: ToolChoice = read_choice(values.get("tool_choice", "auto"), given)
+    except OptionError as error:
+        raise ApiError(400, str(error), "invalid_value", "tool_choice") from None
+    return {"tools": given, "tool_choice": chosen, "parallel_tool_calls": values.get("parallel_tool_calls", True)}
+
+
 def wants_usage(values: Mapping[str, Any]) -> bool:
     """Whether a stream is to end with the counts of tokens. ApiError where there is no stream to end."""
     options = values.get("stream_options")
@@ -232,13 +262,25 @@ SAMPLING = (
     of_request("top_k"),
     of_request("min_p"),
     of_request("repetition_penalty"),
-    neutral("presence_penalty", 0, 0.0),
-    neutral("frequency_penalty", 0, 0.0),
-    neutral("logit_bias", {}),
+    of_request("presence_penalty"),
+    of_request("frequency_penalty"),
+    honoured(
+        "logit_bias", logit_bias, "added to the logits of token ids, -100 to 100: -100 excludes one", "logit_bias"
+    ),
     of_request("seed"),
     of_request("stop"),
 )
-FORMS = (of_request("regex"), of_request("grammar"), of_request("choices"), neutral("longrope", "auto"))
+TOOLS = (
+    honoured("tools", tools, "functions that the model may call; their arguments always fit their schemas"),
+    honoured("tool_choice", lambda value, _: value, "`auto`, `none`, `required`, or one function"),
+    honoured("parallel_tool_calls", flag, "whether an answer may have several calls"),
+)
+FORMS = (
+    of_request("regex"),
+    of_request("grammar"),
+    of_request("choices", says="Answer with one of these texts."),
+    honoured("longrope", _longrope, "`auto`, `short` or `long`, as the server's `--longrope`"),
+)
 BOOKKEEPING = (
     neutral("service_tier", "auto", "default"),
     neutral("store", False, says="nothing is stored"),

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
 from ..errors import OptionError
-from ..generation.request import Request
 from ..values import flag, shown, text
 from . import protocol
-from .asked import Asked
+from .asked import Asked, Defaults
 from .faults import ApiError
 from .input_items import read_items
-from .limits import Limits
-from .output_items import OutputItems
+from .output_items import ItemEvent, OutputItems
 from .protocol import honoured, honoured_values, needed, neutral, noted, of_request, refused, table_of
+from .speech import Speech
 from .streams import json_line
 from .tokens import Usage, chat_logprobs
 from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
@@ -57,6 +56,7 @@ RESPONSE_FIELDS = table_of(
     *protocol.SAMPLING,
     honoured("text", _text, "`format`: `text`, `json_object` or `json_schema`; the answer always fits"),
     *protocol.FORMS,
+    *protocol.TOOLS,
     honoured("include", _include, f"`{_LOGPROBS}`: the log-probability of each token"),
     honoured("top_logprobs", protocol.whole_from(0, MAX_TOP_LOGPROBS), "and the likeliest in its place"),
     honoured("metadata", protocol.an_object, "repeated in the reply"),
@@ -71,7 +71,7 @@ RESPONSE_FIELDS = table_of(
 )
 
 
-def read_response(body: Mapping[str, Any], base: Request, limits: Limits) -> Asked:
+def read_response(body: Mapping[str, Any], defaults: Defaults) -> Asked:
     """What a body asks for. Raises ApiError."""
     values = protocol.honoured_values(RESPONSE_FIELDS, body)
     needed(values, "model", "input")
@@ -85,8 +85,9 @@ def read_response(body: Mapping[str, Any], base: Request, limits: Limits) -> Ask
     work = Work(
         values["model"],
         messages,
-        protocol.request_of(base, RESPONSE_FIELDS, values, **({} if schema is None else {"schema": schema})),
+        protocol.request_of(defaults, RESPONSE_FIELDS, values, **({} if schema is None else {"schema": schema})),
         top_logprobs=values.get("top_logprobs", 0) if scored else None,
+        **protocol.tool_fields(values),
     )
     return Asked([work], ResponseReply(work, body, values), values.get("stream", False))
 
@@ -97,6 +98,8 @@ class ResponseReply:
     def __init__(self, work: Work, body: Mapping[str, Any], values: Mapping[str, Any]):
         self._work, self._values = work, values
         self._format = (body.get("text") or {}).get("format") or {"type": "text"}
+        self._tools, self._choice = body.get("tools") or [], body.get("tool_choice") or "auto"
+        self._speech = Speech(work)
         self._id, self._created = f"resp_{uuid4().hex}", int(time.time())
         self._usage: Usage | None = None
         self._items = OutputItems()
@@ -108,36 +111,39 @@ class ResponseReply:
             usage = Usage()
             usage.begin(event)
             self._usage = usage
-            yield self._event("response.created", response=self._response("in_progress"))
-            yield self._event("response.in_progress", response=self._response("in_progress"))
+            for kind in ("response.created", "response.in_progress"):
+                yield self._event(kind, {"response": self._response("in_progress")})
         elif isinstance(event, Piece):
             logprobs = [] if self._work.top_logprobs is None else [chat_logprobs(token) for token in event.tokens]
-            for name, fields in self._items.add(event.text, logprobs):
-                yield self._event(name, **fields)
+            yield from self._named(self._items.add(self._speech.add(event.text), logprobs))
         elif isinstance(event, Ended):
             assert self._usage is not None
             self._usage.made += event.tokens
             self._reason = event.reason
-            for name, fields in self._items.end(complete=event.reason == "stop"):
-                yield self._event(name, **fields)
+            yield from self._named(self._items.add(self._speech.end(), []))
+            yield from self._named(self._items.finish(complete=event.reason == "stop"))
 
     def end(self) -> Iterator[str]:
         status = "incomplete" if self._reason == "length" else "completed"
-        yield self._event(f"response.{status}", response=self.whole())
+        yield self._event(f"response.{status}", {"response": self.whole()})
 
     def failed(self, error: ApiError) -> Iterator[str]:
         fault = {"code": error.code, "message": str(error), "param": error.param}
-        yield self._event("error", **fault)
+        yield self._event("error", fault)
         response = {**self._response("failed"), "error": {"code": "server_error", "message": str(error)}}
-        yield self._event("response.failed", response=response)
+        yield self._event("response.failed", {"response": response})
 
     def whole(self) -> dict[str, Any]:
         return self._response("incomplete" if self._reason == "length" else "completed")
 
-    def _event(self, name: str, **fields: Any) -> str:
-        told = {"type": name, "sequence_number": self._number, **fields}
+    def _named(self, told: Iterable[ItemEvent]) -> Iterator[str]:
+        for kind, fields in told:
+            yield self._event(kind, fields)
+
+    def _event(self, kind: str, fields: Mapping[str, Any]) -> str:
+        event = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {name}\ndata: {json_line(told)}\n\n"
+        return f"event: {kind}\ndata: {json_line(event)}\n\n"
 
     def _response(self, status: str) -> dict[str, Any]:
         request, values = self._work.request, self._values
@@ -156,14 +162,14 @@ class ResponseReply:
             "metadata": values.get("metadata", {}),
             "model": self._work.model,
             "output": self._items.told,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self._work.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": request.temperature,
             "text": {"format": self._format},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": self._choice,
+            "tools": self._tools,
             "top_logprobs": self._work.top_logprobs or 0,
             "top_p": request.top_p,
             "truncation": "disabled",

@@ -34,6 +34,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=connections_within(limits),
+                loop="asyncio",
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -14,11 +14,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
 from ..errors import Phi3Error
-from ..generation.request import Request
-from .asked import Asked
+from .asked import Asked, Defaults
 from .exchange import Engine, Exchange
 from .faults import CLOSING, ApiError, api_error
-from .limits import Bodies, Limits
+from .limits import Bodies
 from .metrics import Requests
 from .streams import EventStream
 from .work import ModelCard
@@ -30,7 +29,7 @@ _PROBE_SECONDS, _ALIVE_WITHIN = 1.0, 5.0
 class Service:
     """The requests that are being answered.
 
-    `base` has the options of requests that do not say them. `log` gets a line a request, and with `prompts` what it
+    `log` gets a line a request, and with `prompts` what it
     says; without, no word of it.
     """
 
@@ -38,13 +37,13 @@ class Service:
         self,
         engine: Engine,
         listed: Callable[[], Sequence[ModelCard]],
-        base: Request,
-        limits: Limits,
+        defaults: Defaults,
         log: Callable[[str], None],
         *,
         prompts: bool = False,
     ):
-        self.engine, self.listed, self.base, self.limits, self.log = engine, listed, base, limits, log
+        self.engine, self.listed, self.defaults, self.log = engine, listed, defaults, log
+        self.limits = limits = defaults.limits
         self.requests = Requests()
         self._prompts, self._bodies = prompts, Bodies(limits)
         self._exchanges: set[Exchange] = set()

@@ -12,7 +12,8 @@ from ..engine.jobs import Job
 from ..engine.rows import Row
 from ..engine.tokens import FinishReason, Token
 from ..generation.answer import Answer, begin_answers
-from ..generation.answers import encode_prompt
+from ..text.grammar import Form
+from .prompts import prompt_and_form
 from .work import Alternative, Begun, Ended, Event, EventListener, Failed, Piece, Reading, TokenInfo, Work
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ class Ticket:
 
     def __init__(self, work: Work, tokenizer: Tokenizer, listener: EventListener, wake: Callable[[], None]):
         self.work = work
-        self.prompt = encode_prompt(tokenizer, work.prompt, raw=work.request.raw)
+        self.prompt, form = prompt_and_form(work, tokenizer)
         self._tokenizer, self._listener, self._wake = tokenizer, listener, wake
-        self._answers = _answers(work, tokenizer, self.prompt)
+        self._answers = _answers(work, tokenizer, self.prompt, form)
         self._said = [0] * len(self._answers)  # tokens
         self._texts = [_Spelling(tokenizer) for _ in self._answers]
         self._left = len(self._answers)
@@ -139,9 +140,9 @@ def _continues(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
 
-def _answers(work: Work, tokenizer: Tokenizer, prompt: list[int]) -> list[Answer]:
+def _answers(work: Work, tokenizer: Tokenizer, prompt: list[int], form: Form | None) -> list[Answer]:
     """As many answers as are asked for, each with a seed of its own; the first scores the prompt where it is echoed."""
-    answers = begin_answers(tokenizer, [prompt] * max(work.n, 1), work.request)
+    answers = begin_answers(tokenizer, [prompt] * max(work.n, 1), work.request, form)
     for index, answer in enumerate(answers):
         sampling = answer.job.sampling
         if sampling.seed is not None:

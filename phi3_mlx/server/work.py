@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..engine.tokens import FinishReason
 from ..generation.answers import Prompt
 from ..generation.request import Request
+from ..text.tools import Tool, ToolChoice
 
 MAX_TOP_LOGPROBS = 20  # alternatives of a token that can be told
 
@@ -22,6 +23,8 @@ class Work:
       0: nothing is answered, as for a prompt that is only to be scored; that ends with `Ended(0, "length", 0)`.
     - `top_logprobs`: None: tokens are told without log-probabilities; k: with them, and the k likeliest in each place.
     - `echo`: the prompt's tokens are told too, scored where `top_logprobs` is not None.
+    - `tools`: what the answers may call, as `tool_choice` and `parallel_tool_calls` say (`text/tool_use.py`). Calls are
+      part of the text that pieces have.
     """
 
     model: str
@@ -30,6 +33,9 @@ class Work:
     n: int = 1
     top_logprobs: int | None = None
     echo: bool = False
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True)

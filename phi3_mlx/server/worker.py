@@ -18,6 +18,7 @@ from ..engine.rows import Row
 from ..engine.scheduler import Scheduler
 from ..errors import ClosedError, QueueFullError
 from .models import Loaded, Models
+from .prompts import check_size
 from .ticket import Ticket
 from .work import EventListener, Figures, Work
 
@@ -67,8 +68,10 @@ class Worker:
         Raises ModelNotFoundError, PromptError, ContextLengthError, ChatError or OptionError for a request that cannot
         be, QueueFullError where too many wait, and ClosedError.
         """
-        ticket = Ticket(work, self._models.tokenizer(work.model), listener, self._wake)
-        check_length(self._models.config(work.model), len(ticket.prompt))
+        tokenizer, config = self._models.tokenizer(work.model), self._models.config(work.model)
+        check_size(work, tokenizer, config.max_position_embeddings)
+        ticket = Ticket(work, tokenizer, listener, self._wake)
+        check_length(config, len(ticket.prompt))
         with self._taking:
             if self._closed is not None:
                 raise self._closed
