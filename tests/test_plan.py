@@ -30,9 +30,11 @@ from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine import machine, scheduler
 from phi3_mlx.engine import plan as memory
 from phi3_mlx.engine.generation import Generation
-from phi3_mlx.engine.lookup import MAX_DRAFT
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.lookup import MAX_DRAFT, LookupDrafter
 from phi3_mlx.engine.plan import Workload, plan_together
 from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import MemoryLimitError, OptionError
 from phi3_mlx.generation.prompt_cache import PromptCache
 from phi3_mlx.models import attention, build, decoder, linear, parse_config
@@ -205,10 +207,60 @@ def test_keys_and_values_of_the_released_models():
 
 
 def test_drafts_are_planned():
-    assert memory.VERIFIED == MAX_DRAFT + 1
-    scores = 32 * memory.VERIFIED * 30_000 * (4 + 2)  # float32, and in 16 bits for the product with the values
     grown = Workload(MINI_128K, 0, 30_000 - KVCache.step, bits=KVBits(4, 4)).cache_bytes() // 32
-    assert Workload(MINI_128K, 0, 30_000, bits=KVBits(4, 4)).workspace(64) == grown + scores
+    workload = Workload(MINI_128K, 0, 30_000, bits=KVBits(4, 4))
+    for verified, heads in ((MAX_DRAFT + 1, 32), (33, 16)):  # of a call
+        scores = heads * verified * 30_000 * (4 + 2)  # float32, and in 16 bits for the product with the values
+        assert dataclasses.replace(workload, verified=verified).workspace(64) == grown + scores
+    assert workload.verified == MAX_DRAFT + 1
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(repetition_penalty=1.1),
+    Sampling(0.8, seed=1),
+    Sampling(0.8, top_k=50, top_p=0.9, min_p=0.01, seed=1),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "noise", "filters"])
+@pytest.mark.parametrize("lookup", [0, 16, 32])
+def test_the_logits_of_a_large_vocabulary_are_planned_for_every_token_of_a_draft(lookup, sampling, monkeypatch):
+    monkeypatch.setattr(LookupDrafter, "draft", lambda self, most: [7] * min(most, self.most))  # whether right or not
+    model = random_model(64, 128, 2, 2, 2, 50_000)
+    mx.eval(model.parameters())
+    runs = Scheduler(model, room=math.inf, chunk=64)
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    mx.reset_peak_memory()
+    runs.submit(Job([5, 6, 7, 8] * 8, 40, sampling, lookup=lookup))
+    runs.admit()
+    planned, drafted = runs._plan.total - runs._plan.weights, 0
+    while runs.busy:
+        drafted = max(drafted, runs.step().drafted)
+    assert drafted == lookup
+    taken = mx.get_peak_memory() - others
+    assert taken <= 1.05 * planned
+    assert planned < 2 * taken
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "noise", "filters"])
+def test_and_for_the_rows_of_a_batch(sampling):
+    model = random_model(64, 128, 2, 2, 2, 50_000)
+    mx.eval(model.parameters())
+    runs = Scheduler(model, room=math.inf, chunk=64)
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for seed in range(8):
+        runs.submit(Job([5, 6 + seed], 8, dataclasses.replace(sampling, seed=seed) if seed % 2 else Sampling()))
+    runs.admit()
+    planned = runs._plan.total - runs._plan.weights
+    while runs.busy:
+        runs.step()
+    assert mx.get_peak_memory() - others <= 1.05 * planned
 
 
 @pytest.mark.parametrize("bits", [None, KVBits(4, 4)], ids=str)

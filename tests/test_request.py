@@ -230,6 +230,7 @@ def test_every_option_reaches_the_request(asked, monkeypatch, tmp_path, name, wo
     ("line", "max_tokens", "facts"),
     [
         ("generate -p Hi", CHAT_TOKENS, {}),
+        ("generate -p Hi --lookup 32", CHAT_TOKENS, {"verified": 33}),
         ("generate -p Hi --max-tokens 7 --kv-bits 8,4 --force", 7, {"kv_bits": KVBits(8, 4), "force": True}),
         ("generate -p Hi --cache packed.cache", CHAT_TOKENS, {"kv_bits": KVBits(4, 4, 64), "kept": True}),
         ("generate -p Hi --cache plain.cache", CHAT_TOKENS, {"kept": True}),
@@ -256,7 +257,8 @@ def test_the_plan_before_a_model_is_loaded_is_that_of_the_request(
     monkeypatch.setattr(plan, "plan_run", plan_run)
     with pytest.raises(Planned) as caught:
         cli.main(line.split(), standalone_mode=False)
-    assert caught.value.args == (max_tokens, {"kv_bits": None, "kept": False, "force": False, "draft": None} | facts)
+    usual = {"kv_bits": None, "kept": False, "force": False, "draft": None, "verified": 17}
+    assert caught.value.args == (max_tokens, usual | facts)
 
 
 def test_a_request_holds_plain_values_of_its_fields_types():

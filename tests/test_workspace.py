@@ -6,7 +6,8 @@ import mlx.core as mx
 import oracle
 import pytest
 
-from phi3_mlx.engine.plan import VERIFIED, Workload
+from phi3_mlx.engine.lookup import MAX_DRAFT
+from phi3_mlx.engine.plan import Workload
 from phi3_mlx.models import parse_config
 from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, kv_bytes
 from phi3_mlx.models.linear import dequantizing_bytes, most_dequantizing_bytes
@@ -58,7 +59,7 @@ def test_a_plan_is_the_weights_the_rows_and_the_workspace():
 
 def test_a_step_of_one_row_is_a_draft_and_of_several_a_token_each():
     one, three = (Workload(config_of(), 0, 500, rows, itemsize=4, fused_kernel=False) for rows in (1, 3))
-    for workload, step in ((one, VERIFIED), (three, 3)):
+    for workload, step in ((one, MAX_DRAFT + 1), (replace(one, verified=33), 33), (three, 3)):
         shape = PassShape(workload.config, 64, 500, workload.rows, itemsize=4, fused_kernel=False)
         assert workload.workspace(64) == workspace_bytes(shape, step)
 

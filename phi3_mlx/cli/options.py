@@ -148,6 +148,7 @@ class ModelOptions:
             kept=kept,
             force=request.force,
             draft=None if draft is None else draft.checkpoint,
+            verified=request.lookup + 1,
         )
         adapters = _weights(self.adapter)
         return load_adapted(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .lookup import MAX_DRAFT
 from .plan import Workload, recomputed_at_boundary
 from .row_cache import RowCache
 from .rows import Row
+from .sampler import numbers_drawn
 
 ANSWER_BLOCK = 512  # tokens of an answer without a limit that memory is reserved for at a time
 
@@ -28,6 +30,8 @@ def workload_of(of_model: Workload, row: Row) -> Workload:
         scores=row.scored_from is not None or row.job.branches > 0 or row.constraint is not None,
         draft=draft,
         prompt=len(row.prompt),
+        verified=1 + max(row.job.lookup, 0 if draft is None else MAX_DRAFT),
+        drawing=numbers_drawn(row.job.sampling),
     )
 
 

@@ -21,6 +21,9 @@ from ..models.workspace import workspace_bytes
 from ..sizes import size_text
 from ..store.checkpoint import Checkpoint, model_size
 from . import machine
+from .lookup import MAX_DRAFT
+from .sampler import drawing_bytes, numbers_drawn
+from .sampling import Sampling
 from .scores import positions_at_once
 
 if TYPE_CHECKING:
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
 
 CHUNKS = (2048, 1024, 512, 256, 128, 64)  # prompt tokens read at once, best first
 _CPU_CHUNK = 512  # large chunks feed a GPU; on the CPU they only cost memory
-VERIFIED = 17  # tokens of a step at most: the longest draft of prompt lookup, and one
 _OFFERED_BITS = (8, 6, 4, 3, 2)  # what a refusal tries, best quality first
 _GOOD_BITS = 4  # fewer cost much quality
 
@@ -60,6 +62,8 @@ class Workload:
     continuations of the sequence, with caches of their own, there are at once. `scores`: whether log-probabilities of
     given tokens are computed. `draft`: a draft model that reads along, in caches of the same bits; its own length and
     bits are not looked at. `prompt`: how many of the tokens are there before the answer begins, at least.
+    bits are not looked at. `verified`: tokens of a step at most where there is one row: the longest draft, and one.
+    `drawing`: what its sampling takes, as `sampler.numbers_drawn` says it.
     """
 
     config: Config
@@ -75,6 +79,8 @@ class Workload:
     scores: bool = False
     draft: Workload | None = None
     prompt: int = 0
+    verified: int = MAX_DRAFT + 1
+    drawing: float = numbers_drawn(Sampling())
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
@@ -133,7 +139,8 @@ class Workload:
         config = self.draft.config
         length = min(self.length, config.max_position_embeddings)
         bits = None if self.bits is None else self.bits.dividing(config.head_dim)
-        return [replace(self, draft=None), replace(self.draft, length=length, bits=bits, chunk=self.chunk)]
+        drafting = replace(self.draft, length=length, bits=bits, chunk=self.chunk, verified=1, drawing=self.drawing)
+        return [replace(self, draft=None), drafting]
 
     @property
     def shares_slots(self) -> bool:
@@ -190,7 +197,9 @@ class Workload:
         """Bytes beside weights and cache while the last `chunk` tokens are read, or some are generated behind them."""
         shape = PassShape(self.config, chunk, self.length, self.rows, self.bits, self.itemsize, self.fused_kernel)
         scored = min(chunk, positions_at_once(self.config.vocab_size)) if self.scores else 0
-        return workspace_bytes(shape, VERIFIED if self.rows == 1 else self.rows, scored)
+        verified = self.verified if self.rows == 1 else 1
+        drawing = drawing_bytes(self.config.vocab_size, self.drawing, self.rows, verified)
+        return workspace_bytes(shape, verified * self.rows, scored, drawing)
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,7 @@ def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
     # A layer of the rows that come to share arrays exists twice.
     moved = sum(part.cache_bytes() for part in parts if part.shares_slots) // longest.config.num_hidden_layers
     step = max(replace(longest, rows=len(workloads)).workspace(1), moved)
+    step = replace(longest, rows=len(workloads), drawing=max(each.drawing for each in workloads)).workspace(1)
     for chunk in longest.chunks():
         tokens = chunk + len(workloads) - 1
         chunks = (max(part.workspace(tokens), part.recomputing(chunk)) for part in parts)
@@ -326,16 +336,18 @@ def plan_run(
     kept: bool = False,
     force: bool = False,
     draft: Path | Checkpoint | None = None,
+    verified: int = MAX_DRAFT + 1,
 ) -> None:
     """Raise MemoryLimitError if the model of `directory`, a prompt of this many tokens and its answer do not fit.
 
     Only headers are read, so a run that cannot work is refused before anything is loaded. `kept`: the cache outlives
-    the run. `force` refuses nothing. `draft`: a draft model's. Raises ContextLengthError for a prompt that the
-    model's context cannot hold.
+    the run. `force` refuses nothing. `draft`: a draft model's. `verified`: tokens of a step at most. Raises
+    ContextLengthError for a prompt that the model's context cannot hold.
     """
 
     def workload_of(source: Path | Checkpoint) -> Workload:
         workload = Workload.of_directory(source, prompt + max_tokens, dtype=dtype, kv_bits=kv_bits)
+        workload = replace(workload, verified=verified)
         crosses = longrope == "auto" and prompt <= workload.config.original_max_position_embeddings
         return workload.crossing() if crosses else workload
 

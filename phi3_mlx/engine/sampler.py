@@ -16,6 +16,11 @@ from .sampling import Sampling
 _COLD = 1e-6  # below this temperature the likeliest token is all there is
 _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
+# Numbers of each id that are alive at once while a row is drawn: its logits, and what each option adds to them.
+# Measured with 50,000 and 200,000 ids, 1 and 8 rows, float32 and bfloat16.
+_LOGITS, _PENALTY, _NOISE, _TOP_K, _TOP_P, _MIN_P = 2, 2.75, 3, 2.25, 5, 1.25
+_DRAWN_AHEAD = 4  # rows of a draft that are drawn while MLX makes room for ten operations more
+
 # The random key, the tokens seen (V,) or None, and how often each was drawn (V,) or None.
 SamplerState = tuple[mx.array, mx.array | None, mx.array | None]
 
@@ -155,3 +160,21 @@ def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:
         least = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
         scores = mx.where(scores < least, -math.inf, scores)
     return scores
+
+
+def numbers_drawn(sampling: Sampling) -> float:
+    """Numbers of each id of the vocabulary, in float32, that drawing a row's token holds, its logits among them."""
+    if sampling.temperature < _COLD:
+        filters = 0.0
+    else:
+        filters = _NOISE + _TOP_K * (sampling.top_k > 0) + _TOP_P * (sampling.top_p < 1) + _MIN_P * (sampling.min_p > 0)
+    return _LOGITS + filters + _PENALTY * (sampling.repetition_penalty != 1.0)
+
+
+def drawing_bytes(vocab_size: int, numbers: float, rows: int, verified: int) -> int:
+    """Bytes at the peak while a token is drawn of each row, or `verified` tokens of one, each behind the one before.
+
+    `numbers`: `numbers_drawn` of the rows.
+    """
+    alive = rows * numbers if verified == 1 else verified * _LOGITS + min(verified, _DRAWN_AHEAD) * numbers
+    return int(4 * vocab_size * alive)

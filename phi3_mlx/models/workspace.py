@@ -18,7 +18,7 @@ from .rope import rotation_numbers
 # How many arrays are alive at once on the CPU, each as wide as hidden states or as the MLP inside. They are fitted to
 # the peaks of whole runs; behind each stands the run that it decides, a case of tests/test_plan.py (shapes) or of
 # tests/test_plan_grid.py. All figures: bench/LOG.md, "One kernel at a time".
-_LOGITS = 2  # in float32, the sampler's among them; hardly any run is decided by it
+_LOGITS = 2  # of positions that are scored, in float32
 _NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take: wide hidden states in 16 bits
 # Beside the slices of a matrix that is dequantized: shapes[2] in 8 bits.
 _SLICED_HIDDEN, _SLICED_INNER = 3, 3.5
@@ -29,14 +29,15 @@ _FEWER = 2  # hidden and inside, where a layer at a time is computed, and querie
 _NEAR_HIDDEN, _NEAR_INNER = 5, 2.4
 
 
-def workspace_bytes(shape: PassShape, step: int, scored: int = 0) -> int:
+def workspace_bytes(shape: PassShape, step: int, scored: int = 0, drawing: int = 0) -> int:
     """Bytes that reading a chunk at the end of a sequence holds, and generating `step` tokens of all rows behind it.
 
-    `scored`: at how many positions of the chunk there are logits at once.
+    `scored`: at how many positions of the chunk there are logits at once. `drawing`: bytes of the logits of a step, and
+    of what is made of them to draw its tokens.
 
     The largest of what is not alive together: layers, a layer's cache that grows, logits.
     """
-    return max(_layers_bytes(shape), _growing_bytes(shape, step), _scoring_bytes(shape, step, scored))
+    return max(_layers_bytes(shape), _growing_bytes(shape, step), _logits_bytes(shape, step, scored, drawing))
 
 
 def _growing_bytes(shape: PassShape, step: int) -> int:
@@ -45,10 +46,10 @@ def _growing_bytes(shape: PassShape, step: int) -> int:
     return kv_bytes(shape.config, before, shape.bits, shape.itemsize) + decoding_bytes(shape, step)
 
 
-def _scoring_bytes(shape: PassShape, step: int, scored: int) -> int:
-    """Logits (rows, vocab_size) or (scored, vocab_size), and what of the output layer is dequantized for them."""
+def _logits_bytes(shape: PassShape, step: int, scored: int, drawing: int) -> int:
+    """Logits (scored, vocab_size) or those of a step, and what of the output layer is dequantized for them."""
     config = shape.config
-    logits = _LOGITS * 4 * max(shape.rows, scored) * config.vocab_size
+    logits = max(_LOGITS * 4 * scored * config.vocab_size, drawing)
     if not dequantizes(max(step, scored), config.quantization, shape.itemsize, shape.fused_kernel):
         return logits
     dequantizing = most_dequantizing_bytes(config.quantization, shape.itemsize)
