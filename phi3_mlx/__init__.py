@@ -21,6 +21,7 @@ _PUBLIC = {
     "Chunk": "generation.answers",
     "Conversation": "generation.conversation",
     "Generation": "engine.generation",
+    "Job": "engine.jobs",
     "KVBits": "models.cache",
     "Phi3Error": "errors",
     "Plan": "engine.plan",
@@ -28,8 +29,10 @@ _PUBLIC = {
     "ProgressBar": "display",
     "PromptCache": "generation.prompt_cache",
     "Sampling": "engine.sampling",
+    "Scheduler": "engine.scheduler",
     "Score": "generation.scoring",
     "Statistics": "engine.tokens",
+    "Step": "engine.batch",
     "Token": "engine.tokens",
     "Tool": "text.tools",
     "ToolCall": "text.tool_calls",
@@ -62,14 +65,17 @@ if TYPE_CHECKING:
     from .conversion.fuse import fuse as fuse
     from .conversion.pipeline import convert as convert
     from .display import ProgressBar as ProgressBar
+    from .engine.batch import Step as Step
     from .engine.capacity import longest_context as longest_context
     from .engine.capacity import memory_plan as memory_plan
     from .engine.generation import Generation as Generation
+    from .engine.jobs import Job as Job
     from .engine.machine import mac_working_set as mac_working_set
     from .engine.machine import memory_limit as memory_limit
     from .engine.plan import Plan as Plan
     from .engine.prefixes import PrefixStore as PrefixStore
     from .engine.sampling import Sampling as Sampling
+    from .engine.scheduler import Scheduler as Scheduler
     from .engine.tokens import Statistics as Statistics
     from .engine.tokens import Token as Token
     from .errors import Phi3Error as Phi3Error

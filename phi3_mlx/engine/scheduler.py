@@ -106,7 +106,10 @@ class Scheduler:
 
     @turn()
     def submit(self, job: Job) -> Row:
-        """Let a job join as soon as it fits. Its row keeps its cache until it is let go.
+        """Let a job join as soon as it fits.
+
+        Its row has an `index`, the ids of the `answer` so far and the `error` that it ended with, if it did; `finish()`
+        ends it, and it keeps its cache until `let_go()`.
 
         Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
         OptionError for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
