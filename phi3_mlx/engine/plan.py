@@ -61,9 +61,9 @@ class Workload:
     recomputed into a second cache if the sequence crosses LongRoPE's boundary; 0: it cannot. `branches`: how many
     continuations of the sequence, with caches of their own, there are at once. `scores`: whether log-probabilities of
     given tokens are computed. `draft`: a draft model that reads along, in caches of the same bits; its own length and
-    bits are not looked at. `prompt`: how many of the tokens are there before the answer begins, at least.
-    bits are not looked at. `verified`: tokens of a step at most where there is one row: the longest draft, and one.
-    `drawing`: what its sampling takes, as `sampler.numbers_drawn` says it.
+    bits are not looked at. `prompt`: how many of the tokens are there before the answer begins, at least. `verified`:
+    tokens of a step at most where there is one row: the longest draft, and one. `drawing`: what its sampling takes, as
+    `sampler.numbers_drawn` says it.
     """
 
     config: Config
@@ -227,8 +227,8 @@ def plan_together(workloads: Sequence[Workload], room: float) -> Plan:
     cache = sum(part.cache_bytes() for part in parts)
     # A layer of the rows that come to share arrays exists twice.
     moved = sum(part.cache_bytes() for part in parts if part.shares_slots) // longest.config.num_hidden_layers
-    step = max(replace(longest, rows=len(workloads)).workspace(1), moved)
-    step = replace(longest, rows=len(workloads), drawing=max(each.drawing for each in workloads)).workspace(1)
+    together = replace(longest, rows=len(workloads), drawing=max(each.drawing for each in workloads))
+    step = max(together.workspace(1), moved)
     for chunk in longest.chunks():
         tokens = chunk + len(workloads) - 1
         chunks = (max(part.workspace(tokens), part.recomputing(chunk)) for part in parts)
