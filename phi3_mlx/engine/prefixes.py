@@ -188,10 +188,8 @@ class PrefixStore:
             limit = min(self.budget, self.nbytes + spare + release * sum(layer.nbytes for layer in cache))
             self._forget(limit - (end - first) * token_bytes, wait=save)
             kept = min(end, first + int((limit - self.nbytes) // token_bytes))
-            if kept < end and save and self._files is not None and tree.facts is not None and not cache[0].lost:
-                # More than is kept in memory, so it is written before it is let go.
-                self._files.write(replace(tree.facts, tokens=end, start=start), ids, runs_of_cache(cache))
-                self._files.settle()
+            if kept < end and save:
+                self._write_now(tree, cache, ids)
             if kept <= first:
                 return
             layers = []
@@ -204,6 +202,14 @@ class PrefixStore:
             path.append((node.add(ids[first:kept], layers, self._clock), kept - first))
         if save:
             self._save(tree, path[-1][0])
+
+    def _write_now(self, tree: _Tree, cache: list[KVCache], ids: list[int]) -> None:
+        """Write what a cache has read, which memory does not keep as a whole, before the cache is let go."""
+        if self._files is None or tree.facts is None or cache[0].lost:
+            return
+        facts = replace(tree.facts, tokens=cache[0].offset, start=cache[0].start)
+        self._files.write(facts, ids, runs_of_cache(cache))
+        self._files.settle()
 
     def _save(self, tree: _Tree, node: Node) -> None:
         """Let what ends with a node be written to a file, if it was not yet."""

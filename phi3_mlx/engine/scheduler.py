@@ -44,8 +44,9 @@ class Scheduler:
     `room` is how many bytes the jobs may take beside the weights, by default what the machine has. A chunk of prompts
     is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer. `force`
     refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs, so a refusal cannot offer other bits.
-    `prefixes`: what jobs without a cache of their own read is kept there, and what they begin with is taken from it; it
-    gives way to a job that would have to wait. Of jobs that begin alike one reads, and the others wait for it.
+    `prefixes`: what jobs without a cache of their own and their draft models read is kept there, and what they begin
+    with is taken from it, up to the first token that is scored; it gives way to a job that would have to wait. Of jobs
+    that begin alike one reads, and the others wait for it.
     `elsewhere`: what else takes memory, for which jobs wait too, until `retry`.
     """
 
