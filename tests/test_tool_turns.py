@@ -201,4 +201,4 @@ def test_the_example_of_the_page_runs(capsys):
     written = capsys.readouterr().out
     assert "call: find_animal {'kind': " in written
     assert "\ntool [" in written
-    assert 'find_animal({"kind": ' in written
+    assert 'find_owl({"wild": ' in written

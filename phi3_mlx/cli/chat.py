@@ -26,10 +26,12 @@ from .options import (
 )
 from .reading import check_text, decode_text
 from .terminal import answer_writer, note, say, show
+from .tools import say_call, tool_turn, tools_option, yes_option
 
 if TYPE_CHECKING:
     from ..generation.conversation import Conversation
     from ..generation.request import Request
+    from ..generation.tool_turns import ToolTurn
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
 
@@ -46,8 +48,18 @@ _HELP = """\
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @prefixes_option
 @answer_options
+@tools_option
+@yes_option
 @click.option("--stats", is_flag=True, help="Tokens read and speed on stderr after each answer.")
-def chat(source: ModelOptions, system: str | None, prefixes: str | None, request: Request, stats: bool) -> None:
+def chat(
+    source: ModelOptions,
+    system: str | None,
+    prefixes: str | None,
+    request: Request,
+    tools: str | None,
+    yes: bool,
+    stats: bool,
+) -> None:
     """Chat with a model.
 
     A later turn reads only its own tokens: what was said before stays in the cache. Inside, /help lists the commands.
@@ -60,6 +72,7 @@ def chat(source: ModelOptions, system: str | None, prefixes: str | None, request
     place = source.find_answering(request, prefixes=prefixes)
     store = open_prefixes(prefixes)
     tokenizer = source.load_tokenizer(place)
+    turn = tool_turn(tools, yes, tokenizer, request)
     drafting = source.find_draft(tokenizer)
     model = source.load_model(place, 1, request, draft=drafting)
     draft = source.load_draft(drafting)
@@ -87,7 +100,7 @@ def chat(source: ModelOptions, system: str | None, prefixes: str | None, request
             if line.startswith("/"):
                 _command(conversation, line)
             elif line.strip():
-                _answer(conversation, line, request, draft, stats)
+                _answer(conversation, line, request, draft, turn, stats)
         except KeyboardInterrupt:
             if not typed:
                 raise
@@ -124,16 +137,23 @@ def _read_line() -> str | None:
 
 
 def _answer(
-    conversation: Conversation, text: str, request: Request, draft: tuple[Model, Tokenizer] | None, stats: bool
+    conversation: Conversation,
+    text: str,
+    request: Request,
+    draft: tuple[Model, Tokenizer] | None,
+    tools: ToolTurn | None,
+    stats: bool,
 ) -> None:
     chunk = None
     try:
         with (
-            contextlib.closing(conversation.ask(text, request, draft=draft)) as chunks,
+            contextlib.closing(conversation.ask(text, request, draft=draft, tools=tools)) as chunks,
             answer_writer() as write,
         ):
             for chunk in chunks:
                 write(chunk.text)
+                for call in chunk.calls:
+                    say_call(call)
     except KeyboardInterrupt:
         say(" [stopped]", end="")
     show()
