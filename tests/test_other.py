@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import threading
 
 import mlx.core as mx
 import mlx_lm
@@ -18,6 +19,10 @@ from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import CheckpointError, ContextLengthError, MemoryLimitError, OptionError, Phi3Error
+from phi3_mlx.generation.request import Request
+from phi3_mlx.server.models import Models
+from phi3_mlx.server.work import Ended, Failed, Piece, Work
+from phi3_mlx.server.worker import Worker
 from phi3_mlx.store import other
 
 PROMPT = [*range(60, 60 + 3 * WINDOW), 7, 5, 3, 2]  # longer than the windows
@@ -346,3 +351,57 @@ def test_chat_takes_one_turn_after_the_other(folders, capsys, monkeypatch):
     assert code == 0
     assert len(out.splitlines()) >= 2
     assert err.count("of them new") == 2
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+def answers_of(worker, name, prompt, n=1, **options):
+    """The texts of n answers, once all have ended."""
+    events, over = [], threading.Event()
+
+    def listen(event):
+        events.append(event)
+        if isinstance(event, Failed) or sum(isinstance(event, Ended) for event in events) == n:
+            over.set()
+
+    worker.submit(Work(name, prompt, Request(**options), n, 2), listen)
+    assert over.wait(60)
+    assert not [event for event in events if isinstance(event, Failed)]
+    pieces = [event for event in events if isinstance(event, Piece)]
+    return ["".join(piece.text for piece in pieces if piece.index == index) for index in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mamba"])
+def test_the_server_gives_the_answers_of_generate(kind, folders):
+    name = f"mlx-lm:{folders[kind]}"
+    model, tokenizer = phi3_mlx.load(name)
+    worker = Worker(Models([name, "tiny"]))
+    try:
+        ours = phi3_mlx.generate(*phi3_mlx.load("tiny"), "Hi", max_tokens=6)
+        expected = [
+            phi3_mlx.generate(model, tokenizer, "Hello", temperature=1.0, seed=5 + i, max_tokens=9) for i in (0, 1)
+        ]
+        assert answers_of(worker, name, "Hello", 2, temperature=1.0, seed=5, max_tokens=9) == expected
+        assert answers_of(worker, "tiny", "Hi", max_tokens=6) == [ours]
+        assert answers_of(worker, name, "Hello", 2, temperature=1.0, seed=5, max_tokens=9) == expected
+    finally:
+        worker.close(wait=False)
+
+
+def test_the_server_lists_them_as_what_they_are_and_gives_them_no_adapter(folders):
+    name = str(folders["llama"])
+    (card,) = Models([name]).listed()
+    assert (card.name, card.context) == (name, 400)
+    assert "exactness is promised for the Phi family alone" in card.about
+    with pytest.raises(OptionError, match="adapter is for the Phi family alone"):
+        Models([name], {"tales": (name, "somewhere")})
+    with pytest.raises(OptionError, match="longrope is for the Phi family alone"):
+        Models([name], longrope="short")
+
+
+def test_the_server_reads_a_phi_s_files_in_two_ways_at_once():
+    models = Models(["tiny", "mlx-lm:tiny"])
+    assert models.tokenizer("tiny") is not models.tokenizer("mlx-lm:tiny")
+    assert models.tokenizer("tiny").chat_begins_with_bos
+    assert not models.tokenizer("mlx-lm:tiny").chat_begins_with_bos

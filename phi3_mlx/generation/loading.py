@@ -135,11 +135,15 @@ def load_other(
         run = plan.Workload.of_model(model, length)
         plan.check_fits(run, math.inf if force else machine.room(), prompt=prompt)
     elif not flag(force, "force"):
-        sizes = [array.nbytes for _, array in tree_flatten(model.parameters())]
-        parts = {"weights": sum(sizes), "one of them as it is stored": max(sizes, default=0)}
-        plan.check_room(f"loading {name}", parts, "take a model of fewer bits")
+        plan.check_room(f"loading {name}", other_loading_bytes(model), "take a model of fewer bits")
     other.read_weights(model)
     return model
+
+
+def other_loading_bytes(model: Model) -> dict[str, int]:
+    """What takes memory while the weights of a model of another family are read, in bytes."""
+    sizes = [array.nbytes for _, array in tree_flatten(model.parameters())]
+    return {"weights": sum(sizes), "one of them as it is stored": max(sizes, default=0)}
 
 
 def plan_loading(

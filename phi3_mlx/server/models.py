@@ -14,11 +14,18 @@ from ..engine import machine
 from ..engine.prefixes import PrefixStore
 from ..engine.scheduler import Scheduler
 from ..errors import MemoryLimitError, ModelNotFoundError, OptionError
-from ..generation.loading import load_adapted, loading_bytes, sharing_weights, unload
+from ..generation.loading import (
+    load_adapted,
+    load_other,
+    loading_bytes,
+    other_loading_bytes,
+    sharing_weights,
+    unload,
+)
 from ..models import read_config
 from ..sizes import parse_size, size_text
 from ..store.checkpoint import open_checkpoint
-from ..store.hub import resolve
+from ..store.other import Place, check_other, find, outline_other
 from ..text.tokenizer import read_tokenizer
 from .work import ModelCard
 
@@ -30,14 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Served:
-    """A model that can be asked for by `name`: the directory of its weights, and the folder of its adapter or None.
+    """A model that can be asked for by `name`: where its weights are, and the folder of its adapter or None.
 
     `base`: the name that it was given with its weights, which adapters share.
     """
 
     name: str
     base: str
-    directory: Path
+    place: Place
     config: Config
     adapter: str | None = None
 
@@ -45,7 +52,9 @@ class Served:
         """What `GET /v1/models` tells of it."""
         context = self.config.max_position_embeddings
         about = self.base if self.adapter is None else f"{self.base} with the adapter {self.adapter}"
-        created = Path(self.adapter).expanduser() if self.adapter else self.directory / "config.json"
+        if self.place.is_other:
+            about += ", which runs with mlx-lm's code: exactness is promised for the Phi family alone"
+        created = Path(self.adapter).expanduser() if self.adapter else self.place.directory / "config.json"
         return ModelCard(self.name, int(created.stat().st_mtime), context, about)
 
 
@@ -115,12 +124,16 @@ class Models:
         self._dtype, self._longrope = dtype, longrope
         self._sources: dict[str, Served] = {}
         for name in names:
-            directory = resolve(name)
-            self._add(Served(name, name, directory, read_config(directory)))
+            place = find(name, given={"longrope": longrope})
+            known = outline_other(place.directory, dtype).config if place.is_other else read_config(place.directory)
+            self._add(Served(name, name, place, known))
         for name, (base, folder) in (adapters or {}).items():
-            self._add(replace(self.source(base), name=name, adapter=folder))
+            source = self.source(base)
+            if source.place.is_other:
+                check_other({"adapter": folder})
+            self._add(replace(source, name=name, adapter=folder))
         self._cards = [source.card() for source in self._sources.values()]
-        self._tokenizers: dict[Path, Tokenizer] = {}
+        self._tokenizers: dict[Place, Tokenizer] = {}
         self._reading = threading.Lock()
         self._weights: dict[str, _Weights] = {}
         self._uses = 0
@@ -147,11 +160,11 @@ class Models:
 
     def tokenizer(self, name: str) -> Tokenizer:
         """A model's tokenizer, which is read once and without its weights; any thread may ask."""
-        directory = self.source(name).directory
+        place = self.source(name).place
         with self._reading:
-            if directory not in self._tokenizers:
-                self._tokenizers[directory] = read_tokenizer(directory)
-            return self._tokenizers[directory]
+            if place not in self._tokenizers:
+                self._tokenizers[place] = read_tokenizer(place.directory, of_family=not place.is_other)
+            return self._tokenizers[place]
 
     def loaded(self) -> list[Loaded]:
         """What is in memory."""
@@ -178,8 +191,7 @@ class Models:
 
     def _make_room(self, source: Served) -> bool:
         """Put away what is not used until a model can be loaded; whether it can be now."""
-        shared, folders = source.base in self._weights, [] if source.adapter is None else [source.adapter]
-        needed = sum(loading_bytes(open_checkpoint(source.directory), self._dtype, folders, shared=shared).values())
+        needed = self._loading_bytes(source)
         most = machine.room() + self.freeable() + self.prefixes.nbytes
         if needed > most:
             raise MemoryLimitError(
@@ -193,16 +205,33 @@ class Models:
                 return False
         return True
 
+    def _loading_bytes(self, source: Served) -> int:
+        """Bytes that loading a model takes, or the adapter of one that is in memory."""
+        directory = source.place.directory
+        if source.place.is_other:
+            return sum(other_loading_bytes(outline_other(directory, self._dtype)).values())
+        shared, folders = source.base in self._weights, [] if source.adapter is None else [source.adapter]
+        return sum(loading_bytes(open_checkpoint(directory), self._dtype, folders, shared=shared).values())
+
+    def _load_base(self, source: Served) -> Model:
+        """The model whose weights a source has, without its adapter."""
+        directory = source.place.directory
+        if source.place.is_other:
+            return load_other(directory, source.base, dtype=self._dtype, force=True)
+        checkpoint = open_checkpoint(directory)
+        return load_adapted(checkpoint, source.base, dtype=self._dtype, longrope=self._longrope, adapters={})
+
     def _load(self, source: Served) -> _Weights:
         """Load a model, or the adapter of one that is in memory."""
-        checkpoint, before = open_checkpoint(source.directory), mx.get_active_memory()
+        before = mx.get_active_memory()
         weights = self._weights.get(source.base)
         if weights is None:
-            model = load_adapted(checkpoint, source.base, dtype=self._dtype, longrope=self._longrope, adapters={})
+            model = self._load_base(source)
             mx.eval(model.parameters())
             weights = _Weights(model, 0)
         model = weights.model
         if source.adapter is not None:
+            checkpoint = open_checkpoint(source.place.directory)
             model = sharing_weights(model, checkpoint, source.base, {source.adapter: 1.0})
             mx.eval(model.parameters())
         scheduler = Scheduler(model, prefixes=self.prefixes, elsewhere=_Elsewhere(self, source))
