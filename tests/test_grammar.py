@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -12,10 +14,10 @@ import pytest
 from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level, tiktoken_ranks
 
 from phi3_mlx.engine import processors
-from phi3_mlx.errors import OptionError
+from phi3_mlx.errors import OptionError, Phi3Error
 from phi3_mlx.generation.request import Request
 from phi3_mlx.text.grammar import Form, matchers
-from phi3_mlx.text.tokenizer import read_tokenizer
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 pytest.importorskip("llguidance")
 
@@ -247,3 +249,120 @@ def test_a_tokenizer_that_names_no_end_cannot_be_constrained():
     tokenizer.stop_ids = frozenset()
     with pytest.raises(OptionError, match=r"^regex needs a token that ends an answer"):
         matchers(Form("regex", "a"), tokenizer, 1)
+
+
+def nested(levels):
+    schema = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize("levels", [64, 100, 200, 900, 100_000])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_schema_that_is_nested_too_deep_is_refused_in_one_line(levels, written):
+    if levels > 900 and not written:
+        pytest.skip("Python writes no such object")
+    schema = '{"items":' * levels + "{}" + "}" * levels if written else nested(levels)
+    with pytest.raises(OptionError, match=r"^schema (is no JSON: it is nested deeper|holds what JSON has no form for)"):
+        Request(schema=schema)
+    Request(schema=nested(30))
+
+
+FIELDS = {f"field {n}": {"type": ["string", "integer", "boolean"][n % 3]} for n in range(500)}
+HUGE = {
+    "values": {"enum": [f"value number {n}" for n in range(10_000)]},
+    "fields": {"type": "object", "properties": FIELDS, "required": [*FIELDS], "additionalProperties": False},
+    "options": {"type": "object", "properties": FIELDS, "additionalProperties": False},
+    "branches": {"anyOf": [{"type": "array", "prefixItems": [{"const": n}]} for n in range(500)]},
+    "text": {"const": "a duck, a frog. " * 600},
+    "items": {"type": "array", "items": {"type": "boolean"}, "minItems": 5000, "maxItems": 5000},
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_schema_is_followed_in_bounded_time(name):
+    tokenizer, began = read_tokenizer(TINY), time.thread_time()
+    ours, answer, rng = matcher(tokenizer, "schema", json.dumps(HUGE[name])), [], random.Random(0)
+    assert time.thread_time() - began < 5
+    began = time.thread_time()
+    while len(answer) < 100:
+        token = int(rng.choice(ours.allowed(answer).nonzero()[0]))
+        if token in tokenizer.stop_ids:
+            break
+        answer.append(token)
+    assert time.thread_time() - began < 5
+
+
+def test_a_schema_that_turns_out_too_large_ends_the_answer_and_does_not_let_it_go_free():
+    tokenizer = read_tokenizer(TINY)
+    branches = [{"type": "object", "properties": {f"k{n}": {"const": n}}} for n in range(500)]
+    ours = matcher(tokenizer, "schema", json.dumps({"anyOf": branches}))
+    answer = [tokenizer.token_to_id("<0x7B>")]
+    for _ in range(2):
+        with pytest.raises(Phi3Error, match=r"^the constraint cannot be followed further: .*max is 2000"):
+            ours.allowed(answer)
+    assert ours.forced(answer, 3) == []
+
+
+def test_a_schema_that_is_too_large_to_follow_is_refused_in_one_line():
+    with pytest.raises(OptionError, match=r"^schema cannot be followed: .*too big"):
+        Request(schema={"enum": [f"value number {n}" for n in range(100_000)]})
+
+
+def test_a_long_text_without_a_choice_is_spelled_as_the_tokenizer_does(tokenizer):
+    text = "the duck and the frog, and the owl. " * 60
+    ids = tokenizer.encode(text)
+    ours = matchers(Request(choices=[text]).form, tokenizer, 1)[0]
+    begun = ids[:1] if tokenizer.drops_first_space else []
+    assert ours.forced(begun, 10_000) == ids[len(begun) :]
+
+
+class Changing(Tokenizer):
+    """A tokenizer that changes a text before it encodes it."""
+
+    def __init__(self, tokenizer):
+        self.__dict__.update(tokenizer.__dict__)
+        self._inner = tokenizer
+
+    def _encode_text(self, text, *, first):
+        return self._inner._encode_text(text.upper(), first=first)
+
+    drops_first_space = property(lambda self: self._inner.drops_first_space)
+    token_bytes = property(lambda self: self._inner.token_bytes)
+    token_to_id = property(lambda self: self._inner.token_to_id)
+    id_to_token = property(lambda self: self._inner.id_to_token)
+    _stream = property(lambda self: self._inner._stream)
+
+
+def test_a_text_that_the_tokenizer_would_change_is_spelled_in_its_longest_tokens(tokenizer):
+    changing, text = Changing(tokenizer), "the end of it, é"
+    ours = matcher(changing, "choices", json.dumps([text], ensure_ascii=False))
+    answer = [] if ours.forced([], 1) else [int(ours.allowed([]).nonzero()[0][0])]
+    if tokenizer.decode(answer).strip():
+        answer = []
+    ids = [*answer, *ours.forced(answer, 100)]
+    spelled = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert spelled.removeprefix(" ") == text
+    assert len(ids) < len(text.encode())
+
+
+class Lacking(Changing):
+    """A tokenizer that has no token for one of the bytes."""
+
+    def _encode_text(self, text, *, first):
+        return self._inner._encode_text(text, first=first)
+
+    @property
+    def token_bytes(self):
+        return lambda token: b"" if self._inner.token_bytes(token) == b"!" else self._inner.token_bytes(token)
+
+
+def test_a_vocabulary_that_cannot_spell_everything_is_not_forced():
+    tokenizer = Lacking(read_tokenizer(TINY))
+    ours = matcher(tokenizer, "regex", "(duck|duck!)")
+    answer = []
+    while not ours.allowed(answer)[min(tokenizer.stop_ids)]:
+        assert ours.forced(answer, 3) == [] or len(ours.allowed(answer).nonzero()[0]) == 1
+        answer.append(int(ours.allowed(answer).nonzero()[0][-1]))
+    assert tokenizer.decode(answer) == "duck"

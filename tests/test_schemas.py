@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -23,9 +24,11 @@ from rails import MaskAlone
 
 import phi3_mlx
 from phi3_mlx.cli import main
+from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.processors import Constraint
-from phi3_mlx.errors import OptionError
+from phi3_mlx.engine.scheduler import Scheduler
+from phi3_mlx.errors import OptionError, Phi3Error
 from phi3_mlx.generation.request import Request
 from phi3_mlx.text.grammar import matchers
 from phi3_mlx.text.schemas import schema_of, schema_text
@@ -443,6 +446,13 @@ def test_a_pydantic_model_is_a_schema(loaded):
     assert any(drawn)
 
 
+def test_a_pydantic_model_without_a_schema_is_refused_in_one_line():
+    model = pydantic.create_model("Model", field=(Callable, ...))
+    with pytest.raises(OptionError, match=r"^schema: Model has no JSON schema: ") as caught:
+        Request(schema=model)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("hint", [set[int], dict[int, str], complex, "Nowhere"])
 def test_a_type_that_json_has_no_form_for_is_refused(hint):
     kind = dataclasses.make_dataclass("Kind", [("field", hint)])
@@ -455,6 +465,25 @@ def test_a_type_has_the_schema_that_says_it():
     assert schema_of(list, "x") == {"type": "array", "items": {}}
     assert schema_of(tuple[int, ...], "x") == {"type": "array", "items": {"type": "integer"}}
     assert schema_of(dict[str, bool], "x") == {"type": "object", "additionalProperties": {"type": "boolean"}}
+
+
+def test_an_answer_that_cannot_be_followed_further_fails_alone(loaded):
+    model, tokenizer = loaded
+    branches = [{"type": "object", "properties": {f"k{n}": {"const": n}}} for n in range(500)]
+    with pytest.raises(Phi3Error, match=r"^the constraint cannot be followed further"):
+        phi3_mlx.generate(model, tokenizer, "A duck.", schema={"anyOf": branches})
+    forms = [Request(schema={"anyOf": branches}).form, Request(schema=STORY).form]
+    runs = Scheduler(model)
+    ids = phi3_mlx.encode_prompt(tokenizer, "A duck.")
+    rows = [
+        runs.submit(Job(ids, 80, stop_ids=tokenizer.stop_ids, processors=[Constraint(matchers(form, tokenizer, 1)[0])]))
+        for form in forms
+    ]
+    while runs.busy:
+        runs.step()
+    assert isinstance(rows[0].error, Phi3Error)
+    assert rows[1].error is None
+    assert tokenizer.decode(rows[1].answer) == phi3_mlx.generate(model, tokenizer, ids, schema=STORY, max_tokens=80)
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -6,6 +6,7 @@ the text that it matches is the one that the answer shows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -39,6 +40,8 @@ _COMPACT = {
 _AS_WRITTEN = {**_COMPACT, "item_separator": ", ", "key_separator": ": "}
 # No tokenizer joins this with what follows. Where a space is added to a text, it stands before this.
 _BEFORE = "\0"
+# Characters that are spelled as the tokenizer does, or a long text would take a while at each of its tokens.
+_SPELLED_AT_ONCE = 500
 # For a vocabulary that cannot spell every text.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
@@ -110,15 +113,19 @@ class AnswerMatcher:
         return np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little")
 
     def forced(self, answer: Sequence[int], most: int) -> list[int]:
-        """The ids that must follow, `most` at most: each is the only one allowed in its place, and no stop id."""
+        """The ids that must follow, `most` at most: each is the only one allowed in its place, and no stop id.
+
+        They end before what the constraint cannot follow, which `allowed` says.
+        """
         ids: list[int] = []
-        while len(ids) < most and self._fill([*answer, *ids]):
-            (places,) = self._bits.nonzero()
-            bits = int(self._bits[places[0]]) if len(places) == 1 else 0
-            token = 32 * int(places[0]) + bits.bit_length() - 1
-            if bits.bit_count() != 1 or token in self._stop_ids:
-                break
-            ids.append(token)
+        with contextlib.suppress(Phi3Error):
+            while len(ids) < most and self._fill([*answer, *ids]):
+                (places,) = self._bits.nonzero()
+                bits = int(self._bits[places[0]]) if len(places) == 1 else 0
+                token = 32 * int(places[0]) + bits.bit_length() - 1
+                if bits.bit_count() != 1 or token in self._stop_ids:
+                    break
+                ids.append(token)
         return ids
 
     def _fill(self, answer: Sequence[int]) -> bool:
@@ -127,8 +134,7 @@ class AnswerMatcher:
             return False
         if self._filled != len(self._seen):
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-            if self._matcher.is_error():
-                raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
+            self._check()
             self._filled = len(self._seen)
         return True
 
@@ -144,7 +150,13 @@ class AnswerMatcher:
         new = answer[shared:]
         text = next((n for n, token in enumerate(new) if token in self._stop_ids or token >= self._size), len(new))
         self._seen += new[: self._matcher.try_consume_tokens(new[:text])] if text else []
+        self._check()
         return len(self._seen) == len(answer)
+
+    def _check(self) -> None:
+        """Phi3Error where the library has given up, which is not to be taken for a token that it refuses."""
+        if self._matcher.is_error():
+            raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
 
 
 def _library() -> Any:
@@ -280,15 +292,20 @@ class _Bytes:
         self.spells_all = all(bytes([byte]) in self._ids for byte in range(256))
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text inside an answer; together their bytes are the text's."""
-        tokenizer, wanted = self._tokenizer(), text.encode()
+        """The ids of a text inside an answer; together their bytes are the text's.
+
+        What is far from the beginning is spelled byte by byte: a mask depends on the first tokens alone, and the next
+        asks again for the text behind them.
+        """
+        tokenizer, text, rest = self._tokenizer(), text[:_SPELLED_AT_ONCE], text[_SPELLED_AT_ONCE:]
         assert tokenizer is not None
+        wanted = text.encode()
         ids, before = tokenizer.encode(_BEFORE + text), b""
         while ids and not before.endswith(_BEFORE.encode()):
             before += self.tokens[ids.pop(0)]
-        if b"".join(self.tokens[token_id] for token_id in ids) == wanted:
-            return ids
-        return self._longest_first(wanted)  # a tokenizer that changes texts before it encodes them
+        if b"".join(self.tokens[token_id] for token_id in ids) != wanted:
+            ids = self._longest_first(wanted)  # a tokenizer that changes texts before it encodes them
+        return ids + [self._ids[bytes([byte])] for byte in rest.encode()]
 
     def _longest_first(self, text: bytes) -> list[int]:
         """Ids of the longest tokens that the text begins with, again and again."""

@@ -29,12 +29,12 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 def schema_text(value: Any, name: str) -> str:
     """The JSON schema of `value`, on one line. Raises OptionError, with the place, for what is none."""
     if isinstance(value, str):
-        try:
-            schema = parse(text(value, name))
-        except ValueError as error:
-            raise OptionError(f"{name} is no JSON: {error}") from None
+        schema = _parsed(text(value, name), name)
     elif isinstance(value, type) and callable(getattr(value, "model_json_schema", None)):
-        schema = value.model_json_schema()  # type: ignore[attr-defined]
+        try:
+            schema = value.model_json_schema()  # type: ignore[attr-defined]
+        except Exception as error:  # pydantic's own, of which there are many
+            raise OptionError(f"{name}: {value.__name__} has no JSON schema: {str(error).splitlines()[0]}") from None
     elif isinstance(value, type) and dataclasses.is_dataclass(value):
         schema = schema_of(value, name)
     else:
@@ -42,9 +42,18 @@ def schema_text(value: Any, name: str) -> str:
     if not isinstance(schema, Mapping):
         raise OptionError(f"{name} is {shown(schema)}; expected {_SCHEMA_EXPECTED}")
     try:
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        written = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{name} holds what JSON has no form for: {error}") from None
+    _parsed(written, name)  # within the limits of any JSON
+    return written
+
+
+def _parsed(written: str, name: str) -> Any:
+    try:
+        return parse(written)
+    except ValueError as error:
+        raise OptionError(f"{name} is no JSON: {error}") from None
 
 
 def schema_of(hint: Any, name: str) -> dict[str, Any]:
