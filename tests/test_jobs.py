@@ -15,7 +15,7 @@ from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.processors import Bias
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
-from phi3_mlx.errors import MemoryLimitError, OptionError
+from phi3_mlx.errors import MemoryLimitError, OptionError, Phi3Error
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Decoder
 
@@ -277,3 +277,27 @@ def test_a_refusal_says_how_long_an_answer_fits_and_nothing_of_answers_where_non
         runs.submit(Job(ids_of(MODEL, 900, 0), 0))
     assert "answer" not in str(refused.value)
     assert "max_tokens" not in str(refused.value)
+
+
+@pytest.mark.parametrize("reads_answer", [False, True])
+def test_the_error_of_one_prompt_of_several_says_which_it_is(reads_answer):
+    bad = Gives(lambda logits: mx.full(logits.shape, -math.inf), reads_answer)
+    processors = [[], [], [bad], []]
+    generation = Generation(
+        MODEL, [job(i).prompt for i in range(4)], max_tokens=4, sampling=Sampling(), processors=processors
+    )
+    with pytest.raises(Phi3Error, match=r"^prompt 2: the processors of this request exclude every token"):
+        list(generation)
+    alone = Generation(MODEL, [job(2).prompt], max_tokens=4, sampling=Sampling(), processors=[[bad]])
+    with pytest.raises(Phi3Error, match=r"^the processors"):
+        list(alone)
+    with pytest.raises(MemoryLimitError, match=r"^prompt 1: .* fit"):
+        Generation(MODEL, [[5], job(0).prompt * 60], max_tokens=4, sampling=Sampling(), room=600_000)
+
+
+def test_an_error_of_a_callers_own_processor_is_raised_as_it_is():
+    generation = Generation(
+        MODEL, [job(0).prompt, job(1).prompt], max_tokens=4, sampling=Sampling(), processors=[[], [Fails(1)]]
+    )
+    with pytest.raises(RuntimeError, match=r"^cannot go on$"):
+        list(generation)

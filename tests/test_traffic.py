@@ -351,15 +351,9 @@ def test_an_error_in_one_job_ends_that_job_alone(after, reads_answer):
         assert [token[0] for token in said[i]] == [token[0] for token in alone("3.5-mini", plot)]
 
 
-def test_nan_ends_its_job_alone():
-    model = MODELS["3.5-mini"]
-
-    class Poison:
-        reads_answer = False
-
-        def __call__(self, answer, logits):
-            return logits
-
+@pytest.mark.parametrize("name", MODELS)
+def test_nan_ends_its_job_alone(name):
+    model = MODELS[name]
     plot = Plot(0, None, 10, 0, 8, 0, 0, None, 0)
     healthy = plot.job(model)
     runs = Scheduler(model, room=math.inf)
@@ -375,7 +369,7 @@ def test_nan_ends_its_job_alone():
     assert failed == [rows[1]]
     assert isinstance(rows[1].error, Phi3Error)
     assert "NaN" in str(rows[1].error)
-    assert said == [token[0] for token in alone("3.5-mini", plot)]
+    assert said == [token[0] for token in alone(name, plot)]
 
 
 def test_a_cache_that_another_run_took_over_ends_its_job_alone():
@@ -519,7 +513,8 @@ def test_the_peak_of_a_mix_stays_under_its_plan_and_all_memory_comes_back(monkey
     assert mx.get_active_memory() - before < 1000  # numbers that compiled steps keep
 
 
-def test_memory_is_back_after_many_requests_some_cancelled_and_some_failed():
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.long)])
+def test_memory_is_back_after_many_requests_some_cancelled_and_some_failed(count):
     model = MODELS["mini-4k"]
     mx.eval(model.parameters())
     runs = Scheduler(model, room=math.inf, chunk=16)
@@ -538,9 +533,9 @@ def test_memory_is_back_after_many_requests_some_cancelled_and_some_failed():
     requests(20)
     gc.collect()
     before = mx.get_active_memory()
-    requests(200)
+    requests(count)
     gc.collect()
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() - before < 1000  # numbers that compiled steps keep; a cache has far more
     assert not runs.busy
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
 
+from ..errors import Phi3Error
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from .batch import Step
@@ -39,7 +40,8 @@ class Generation:
 
     Raises PromptError for no prompt, an empty one, one of other than token ids of the vocabulary, or one that leaves no
     room to answer, OptionError for a value of another type or outside its range, MemoryLimitError for a run that does
-    not fit, and while it runs CacheError if the cache was given to another.
+    not fit, and while it runs CacheError if the cache was given to another. The error of one of several prompts says
+    which it is (0: the first) and ends the run; a `Scheduler` goes on with the others.
     """
 
     def __init__(
@@ -87,8 +89,13 @@ class Generation:
 
     def _begin(self, scheduler: Scheduler, jobs: Sequence[Job], on_prefill: Callable[[int, int], None] | None) -> None:
         self._scheduler, self._on_prefill = scheduler, on_prefill
-        self._rows = [scheduler.submit(job) for job in jobs]
-        _raise_errors(scheduler.admit())
+        self._rows: list[Row] = []
+        for job in jobs:
+            try:
+                self._rows.append(scheduler.submit(job))
+            except Phi3Error as error:
+                raise _named(error, len(self._rows), len(jobs)) from None
+        self._raise_errors(scheduler.admit())
         self.statistics = Statistics(prompt_tokens=sum(len(job.prompt) for job in jobs))
 
     @property
@@ -131,7 +138,7 @@ class Generation:
             if len(self._rows) > 1:  # the next to join needs the room
                 for row in step.ended:
                     row.let_go()
-            _raise_errors(step.failed)
+            self._raise_errors(step.failed)
 
     def _count(self, step: Step, seconds: float) -> None:
         """Add a step to the statistics; `seconds` since the one before."""
@@ -148,9 +155,15 @@ class Generation:
             statistics.drafted_tokens += step.drafted
             statistics.accepted_tokens += len(step.tokens) - 1
 
+    def _raise_errors(self, failed: Sequence[Row]) -> None:
+        """Raise the error of the first row that failed, if there is one."""
+        for row in failed:
+            assert row.error is not None
+            raise _named(row.error, self._rows.index(row), len(self._rows))
 
-def _raise_errors(failed: Sequence[Row]) -> None:
-    """Raise the error of the first row that failed, if there is one."""
-    for row in failed:
-        assert row.error is not None
-        raise row.error
+
+def _named(error: Exception, place: int, prompts: int) -> Exception:
+    """The error, which says of which prompt it is where there are several."""
+    if prompts > 1 and isinstance(error, Phi3Error):
+        error.args = (f"prompt {place}: {error}", *error.args[1:])
+    return error

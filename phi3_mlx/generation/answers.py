@@ -183,7 +183,8 @@ def batch_generate(
 ) -> list[str]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone.
 
-    With `prefixes` what several of them begin with is read once.
+    With `prefixes` what several of them begin with is read once. The error of one ends all, and says which prompt it is
+    (0: the first).
     """
     if isinstance(prompts, str):
         raise PromptError("batch_generate takes a list of prompts, and this is one text; give [text], or call generate")
