@@ -62,7 +62,7 @@ class Served:
 class Loaded:
     """A model in memory and what runs it."""
 
-    source: Served
+    served: Served
     model: Model
     scheduler: Scheduler
 
@@ -242,13 +242,13 @@ class Models:
 
     def reserved(self, besides: Served | None = None) -> float:
         """Bytes that what runs was promised and does not hold yet."""
-        return sum(loaded.scheduler.reserved for loaded in self.loaded() if loaded.source is not besides)
+        return sum(loaded.scheduler.reserved for loaded in self.loaded() if loaded.served is not besides)
 
     def freeable(self, besides: Served | None = None) -> float:
         """Bytes that there were more if nothing ran, and no model were in memory."""
         base = None if besides is None else besides.base
         weights = sum(weights.nbytes for name, weights in self._weights.items() if name != base)
-        return weights + sum(loaded.scheduler.held for loaded in self.loaded() if loaded.source is not besides)
+        return weights + sum(loaded.scheduler.held for loaded in self.loaded() if loaded.served is not besides)
 
     def put_away(self, *, besides: str | None = None) -> bool:
         """Put away the model that was not used longest, if one is idle; whether one was."""

@@ -160,6 +160,8 @@ class Worker:
         for loaded in self._models.loaded():
             if loaded.scheduler.busy:
                 self._step(loaded)
+        self._loaded = tuple(loaded.served.name for loaded in self._models.loaded())
+        self._forget()
 
     def _forget(self) -> None:
         """Let go of requests that are over."""
@@ -179,13 +181,13 @@ class Worker:
 
     def _hand_over(self) -> None:
         """Give requests to their models' schedulers, in their order, as long as memory lasts."""
-        while self._waiting and not self._lacks_memory():
+        lacking = self._lacks_memory()
+        while self._waiting and not lacking:
             ticket = self._waiting[0]
             try:
                 loaded = self._models.get(ticket.work.model)
                 if loaded is None:
                     return  # others have to end first
-                self._loaded = tuple(loaded.source.name for loaded in self._models.loaded())
                 self._submit(loaded, ticket)
             except Exception as error:
                 ticket.fail(error)
@@ -248,7 +250,7 @@ class Worker:
 
     def _lose(self, loaded: Loaded, error: Exception) -> None:
         """Fail all requests of a model, and of those that share its weights, and load it anew for the next."""
-        base = loaded.source.base
+        base = loaded.served.base
         self._fail([t for t in self._tickets if self._models.source(t.work.model).base == base], error)
         self._forget()
         self._models.drop(base)
