@@ -53,7 +53,8 @@ def begin_answers(
     Raises OptionError for a form that cannot be followed, and for a bias of ids outside the vocabulary.
     """
     stops, bias = Stops(tokenizer, request.stop or ()), _bias(tokenizer, request)
-    scored = request.choices if request.sampling().takes_likeliest and not bias and form is None else None
+    as_wholes = request.sampling().takes_likeliest and not bias and form in (None, request.form)
+    scored = request.choices if as_wholes else None
     form = form or request.form
     forms: Sequence[AnswerMatcher | None] = [None] * len(prompts)
     if form is not None and scored is None:
