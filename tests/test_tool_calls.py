@@ -86,6 +86,7 @@ ANSWERS = {
     f"[{CALL}]": [("f", {"a": 1})],
     f"\n{CALL}": ["\n", ("f", {"a": 1})],
     f"```json\n[{CALL}]\n```": [("f", {"a": 1})],
+    f"{CALL} So.": [("f", {"a": 1}), " So."],
     f"See {CALL}": [f"See {CALL}"],
     '{"name": "unknown", "arguments": {}}': ['{"name": "unknown", "arguments": {}}'],
     '{"name": "f", "age": 3}': ['{"name": "f", "age": 3}'],

@@ -280,6 +280,7 @@ def test_a_choice_says_whether_text_and_calls_are_allowed(which, request):
         call_of(tokenizer, '{"name": "now", "arguments": {"x": 1}}'),
         call_of(tokenizer, '{"name": "look", "arguments": {"tags": ["c"]}}'),
         call_of(tokenizer, '{"name": "look", "arguments": {}}'),
+        call_of(tokenizer, '{"name": "look", "arguments": {"tags": [], "x": 1}}'),
         f"{once} and on",
         two[:-3],
     ]
@@ -287,6 +288,7 @@ def test_a_choice_says_whether_text_and_calls_are_allowed(which, request):
         form = use_tools(tokenizer, TOOLS, choice).form()
         for answer in [text, "", once, two, f"I look. {once}", *wrong]:
             assert allowed_text(tokenizer, form, answer) == (answer in right), (choice, answer)
+    assert not allowed_text(tokenizer, use_tools(tokenizer, TOOLS, "now").form(), call_of(tokenizer, B, B))
     single = use_tools(tokenizer, TOOLS, "auto", parallel=False).form()
     assert allowed_text(tokenizer, single, once)
     assert not allowed_text(tokenizer, single, two)

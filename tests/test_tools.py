@@ -98,7 +98,7 @@ HINTS = {
     "list[int]": (list[int], [[], [1]], [["a"]]),
     "Sequence": (Sequence[str], [["a"]], ["a"]),
     "dict": (dict[str, int], [{"a": 1}, {}], [{"a": "b"}, []]),
-    "Literal": (Literal["a", 1, None], ["a", 1, None], ["b", 2]),
+    "Literal": (Literal["a", 1, None], ["a", 1, None], ["b", 2, True]),
     "Optional": (Optional[int], [1, None], ["a"]),  # noqa: UP045 - as older code has it
     "union": (int | str | list[bool], [1, "a", [True]], [1.5, [1]]),
     "Annotated": (Annotated[int, "How many."], [1], ["a"]),

@@ -101,7 +101,7 @@ def docstring(text: str) -> tuple[str, dict[str, str]]:
         elif _FIELD.match(line):
             section = fields
             section.append(line)
-        elif section is about or not _RULE.fullmatch(line):
+        else:
             section.append(line)
     paragraphs = re.split(r"\n\s*\n", "\n".join(about).strip())
     return "\n\n".join(map(_one_line, paragraphs)), {**_entries(parameters), **_texts_of(fields, _FIELD)}
