@@ -79,7 +79,7 @@ def field_table(known: Mapping[str, Any]) -> str:
     rows = ["| field | taken | what it does |", "|---|---|---|"]
     for field in known.values():
         if field.treatment == "honoured":
-            rows.append(f"| `{field.name}` | yes | {field.says} |")
+            rows.append(f"| `{field.name}` | yes | {_sentence(field.says)} |")
     alike: dict[tuple[str, str, str], list[str]] = {}
     for field in known.values():
         if field.treatment != "honoured":
@@ -88,8 +88,12 @@ def field_table(known: Mapping[str, Any]) -> str:
         for (same, values, says), names in alike.items():
             if same == treatment:
                 taken = {"neutral": f"only {values}", "noted": "yes, without effect", "refused": "no"}[treatment]
-                rows.append(f"| {', '.join(names)} | {taken} | {says} |")
+                rows.append(f"| {', '.join(names)} | {taken} | {_sentence(says)} |")
     return "\n".join(rows) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}".removesuffix(".") + ("." if text else "")
 
 
 def _values(values: Iterable[Any]) -> str:

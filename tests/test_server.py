@@ -107,7 +107,18 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(presence_penalty="high"), "invalid_type", "presence_penalty"),
         (chat_body(store=True), "unsupported_value", "store"),
         (chat_body(response_format={"type": "yaml"}), "invalid_value", "response_format.type"),
-        (chat_body(response_format={"type": "json_schema"}), "invalid_type", "response_format"),
+        (
+            chat_body(response_format={"type": "json_schema"}),
+            "missing_required_parameter",
+            "response_format.json_schema",
+        ),
+        (
+            chat_body(response_format={"type": "json_schema", "json_schema": {"schema": {}, "lax": 1}}),
+            "unknown_parameter",
+            "response_format.json_schema.lax",
+        ),
+        (chat_body(response_format={"type": "text", "more": 1}), "unknown_parameter", "response_format.more"),
+        (chat_body(stop=["a"] * 65), "invalid_value", "stop"),
         (
             chat_body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}),
             "invalid_value",

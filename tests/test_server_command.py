@@ -163,6 +163,23 @@ def test_a_prompt_that_never_fits_the_context_is_told_with_the_numbers(served):
     assert "4,096" in reply["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "name"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt"), ("/v1/responses", "input")]
+)
+def test_the_field_of_a_long_prompt_is_named(served, path, name):
+    prompt = [{"role": "user", "content": "word " * 5000}] if name == "messages" else "word " * 5000
+    status, _, reply = served.request("POST", path, {"model": "tiny", name: prompt})
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    assert reply["error"]["param"] == name
+
+
+def test_many_empty_messages_are_too_long_too(served):
+    messages = [{"role": "user", "content": ""}] * 100_000
+    begun = time.monotonic()
+    assert served.chat(model="tiny", messages=messages)[2]["error"]["code"] == "context_length_exceeded"
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("text", ["a" * 4_000_000, "é漢 " * 500_000])
 def test_a_huge_prompt_is_refused_before_it_is_encoded(served, text):
     begun = time.monotonic()

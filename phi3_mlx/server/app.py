@@ -23,6 +23,7 @@ from .responses import read_response
 from .service import Service
 from .work import ModelCard
 
+_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 Endpoint = Callable[[HTTPRequest], Awaitable[Any]]
 
 
@@ -74,6 +75,8 @@ class Around:
             status = 499  # nginx's number for it
         except Exception as error:
             fault = _refused(scope, error) if isinstance(error, HTTPException) else self._service.told(error)
+            if fault.param == "messages":  # what prompts are called elsewhere
+                fault.param = _PROMPTS.get(scope["path"], "messages")
             if not status:  # or it is too late for another answer: the connection is closed
                 response = JSONResponse(fault.body(), fault.status, fault.headers)
                 await response(scope, receive, noting)

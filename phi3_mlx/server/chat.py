@@ -11,11 +11,12 @@ from .. import __version__
 from ..text.tool_calls import CallBegun, TextPiece
 from ..values import flag, text
 from . import protocol
+from . import shared_fields as shared
 from .asked import Asked, Defaults
 from .faults import ApiError
 from .limits import Limits
 from .messages import read_messages
-from .protocol import honoured, needed, neutral, of_request, refused, table_of
+from .protocol import honoured, needed, neutral, noted, of_request, refused, table_of
 from .speech import Call, Said, Speech
 from .streams import DONE, data
 from .tokens import Usage, chat_logprobs
@@ -24,35 +25,41 @@ from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
 FINGERPRINT = f"phi3-mlx-{__version__}"
 
 
+_FORMAT = table_of(*noted("type"), honoured("json_schema", protocol.an_object, ""))
+
+
 def _response_format(value: Any, name: str) -> str | None:
     """The schema of `response_format`; None for text."""
     kind = protocol.an_object(value, name)
-    if kind.get("type") == "json_schema":
-        kind = {**protocol.an_object(kind.get("json_schema"), f"{name}.json_schema"), "type": "json_schema"}
-        return protocol.the_schema(kind, f"{name}.json_schema")
-    return protocol.the_schema(kind, name)
+    if kind.get("type") != "json_schema":
+        return shared.the_schema(kind, name)
+    values = protocol.honoured_values(_FORMAT, kind, f"{name}.")
+    needed(values, "json_schema", within=f"{name}.")
+    return shared.the_schema({**values["json_schema"], "type": "json_schema"}, f"{name}.json_schema")
 
 
 CHAT_FIELDS = table_of(
     honoured("model", text, "a name that `/v1/models` lists"),
     honoured("messages", read_messages, "roles `developer`, `system`, `user`, `assistant`, `tool`; contents are texts"),
     honoured("stream", flag, "the answer as it is made"),
-    honoured("stream_options", protocol.stream_options, "`include_usage`: a last chunk with the counts of tokens"),
-    *protocol.SAMPLING,
+    honoured("stream_options", shared.stream_options, "`include_usage`: a last chunk with the counts of tokens"),
+    *shared.SAMPLING,
     of_request("max_tokens"),
     of_request("max_completion_tokens", "max_tokens", "newer name of `max_tokens`"),
-    honoured("n", protocol.whole_from(1, Limits.answers), "answers to the prompt, which is read once"),
+    honoured("n", shared.whole_from(1, Limits.answers), "answers to the prompt, which is read once"),
     honoured("logprobs", flag, "the log-probability of each token"),
     honoured(
-        "top_logprobs", protocol.whole_from(0, MAX_TOP_LOGPROBS), "and the likeliest in its place; needs `logprobs`"
+        "top_logprobs",
+        shared.whole_from(0, MAX_TOP_LOGPROBS),
+        "and the likeliest in its place; needs `logprobs`",
     ),
     honoured("response_format", _response_format, "`text`, `json_object` or `json_schema`; the answer always fits"),
-    *protocol.FORMS,
-    *protocol.TOOLS,
+    *shared.FORMS,
+    *shared.TOOLS,
     neutral("modalities", ["text"]),
     neutral("reasoning_effort", "none"),
     neutral("verbosity", "medium"),
-    *protocol.BOOKKEEPING,
+    *shared.BOOKKEEPING,
     *refused("audio", "moderation", "prediction", "web_search_options"),
     *refused("functions", "function_call", says="give `tools` and `tool_choice`"),
 )
@@ -76,9 +83,9 @@ def read_chat(body: Mapping[str, Any], defaults: Defaults) -> Asked:
         protocol.request_of(defaults, CHAT_FIELDS, values, **forms),
         n=values.get("n", 1),
         top_logprobs=(alternatives or 0) if values.get("logprobs") else None,
-        **protocol.tool_fields(values),
+        **shared.tool_fields(values),
     )
-    return Asked([work], ChatReply(work, usage=protocol.wants_usage(values)), streamed)
+    return Asked([work], ChatReply(work, usage=shared.wants_usage(values)), streamed)
 
 
 class ChatReply:

@@ -12,6 +12,7 @@ from ..errors import OptionError
 from ..generation.answers import Prompt
 from ..values import flag, shown, text, whole
 from . import protocol
+from . import shared_fields as shared
 from .asked import Asked, Defaults
 from .chat import FINGERPRINT
 from .faults import ApiError
@@ -49,15 +50,15 @@ COMPLETION_FIELDS = table_of(
         "prompt", _prompts, "a text, token ids, or several of either; sent as they are, without the chat template"
     ),
     honoured("stream", flag, "the answer as it is made"),
-    honoured("stream_options", protocol.stream_options, "`include_usage`: a last chunk with the counts of tokens"),
+    honoured("stream_options", shared.stream_options, "`include_usage`: a last chunk with the counts of tokens"),
     honoured("max_tokens", _max_tokens, "longest answer; 0 with `echo`: none"),
-    *protocol.SAMPLING,
-    honoured("n", protocol.whole_from(1, Limits.answers), "answers to each prompt, which is read once"),
-    honoured("best_of", protocol.whole_from(1, Limits.answers), "as `n`, and no other number"),
-    honoured("logprobs", protocol.whole_from(0, MAX_TOP_LOGPROBS), "log-probabilities, and those of the N likeliest"),
+    *shared.SAMPLING,
+    honoured("n", shared.whole_from(1, Limits.answers), "answers to each prompt, which is read once"),
+    honoured("best_of", shared.whole_from(1, Limits.answers), "as `n`, and no other number"),
+    honoured("logprobs", shared.whole_from(0, MAX_TOP_LOGPROBS), "log-probabilities, and those of the N likeliest"),
     honoured("echo", flag, "the prompt comes first, with its log-probabilities"),
-    *protocol.FORMS,
-    *protocol.BOOKKEEPING,
+    *shared.FORMS,
+    *shared.BOOKKEEPING,
     *refused("suffix", says="no model of the family was trained to fill in"),
 )
 
@@ -92,7 +93,7 @@ def read_completions(body: Mapping[str, Any], defaults: Defaults) -> Asked:
         )
         for prompt in prompts
     ]
-    reply = CompletionReply(works, usage=protocol.wants_usage(values))
+    reply = CompletionReply(works, usage=shared.wants_usage(values))
     return Asked(works, reply, values.get("stream", False))
 
 

@@ -27,7 +27,7 @@ _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate
 _FAULTS: Mapping[type[Phi3Error], tuple[int, str, str | None]] = {
     ModelNotFoundError: (404, "model_not_found", "model"),
     ContextLengthError: (400, "context_length_exceeded", "messages"),
-    PromptError: (400, "invalid_prompt", None),
+    PromptError: (400, "invalid_prompt", "messages"),
     ChatError: (400, "invalid_messages", "messages"),
     MemoryLimitError: (400, "memory_limit_exceeded", None),
     OptionError: (400, "invalid_value", None),

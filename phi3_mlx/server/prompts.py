@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def check_size(work: Work, tokenizer: Tokenizer, context: int) -> None:
     """ContextLengthError for a prompt that is too long by its bytes alone: encoding 16 MB takes a minute."""
     size = sum(len(text.strip().encode()) for text in _texts(work))
-    least = -(-size // _longest_token(tokenizer))
+    least = len(_messages(work.prompt)) - (-size // _longest_token(tokenizer))  # each message has a role too
     if least >= context:
         raise ContextLengthError(
-            f"the prompt has {size:,} bytes, which are {least:,} tokens or more, and the model's context is "
-            f"{context:,}; shorten it or use a model with a longer context",
+            f"the prompt has {size:,} bytes, {least:,} tokens or more, and the model's context is {context:,}; "
+            "shorten it or use a model with a longer context",
             least,
             context,
         )

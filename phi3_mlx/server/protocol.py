@@ -16,9 +16,7 @@ from .. import option
 from ..errors import OptionError
 from ..fields import shorten
 from ..generation.request import Request
-from ..text.schemas import schema_text
-from ..text.tools import Tool, ToolChoice, read_choice, read_tools
-from ..values import choice, flag, number, shown, whole
+from ..values import shown
 from .asked import Defaults
 from .faults import ApiError
 
@@ -29,8 +27,11 @@ _REQUEST = {field.name: field for field in fields(Request)}
 
 @dataclass(frozen=True)
 class ApiField:
-    """`read(value, name)` types a value that is honoured, and raises OptionError or ApiError. `neutral` are the values
-    that change nothing. `sets`: the field of `Request` that it is. `says` is the documentation's."""
+    """A field that a request may have, and how it is treated.
+
+    `read(value, name)` types a value that is honoured, and raises OptionError or ApiError. `neutral` are the values
+    that change nothing. `sets`: the field of `Request` that it is. `says` is the documentation's.
+    """
 
     name: str
     treatment: Treatment
@@ -110,9 +111,7 @@ def request_of(defaults: Defaults, table: Table, values: Mapping[str, Any], **mo
     """
     rule = values.get("longrope", defaults.longrope)
     if rule != defaults.longrope:
-        message = (
-            f"longrope {rule!r} is not supported, only {defaults.longrope!r}: start the server with --longrope {rule}"
-        )
+        message = f"this server's longrope is {defaults.longrope}; for {rule} start one with --longrope {rule}"
         raise ApiError(400, message, "unsupported_value", "longrope")
     settings: dict[str, Any] = {}
     for name, value in values.items():
@@ -154,13 +153,6 @@ def _unsupported(field: ApiField, value: Any, where: str) -> ApiError:
     return ApiError(400, message, "unsupported_value", where)
 
 
-# How values of other fields are read.
-
-
-def _longrope(value: Any, name: str) -> str:
-    return choice(value, name, ("auto", "short", "long"))
-
-
 def objects(value: Any, name: str) -> list[Mapping[str, Any]]:
     """A list of JSON objects."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -172,125 +164,3 @@ def an_object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise OptionError(f"{name} is {shown(value)}; expected an object")
     return value
-
-
-def whole_from(least: int, most: int) -> Callable[[Any, str], int]:
-    """A whole number within bounds."""
-
-    def read(value: Any, name: str) -> int:
-        count = whole(value, name)
-        if not least <= count <= most:
-            raise OptionError(f"{name} {count} is outside its range; give {least} to {most}")
-        return count
-
-    return read
-
-
-def logit_bias(value: Any, name: str) -> dict[int, float]:
-    """{"token id": bias}, the bias from -100 to 100."""
-    biases = {}
-    for token, bias in an_object(value, name).items():
-        if not token.isascii() or not token.isdigit() or len(token) > 9:
-            raise OptionError(f"{name} has the key {shown(token)}; expected token ids")
-        biases[int(token)] = number(bias, f"{name}.{token}")
-        if not -100 <= biases[int(token)] <= 100:
-            raise OptionError(f"{name}.{token} {shown(bias)} is outside its range; give -100 to 100")
-    return biases
-
-
-def the_schema(kind: Mapping[str, Any], where: str) -> str | None:
-    """The JSON schema that a `response_format` holds its answer to: None for text."""
-    form = kind.get("type")
-    if form == "text":
-        honoured_values(table_of(*noted("type")), kind, f"{where}.")
-        return None
-    if form == "json_object":
-        honoured_values(table_of(*noted("type")), kind, f"{where}.")
-        return '{"type": "object"}'
-    if form != "json_schema":
-        raise ApiError(
-            400,
-            f"{where}.type is {shown(form)}; give text, json_object or json_schema",
-            "invalid_value",
-            f"{where}.type",
-        )
-    schema = kind.get("schema")
-    if not isinstance(schema, dict):
-        raise OptionError(f"{where}.schema is {shown(schema)}; expected a JSON schema")
-    return schema_text(schema, f"{where}.schema")
-
-
-STREAM_OPTIONS = table_of(
-    honoured("include_usage", flag, "a last chunk with the counts of tokens"),
-    neutral("include_obfuscation", False, True),
-)
-
-
-def stream_options(value: Any, name: str) -> Mapping[str, Any]:
-    return honoured_values(STREAM_OPTIONS, an_object(value, name), f"{name}.")
-
-
-def tools(value: Any, name: str) -> tuple[Tool, ...]:
-    """Functions that the model may call; OpenAI's own tools are refused by name."""
-    given = [{key: part for key, part in tool.items() if part is not None} for tool in objects(value, name)]
-    return tuple(read_tools(given, name))
-
-
-def tool_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a work is told of tools. ApiError for a choice of a tool that was not given."""
-    given = values.get("tools", ())
-    try:
-        chosen: ToolChoice = read_choice(values.get("tool_choice", "auto"), given)
-    except OptionError as error:
-        raise ApiError(400, str(error), "invalid_value", "tool_choice") from None
-    return {"tools": given, "tool_choice": chosen, "parallel_tool_calls": values.get("parallel_tool_calls", True)}
-
-
-def wants_usage(values: Mapping[str, Any]) -> bool:
-    """Whether a stream is to end with the counts of tokens. ApiError where there is no stream to end."""
-    options = values.get("stream_options")
-    if options is not None and not values.get("stream"):
-        raise ApiError(400, "stream_options needs stream: true", "invalid_value", "stream_options")
-    return bool((options or {}).get("include_usage"))
-
-
-# Fields that several endpoints have.
-
-SAMPLING = (
-    of_request("temperature"),
-    of_request("top_p"),
-    of_request("top_k"),
-    of_request("min_p"),
-    of_request("repetition_penalty"),
-    of_request("presence_penalty"),
-    of_request("frequency_penalty"),
-    honoured(
-        "logit_bias", logit_bias, "added to the logits of token ids, -100 to 100: -100 excludes one", "logit_bias"
-    ),
-    of_request("seed"),
-    of_request("stop"),
-)
-TOOLS = (
-    honoured("tools", tools, "functions that the model may call; their arguments always fit their schemas"),
-    honoured("tool_choice", lambda value, _: value, "`auto`, `none`, `required`, or one function"),
-    honoured("parallel_tool_calls", flag, "whether an answer may have several calls"),
-)
-FORMS = (
-    of_request("regex"),
-    of_request("grammar"),
-    of_request("choices", says="Answer with one of these texts."),
-    honoured("longrope", _longrope, "`auto`, `short` or `long`, as the server's `--longrope`"),
-)
-BOOKKEEPING = (
-    neutral("service_tier", "auto", "default"),
-    neutral("store", False, says="nothing is stored"),
-    *noted(
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "user",
-        says="says nothing of the answer",
-    ),
-)

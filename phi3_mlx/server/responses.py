@@ -10,6 +10,7 @@ from uuid import uuid4
 from ..errors import OptionError
 from ..values import flag, shown, text
 from . import protocol
+from . import shared_fields as shared
 from .asked import Asked, Defaults
 from .faults import ApiError
 from .input_items import read_items
@@ -26,7 +27,7 @@ _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
 
 
 def _text_format(value: Any, name: str) -> str | None:
-    return protocol.the_schema(protocol.an_object(value, name), name)
+    return shared.the_schema(protocol.an_object(value, name), name)
 
 
 _TEXT = table_of(
@@ -51,19 +52,19 @@ RESPONSE_FIELDS = table_of(
     honoured("input", read_items, "a text, or messages, `function_call` and `function_call_output` items"),
     honoured("instructions", text, "a system message before the input"),
     honoured("stream", flag, "the answer as it is made"),
-    honoured("stream_options", protocol.stream_options, "accepted, as streams have no obfuscation"),
+    honoured("stream_options", shared.stream_options, "accepted, as streams have no obfuscation"),
     of_request("max_output_tokens", "max_tokens"),
-    *protocol.SAMPLING,
+    *shared.SAMPLING,
     honoured("text", _text, "`format`: `text`, `json_object` or `json_schema`; the answer always fits"),
-    *protocol.FORMS,
-    *protocol.TOOLS,
+    *shared.FORMS,
+    *shared.TOOLS,
     honoured("include", _include, f"`{_LOGPROBS}`: the log-probability of each token"),
-    honoured("top_logprobs", protocol.whole_from(0, MAX_TOP_LOGPROBS), "and the likeliest in its place"),
+    honoured("top_logprobs", shared.whole_from(0, MAX_TOP_LOGPROBS), "and the likeliest in its place"),
     honoured("metadata", protocol.an_object, "repeated in the reply"),
     neutral("background", False),
     neutral("truncation", "disabled"),
     neutral("reasoning", {}, {"effort": "none"}),
-    *(field for field in protocol.BOOKKEEPING if field.name != "metadata"),
+    *(field for field in shared.BOOKKEEPING if field.name != "metadata"),
     *noted("max_tool_calls", says="of OpenAI's own tools, which are not here"),
     *refused("previous_response_id", "conversation", says="nothing is stored; send all items"),
     *refused("prompt", says="nothing is stored; send its text"),
@@ -87,7 +88,7 @@ def read_response(body: Mapping[str, Any], defaults: Defaults) -> Asked:
         messages,
         protocol.request_of(defaults, RESPONSE_FIELDS, values, **({} if schema is None else {"schema": schema})),
         top_logprobs=values.get("top_logprobs", 0) if scored else None,
-        **protocol.tool_fields(values),
+        **shared.tool_fields(values),
     )
     return Asked([work], ResponseReply(work, body, values), values.get("stream", False))
 
