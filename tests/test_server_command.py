@@ -173,6 +173,11 @@ def test_the_field_of_a_long_prompt_is_named(served, path, name):
     assert reply["error"]["param"] == name
 
 
+def test_the_field_that_the_engine_refuses_is_named(served):
+    error = served.chat(STORY, model="tiny", logit_bias={"99999": 1})[2]["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "logit_bias")
+
+
 def test_many_empty_messages_are_too_long_too(served):
     messages = [{"role": "user", "content": ""}] * 100_000
     begun = time.monotonic()

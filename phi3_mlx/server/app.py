@@ -23,7 +23,13 @@ from .responses import read_response
 from .service import Service
 from .work import ModelCard
 
-_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
+# What fields of a chat are called elsewhere.
+_CALLED: dict[tuple[str, str | None], str] = {
+    ("/v1/completions", "messages"): "prompt",
+    ("/v1/responses", "messages"): "input",
+    ("/v1/responses", "response_format"): "text",
+    ("/v1/responses", "max_tokens"): "max_output_tokens",
+}
 Endpoint = Callable[[HTTPRequest], Awaitable[Any]]
 
 
@@ -75,8 +81,7 @@ class Around:
             status = 499  # nginx's number for it
         except Exception as error:
             fault = _refused(scope, error) if isinstance(error, HTTPException) else self._service.told(error)
-            if fault.param == "messages":  # what prompts are called elsewhere
-                fault.param = _PROMPTS.get(scope["path"], "messages")
+            fault.param = _CALLED.get((scope["path"], fault.param), fault.param)
             if not status:  # or it is too late for another answer: the connection is closed
                 response = JSONResponse(fault.body(), fault.status, fault.headers)
                 await response(scope, receive, noting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from http import HTTPStatus
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import (
     PromptError,
     QueueFullError,
 )
+from ..generation.request import Request
 
 CLOSING = {"connection": "close"}  # a header: what else the client sends is not read
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -34,6 +36,9 @@ _FAULTS: Mapping[type[Phi3Error], tuple[int, str, str | None]] = {
     ClosedError: (503, "server_closing", None),
     Phi3Error: (500, "server_error", None),
 }
+
+
+_REQUEST_FIELDS = {field.name for field in fields(Request)}
 
 
 class ApiError(Phi3Error):
@@ -64,8 +69,14 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), "rate_limit_exceeded", headers=headers)
     for kind, (status, code, param) in _FAULTS.items():
         if isinstance(error, kind):
-            return ApiError(status, str(error), code, param)
+            return ApiError(status, str(error), code, field_named(str(error)) if kind is OptionError else param)
     return ApiError(500, "the server met a fault of its own; its log has the place", "server_error")
+
+
+def field_named(message: str) -> str | None:
+    """The field that the message of an OptionError begins with, as chats call it."""
+    name = message.split(" ", 1)[0]
+    return "response_format" if name == "schema" else name if name in _REQUEST_FIELDS else None
 
 
 def raw_response(error: ApiError) -> bytes:

@@ -18,7 +18,7 @@ from ..fields import shorten
 from ..generation.request import Request
 from ..values import shown
 from .asked import Defaults
-from .faults import ApiError
+from .faults import ApiError, field_named
 
 Treatment = Literal["honoured", "neutral", "noted", "refused"]
 Table = Mapping[str, "ApiField"]
@@ -123,9 +123,7 @@ def request_of(defaults: Defaults, table: Table, values: Mapping[str, Any], **mo
     try:
         return replace(defaults.request, **settings, **more)
     except OptionError as error:
-        name = str(error).split(" ", 1)[0]
-        name = "response_format" if name == "schema" else name
-        raise ApiError(400, str(error), "invalid_value", name if name in values else None) from None
+        raise ApiError(400, str(error), "invalid_value", field_named(str(error))) from None
 
 
 def _typed(field: ApiField, value: Any, where: str) -> Any:
