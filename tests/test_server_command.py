@@ -1,5 +1,6 @@
 """`phi3-mlx serve` as a user types it, and the bundled model behind it."""
 
+import http.client
 import json
 import os
 import re
@@ -100,22 +101,23 @@ def test_help_and_other_commands_import_no_web_server():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_the_process_serves_and_ends_politely(tmp_path, number, code):
-    key = tmp_path / "key"
-    key.write_text("secret\n")
-    command = [sys.executable, "-m", "phi3_mlx", "serve", "--port", "0", "--api-key-file", str(key)]
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    command = [sys.executable, "-m", "phi3_mlx", "serve", "--port", "0", "--api-key-file", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             first = process.stderr.readline()
             port = re.fullmatch(r"tiny at http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops it\n", first)[1]
-            for header, status in (("Bearer secret", b"200"), ("Bearer other", b"401")):
-                with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
-                    lines = f"GET /v1/models HTTP/1.0\r\nAuthorization: {header}\r\n\r\n"
-                    connection.sendall(lines.encode())
-                    assert connection.recv(100).split()[1] == status
+            body = json.dumps(chat_body(STORY, model="tiny", max_tokens=20))
+            for key, status in (("secret", 200), ("other", 401)):
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+                connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
+                assert connection.getresponse().status == status
+                connection.close()
             process.send_signal(number)
             rest = process.stderr.read()
-            assert process.wait(20) == code
+            assert process.wait(20) == code, rest  # MLX has aborted processes whose threads had streams
         finally:
             process.kill()
     assert "Traceback" not in rest

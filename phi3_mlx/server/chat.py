@@ -25,7 +25,7 @@ from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
 FINGERPRINT = f"phi3-mlx-{__version__}"
 
 
-_FORMAT = table_of(*noted("type"), honoured("json_schema", protocol.an_object, ""))
+_RESPONSE_FORMAT = table_of(*noted("type"), honoured("json_schema", protocol.an_object, ""))
 
 
 def _response_format(value: Any, name: str) -> str | None:
@@ -33,7 +33,7 @@ def _response_format(value: Any, name: str) -> str | None:
     kind = protocol.an_object(value, name)
     if kind.get("type") != "json_schema":
         return shared.the_schema(kind, name)
-    values = protocol.honoured_values(_FORMAT, kind, f"{name}.")
+    values = protocol.honoured_values(_RESPONSE_FORMAT, kind, f"{name}.")
     needed(values, "json_schema", within=f"{name}.")
     return shared.the_schema({**values["json_schema"], "type": "json_schema"}, f"{name}.json_schema")
 
