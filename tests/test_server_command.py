@@ -16,11 +16,15 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import mlx.core as mx
 from conftest import ROOT
 from served import chat_body, events, serving
+from tuning_models import make_directory
 
 from phi3_mlx import generate, load, score, stream_generate
 from phi3_mlx.cli import main
+from phi3_mlx.cli.serve import adapters_of
+from phi3_mlx.errors import OptionError
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
 
@@ -65,6 +69,21 @@ def test_a_wrong_command_line_is_a_line(capsys, monkeypatch, words, message):
     assert said.startswith("phi3-mlx: ")
     assert message in said
     assert "\n" not in said
+
+
+def test_an_adapter_belongs_to_the_model_that_it_was_trained_on(tmp_path):
+    one, other = (make_directory(tmp_path / name, hidden_size=64) for name in ("one", "other"))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 4, "scale": 1.0}}
+    config["base_model"] = {"name": str(other.resolve())}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {"x": mx.zeros(1)})
+    names = [str(one), str(other)]
+    assert adapters_of([f"tales={folder}"], names) == {"tales": (str(other), str(folder))}
+    assert adapters_of([f"tales={folder}"], names[:1]) == {"tales": (str(one), str(folder))}  # loading checks it
+    with pytest.raises(OptionError, match="which is not among the models; add -m"):
+        adapters_of([f"tales={folder}"], ["tiny", str(one)])
 
 
 @pytest.mark.parametrize("key", ["", "two words", "kéy", "a\nb"])

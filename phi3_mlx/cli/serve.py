@@ -101,7 +101,7 @@ def serve(
 
     note_idle(request)
     with _listen(address, port) as listening:
-        models = Models(names, _adapters(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
+        models = Models(names, adapters_of(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
         worker = Worker(models, queue=queue)
         try:
             service = Service(worker, models.listed, Defaults(request, longrope, Limits()), _log, prompts=log_prompts)
@@ -149,7 +149,7 @@ def _address(host: str) -> str:
         raise OptionError(f"--host {host} is no address of this machine; give one such as 127.0.0.1") from None
 
 
-def _adapters(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+def adapters_of(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The adapters NAME=DIR: name -> (the model that it changes, folder)."""
     adapters = {}
     for text in given:
