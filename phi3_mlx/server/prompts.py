@@ -31,12 +31,15 @@ def check_size(work: Work, tokenizer: Tokenizer, context: int) -> None:
 
 
 def prompt_and_form(work: Work, tokenizer: Tokenizer) -> tuple[list[int], Form | None]:
-    """Raises PromptError, ChatError, and OptionError for a form that has no place beside the tools."""
+    """The ids, and with tools what the answers must be in place of what the request says.
+
+    Raises PromptError, ChatError, and OptionError for a form that has no place beside the tools.
+    """
     messages = _messages(work.prompt)
     if not work.tools and not any(message.get("tool_calls") for message in messages):
-        return encode_prompt(tokenizer, work.prompt, raw=work.request.raw), work.request.form
+        return encode_prompt(tokenizer, work.prompt, raw=work.request.raw), None
     use = use_tools(tokenizer, work.tools, work.tool_choice, work.parallel_tool_calls)
-    return use.render(tokenizer, messages), use.form(work.request.form)
+    return use.render(tokenizer, messages), use.form(work.request.form) if work.tools else None
 
 
 def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:
