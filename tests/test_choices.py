@@ -68,7 +68,8 @@ def test_totals_are_those_of_whole_sequences(name, chunk):
 def test_the_engine_answers_with_the_likeliest_choice_and_a_stop_id(name):
     model = MODELS[name]
     prompts = [ids_of(length, seed) for seed, length in enumerate((4, 19, ORIGINAL - 4))]
-    jobs = [Job(prompt, 40, stop_ids={90, 91}, choices=CHOICES) for prompt in prompts]
+    beyond = model.config.vocab_size  # the tokenizer may know more ids than the model
+    jobs = [Job(prompt, 40, stop_ids={90, 91, beyond}, choices=CHOICES) for prompt in prompts]
     for group in (jobs, *([job] for job in jobs)):
         told = [[] for _ in group]
         for token in Generation.of_jobs(Scheduler(model), group):
@@ -79,6 +80,14 @@ def test_the_engine_answers_with_the_likeliest_choice_and_a_stop_id(name):
             assert [token.id for token in tokens[:-1]] == best
             assert tokens[-1].id in job.stop_ids
             assert [token.finish_reason for token in tokens] == [None] * len(best) + ["stop"]
+
+
+def test_a_choice_is_read_in_one_pass():
+    run = Generation.of_jobs(
+        Scheduler(MODELS["3.5-mini"]), [Job(ids_of(5), 40, stop_ids={90}, choices=[[*range(20, 32)]])]
+    )
+    assert len([*run]) == 13
+    assert run.statistics.decode_steps == 1
 
 
 def test_the_first_of_equals_is_taken():
