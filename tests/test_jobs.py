@@ -242,6 +242,7 @@ def test_a_row_that_pauses_frees_the_cache_that_its_job_brought():
             runs._batch.remove(row)
             row.pause()
             assert not sum(layer.nbytes for layer in cache)
+            assert (row.main.brought, row.reused) == (0, 0)  # no room is counted for it, and nothing is spared
         if count == 9:
             runs._batch.add(row, 16)
         for token in runs.step().tokens:
