@@ -31,6 +31,14 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sharing_at_once():
+    """Rows of like length share arrays from their first token on, not only once they have brought some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phi3_mlx.models.slots.SETTLED", 1)
+        yield
+
+
 LONG = os.environ.get("PHI3_MLX_TEST_LONG") == "1"
 _STARTED = time.monotonic()
 

@@ -17,6 +17,7 @@ from phi3_mlx.engine import scheduler
 from phi3_mlx.models import attention, decoder, linear
 from phi3_mlx.models.cache import KVBits
 
+pytestmark = pytest.mark.usefixtures("sharing_at_once")
 MIXES = 16
 
 

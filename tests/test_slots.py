@@ -8,10 +8,12 @@ import pytest
 import small_models
 from oracle import CONFIGS, ORIGINAL, WINDOW, make_ours, slim
 
+from phi3_mlx.models import slots
 from phi3_mlx.models.cache import KVBits, KVCache, fork
 from phi3_mlx.models.decoder import Decoder
 from phi3_mlx.models.slots import LIKE, SharedKVCache, units_of
 
+pytestmark = pytest.mark.usefixtures("sharing_at_once")
 NAMES = ("3.5-mini", "mini-4k", "long-and-window", "phi-4-mini")
 MODELS = {name: make_ours(slim(CONFIGS[name])) for name in NAMES}
 TOLERANCE = 1e-5  # of logits of several units
@@ -99,7 +101,7 @@ def test_a_prompt_is_read_beside_rows_that_share_arrays():
     model, prompt = MODELS["3.5-mini"], ids_of(20, 9)
     caches, others = rows_of(model, [30, 10, 44])
     step(model, caches), alone(model, others)
-    slots = caches[0][0].slots
+    shared = caches[0][0].slots
     for i in range(3):
         newcomer, its = model.make_cache(), model.make_cache()
         order = [caches[2], caches[0], caches[1], newcomer]
@@ -110,7 +112,22 @@ def test_a_prompt_is_read_beside_rows_that_share_arrays():
         logits = model.logits(hidden)
         assert near(mx.concatenate([logits[:3], logits[-1:]]), mx.stack([*expected, last]))
     assert not shares(newcomer)
-    assert caches[0][0].slots is slots  # nobody was moved
+    assert caches[0][0].slots is shared  # nobody was moved
+
+
+def test_rows_share_once_they_have_brought_some_tokens_one_by_one(monkeypatch):
+    monkeypatch.setattr(slots, "SETTLED", 3)
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [12, 25, 30])
+    seen = []
+    for i in range(7):
+        assert near(step(model, caches, i), alone(model, others, i))
+        seen.append([shares(cache) for cache in caches])
+        if i == 3:
+            for cache in (caches[1], others[1]):
+                model(mx.array([[7, 8]]), cache)
+    one, two = [True, False, True], [True, True, True]
+    assert seen == [[False] * 3, [False] * 3, two, two, one, one, two]
 
 
 def test_only_rows_of_like_length_share_and_none_alone():

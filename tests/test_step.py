@@ -16,6 +16,7 @@ from phi3_mlx.models import step
 from phi3_mlx.models.cache import KVBits
 from phi3_mlx.models.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures("sharing_at_once")
 FAMILY = {
     **{name: (oracle.make_ours, raw) for name, raw in oracle.CONFIGS.items()},
     "small": (small_models.make, small_models.RAW),

@@ -28,6 +28,7 @@ from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import CacheError, MemoryLimitError, OptionError, Phi3Error, PromptError
 from phi3_mlx.models.cache import KVBits
 
+pytestmark = pytest.mark.usefixtures("sharing_at_once")
 MODELS = {
     "3.5-mini": oracle.make_ours(slim(CONFIGS["3.5-mini"])),
     "mini-4k": oracle.make_ours(slim(CONFIGS["mini-4k"])),

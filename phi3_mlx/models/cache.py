@@ -32,7 +32,9 @@ class SequenceState:
         self.reader: object = None  # the run that it belongs to
         self.recompute_chunk = RECOMPUTE_CHUNK  # tokens recomputed at once
         self.wanted_from: int | None = None  # outputs are wanted from this position on, not only the prompt's last
+        self.steps = 0  # calls of one token since the last of several
         self._pieces: list[mx.array] = []
+        self._length = 0  # of all pieces
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
 
@@ -54,14 +56,15 @@ class SequenceState:
 
     def read(self, ids: mx.array, offset: int) -> None:
         """Append `ids` (B, L) after the first `offset` ids; any ids behind those were trimmed, and are forgotten."""
-        length = sum(piece.shape[1] for piece in self._pieces)
-        if offset < length:
+        self.steps = self.steps + 1 if ids.shape[1] == 1 else 0
+        if offset < self._length:
             if offset:
                 self._keep(self.ids[:, :offset])
             else:
                 self._pieces = []
         if len(self._pieces) > _MOST_PIECES:
             self._keep(mx.concatenate(self._pieces, axis=1))
+        self._length = offset + ids.shape[1]  # first: a Ctrl-C in between leaves what the next call forgets
         self._pieces.append(ids)
 
     def lengths_after(self, total: int, batch: int) -> list[int]:

@@ -25,6 +25,9 @@ from .cache import KVCache, SequenceState
 # How much longer than the shortest of the rows that share arrays the longest may be: what lies before a row begins
 # costs memory, and time on the CPU.
 LIKE = KVCache.step
+# Tokens that a row must have brought one by one. Who comes or goes makes all rows of like length move, which does not
+# pay for an answer of a few words, nor for one whose form dictates several tokens at once now and then.
+SETTLED = 8
 
 
 @dataclass(frozen=True)
@@ -204,9 +207,11 @@ def _slots_of(cache: Sequence[KVCache]) -> SharedSlots | None:
 
 
 def _may_share(cache: Sequence[KVCache]) -> bool:
-    """Whether it is a row that has read something, has all that its next query sees, and is not packed."""
+    """Whether it is a row that decodes for some time, has all that its next query sees, and is not packed."""
     first = cache[0]
-    return type(first) is KVCache and bool(first.state) and len(first.state[0]) == 1 and not first.lost
+    if type(first) is not KVCache or first.sequence.steps < SETTLED:
+        return False
+    return bool(first.state) and len(first.state[0]) == 1 and not first.lost
 
 
 def _with_loose(groups: list[list[int]], loose: list[int], lengths: Sequence[int]) -> list[list[int]]:
