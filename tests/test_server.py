@@ -106,6 +106,7 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(logit_bias={"3": 101}), "invalid_value", "logit_bias"),
         (chat_body(presence_penalty="high"), "invalid_type", "presence_penalty"),
         (chat_body(store=True), "unsupported_value", "store"),
+        (chat_body(store=0), "unsupported_value", "store"),
         (chat_body(response_format={"type": "yaml"}), "invalid_value", "response_format.type"),
         (
             chat_body(response_format={"type": "json_schema"}),
