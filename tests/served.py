@@ -13,7 +13,7 @@ from phi3_mlx.server.app import create_app
 from phi3_mlx.server.asked import Defaults
 from phi3_mlx.server.limits import Limits
 from phi3_mlx.server.running import HttpServer, listen
-from phi3_mlx.server.service import Service
+from phi3_mlx.server.service import Service, no_plans
 from phi3_mlx.server.work import Alternative, Begun, Ended, Failed, Figures, ModelCard, Piece, Reading, TokenInfo
 
 CARD = ModelCard("echo", 1_700_000_000, 4096, "says what it is told")
@@ -129,13 +129,14 @@ def events(text):
 
 
 @contextlib.contextmanager
-def serving(engine=None, *, limits=SLOW, base=None, longrope="auto", prompts=False, listed=None, **guard):
+def serving(
+    engine=None, *, limits=SLOW, base=None, longrope="auto", prompts=False, listed=None, plans=no_plans, **guard
+):
     """A server that runs while the block does."""
     engine = engine or FakeEngine()
     log = []
-    service = Service(
-        engine, listed or engine.listed, Defaults(base or Request(), longrope, limits), log.append, prompts=prompts
-    )
+    defaults = Defaults(base or Request(), longrope, limits)
+    service = Service(engine, listed or engine.listed, defaults, log.append, prompts=prompts, plans=plans)
     app = create_app(service, **guard)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]

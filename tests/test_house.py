@@ -215,7 +215,16 @@ def f(words, *, one=1):
 # A word has one meaning: what is packed is quantized, and back it is dequantized; a plan says how many bytes something
 # will take; a run is one training (what else runs is a verb).
 PACKED_BACK = re.compile(r"(?i)\b(un|re)-?pack\w*|\bpacked examples")
-PLANNERS = {"engine/plan", "engine/capacity", "generation/loading", "tuning/plan", "tuning/run", "cli/plan"}
+PLANNERS = {
+    "engine/plan",
+    "server/app",
+    "server/service",
+    "engine/capacity",
+    "generation/loading",
+    "tuning/plan",
+    "tuning/run",
+    "cli/plan",
+}
 
 
 def test_what_is_quantized_is_dequantized_and_not_unpacked():

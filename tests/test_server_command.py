@@ -127,7 +127,8 @@ def test_the_process_serves_and_ends_politely(tmp_path, number, code):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             first = process.stderr.readline()
-            port = re.fullmatch(r"tiny at http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops it\n", first)[1]
+            address = r"tiny at http://127\.0\.0\.1:(\d+)/v1, and a page to try it at /; Ctrl-C stops it\n"
+            port = re.fullmatch(address, first)[1]
             body = json.dumps(chat_body(STORY, model="tiny", max_tokens=20))
             for key, status in (("secret", 200), ("other", 401)):
                 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)

@@ -7,7 +7,9 @@ import ipaddress
 import os
 import signal
 import socket
+import threading
 import time
+import webbrowser
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -55,6 +57,7 @@ _MOST_KEY_BYTES = 4096
     "--cors-origin", "origins", multiple=True, metavar="ORIGIN",
     help="Let pages of this origin (https://page.example) ask from a browser; may be repeated; '*': all.",
 )  # fmt: skip
+@click.option("--open", "opens", is_flag=True, help="Show the page that tries the server in a browser.")
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log. Without it no word of that is.")
 @compute_dtype
 @longrope_option
@@ -69,6 +72,7 @@ def serve(
     api_key_file: str | None,
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
+    opens: bool,
     log_prompts: bool,
     dtype: str | None,
     longrope: LongRopeRule,
@@ -104,11 +108,13 @@ def serve(
         models = Models(names, adapters_of(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
         worker = Worker(models, queue=queue)
         try:
-            service = Service(worker, models.listed, Defaults(request, longrope, Limits()), _log, prompts=log_prompts)
+            defaults = Defaults(request, longrope, Limits())
+            service = Service(worker, models.listed, defaults, _log, prompts=log_prompts, plans=models.plans)
             called = [*hosts, *([] if host == address else [host])]
             app = create_app(service, hosts=called, origins=origins, key=key)
             signal.signal(signal.SIGTERM, _end)
-            run(app, service, listening, lambda: _say_where(listening, [card.name for card in models.listed()]))
+            listed = [card.name for card in models.listed()]
+            run(app, service, listening, lambda: _say_where(listening, listed, opens=opens))
         finally:
             worker.close(wait=False)
 
@@ -189,10 +195,14 @@ def _listen(address: str, port: int) -> socket.socket:
         raise Phi3Error(f"{address}:{port} cannot be listened at: {error.strerror}{advice}") from None
 
 
-def _say_where(listening: socket.socket, names: Sequence[str]) -> None:
+def _say_where(listening: socket.socket, names: Sequence[str], *, opens: bool) -> None:
     address, port = listening.getsockname()[:2]
     host = f"[{address}]" if ":" in address else address
-    say(f"{', '.join(names)} at http://{host}:{port}/v1; Ctrl-C stops it")
+    say(f"{', '.join(names)} at http://{host}:{port}/v1, and a page to try it at /; Ctrl-C stops it")
+    if opens:
+        here = "localhost" if ipaddress.ip_address(address).is_unspecified else host
+        # Beside the event loop: a browser in the terminal takes as long as it is used.
+        threading.Thread(target=webbrowser.open, args=(f"http://{here}:{port}/",), daemon=True).start()
 
 
 def _log(line: str) -> None:

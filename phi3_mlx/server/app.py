@@ -21,6 +21,7 @@ from .limits import ClientGoneError, Receive, json_object
 from .metrics import CONTENT_TYPE, metrics_text
 from .responses import read_response
 from .service import Service
+from .static import page_routes
 from .work import ModelCard
 
 # What fields of a chat are called elsewhere.
@@ -31,6 +32,7 @@ _CALLED: dict[tuple[str, str | None], str] = {
     ("/v1/responses", "max_tokens"): "max_output_tokens",
 }
 Endpoint = Callable[[HTTPRequest], Awaitable[Any]]
+_MOST_TOKENS = 2**31
 
 
 def create_app(
@@ -45,6 +47,8 @@ def create_app(
         Route("/v1/models/{name:path}", _model(service)),
         Route("/health", _health(service)),
         Route("/metrics", _metrics(service)),
+        Route("/plan", _plan(service)),
+        *page_routes(),
     ]
     application = _Application(routes=routes)
     application.router.redirect_slashes = False
@@ -153,3 +157,20 @@ def _metrics(service: Service) -> Endpoint:
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     return metrics
+
+
+def _plan(service: Service) -> Endpoint:
+    """The memory that a model takes: `?model=NAME&tokens=N`, or without `tokens` from short to long."""
+
+    async def plan(request: HTTPRequest) -> Response:
+        name, tokens = request.query_params.get("model", ""), request.query_params.get("tokens")
+        if tokens is not None and not (tokens.isdecimal() and 0 < int(tokens[:10]) <= _MOST_TOKENS):
+            raise ApiError(400, f"tokens is {tokens[:20]!a}; give a number", "invalid_value", "tokens")
+        limit, plans = await service.beside(service.plans, name, None if tokens is None else int(tokens))
+        lengths = [
+            {"tokens": length, "weights": plan.weights, "cache": plan.cache, "work": plan.workspace}
+            for length, plan in plans.items()
+        ]
+        return JSONResponse({"model": name, "limit": limit, "lengths": lengths})
+
+    return plan

@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 from .faults import CLOSING, ApiError
 from .limits import Limits, Receive
+from .static import PAGE_PATHS
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _HOST = re.compile(r"[\w.:\[\]-]+")  # nothing that has a meaning elsewhere in an address
-_OPEN = ("/health",)  # what is told without a key
+_OPEN = ("/health", *PAGE_PATHS)  # what is told without a key
 _ALLOWED_METHODS, _PREFLIGHT_SECONDS = "GET, POST, OPTIONS", "600"
 
 

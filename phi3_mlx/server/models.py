@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..engine import machine
+from ..engine.plan import Plan, Workload
 from ..engine.prefixes import PrefixStore
 from ..engine.scheduler import Scheduler
 from ..errors import MemoryLimitError, ModelNotFoundError, OptionError
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..models.decoder import LongRopeRule, Model
     from ..text.tokenizer import Tokenizer
+
+
+_SHORTEST = 256  # tokens of a run whose plan is shown
 
 
 @dataclass
@@ -104,7 +108,7 @@ class Models:
     `names`: what `load` takes. `adapters`: a name for the model of that name with the adapter of that folder; it is a
     model of its own, and shares the weights. `memory`: what all of it may hold: weights, prefixes that are kept (at
     most `prefixes`) and what runs; without it, what the machine has. `dtype` and `longrope` are `load`'s.
-    All but `listed`, `source`, `config` and `tokenizer` is for one thread alone, which loads and runs the models.
+    All but `listed`, `source`, `config`, `tokenizer` and `plans` is for one thread alone, which loads and runs them.
 
     Raises ModelNotFoundError, CheckpointError, ConfigError, or OptionError for a name that is given twice.
     """
@@ -134,6 +138,7 @@ class Models:
             self._add(replace(source, name=name, adapter=folder))
         self._cards = [source.card() for source in self._sources.values()]
         self._tokenizers: dict[Place, Tokenizer] = {}
+        self._workloads: dict[str, Workload] = {}
         self._reading = threading.Lock()
         self._weights: dict[str, _Weights] = {}
         self._uses = 0
@@ -165,6 +170,26 @@ class Models:
             if place not in self._tokenizers:
                 self._tokenizers[place] = read_tokenizer(place.directory, of_family=not place.is_other)
             return self._tokenizers[place]
+
+    def plans(self, name: str, tokens: int | None = None) -> tuple[int, dict[int, Plan]]:
+        """What may be used of the memory, and what a run of a model takes by its length in tokens; from any thread.
+
+        Of one length, within the model's context, or of doublings up to that. Raises what `load` raises.
+        """
+        source = self.source(name)
+        with self._reading:
+            if source.base not in self._workloads:
+                self._workloads[source.base] = self._workload(source)
+        workload, longest = self._workloads[source.base], source.config.max_position_embeddings
+        lengths = [min(tokens, longest)] if tokens is not None else [*_doublings(min(_SHORTEST, longest), longest)]
+        limit = machine.room() + mx.get_active_memory() if self.limit is None else self.limit
+        return limit, {length: replace(workload, length=length).plan(0) for length in lengths}
+
+    def _workload(self, source: Served) -> Workload:
+        directory = source.place.directory
+        if source.place.is_other:
+            return Workload.of_model(outline_other(directory, self._dtype), 1)
+        return Workload.of_directory(directory, 1, dtype=self._dtype).crossing()
 
     def loaded(self) -> list[Loaded]:
         """What is in memory."""
@@ -268,3 +293,11 @@ class Models:
         for base in list(self._weights):
             self.drop(base)
         self.prefixes.clear()
+
+
+def _doublings(first: int, last: int) -> Iterator[int]:
+    """first, twice that, and so on; then `last`."""
+    while first < last:
+        yield first
+        first *= 2
+    yield last

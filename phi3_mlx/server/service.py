@@ -8,12 +8,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
-from ..errors import Phi3Error
+from ..engine.plan import Plan
+from ..errors import ModelNotFoundError, Phi3Error
 from .asked import Asked, Defaults
 from .exchange import Engine, Exchange
 from .faults import CLOSING, ApiError, api_error
@@ -23,13 +24,18 @@ from .streams import EventStream
 from .work import ModelCard
 
 Made = TypeVar("Made")
+Plans = Callable[[str, int | None], tuple[int, Mapping[int, Plan]]]  # of a name: what may be used, and plans by length
 _PROBE_SECONDS, _ALIVE_WITHIN = 1.0, 5.0
+
+
+def no_plans(name: str, tokens: int | None) -> NoReturn:
+    raise ModelNotFoundError("this server plans no memory")
 
 
 class Service:
     """The requests that are being answered.
 
-    `log` gets a line a request, and with `prompts` what it
+    `plans` gives the memory plans of a model by length. `log` gets a line a request, and with `prompts` what it
     says; without, no word of it.
     """
 
@@ -41,8 +47,10 @@ class Service:
         log: Callable[[str], None],
         *,
         prompts: bool = False,
+        plans: Plans = no_plans,
     ):
         self.engine, self.listed, self.defaults, self.log = engine, listed, defaults, log
+        self.plans = plans
         self.limits = limits = defaults.limits
         self.requests = Requests()
         self._prompts, self._bodies = prompts, Bodies(limits)
