@@ -17,7 +17,7 @@ from phi3_mlx.server.service import Service, no_plans
 from phi3_mlx.server.work import Alternative, Begun, Ended, Failed, Figures, ModelCard, Piece, Reading, TokenInfo
 
 CARD = ModelCard("echo", 1_700_000_000, 4096, "says what it is told")
-SLOW = Limits()
+USUAL = Limits()
 
 
 class Ticket:
@@ -130,7 +130,7 @@ def events(text):
 
 @contextlib.contextmanager
 def serving(
-    engine=None, *, limits=SLOW, base=None, longrope="auto", prompts=False, listed=None, plans=no_plans, **guard
+    engine=None, *, limits=USUAL, base=None, longrope="auto", prompts=False, listed=None, plans=no_plans, **guard
 ):
     """A server that runs while the block does."""
     engine = engine or FakeEngine()

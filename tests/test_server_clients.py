@@ -134,6 +134,27 @@ def test_openai_completes(client):
     assert reply.usage.completion_tokens == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True, "n": 2}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_what_a_completion_cannot_honour_is_refused_by_name(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**{"model": "echo", "prompt": "a", **fields})
+    assert error.value.param == param
+
+
 def test_openai_streams_completions(client):
     stream = client.completions.create(model="echo", prompt=[[1, 2], [3]], stream=True)
     texts = {0: "", 1: ""}

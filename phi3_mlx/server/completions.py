@@ -71,13 +71,12 @@ def read_completions(body: Mapping[str, Any], defaults: Defaults) -> Asked:
     if values.get("best_of", n) != n:
         raise ApiError(400, "best_of is not supported beside another n", "unsupported_value", "best_of")
     if len(prompts) * n > defaults.limits.answers:
-        message = (
-            f"{len(prompts)} prompts times {n} answers are more than {defaults.limits.answers}; send several requests"
-        )
+        most = defaults.limits.answers
+        message = f"{len(prompts)} prompts times {n} answers are more than {most}; send several requests"
         raise ApiError(400, message, "invalid_value", "n" if n > 1 else "prompt")
     max_tokens = values.get("max_tokens", defaults.request.max_tokens)
-    if not max_tokens and not echo:
-        raise ApiError(400, "max_tokens 0 needs echo: true", "invalid_value", "max_tokens")
+    if not max_tokens and (n > 1 or not echo):
+        raise ApiError(400, "max_tokens 0 needs echo: true, and no n", "invalid_value", "max_tokens")
     request = protocol.request_of(defaults, COMPLETION_FIELDS, values, max_tokens=max(max_tokens, 1), raw=True)
     if not max_tokens:
         n = 0  # only what the prompts are is told

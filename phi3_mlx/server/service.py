@@ -51,9 +51,8 @@ class Service:
     ):
         self.engine, self.listed, self.defaults, self.log = engine, listed, defaults, log
         self.plans = plans
-        self.limits = limits = defaults.limits
-        self.requests = Requests()
-        self._prompts, self._bodies = prompts, Bodies(limits)
+        self.limits, self.requests = defaults.limits, Requests()
+        self._prompts, self._bodies = prompts, Bodies(self.limits)
         self._exchanges: set[Exchange] = set()
         # Prompts are encoded and schemas are checked beside the event loop.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="phi3-mlx-request")
@@ -118,9 +117,8 @@ class Service:
 
     def stop(self) -> None:
         """Refuse new requests; those that run go on."""
-        self._stopping = ApiError(
-            503, "the server is stopping", "server_closing", headers={**CLOSING, "Retry-After": "5"}
-        )
+        headers = {**CLOSING, "Retry-After": "5"}
+        self._stopping = ApiError(503, "the server is stopping", "server_closing", headers=headers)
 
     def end(self) -> None:
         """End the requests that still run, with an error that says so."""
