@@ -246,8 +246,8 @@ prefixes_option = click.option(
 )
 
 
-def open_prefixes(given: str | None, budget: int | None = None) -> PrefixStore | None:
-    """The store of --prefixes, with `budget` bytes of memory, or all there are (it gives way); None without the option.
+def open_prefixes(given: str | None, budget: int | str | None = None) -> PrefixStore | None:
+    """The store of --prefixes, in `budget` bytes of memory, or all there are (it gives way); None without the option.
 
     Raises OptionError or CacheError.
     """

@@ -18,7 +18,15 @@ import click
 
 from .. import files
 from ..errors import OptionError, Phi3Error
-from .options import compute_dtype, longrope_option, note_idle, serving_options
+from .options import (
+    compute_dtype,
+    longrope_option,
+    note_idle,
+    note_unwritten,
+    open_prefixes,
+    prefixes_option,
+    serving_options,
+)
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -42,6 +50,10 @@ _MOST_KEY_BYTES = 4096
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--memory", metavar="SIZE", help="Hold at most this much, such as 16GB, for models, prompts and answers.")
 @click.option(
+    "--prefix-memory", default="2GB", show_default=True, metavar="SIZE",
+    help="What was read stays in this much memory, for requests that begin alike. It gives way to what runs.",
+)  # fmt: skip
+@click.option(
     "--queue", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Requests that may wait."
 )
 @click.option(
@@ -61,6 +73,7 @@ _MOST_KEY_BYTES = 4096
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log. Without it no word of that is.")
 @compute_dtype
 @longrope_option
+@prefixes_option
 @serving_options
 def serve(
     names: tuple[str, ...],
@@ -68,6 +81,7 @@ def serve(
     host: str,
     port: int,
     memory: str | None,
+    prefix_memory: str,
     queue: int,
     api_key_file: str | None,
     hosts: tuple[str, ...],
@@ -76,6 +90,7 @@ def serve(
     log_prompts: bool,
     dtype: str | None,
     longrope: LongRopeRule,
+    prefixes: str | None,
     request: Request,
 ) -> None:
     """Serve models over HTTP, to OpenAI's clients.
@@ -95,6 +110,7 @@ def serve(
             f"--host {host} lets other machines ask, and there is no key that they must know; "
             f"set {_KEY_VARIABLE} or give --api-key-file"
         )
+    from ..engine.prefixes import PrefixStore
     from ..server.app import create_app
     from ..server.asked import Defaults
     from ..server.limits import Limits
@@ -105,7 +121,10 @@ def serve(
 
     note_idle(request)
     with _listen(address, port) as listening:
-        models = Models(names, adapters_of(adapters, names), memory=memory, dtype=dtype, longrope=longrope)
+        store = open_prefixes(prefixes, prefix_memory) or PrefixStore(prefix_memory)
+        models = Models(
+            names, adapters_of(adapters, names), memory=memory, prefixes=store, dtype=dtype, longrope=longrope
+        )
         worker = Worker(models, queue=queue)
         try:
             defaults = Defaults(request, longrope, Limits())
@@ -117,6 +136,7 @@ def serve(
             run(app, service, listening, lambda: _say_where(listening, listed, opens=opens))
         finally:
             worker.close(wait=False)
+            note_unwritten(store)
 
 
 def _check_installed() -> None:

@@ -106,8 +106,8 @@ class Models:
         models = Models(["tiny"], {"tiny-tales": ("tiny", "adapters/tales")}, memory="8GB")
 
     `names`: what `load` takes. `adapters`: a name for the model of that name with the adapter of that folder; it is a
-    model of its own, and shares the weights. `memory`: what all of it may hold: weights, prefixes that are kept (at
-    most `prefixes`) and what runs; without it, what the machine has. `dtype` and `longrope` are `load`'s.
+    model of its own, and shares the weights. `memory`: what all of it may hold: weights, what `prefixes` keeps and
+    what runs; without it, what the machine has. `dtype` and `longrope` are `load`'s.
     All but `listed`, `source`, `config`, `tokenizer` and `plans` is for one thread alone, which loads and runs them.
 
     Raises ModelNotFoundError, CheckpointError, ConfigError, or OptionError for a name that is given twice.
@@ -119,12 +119,12 @@ class Models:
         adapters: Mapping[str, tuple[str, str]] | None = None,
         *,
         memory: int | str | None = None,
-        prefixes: int | str = "2GB",
+        prefixes: PrefixStore | None = None,
         dtype: str | None = None,
         longrope: LongRopeRule = "auto",
     ):
         self.limit = None if memory is None else parse_size(memory)
-        self.prefixes = PrefixStore(prefixes)
+        self.prefixes = PrefixStore() if prefixes is None else prefixes
         self._dtype, self._longrope = dtype, longrope
         self._sources: dict[str, Served] = {}
         for name in names:
@@ -292,6 +292,7 @@ class Models:
         """Put everything away."""
         for base in list(self._weights):
             self.drop(base)
+        self.prefixes.settle()
         self.prefixes.clear()
 
 
