@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn")
 
 import mlx.core as mx
 from conftest import ROOT
-from served import chat_body, events, serving
+from served import chat_body, events, serving, wait_until
 from tuning_models import make_directory
 
 from phi3_mlx import generate, load, score, stream_generate
@@ -29,6 +29,7 @@ from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
 
 STORY = "Tell me a story about a duck and a frog."
+LONG = "Mia has a red boat. " * 40
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,26 @@ def test_the_process_serves_and_ends_politely(tmp_path, number, code):
             process.kill()
     assert "Traceback" not in rest
     assert "secret" not in rest
+
+
+def test_what_was_read_is_there_after_the_server_was_killed(tmp_path):
+    command = [sys.executable, "-m", "phi3_mlx", "serve", "--port", "0", "--prefixes", str(tmp_path / "kept")]
+    counts = []
+    for question in ("Who is she?", "Where is she?"):
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        ) as process:
+            try:
+                port = re.search(r":(\d+)/v1", process.stderr.readline())[1]
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+                body = chat_body(f"{LONG} {question}", model="tiny", max_tokens=3)
+                connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                counts.append(json.loads(connection.getresponse().read())["usage"])
+                connection.close()
+                wait_until(lambda: [*tmp_path.glob("kept/*.cache")])
+            finally:
+                process.kill()
+    assert [usage["prompt_tokens_details"]["cached_tokens"] > 200 for usage in counts] == [False, True]
 
 
 def test_a_chat_is_generates_answer(served):

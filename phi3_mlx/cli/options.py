@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -198,13 +199,14 @@ def _keep_within(ctx: click.Context, param: click.Parameter, value: str | None) 
         ctx.with_resource(memory_limit(value))
 
 
-within_memory = click.option(
+_memory = partial(
+    click.option,
     "--memory",
     metavar="SIZE",
-    expose_value=False,
-    callback=_keep_within,
     help="Use at most this much, such as 16GB, and never more than the machine has free.",
 )
+within_memory = _memory(expose_value=False, callback=_keep_within)
+memory_option = _memory()  # for a command that hands it on
 
 
 _MODEL_FIELDS = fields_of(ModelOptions)

@@ -21,6 +21,7 @@ from ..errors import OptionError, Phi3Error
 from .options import (
     compute_dtype,
     longrope_option,
+    memory_option,
     note_idle,
     note_unwritten,
     open_prefixes,
@@ -48,7 +49,7 @@ _MOST_KEY_BYTES = 4096
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
-@click.option("--memory", metavar="SIZE", help="Hold at most this much, such as 16GB, for models, prompts and answers.")
+@memory_option
 @click.option(
     "--prefix-memory", default="2GB", show_default=True, metavar="SIZE",
     help="What was read stays in this much memory, for requests that begin alike. It gives way to what runs.",

@@ -136,8 +136,6 @@ class Worker:
             with self._taking:
                 self._closed = died
             self._fail(self._tickets, died)
-        finally:
-            mx.clear_streams()  # or MLX may abort the process when that ends, as each thread has streams of its own
 
     def _end(self, wait: bool) -> None:
         self._ending = True
