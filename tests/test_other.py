@@ -18,12 +18,12 @@ from phi3_mlx import cli
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.scheduler import Scheduler
-from phi3_mlx.errors import CheckpointError, ContextLengthError, MemoryLimitError, OptionError, Phi3Error
+from phi3_mlx.errors import CheckpointError, ConfigError, ContextLengthError, MemoryLimitError, OptionError, Phi3Error
 from phi3_mlx.generation.request import Request
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.work import Ended, Failed, Piece, Work
 from phi3_mlx.server.worker import Worker
-from phi3_mlx.store import other
+from phi3_mlx.store import hub, other
 
 PROMPT = [*range(60, 60 + 3 * WINDOW), 7, 5, 3, 2]  # longer than the windows
 END = 256 + CONTROL.index("<|im_end|>")
@@ -101,7 +101,44 @@ def test_a_chunk_that_was_broken_off_is_not_taken_for_read(folders, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tokens_of(model, tokenizer, PROMPT, 2, prompt_cache=cache)
     monkeypatch.undo()
-    assert tokens_of(model, tokenizer, PROMPT, 8, prompt_cache=cache) == naive(folders["llama"], PROMPT, 8)
+    fresh, again = (
+        [chunk.logprob for chunk in phi3_mlx.stream_generate(model, tokenizer, PROMPT, max_tokens=4, prompt_cache=kept)]
+        for kept in (None, cache)
+    )
+    assert again == pytest.approx(fresh, abs=1e-4)
+
+
+@pytest.fixture
+def lengths(llama, monkeypatch):
+    """How many tokens the network reads, call after call."""
+    network, calls = type(llama[0].model.network), []
+    whole = network.__call__
+
+    def counting(self, ids, *args, **more):
+        calls.append(ids.shape[1])
+        return whole(self, ids, *args, **more)
+
+    monkeypatch.setattr(network, "__call__", counting)
+    return calls
+
+
+def test_the_last_token_of_a_prompt_is_read_alone_and_no_chunk_is_read_for_nothing(llama, lengths):
+    scheduler = Scheduler(llama[0], chunk=16)
+    scheduler.submit(Job(PROMPT[:40], 3))
+    while scheduler.busy:
+        scheduler.step()
+    assert lengths == [16, 16, 7, 1, 1, 1]
+
+
+def test_no_token_is_guessed_and_none_is_read_because_a_form_forces_it(llama, lengths):
+    pytest.importorskip("llguidance")
+    model, tokenizer = llama
+    repeating = [5, 6, 7, 8] * 12
+    (*_, last) = phi3_mlx.stream_generate(model, tokenizer, repeating, max_tokens=20, lookup=8)
+    assert last.drafted_tokens == 0
+    lengths.clear()
+    assert phi3_mlx.generate(model, tokenizer, [5, 6, 7], regex="all of this is forced") == "all of this is forced"
+    assert {*lengths[1:]} == {1}
 
 
 def test_text_and_chats_become_the_ids_of_mlx_lm_s_tokenizer(folders, llama):
@@ -194,6 +231,26 @@ def test_the_plan_is_an_upper_estimate(kind, folders):
         assert peak - (before - plan.weights) <= plan.total
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_cache_is_larger_than_planned(kind, folders):
+    model, _ = phi3_mlx.load(folders[kind])
+    for chunks in ([1], [255, 1], [200, 57], [256, 1, 30], [100, 100, 100]):
+        cache = model.make_cache()
+        for length in chunks:
+            mx.eval(model(mx.zeros((1, length), dtype=mx.int32), cache))
+        assert 0 < cache[0].nbytes <= model.config.cache_bytes(sum(chunks))
+
+
+def test_generate_plans_a_run_before_the_weights_are_read(folders, capsys, monkeypatch):
+    monkeypatch.setattr(other, "read_weights", lambda model: pytest.fail("weights were read"))
+    room = f"{(mx.get_active_memory() + 500_000) / 1e6:.3f}MB"
+    given = ("-m", folders["llama"], "-p", "x" * 300, "--memory", room)
+    code, out, err = run(capsys, monkeypatch, "generate", *given)
+    assert (code, out) == (1, "")
+    assert "of the prompt" in err
+    assert "keys and values" in err
+
+
 def test_what_does_not_fit_is_refused_with_its_numbers_before_it_is_read(folders, monkeypatch):
     monkeypatch.setattr(other, "read_weights", lambda model: pytest.fail("weights were read"))
     room = mx.get_active_memory() + 20_000
@@ -221,6 +278,13 @@ def test_the_memory_is_given_back(folders):
 
 
 # ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_repository_is_another_family_s_only_if_its_name_says_so(folders, monkeypatch):
+    monkeypatch.setattr(hub, "resolve", lambda name, revision=None: folders["qwen3"])
+    assert phi3_mlx.load("mlx-lm:somebody/model")[0].config.model_type == "qwen3"
+    with pytest.raises(ConfigError, match=r"model_type 'qwen3' is not supported.*mlx-lm:NAME"):
+        phi3_mlx.load("somebody/model")
 
 
 def test_code_that_a_model_brings_is_never_run(tmp_path):

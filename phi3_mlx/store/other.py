@@ -81,9 +81,9 @@ def outline_other(directory: Path, dtype: str | None = None) -> Model:
             f"{directory} brings code of its own ({shorten(raw['model_file'])}), which is never run; "
             "take a model that mlx-lm knows"
         )
-    from mlx_lm.utils import load_model
-
     try:
+        from mlx_lm.utils import load_model
+
         network, _ = load_model(directory, lazy=True)
         if target is not None:
             network.set_dtype(target)
