@@ -282,9 +282,9 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_huge_schema_is_followed_in_bounded_time(name):
-    tokenizer, began = read_tokenizer(TINY), time.thread_time()
+    tokenizer, began = read_tokenizer(TINY), time.process_time()
     ours, answer, rng = matcher(tokenizer, "schema", json.dumps(HUGE[name])), [], random.Random(0)
-    assert time.thread_time() - began < 5
+    assert time.process_time() - began < 5
     began = time.thread_time()
     while len(answer) < 100:
         token = int(rng.choice(ours.allowed(answer).nonzero()[0]))
@@ -307,7 +307,7 @@ def test_a_schema_that_turns_out_too_large_ends_the_answer_and_does_not_let_it_g
 
 def test_a_schema_that_is_too_large_to_follow_is_refused_in_one_line():
     with pytest.raises(OptionError, match=r"^schema cannot be followed: .*too big"):
-        Request(schema={"enum": [f"value number {n}" for n in range(100_000)]})
+        Request(schema={"enum": [str(n) for n in range(100_000)]})
 
 
 def test_a_long_text_without_a_choice_is_spelled_as_the_tokenizer_does(tokenizer):

@@ -15,7 +15,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import OptionError, Phi3Error
+from ..errors import OptionError
+from .deep import call_deep
 from .schemas import countless
 from .tool_grammar import CallForm
 
@@ -44,6 +45,8 @@ _BEFORE = "\0"
 _SPELLED_AT_ONCE = 500
 # For a vocabulary that cannot spell every text.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
+# Characters of a constraint that can be followed: one of more rules takes seconds at a token.
+_MOST_CHARACTERS = {"schema": 1_000_000, "choices": 1_000_000, "tools": 1_000_000, "regex": 100_000, "grammar": 100_000}
 _LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 
 
@@ -103,8 +106,8 @@ class AnswerMatcher:
     def allowed(self, answer: Sequence[int]) -> np.ndarray | None:
         """1 for each id that may come next, else 0 (vocab_size,), uint8; None if no answer can begin like this.
 
-        The tokenizer's stop ids are among them where the answer may end. Raises Phi3Error if the constraint turns out
-        to be too large to be followed.
+        The tokenizer's stop ids are among them where the answer may end. Raises OptionError if the constraint turns
+        out to be too large to be followed, or one that no text fits.
         """
         import numpy as np
 
@@ -118,7 +121,7 @@ class AnswerMatcher:
         They end before what the constraint cannot follow, which `allowed` says.
         """
         ids: list[int] = []
-        with contextlib.suppress(Phi3Error):
+        with contextlib.suppress(OptionError):
             while len(ids) < most and self._fill([*answer, *ids]):
                 (places,) = self._bits.nonzero()
                 bits = int(self._bits[places[0]]) if len(places) == 1 else 0
@@ -154,9 +157,11 @@ class AnswerMatcher:
         return len(self._seen) == len(answer)
 
     def _check(self) -> None:
-        """Phi3Error where the library has given up, which is not to be taken for a token that it refuses."""
+        """OptionError where the library has given up, which is not to be taken for a token that it refuses."""
         if self._matcher.is_error():
-            raise Phi3Error(f"the constraint cannot be followed further: {_first_line(self._matcher.get_error())}")
+            error = _first_line(self._matcher.get_error())
+            reason = "no text fits it" if "NoExtensionBias" in error else error
+            raise OptionError(f"the constraint cannot be followed further: {reason}")
 
 
 def _library() -> Any:
@@ -205,7 +210,8 @@ def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
     vocabulary, spells_all = _vocabulary(tokenizer)
     whole = {"name": "all", "lark_grammar": f"{'' if spells_all else _NO_FORCING}start: {space}@answer"}
     grammar = json.dumps({"grammars": [whole, *_grammars(form)]})
-    matcher = _library().LLMatcher(vocabulary, grammar, log_level=0)
+    # The library calls itself along chains of rules or references, as deep as they are long.
+    matcher = call_deep(lambda: _library().LLMatcher(vocabulary, grammar, log_level=0))
     if matcher.is_error():
         raise OptionError(f"{form.kind} cannot be followed: {_first_line(matcher.get_error())}")
     return matcher
@@ -214,11 +220,14 @@ def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
 @functools.lru_cache(maxsize=16)
 def _fault(form: Form) -> str:
     """What is wrong with a form, as the end of a sentence; "" if nothing."""
+    if len(form.text) > _MOST_CHARACTERS[form.kind]:
+        return f"has {len(form.text):,} characters, more than the {_MOST_CHARACTERS[form.kind]:,} that can be followed"
     if form.kind == "schema" and countless(json.loads(form.text)):
         return 'has "minProperties" above the number of required properties, which cannot be constrained; leave it out'
     if form.kind == "tools" and (fault := _fault_of_tools(CallForm.read(form.text))):
         return fault
-    message: str = _library().LLMatcher.validate_grammar(json.dumps({"grammars": _grammars(form)}))
+    grammar = json.dumps({"grammars": _grammars(form)})
+    message: str = call_deep(_library().LLMatcher.validate_grammar, grammar)
     if not message or message.startswith("WARNING"):
         return ""
     kind, text = form
