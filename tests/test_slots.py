@@ -272,7 +272,11 @@ def test_not_more_than_a_layer_exists_twice_and_all_is_freed_with_the_rows():
     assert mx.get_active_memory() - before < 1.02 * held
     gc.disable()  # no cycle keeps them
     try:
+        last = caches[2]
+        assert last[0].state  # takes it out
         del caches, rows
+        assert mx.get_active_memory() - before < 0.2 * held
+        del last
         assert mx.get_active_memory() - before < 0.02 * held
     finally:
         gc.enable()
