@@ -225,6 +225,29 @@ def test_a_schema_a_system_message_and_tools_are_sent(page, engine):
     assert page.input_value("#prompt") == "three"
 
 
+def test_a_tool_is_called_and_what_it_gives_is_sent(page, engine):
+    call = '[{"name": "weather", "arguments": {"city": "Oslo"}}]'
+
+    def calling(ticket, tell):
+        said = "It snows." if ticket.work.prompt[-1]["role"] == "tool" else f"<|tool_call|>{call}<|/tool_call|>"
+        tell(Begun(1, 0, (), ""))
+        tell(Piece(0, said, (served.token(said, 0),)))
+        tell(Ended(0, "stop", 1))
+
+    engine.script = calling
+    page.locator("#more summary").click()
+    page.fill("#tools", json.dumps([{"type": "function", "function": {"name": "weather"}}]))
+    say(page, "How is it in Oslo?")
+    assert page.locator(".call").inner_text().replace(" ", "") == 'weather({"city":"Oslo"})'
+    page.fill(".result input", "-3 and snow")
+    page.press(".result input", "Enter")
+    page.locator(".text", has_text="It snows.").wait_for()
+    *_, asked, given = engine.tickets[-1].work.prompt
+    assert asked["tool_calls"][0]["function"]["name"] == "weather"
+    assert (given["role"], given["content"]) == ("tool", "-3 and snow")
+    assert given["tool_call_id"] == asked["tool_calls"][0]["id"]
+
+
 def test_a_fault_is_told_where_the_answer_would_stand(page, engine):
     def failing(ticket, tell):
         raise OptionError("the duck is tired")
