@@ -7,6 +7,7 @@ them fails far from the file that is to blame.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -17,25 +18,33 @@ from .errors import Phi3Error
 
 DEEPEST = 64  # objects and lists within each other
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character beyond U+FFFF
+_OF_FLOATS = {*".eE"}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
 
 
-def parse(text: str) -> Any:
+def parse(text: str, *, strict: bool = False) -> Any:
     """The value of a JSON text. A whole number beyond 64 bits becomes a float.
 
     Raises ValueError, its message a reason to put into a sentence, for what is no JSON, nested deeper than `DEEPEST`,
     or has a key given twice with different values, or half a character that stands for no byte of a file's name.
+    `strict` refuses all that cannot be written as JSON again: NaN, numbers too large for a float, half characters.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_number)
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_finite if strict else _number,
+            parse_float=_finite if strict else float,
+            parse_constant=_no_number if strict else float,
+        )
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
     _check_depth(value)
     if _HALF.search(text):
         try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "strict" if strict else "surrogateescape")
         except UnicodeEncodeError as error:
             raise ValueError("it has half a character (a lone surrogate)") from error
     return value
@@ -148,7 +157,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) < 20 else float(digits)
+    """Python makes no whole number of more than 4,300 digits."""
+    whole = int(digits) if len(digits) <= 20 else None
+    return whole if whole is not None and whole < 2**64 else float(digits)
+
+
+def _finite(digits: str) -> int | float:
+    value = float(digits) if set(digits) & _OF_FLOATS else _number(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {shorten(digits, quote=False)} is too large")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_depth(value: Any) -> None:

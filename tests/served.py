@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 
@@ -126,6 +127,28 @@ def events(text):
     lines = [line for line in text.split("\n") if line]
     data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     return [json.loads(line) if line != "[DONE]" else line for line in data], [x for x in lines if x.startswith(":")]
+
+
+def raw(served, data=b"", seconds=5):
+    """A connection on which `data` was sent."""
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=seconds)
+    connection.sendall(data)
+    return connection
+
+
+def all_of(connection):
+    """What a connection brings until it ends."""
+    parts = []
+    with connection:
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def error_in(answer):
+    """The status and code of an error that stands in a whole HTTP response."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
 
 
 @contextlib.contextmanager

@@ -53,6 +53,24 @@ def test_what_is_odd_and_has_one_meaning_is_read():
     assert parse('{"a": 1, "a": 1}') == {"a": 1}
     assert parse('"\\\\ud83d"') == "\\ud83d"  # a backslash, and letters
     assert parse(str(2**62)) == 2**62
+    assert type(parse(str(2**64 - 1))) is int
+    assert type(parse(str(2**64))) is float
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "-1.5E400", "9" * 400, "9" * 5_000, '"\\udc80"'])
+def test_what_cannot_be_written_again_is_refused_where_that_matters(text, strict):
+    if not strict:
+        parse(text)
+        return
+    with pytest.raises(ValueError, match=r"no number of JSON|too large|half a character") as caught:
+        parse(text, strict=True)
+    assert len(str(caught.value)) < 100
+
+
+def test_numbers_are_the_same_where_all_can_be_written_again():
+    text = f"[0, -0, 1.5, -2e3, 1E5, {2**64 - 1}, {2**64}]"
+    assert repr(parse(text, strict=True)) == repr(parse(text))
 
 
 @pytest.mark.parametrize("digits", [20, 400, 5_000, 100_000])

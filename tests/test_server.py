@@ -104,6 +104,7 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(longrope="long"), "unsupported_value", "longrope"),
         (chat_body(logit_bias={"a": 1}), "invalid_type", "logit_bias"),
         (chat_body(logit_bias={"3": 101}), "invalid_value", "logit_bias"),
+        (chat_body(logit_bias={"3": 1, "03": 2}), "invalid_type", "logit_bias"),
         (chat_body(presence_penalty="high"), "invalid_type", "presence_penalty"),
         (chat_body(store=True), "unsupported_value", "store"),
         (chat_body(store=0), "unsupported_value", "store"),
@@ -120,6 +121,8 @@ def test_models_are_listed_and_told_one_by_one(served):
         ),
         (chat_body(response_format={"type": "text", "more": 1}), "unknown_parameter", "response_format.more"),
         (chat_body(stop=["a"] * 65), "invalid_value", "stop"),
+        (chat_body(stop="a" * 10_001), "invalid_value", "stop"),
+        (chat_body(seed=2**64), "invalid_type", "seed"),
         (
             chat_body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}),
             "invalid_value",
@@ -134,6 +137,12 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(served, body, code, 
     assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, code, param)
     if param != "response_format":
         assert param in reply["error"]["message"]
+
+
+def test_a_field_with_a_name_of_a_megabyte_is_named_shortly(served):
+    status, _, reply = served.chat(**{"x" * 1_000_000: 1})
+    assert (status, reply["error"]["code"]) == (400, "unknown_parameter")
+    assert len(str(reply)) < 400
 
 
 def test_neutral_values_and_bookkeeping_are_accepted(served):
@@ -155,6 +164,7 @@ def test_neutral_values_and_bookkeeping_are_accepted(served):
         logprobs=False,
         longrope="auto",
         stream=False,
+        seed=2**64 - 1,
     )
     assert status == 200
 

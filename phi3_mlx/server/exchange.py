@@ -86,15 +86,16 @@ class Exchange:
     async def news(self) -> list[tuple[int, Event]]:
         """What was told since the last call, with the number of its work; nothing after `comment_seconds` without any.
 
-        Raises what a work failed with, ClientGoneError, or ApiError for a client that does not read.
+        Once that is taken, raises what a work failed with, ClientGoneError, or ApiError for a client too slow.
         """
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._news.wait(), self._limits.comment_seconds)
-        self._news.clear()
-        if self._error is not None:
-            raise self._error
         news, self._unread = [*self._told], 0
         self._told.clear()
+        if self._error is None:
+            self._news.clear()
+        elif not news:
+            raise self._error
         return news
 
     @property

@@ -92,7 +92,7 @@ class Guard:
     def _check_origin(self, origin: str | None, host: str | None) -> None:
         if origin is None or origin in self._origins:
             return
-        if host is not None and urlsplit(origin).netloc.lower() == host.lower():
+        if host is not None and origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}"):
             return
         message = f"pages of {origin[:80]!a} may not ask this server; start it with --cors-origin if they are to"
         raise ApiError(403, message, "origin_not_allowed", None, CLOSING)
@@ -106,7 +106,12 @@ class Guard:
 
 
 def _headers_of(scope: Scope) -> dict[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    """By their names; one that is given twice has all its values, as HTTP joins them, and so equals none of them."""
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
 
 
 def _name_of(host: str) -> str | None:

@@ -84,7 +84,7 @@ class Bodies:
 def json_object(data: bytes) -> dict[str, Any]:
     """The JSON object that a body holds. ApiError for what is none, or nested too deep."""
     try:
-        value = parse(data.decode())
+        value = parse(data.decode(), strict=True)
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8", "invalid_json") from None
     except ValueError as error:

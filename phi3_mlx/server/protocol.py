@@ -139,7 +139,8 @@ def _typed(field: ApiField, value: Any, where: str) -> Any:
 def _unknown(where: str, name: str, table: Table) -> ApiError:
     near = difflib.get_close_matches(name, table, n=1)
     advice = f"; did you mean {near[0]}?" if near else ""
-    return ApiError(400, f"{shorten(where, quote=False)} is unknown here{advice}", "unknown_parameter", where)
+    where = shorten(where, quote=False)
+    return ApiError(400, f"{where} is unknown here{advice}", "unknown_parameter", where)
 
 
 def _unsupported(field: ApiField, value: Any, where: str) -> ApiError:

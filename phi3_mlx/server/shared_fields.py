@@ -22,7 +22,7 @@ from .protocol import (
     table_of,
 )
 
-_MOST_STOPS = 64
+_MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 10_000  # in all; each is looked for in each answer
 
 
 def whole_from(least: int, most: int) -> Callable[[Any, str], int]:
@@ -41,7 +41,7 @@ def logit_bias(value: Any, name: str) -> dict[int, float]:
     """{"token id": bias}, the bias from -100 to 100."""
     biases = {}
     for token, bias in an_object(value, name).items():
-        if not token.isascii() or not token.isdigit() or len(token) > 9:
+        if not token.isascii() or not token.isdigit() or len(token) > 9 or str(int(token)) != token:
             raise OptionError(f"{name} has the key {shown(token)}; expected token ids")
         biases[int(token)] = number(bias, f"{name}.{token}")
         if not -100 <= biases[int(token)] <= 100:
@@ -82,7 +82,11 @@ def stops(value: Any, name: str) -> Any:
         raise OptionError(f"{name} has {len(value)} texts; give {_MOST_STOPS} at most")
     field = of_request("stop")
     assert field.read is not None
-    return field.read(value, name)
+    given = field.read(value, name)
+    characters = sum(map(len, given or ()))
+    if characters > _MOST_STOP_CHARACTERS:
+        raise OptionError(f"{name} has {characters:,} characters; give {_MOST_STOP_CHARACTERS:,} at most")
+    return given
 
 
 def stream_options(value: Any, name: str) -> Mapping[str, Any]:
