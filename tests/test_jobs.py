@@ -9,6 +9,7 @@ import pytest
 from test_threads import elsewhere
 from test_traffic import MODELS, SAMPLINGS, Fails, ids_of, traffic
 
+from phi3_mlx.engine import batch
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.lookup import LookupDrafter
@@ -16,8 +17,9 @@ from phi3_mlx.engine.processors import Bias
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import MemoryLimitError, OptionError, Phi3Error
-from phi3_mlx.models.cache import KVBits
+from phi3_mlx.models.cache import KVBits, KVCache
 from phi3_mlx.models.decoder import Decoder
+from phi3_mlx.models.slots import SharedKVCache
 
 MODEL = MODELS["3.5-mini"]
 VOCABULARY = MODEL.config.vocab_size
@@ -31,6 +33,10 @@ class Gives:
 
     def __call__(self, answer, logits):
         return self.function(logits)
+
+
+def breaks_off(*_):
+    raise KeyboardInterrupt
 
 
 def job(seed, **options):
@@ -92,6 +98,33 @@ def test_wrong_options_are_refused_before_a_job_waits(options):
     with pytest.raises(OptionError):
         runs.submit(job(0, **options))
     assert not runs.busy
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "breaks off"])
+def test_a_cache_that_a_job_brought_keeps_nothing_of_the_rows_beside_it(how, monkeypatch):
+    runs = Scheduler(MODEL, room=math.inf)
+    caches = []
+    for seed in range(3):
+        cache = MODEL.make_cache()
+        MODEL(mx.array([ids_of(MODEL, 9, seed)]), cache)
+        caches.append(cache)
+    for seed, cache in enumerate(caches):
+        failing = [Fails(4)] if how == "fails" else []
+        runs.submit(job(seed, cache=cache, stop_ids=frozenset(), processors=failing))
+    shared = False
+    for _ in range(3):
+        runs.step()
+        shared = shared or all(isinstance(cache[0], SharedKVCache) for cache in caches)
+    assert shared
+    if how == "breaks off":
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "queue_pass", breaks_off)
+            with pytest.raises(KeyboardInterrupt):
+                runs.step()
+    while runs.busy:
+        runs.step()
+    assert [type(layer) is KVCache for cache in caches for layer in cache] == [True] * 6
+    assert all(len(layer.state[0]) == 1 for cache in caches for layer in cache)
 
 
 def test_a_processor_that_fails_while_drafts_are_verified_ends_its_job_alone(monkeypatch):

@@ -1,6 +1,8 @@
 """Rows that share arrays against the same rows alone: as they come, go, are cut, cross boundaries, and break off."""
 
+import copy
 import gc
+import pickle
 import random
 
 import mlx.core as mx
@@ -11,7 +13,7 @@ from oracle import CONFIGS, ORIGINAL, WINDOW, make_ours, slim
 from phi3_mlx.models import slots
 from phi3_mlx.models.cache import KVBits, KVCache, fork
 from phi3_mlx.models.decoder import Decoder
-from phi3_mlx.models.slots import LIKE, SharedKVCache, units_of
+from phi3_mlx.models.slots import LIKE, SharedKVCache, take_out, units_of
 
 pytestmark = pytest.mark.usefixtures("sharing_at_once")
 NAMES = ("3.5-mini", "mini-4k", "long-and-window", "phi-4-mini")
@@ -168,6 +170,9 @@ CHANGES = {
     "narrow": lambda cache: [layer.narrow() for layer in cache],
     "shrink": lambda cache: [layer.shrink() for layer in cache],
     "let go": lambda cache: [setattr(layer, "state", layer.state) for layer in cache],
+    "copy": lambda cache: [copy.copy(layer) for layer in cache],
+    "deepcopy": lambda cache: copy.deepcopy(cache),
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
     "read on alone": lambda cache: MODELS["mini-4k"](mx.array([ids_of(7, 1)]), cache),
 }
 
@@ -189,6 +194,34 @@ def test_whoever_changes_a_row_takes_it_out_whole_and_leaves_the_others(change):
     assert all(same_cache(cache, other) for cache, other in zip(caches, others, strict=True))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_row_goes_its_own_way(copied):
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [12, 25, 30])
+    step(model, caches), alone(model, others)
+    row, its = copied(caches[1]), fork(others[1])
+    assert same_cache(row, its)
+    assert near(step(model, [row], 7), alone(model, [its], 7))
+    assert near(step(model, caches), alone(model, others))
+    assert all(same_cache(cache, other) for cache, other in zip([*caches, row], [*others, its], strict=True))
+
+
+def test_rows_that_are_taken_out_hold_no_arrays_of_others():
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [12, 25, 30, 500, 501])
+    step(model, caches), alone(model, others)
+    take_out([caches[0], caches[1], caches[3]])
+    assert [shares(cache) for cache in caches] == [False, False, False, False, False]
+    take_out(caches)
+    assert near(step(model, caches), alone(model, others))
+    slots = caches[2][0].slots
+    take_out([caches[0], caches[4]])
+    assert [shares(cache) for cache in caches] == [False, True, True, False, False]
+    assert caches[2][0].slots is not slots
+    assert [len(layer.kept[0]) for layer in (caches[0][0], caches[1][0])] == [1, 2]
+    assert all(same_cache(cache, other) for cache, other in zip(caches, others, strict=True))
+
+
 def test_what_only_looks_takes_nobody_out():
     model = MODELS["mini-4k"]
     caches, others = rows_of(model, [12, 25])
@@ -197,6 +230,7 @@ def test_what_only_looks_takes_nobody_out():
         assert (layer.offset, layer.size(), layer.start, layer.empty(), layer.lost) == (13, 13, 0, False, False)
         assert layer.awaited
         assert layer.nbytes > 0
+        assert layer.kept[0].shape[0] == 2
         assert layer.trim(0) == 0
         for mine, theirs in zip(layer.copy_tokens(3, 9), its.copy_tokens(3, 9), strict=True):
             assert near(mine, theirs)

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..errors import CacheError, Phi3Error
 from ..models.decoder import Model
+from ..models.slots import take_out
 from .drafts import Drafter
 from .passes import Pass, queue_pass
 from .rows import FORCED, Answered, Row
@@ -92,7 +93,7 @@ class Batch:
             raise
         step.ended = [row for row in self.rows if row.finished]
         step.failed = [row for row in step.ended if row.error is not None]
-        _settle(step.failed)
+        _settle([row for row in step.ended if row.error is not None or row.job.cache is not None])
         self.rows = [row for row in self.rows if not row.finished]
         if not self.rows:
             self._queued = None  # it holds the last rows, and nobody may take a further step
@@ -214,5 +215,9 @@ class Batch:
 
 
 def _settle(rows: list[Row]) -> None:
-    """Compute all that the rows' caches keep: no other thread could, and some outlive the batch."""
+    """Compute all that the caches of rows that leave keep: no other thread could, and some outlive the batch.
+
+    Those that jobs brought must not keep the arrays of other rows.
+    """
+    take_out([row.cache for row in rows if row.job.cache is not None])
     mx.eval([row.to_compute for row in rows])

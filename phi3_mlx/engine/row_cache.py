@@ -59,4 +59,4 @@ class RowCache:
     @property
     def to_compute(self) -> list[mx.array]:
         """All that the layers keep, the token ids too, some of it perhaps not computed yet."""
-        return [array for layer in self.layers for array in layer.state] + self.ids_to_compute
+        return [array for layer in self.layers for array in layer.kept] + self.ids_to_compute

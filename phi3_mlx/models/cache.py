@@ -160,6 +160,11 @@ class KVCache:
         return [keys, values]
 
     @property
+    def kept(self) -> list[mx.array]:
+        """The arrays to evaluate before another thread goes on."""
+        return self.state
+
+    @property
     def tokens(self) -> list[mx.array]:
         """What `state` has of the tokens from `start` on, as views."""
         return [array[..., : self.offset - self.start, :] for array in self.state]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -63,6 +64,16 @@ def units_of(caches: Sequence[Sequence[KVCache]], *, share: bool) -> list[Unit]:
             former = _rearranged(present, [] if former is None else former.others(present))
         units.append(Unit(rows, present[0]) if former is None else former.unit(caches, rows))
     return units
+
+
+def take_out(caches: Sequence[Sequence[KVCache]]) -> None:
+    """Give rows arrays of their own, where they share some with others."""
+    leaving: dict[SharedSlots, list[Sequence[KVCache]]] = {}
+    for cache in caches:
+        if (shared := _slots_of(cache)) is not None:
+            leaving.setdefault(shared, []).append(cache)
+    for shared, rows in leaving.items():
+        _rearranged(shared.others(rows), rows)
 
 
 class SharedSlots:
@@ -135,9 +146,9 @@ class SharedKVCache(KVCache):
     def take_over(layer: KVCache, slots: SharedSlots, shared: KVCache, place: int) -> None:
         """Let a layer have its tokens in `shared`, where they were copied to, and no arrays of its own."""
         before, oldest = shared.offset - layer.offset, layer.start
-        vars(layer).pop("state", None)
-        layer.__class__ = SharedKVCache
         vars(layer).update(slots=slots, shared=shared, place=place, before=before, oldest=oldest)
+        layer.__class__ = SharedKVCache  # a Ctrl-C before leaves it as it was
+        vars(layer).pop("state", None)
 
     def leave(self) -> None:
         """Become a plain cache again, with a copy of the row's tokens."""
@@ -145,13 +156,21 @@ class SharedKVCache(KVCache):
         plain.begin_with([self.tokens], self.start)
         vars(self).update(state=plain.state, start=plain.start, offset=plain.offset)
         self.__class__ = KVCache  # type: ignore[assignment]
-        for name in ("slots", "shared"):  # they would keep the others' arrays alive
+        for name in ("slots", "shared", "place", "before", "oldest"):  # the first two keep the others' arrays alive
             vars(self).pop(name)
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        self.slots.take_out(self)  # a copy is of a row alone
+        return self.__reduce_ex__(protocol)
 
     @property
     def tokens(self) -> list[mx.array]:
         first, end = self.start + self.before - self.shared.start, self.shared.offset - self.shared.start
         return [array[self.place : self.place + 1, :, first:end] for array in self.shared.state]
+
+    @property
+    def kept(self) -> list[mx.array]:
+        return self.shared.state
 
     @property
     def nbytes(self) -> int:
