@@ -109,10 +109,10 @@ def test_a_cache_that_a_job_brought_keeps_nothing_of_the_rows_beside_it(how, mon
         MODEL(mx.array([ids_of(MODEL, 9, seed)]), cache)
         caches.append(cache)
     for seed, cache in enumerate(caches):
-        failing = [Fails(4)] if how == "fails" else []
-        runs.submit(job(seed, cache=cache, stop_ids=frozenset(), processors=failing))
+        failing = [Fails(16)] if how == "fails" else []
+        runs.submit(job(seed, cache=cache, max_tokens=20, processors=failing))
     shared = False
-    for _ in range(3):
+    for _ in range(12):
         runs.step()
         shared = shared or all(isinstance(cache[0], SharedKVCache) for cache in caches)
     assert shared
