@@ -574,12 +574,13 @@ def test_while_a_newcomer_is_read_a_running_row_gets_a_token_with_every_chunk():
     assert max(gaps) <= 16
 
 
-@pytest.mark.parametrize(("speed", "chunk"), [(100, 50), (10, 32)])
-def test_chunks_follow_the_clock_while_rows_answer(speed, chunk, monkeypatch):
-    """On a CPU a pass is computed while it is queued: its time must not count for the pass before it."""
-    model, now = MODELS["3.5-mini"], [0.0]
+def read_at(speed, monkeypatch):
+    """Let prompts be read with so many tokens a second.
+
+    On a CPU a pass is computed while it is queued: its time must not count for the pass before it.
+    """
+    now, queue_pass = [0.0], batch.queue_pass
     monkeypatch.setattr(batch.time, "perf_counter", lambda: now[0])
-    queue_pass = batch.queue_pass
 
     def slow(*args):
         queued = queue_pass(*args)
@@ -587,6 +588,21 @@ def test_chunks_follow_the_clock_while_rows_answer(speed, chunk, monkeypatch):
         return queued
 
     monkeypatch.setattr(batch, "queue_pass", slow)
+
+
+@pytest.mark.parametrize(("speed", "chunk"), [(100, 200), (10, 32)])
+def test_chunks_follow_the_clock_of_their_own_while_nobody_answers(speed, chunk, monkeypatch):
+    read_at(speed, monkeypatch)
+    runs = Scheduler(MODELS["3.5-mini"], room=math.inf, chunk=512, chunk_seconds=0.5, alone_seconds=2.0)
+    runs.submit(Plot(0, None, 400, 0, 4, 0, 0, None, 0).job(MODELS["3.5-mini"]))
+    read = [runs.step().read_tokens for _ in range(4)]
+    assert read[1:3] == [32, chunk]  # how fast it goes is known from the first on
+
+
+@pytest.mark.parametrize(("speed", "chunk"), [(100, 50), (10, 32)])
+def test_chunks_follow_the_clock_while_rows_answer(speed, chunk, monkeypatch):
+    model = MODELS["3.5-mini"]
+    read_at(speed, monkeypatch)
     runs = Scheduler(model, room=math.inf, chunk=256, chunk_seconds=0.5)
     runs.submit(dataclasses.replace(Plot(0, None, 300, 0, 90, 0, 0, None, 0).job(model), stop_ids=frozenset()))
     read = []

@@ -70,11 +70,11 @@ class Batch:
         """Whether some row has read its prompt."""
         return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
 
-    def step(self, chunk: int, seconds: float, on_read: Callable[[Row], None] | None = None) -> Step:
+    def step(self, chunk: int, seconds: tuple[float, float], on_read: Callable[[Row], None] | None = None) -> Step:
         """Queue the next pass, and tell what the last one gave.
 
-        It reads `chunk` tokens of prompts at most, and where rows answer about as many as take `seconds`. `on_read` is
-        called with a row when a further part of its prompt is in its cache, and computed.
+        It reads `chunk` tokens of prompts at most, and about as many as take `seconds`: while rows answer, and while
+        none does. `on_read` is called with a row when a further part of its prompt is in its cache, and computed.
         An error in a row ends that row alone, and one of the whole pass ends all of them. So does what breaks the step
         off (Ctrl-C), which is raised.
         """
@@ -100,7 +100,9 @@ class Batch:
         self._forget_drafter()
         return step
 
-    def _step(self, step: Step, chunk: int, seconds: float, on_read: Callable[[Row], None] | None) -> None:
+    def _step(
+        self, step: Step, chunk: int, seconds: tuple[float, float], on_read: Callable[[Row], None] | None
+    ) -> None:
         queued, self._queued = self._queued, None
         started = time.perf_counter()
         if queued is not None and queued.reading:
@@ -114,8 +116,7 @@ class Batch:
                     on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
             self._rate = queued.read_tokens / (queued.seconds + time.perf_counter() - started)
-        if self._rate is not None and self.answering:
-            chunk = int(min(chunk, max(_LEAST_CHUNK, self._rate * seconds)))
+        chunk = self._timed(chunk, seconds[0 if self.answering else 1])
         drafter = self._drafter_of_one()
         if drafter is not None and queued is None and self._draft(drafter, step):
             return
@@ -132,6 +133,12 @@ class Batch:
         if ahead is not None:
             ahead.draw_late()
         self._queued = ahead
+
+    def _timed(self, chunk: int, seconds: float) -> int:
+        """How many tokens of prompts, of `chunk`, to read in that time; few, as long as nobody knows how fast it is."""
+        if math.isinf(seconds):
+            return chunk
+        return int(min(chunk, max(_LEAST_CHUNK, 0 if self._rate is None else self._rate * seconds)))
 
     def _drafter_of_one(self) -> Drafter | None:
         """The drafter of a row that is alone, for others keep the device as busy; None where it does not draft now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,8 +43,9 @@ class Scheduler:
     """Runs jobs of one model, each as it would run alone; `step` while it is `busy`, from any thread.
 
     `room` is how many bytes the jobs may take beside the weights, by default what the machine has. A chunk of prompts
-    is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer. `force`
-    refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs, so a refusal cannot offer other bits.
+    is as large as that allows unless `chunk` says it, and takes `chunk_seconds` at most while rows answer,
+    `alone_seconds` while none does. `force` refuses nothing, and lets nothing wait. `kept`: caches outlive their jobs,
+    so a refusal cannot offer other bits.
     `prefixes`: what jobs without a cache of their own and their draft models read is kept there, and what they begin
     with is taken from it, up to the first token that is scored; it gives way to a job that would have to wait. Of jobs
     that begin alike one reads, and the others wait for it.
@@ -59,12 +61,13 @@ class Scheduler:
         kept: bool = False,
         chunk: int | None = None,
         chunk_seconds: float = CHUNK_SECONDS,
+        alone_seconds: float = math.inf,
         prefixes: PrefixStore | None = None,
         elsewhere: Elsewhere | None = None,
     ):
         self._elsewhere = elsewhere
         self._model, self._room, self._force, self._kept = model, room, force, kept
-        self._chunk_seconds = chunk_seconds
+        self._seconds = chunk_seconds, alone_seconds
         self._of_model = replace(Workload.of_model(model, 0), chunk=chunk)  # to count weights takes a while
         self._prefixes = prefixes if model.of_family else None  # other caches cannot be cut into pieces
         self._batch = Batch(model)
@@ -185,7 +188,7 @@ class Scheduler:
             return Step(ended=failed, failed=failed)
         assert self._plan is not None
         try:
-            step = self._batch.step(self._plan.chunk, self._chunk_seconds, self._keep)
+            step = self._batch.step(self._plan.chunk, self._seconds, self._keep)
             for row in self._workloads:
                 if row.finished:
                     self._keep(row, release=not self._kept, save=True)

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 _SHORTEST = 256  # tokens of a run whose plan is shown
 
 
+# A prompt is read in steps of about so long, though nobody waits for an answer: newcomers, and who asks whether the
+# engine lives, are heard between two.
+_STEP_SECONDS = 1.0
+
+
 @dataclass
 class Served:
     """A model that can be asked for by `name`: where its weights are, and the folder of its adapter or None.
@@ -259,7 +264,8 @@ class Models:
             checkpoint = open_checkpoint(source.place.directory)
             model = sharing_weights(model, checkpoint, source.base, {source.adapter: 1.0})
             mx.eval(model.parameters())
-        scheduler = Scheduler(model, prefixes=self.prefixes, elsewhere=_Elsewhere(self, source))
+        elsewhere = _Elsewhere(self, source)
+        scheduler = Scheduler(model, prefixes=self.prefixes, elsewhere=elsewhere, alone_seconds=_STEP_SECONDS)
         weights.models[source.name] = Loaded(source, model, scheduler)
         weights.nbytes += mx.get_active_memory() - before
         self._weights[source.base] = weights
