@@ -21,6 +21,7 @@ _PUBLIC = {
     "Chunk": "generation.answers",
     "Conversation": "generation.conversation",
     "Generation": "engine.generation",
+    "HarnessLM": "evaluation.lm",
     "Job": "engine.jobs",
     "KVBits": "models.cache",
     "Phi3Error": "errors",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .engine.tokens import Statistics as Statistics
     from .engine.tokens import Token as Token
     from .errors import Phi3Error as Phi3Error
+    from .evaluation.lm import HarnessLM as HarnessLM
     from .evaluation.quality import compare as compare
     from .generation.answers import Chunk as Chunk
     from .generation.answers import batch_generate as batch_generate

@@ -134,6 +134,31 @@ def make_torch(raw: dict, model):
     return theirs
 
 
+def make_torch_dequantized(directory: Path, model):
+    """transformers' model with the weights of ours, which came from `directory` and are packed, as float32."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.set_num_threads(1)
+    raw = json.loads((directory / "config.json").read_text())
+    for key in ("quantization", "quantization_config", "torch_dtype"):  # in bfloat16 it would round our weights
+        del raw[key]
+    theirs = Phi3ForCausalLM._from_config(Phi3Config.from_dict(raw), attn_implementation="eager").eval()
+    weights = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "scales"):
+            dequantized = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            weights[f"{name}.weight"] = torch.tensor(np.array(dequantized.astype(mx.float32)))
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith("norm.weight"):
+            weights[name] = torch.tensor(np.array(array.astype(mx.float32)))
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs.float()
+
+
 def torch_logits(theirs, ids: np.ndarray) -> np.ndarray:
     import torch
 

@@ -7,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx.utils import tree_flatten
-from oracle import torch_logits
+from oracle import make_torch_dequantized, torch_logits
 
 from phi3_mlx import generate, load, stream_generate
 from phi3_mlx.generation.answers import encode_prompt
@@ -64,30 +63,8 @@ def test_its_special_tokens_are_phi3s(tiny):
 def reference(tiny):
     """transformers' model with the bundled weights, dequantized."""
     pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    torch.set_num_threads(1)  # more threads than free cores cost small models a factor of ten
-    model, _ = tiny
-    raw = json.loads((TINY / "config.json").read_text())
-    for key in ("quantization", "quantization_config", "torch_dtype"):  # in bfloat16 it would round our weights
-        del raw[key]
-    theirs = transformers.Phi3ForCausalLM._from_config(
-        transformers.Phi3Config.from_dict(raw), attn_implementation="eager"
-    ).eval()
-    weights = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "scales"):
-            dequantized = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-            weights[f"{name}.weight"] = torch.tensor(np.array(dequantized.astype(mx.float32)))
-    for name, array in tree_flatten(model.parameters()):
-        if name.endswith("norm.weight"):
-            weights[name] = torch.tensor(np.array(array.astype(mx.float32)))
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    theirs.tie_weights()
-    return theirs.float()
+    pytest.importorskip("transformers")
+    return make_torch_dequantized(TINY, tiny[0])
 
 
 STORY = """Once upon a time, there was a little dog named Max. Max loved to run in the park with his friend Lily.

@@ -119,7 +119,7 @@ class Scheduler:
         OptionError for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
         would not fit alone.
         """
-        checked_prompts(self._model, [job.prompt])
+        checked_prompts(self._model, [job.prompt], answered=job.max_tokens != 0)
         for ids in job.choices:
             check_ids(self._model, ids)
             check_length(self._model.config, len(job.prompt) + len(ids) - 1)

@@ -55,24 +55,25 @@ class Statistics:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def checked_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def checked_prompts(model: Model, prompts: Sequence[Sequence[int]], *, answered: bool = True) -> list[list[int]]:
     """The prompts as lists of ids that can be run.
 
     Raises PromptError unless there are some, each of some ids, inside the vocabulary and shorter than the context.
+    Those that are not `answered`, and only read, may fill it.
     """
     if not len(prompts):
         raise PromptError("there are no prompts; give at least one list of token ids")
-    return [_checked_prompt(model, prompt) for prompt in prompts]
+    return [_checked_prompt(model, prompt, answered) for prompt in prompts]
 
 
-def _checked_prompt(model: Model, prompt: Sequence[int]) -> list[int]:
+def _checked_prompt(model: Model, prompt: Sequence[int], answered: bool) -> list[int]:
     ids = token_ids(prompt)
     if ids is None:
         raise PromptError(f"prompts holds {shown(prompt)}, and not only lists of token ids")
     if not ids:
         raise PromptError("the prompt is empty; give some text")
     check_ids(model, ids)
-    check_length(model.config, len(ids))
+    check_length(model.config, len(ids) if answered else len(ids) - 1)
     return ids
 
 

@@ -86,6 +86,33 @@ def render_chat(
     return ids
 
 
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    continued: bool = False,
+    notify: Callable[[str], None] | None = None,
+) -> str:
+    """The text of `render_chat`, for who encodes it later: `tokenizer.encode(text, special=True)`.
+
+    As text nothing tells a control token of the template from the same string in a message: both become the token.
+    `continued`: the last message is the beginning of what the assistant says, and the text ends where it does.
+    Raises ChatError as `render_chat` does, and if a template changes what is to be continued.
+    """
+    chat = _prepare(tokenizer, messages, None, not continued)
+    for (_, key), number in chat.unread.items():
+        if number:
+            raise ChatError(_unread(number, key))
+    if notify and chat.moved:
+        notify(SYSTEM_FOLDED)
+    if not continued:
+        return chat.text(chat.messages).replace(chat.guard, "")
+    if chat.messages[-1]["role"] != "assistant":
+        raise ChatError("what is to be continued is an assistant message, and the last of these is another")
+    text, spans = _content_spans(chat)
+    return text[: spans[-1][1]].replace(chat.guard, "")
+
+
 def render_training_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -303,6 +330,11 @@ def _lift(text: str, mark: str) -> tuple[str, list[int]]:
 def _lacks_bos(tokenizer: Tokenizer, ids: list[int]) -> bool:
     wanted = tokenizer.add_bos_token and tokenizer.chat_begins_with_bos
     return wanted and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]
+
+
+def template_source(tokenizer: Tokenizer) -> str:
+    """The source of the template that chats without tools are rendered with. Raises ChatError if there is none."""
+    return _template(tokenizer, False)
 
 
 def _template(tokenizer: Tokenizer, tools: bool) -> str:
