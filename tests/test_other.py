@@ -345,6 +345,7 @@ REFUSED = [
     (["compare", NAME, "tiny"], "can only answer"),
     (["plan", "-m", NAME], "can only answer"),
     (["generate", "-m", "tiny", "--draft-model", NAME, "-p", "x"], "can only answer"),
+    (["generate", "-m", "mlx-lm:", "-p", "x"], "mlx-lm: names no model; write mlx-lm:OWNER/REPO or mlx-lm:DIRECTORY"),
     (["generate", "-m", NAME, "-p", "x", "--adapter", "y"], "--adapter is for the Phi family alone"),
     (["generate", "-m", NAME, "-p", "x", "--longrope", "long"], "--longrope is for the Phi family alone"),
     (["generate", "-m", NAME, "-p", "x", "--kv-bits", "4"], "--kv-bits is for the Phi family alone"),

@@ -395,9 +395,10 @@ def test_another_thing_than_a_directory_is_refused_in_one_line(given):
 
 def test_a_directory_that_cannot_be_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    for name in ("file", "file/below"):
-        with pytest.raises(CacheError, match=r"^\S+ cannot be used \(.+\); name a folder$"):
-            PrefixStore(directory=tmp_path / name)
+    with pytest.raises(CacheError, match=r"^\S+file is no folder; name one, which is made if it is not there$"):
+        PrefixStore(directory=tmp_path / "file")
+    with pytest.raises(CacheError, match=r"^\S+below cannot be used \(.+\); name a folder$"):
+        PrefixStore(directory=tmp_path / "file/below")
 
 
 @pytest.mark.parametrize("disk", ["much", True, [], 0])
@@ -457,7 +458,9 @@ def test_the_folder_of_prefixes_may_have_a_bound(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["DIR/kept=much"], "is not a size"),
+        (["DIR/kept=much"], "kept=much: 'much' is not a size"),
+        (["="], "--prefixes '=' names no folder; write --prefixes DIR or DIR=SIZE"),
+        ([""], "--prefixes '' names no folder"),
         (["DIR/file/below"], "name a folder"),
         (["DIR", "--cache", "DIR/book.cache"], "leave out one of the two"),
     ],

@@ -64,6 +64,7 @@ def test_commands_run(command, checkpoint, tmp_path):
     for part in ("notebooks", "weights"):  # of the clone
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text("The dog ran.")
+    (tmp_path / "my_tools.py").write_text('def now() -> str:\n    """The time of day."""\n    return "12:00"\n')
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
     given, _, command = command.rpartition("phi3-mlx ")
     words, given = shlex.split(command), f"{shlex.split(given)[1]}\n" if given else ""

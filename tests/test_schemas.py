@@ -510,6 +510,20 @@ def test_the_command_line_takes_a_schema_as_text_or_file_and_the_other_forms(cap
     assert said(capsys, "generate", "-p", "Hi", "--regex", "x{3}")[1] == "xxx\n"
 
 
+def test_an_answer_that_is_cut_before_it_has_its_form_is_told(capsys):
+    words = ("generate", "-p", "Hi", "--max-tokens", "3")
+    cut = "note: the answer was cut after 3 tokens, and may not have its form; give a larger --max-tokens\n"
+    assert said(capsys, *words, "--regex", "x{99}")[2] == cut
+    assert said(capsys, *words, "--regex", "x")[2] == said(capsys, *words)[2] == ""
+
+
+def test_a_file_that_is_no_schema_is_named(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("Dear Ada")
+    code, out, err = said(capsys, "generate", "-p", "Hi", "--schema", str(tmp_path / "notes.txt"))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"phi3-mlx: --schema {tmp_path / 'notes.txt'} is no JSON: Expecting value")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -60,6 +60,13 @@ def said_by(capsys, *words):
         (["--temperature", "-1"], "--temperature -1.0 is outside its range"),
         (["--kv-bits", "5"], "5"),
         (["--memory", "plenty"], "'plenty' is not a size"),
+        (
+            ["--allowed-host", "http://mac.local"],
+            "--allowed-host http://mac.local is no name; give one such as mac.local",
+        ),
+        (["--allowed-host", "mac.local:8080"], "--allowed-host mac.local:8080 is no name"),
+        (["--cors-origin", "page.example"], "--cors-origin page.example is no origin; give one such as https://"),
+        (["--cors-origin", "https://page.example/chat"], "--cors-origin https://page.example/chat is no origin"),
         (["tiny"], "unexpected extra argument (tiny); -m goes before it"),
     ],
 )
@@ -70,6 +77,12 @@ def test_a_wrong_command_line_is_a_line(capsys, monkeypatch, words, message):
     assert said.startswith("phi3-mlx: ")
     assert message in said
     assert "\n" not in said
+
+
+def test_a_folder_that_is_no_adapter_is_named_before_anybody_asks(capsys):
+    code, said = said_by(capsys, "--port", "0", "--adapter", "mine=nowhere")
+    assert code == 1
+    assert said == "phi3-mlx: nowhere has no adapter_config.json, so it is no adapter folder; check the path"
 
 
 def test_an_adapter_belongs_to_the_model_that_it_was_trained_on(tmp_path):
@@ -128,8 +141,8 @@ def test_the_process_serves_and_ends_politely(tmp_path, number, code):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             first = process.stderr.readline()
-            address = r"tiny at http://127\.0\.0\.1:(\d+)/v1, and a page to try it at /; Ctrl-C stops it\n"
-            port = re.fullmatch(address, first)[1]
+            address, page = r"http://127\.0\.0\.1:(\d+)", r"http://127\.0\.0\.1:\1/ \(Ctrl-C stops it\)\n"
+            port = re.fullmatch(f"tiny at {address}/v1, with a page to try it at {page}", first)[1]
             body = json.dumps(chat_body(STORY, model="tiny", max_tokens=20))
             for key, status in (("secret", 200), ("other", 401)):
                 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)

@@ -130,16 +130,22 @@ def test_all_says_which_functions_are_tools(chat):
         ("hint.py", "def f(x): ...\n", "tool f: x has no type hint; give one"),
         ("broken.py", "\n1 / 0\n", "broken.py fails in line 2: ZeroDivisionError: division by zero"),
         ("syntax.py", "def (\n", "syntax.py fails: SyntaxError: "),
-        ("tools.json", "[", "--tools is no JSON: "),
-        ("tools.json", "[]", "has no function"),
+        ("exits.py", "import sys\nsys.exit(3)\n", "exits.py ends the program when it is read; let it define functions"),
+        ("lacks.py", "__all__ = ['lost']\n", "lacks.py has no lost, which its __all__ names"),
+        ("number.py", "__all__ = 3\n", "number.py is 3; expected"),
+        ("tools.json", "[", "tools.json is no JSON: "),
+        ("tools.json", "[]", "tools.json has no function; list one"),
         ("tools.txt", "", "is neither a .py nor a .json file; give one of these"),
         ("missing.py", None, "missing.py is no file; give a .py or a .json file"),
     ],
 )
-def test_files_that_have_no_tools_are_refused_in_a_line_before_the_model_is_loaded(chat, name, text, fault):
+def test_files_that_have_no_tools_are_refused_in_a_line_before_the_model_is_loaded(
+    chat, monkeypatch, name, text, fault
+):
     if text is not None:
         (chat.directory / name).write_text(text)
-    code, out, err, messages = chat("--tools", chat.directory / name)
+    monkeypatch.chdir(chat.directory)
+    code, out, err, messages = chat("--tools", name)
     assert code in (1, 2)
     assert fault in err
     assert err.count("\n") == 1

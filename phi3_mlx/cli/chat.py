@@ -19,6 +19,7 @@ from .options import (
     answering_model_options,
     as_typed,
     drafts_text,
+    note_cut,
     note_idle,
     note_unwritten,
     open_prefixes,
@@ -157,6 +158,8 @@ def _answer(
     except KeyboardInterrupt:
         say(" [stopped]", end="")
     show()
+    if chunk:
+        note_cut(request, chunk)
     if stats and chunk:
         say(
             f"prompt {chunk.prompt_tokens:,} tokens, {chunk.prefilled_tokens:,} of them new; "

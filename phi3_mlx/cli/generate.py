@@ -18,6 +18,7 @@ from .options import (
     answer_options,
     answering_model_options,
     drafts_text,
+    note_cut,
     note_idle,
     note_unwritten,
     open_prefixes,
@@ -127,6 +128,7 @@ def generate(
             on_prefill=progress.update,
         )
         last = _print_json(source.model, place.code, answer.chunks()) if as_json else _print_text(answer.chunks())
+    note_cut(request, last)
     note_unwritten(store)
     if stats:
         from ..sizes import size_text

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ..errors import OptionError, Phi3Error
+from ..fields import parse
 from ..generation.request import CHAT_TOKENS, Request
 from ..option import DTYPE_NAMES, option
+from ..sizes import parse_size
 from .declare import fields_of, option_of, options_of
 from .reading import read_input
 from .terminal import note
@@ -224,7 +226,15 @@ _ANSWER = tuple(name for name in REQUEST_FIELDS if name not in ("max_tokens", "r
 
 
 def _json_or_file(given: str) -> str:
-    return given if given.lstrip().startswith("{") else read_input(given)
+    """JSON that was given as such, or that of a file. OptionError for a file without JSON."""
+    if given.lstrip().startswith("{"):
+        return given
+    text = read_input(given)
+    try:
+        parse(text)
+    except ValueError as error:
+        raise OptionError(f"--schema {given} is no JSON: {error}") from None
+    return text
 
 
 def _request_options(*names: str) -> Callable[[Any], Any]:
@@ -261,8 +271,14 @@ def open_prefixes(given: str | None, budget: int | str | None = None) -> PrefixS
     budget = max(room(), 1) if budget is None else budget
     directory, equals, size = given.rpartition("=")
     if not equals or os.path.isdir(given):  # a folder may have = in its name
-        return PrefixStore(budget, directory=given)
-    return PrefixStore(budget, directory=directory, disk=size)
+        directory, size = given, "20GB"
+    if not directory:
+        raise OptionError(f"--prefixes {given!r} names no folder; write --prefixes DIR or DIR=SIZE")
+    try:
+        disk = parse_size(size)
+    except OptionError as error:
+        raise OptionError(f"--prefixes {given}: {error}") from None
+    return PrefixStore(budget, directory=directory, disk=disk)
 
 
 def note_unwritten(prefixes: PrefixStore | None) -> None:
@@ -277,6 +293,15 @@ def note_idle(request: Request) -> None:
         if request.temperature == 0 and getattr(request, name) != REQUEST_FIELDS[name].default:
             option = f"--{name.replace('_', '-')}"
             note(f"{option} changes nothing at --temperature 0, where the likeliest is taken")
+
+
+def note_cut(request: Request, chunk: Chunk) -> None:
+    """Say so where an answer that must have a form was cut."""
+    if request.form is not None and chunk.finish_reason == "length":
+        note(
+            f"the answer was cut after {chunk.generation_tokens:,} tokens, and may not have its form; "
+            "give a larger --max-tokens"
+        )
 
 
 def drafts_text(chunk: Chunk) -> str:

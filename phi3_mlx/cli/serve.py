@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import signal
 import socket
 import threading
@@ -104,6 +105,7 @@ def serve(
     Options of answers hold for requests that do not say otherwise. Ctrl-C lets answers end; a second one ends them.
     """
     _check_installed()
+    _check_names(hosts, origins)
     key = _read_key(api_key_file)
     address = _address(host)
     if key is None and not ipaddress.ip_address(address).is_loopback:
@@ -148,6 +150,16 @@ def _check_installed() -> None:
         raise Phi3Error(
             'serve needs starlette and uvicorn, which are not installed: pip install "phi3-mlx[serve]"'
         ) from None
+
+
+def _check_names(hosts: Sequence[str], origins: Sequence[str]) -> None:
+    """OptionError for a name or an origin that no client could have."""
+    for host in hosts:
+        if not re.fullmatch(r"\*|[\w.-]+", host):
+            raise OptionError(f"--allowed-host {host} is no name; give one such as mac.local, without http:// and port")
+    for origin in origins:
+        if not re.fullmatch(r"\*|null|[a-zA-Z][\w+.-]*://[^/\s]+/?", origin):
+            raise OptionError(f"--cors-origin {origin} is no origin; give one such as https://page.example")
 
 
 def _read_key(file: str | None) -> str | None:
@@ -219,11 +231,11 @@ def _listen(address: str, port: int) -> socket.socket:
 def _say_where(listening: socket.socket, names: Sequence[str], *, opens: bool) -> None:
     address, port = listening.getsockname()[:2]
     host = f"[{address}]" if ":" in address else address
-    say(f"{', '.join(names)} at http://{host}:{port}/v1, and a page to try it at /; Ctrl-C stops it")
+    page = f"http://{'localhost' if ipaddress.ip_address(address).is_unspecified else host}:{port}/"
+    say(f"{', '.join(names)} at http://{host}:{port}/v1, with a page to try it at {page} (Ctrl-C stops it)")
     if opens:
-        here = "localhost" if ipaddress.ip_address(address).is_unspecified else host
         # Beside the event loop: a browser in the terminal takes as long as it is used.
-        threading.Thread(target=webbrowser.open, args=(f"http://{here}:{port}/",), daemon=True).start()
+        threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
 
 def _log(line: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OptionError
+from ..values import texts
 from .reading import read_input
 from .terminal import note, say
 
@@ -47,9 +48,10 @@ def tool_turn(path: str | None, yes: bool, tokenizer: Tokenizer, request: Reques
     from ..text.tool_use import use_tools
     from ..text.tools import read_tools
 
-    known = read_tools(_tools_of(path))
+    known = read_tools(_tools_of(path), f"--tools {path}")
     if not known:
-        raise OptionError(f"--tools {path} has no function; define one with type hints, its name without an underscore")
+        advice = "list one" if path.endswith(".json") else "define one with type hints, its name without an underscore"
+        raise OptionError(f"--tools {path} has no function; {advice}")
     use = use_tools(tokenizer, known)
     form = use.form(request.form)
     assert form is not None
@@ -103,7 +105,10 @@ def _tools_of(path: str) -> Any:
     module = _module(path)
     public = getattr(module, "__all__", None)
     if public is not None:
-        return [getattr(module, name) for name in public]
+        names = texts(public, f"__all__ of {path}")
+        if missing := next((name for name in names if not hasattr(module, name)), None):
+            raise OptionError(f"--tools {path} has no {missing}, which its __all__ names")
+        return [getattr(module, name) for name in names]
     functions = inspect.getmembers(
         module, lambda value: inspect.isfunction(value) and value.__module__ == module.__name__
     )
@@ -123,8 +128,11 @@ def _module(path: str) -> ModuleType:
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         spec.loader.exec_module(module)
+    except SystemExit:
+        raise OptionError(f"--tools {path} ends the program when it is read; let it define functions alone") from None
     except Exception as error:  # the user's program may fail in any way
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        here = os.path.abspath(path)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
         place = f" in line {lines[-1]}" if lines else ""
         raise OptionError(f"--tools {path} fails{place}: {type(error).__name__}: {error}") from error
     return module

@@ -59,6 +59,8 @@ class PrefixFiles:
             directory.mkdir(parents=True, exist_ok=True)
             with os.scandir(directory):
                 pass
+        except FileExistsError:
+            raise CacheError(f"{directory} is no folder; name one, which is made if it is not there") from None
         except OSError as error:
             raise CacheError(f"{directory} cannot be used ({error.strerror or error}); name a folder") from error
 

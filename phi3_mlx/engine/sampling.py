@@ -57,7 +57,7 @@ class Sampling:
     )
     frequency_penalty: float = option(
         0.0,
-        "As presence_penalty, for each time that the answer has the token.",
+        "As the presence penalty, for each time that the answer has the token.",
         Range(math.isfinite, "a finite number"),
         shown_default="",
     )

@@ -45,7 +45,10 @@ def find(name: str | Path, revision: str | None = None, given: Mapping[str, obje
     text = values.path(name, "model", "the name or directory of a model")
     if text.startswith(hub.OTHER):
         check_other(given)  # before anything is downloaded
-        return Place(hub.resolve(text.removeprefix(hub.OTHER), revision), True)
+        name = text.removeprefix(hub.OTHER)
+        if not name:
+            raise OptionError(f"{text} names no model; write {text}OWNER/REPO or {text}DIRECTORY")
+        return Place(hub.resolve(name, revision), True)
     directory = hub.resolve(name, revision)
     is_other = not hub.is_repository(text) and _is_other(directory)
     if is_other:
