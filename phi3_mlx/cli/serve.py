@@ -189,29 +189,33 @@ def _address(host: str) -> str:
 
 
 def adapters_of(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The adapters NAME=DIR: name -> (the model that it changes, folder)."""
-    adapters = {}
+    """The adapters NAME=DIR: name -> (the model that it changes, folder).
+
+    Raises OptionError, and AdapterError for a folder that is no adapter.
+    """
+    folders: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise OptionError(f"--adapter {text} has no name and folder; write --adapter NAME=DIR")
-        if name in adapters:
+        if name in folders:
             raise OptionError(f"two adapters are called {name}; give one of them another name")
-        adapters[name] = (_base(folder, names), folder)
-    return adapters
+        folders[name] = folder
+    return {name: (_base(folder, names), folder) for name, folder in folders.items()}
 
 
 def _base(folder: str, names: Sequence[str]) -> str:
     """Which of several models an adapter was trained on."""
-    if len(names) == 1:
-        return names[0]
     from pathlib import Path
 
     from ..adapters.folder import base_of, read_config_of, trained_on
     from ..store.hub import resolve
 
     directory = Path(folder).expanduser()
-    trained, _ = trained_on(directory, read_config_of(directory))
+    config = read_config_of(directory)
+    if len(names) == 1:
+        return names[0]
+    trained, _ = trained_on(directory, config)
     for name in names:
         if trained in (name, base_of(resolve(name), name).name):
             return name

@@ -222,7 +222,8 @@ def _packages(machine: Machine) -> list[Finding]:
         text = "phi3-mlx runs from a folder and is not installed, so no versions are known that it needs"
         return [Finding("packages", "note", text, "pip install -e .")]
     faults: dict[str, str] = {}
-    good, missing = [], {}
+    good: list[str] = []
+    missing: dict[str, str] = {}  # the first package that an extra lacks
     for line in machine.required:
         requirement = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(?:.*extra == ['\"]([\w-]+)['\"])?", line)
         if requirement is None:
@@ -234,7 +235,7 @@ def _packages(machine: Machine) -> list[Finding]:
         elif extra is None:
             good.append(f"{name} {have}")
         elif extra in EXTRAS and have is None:
-            missing[extra] = name
+            missing.setdefault(extra, name)
     findings = []
     if faults:
         findings.append(
@@ -250,6 +251,8 @@ def _packages(machine: Machine) -> list[Finding]:
 
 # What a user lacks without an extra; the others are for work on this package.
 EXTRAS = {
+    "schema": "answers of a given form and tools need it",
+    "serve": "`phi3-mlx serve` needs it",
     "tiktoken": "the tokenizer of Phi-3-small needs it",
     "gguf": "`phi3-mlx convert` reads GGUF files with it",
     "plot": "`tune` and `convert` draw their plots with it",

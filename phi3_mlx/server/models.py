@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..adapters.folder import read_config_of
 from ..engine import machine
 from ..engine.plan import Plan, Workload
 from ..engine.prefixes import PrefixStore
@@ -141,7 +140,6 @@ class Models:
             source = self.source(base)
             if source.place.is_other:
                 check_other({"adapter": folder})
-            read_config_of(Path(folder).expanduser())
             self._add(replace(source, name=name, adapter=folder))
         self._cards = [source.card() for source in self._sources.values()]
         self._tokenizers: dict[Place, Tokenizer] = {}
