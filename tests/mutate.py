@@ -58,6 +58,7 @@ TESTS = {
     "models/workspace": ["test_workspace", "test_plan"],
     "models/rope": ["test_phi_moe", "test_model"],
     "text/grammar": ["test_grammar", "test_tool_calls", "test_schemas"],
+    "text/schema_limits": ["test_schema_limits", "test_schemas"],
     "text/schemas": ["test_grammar", "test_schemas"],
     "text/stops": ["test_stops"],
     "text/chat": ["test_chat_keys", "test_chat", "test_tuning_data"],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import OptionError
 from .deep import call_deep
-from .schemas import countless
+from .schema_limits import as_followed, fault_of, schemas_in
 from .tool_grammar import CallForm
 
 if TYPE_CHECKING:
@@ -77,14 +77,12 @@ def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher
     if not tokenizer.stop_ids:
         raise OptionError(f"{form.kind} needs a token that ends an answer, and this tokenizer names none")
     first = _begun(form, tokenizer, "")
-    if tokenizer.drops_first_space and form.kind == "tools":
-        first = _begun(form, tokenizer, '" "? ')
-    elif tokenizer.drops_first_space:
+    allowed = AnswerMatcher(first, tokenizer).allowed([])  # raises where no text fits
+    assert allowed is not None
+    if tokenizer.drops_first_space:
         # What is generated may begin with a space that is not shown, and must if the text shown begins with another.
-        allowed = AnswerMatcher(first, tokenizer).allowed([])
-        assert allowed is not None
         spaced = any(tokenizer.token_bytes(int(token)).startswith(b" ") for token in allowed.nonzero()[0])
-        first = _begun(form, tokenizer, '" " ' if spaced else '" "? ')
+        first = _begun(form, tokenizer, '" " ' if spaced and form.kind != "tools" else '" "? ')
     return [AnswerMatcher(first.deep_copy(), tokenizer) for _ in range(count)]
 
 
@@ -159,9 +157,7 @@ class AnswerMatcher:
     def _check(self) -> None:
         """OptionError where the library has given up, which is not to be taken for a token that it refuses."""
         if self._matcher.is_error():
-            error = _first_line(self._matcher.get_error())
-            reason = "no text fits it" if "NoExtensionBias" in error else error
-            raise OptionError(f"the constraint cannot be followed further: {reason}")
+            raise OptionError(f"the constraint cannot be followed further: {_fault_of_matcher(self._matcher)}")
 
 
 def _library() -> Any:
@@ -194,12 +190,13 @@ def _grammar(form: Form, spelling: Mapping[str, Any] = _COMPACT) -> dict[str, An
     """The constraint as a grammar of the library's own form."""
     library, (kind, text) = _library().LLMatcher, form
     if kind == "schema":
-        made = library.grammar_from_json_schema(text, overrides=spelling)
+        made = library.grammar_from_json_schema(json.dumps(as_followed(json.loads(text))), overrides=spelling)
     elif kind == "regex":
         made = library.grammar_from_regex(text)
     else:
         if kind == "choices":
-            text = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+            # One lexeme: the parser could not tell thousands of them apart.
+            text = "start: ANY\nANY: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
         return {"lark_grammar": text}
     grammar: dict[str, Any] = json.loads(made)["grammars"][0]
     return grammar
@@ -213,8 +210,13 @@ def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
     # The library calls itself along chains of rules or references, as deep as they are long.
     matcher = call_deep(lambda: _library().LLMatcher(vocabulary, grammar, log_level=0))
     if matcher.is_error():
-        raise OptionError(f"{form.kind} cannot be followed: {_first_line(matcher.get_error())}")
+        raise OptionError(f"{form.kind} cannot be followed: {_fault_of_matcher(matcher)}")
     return matcher
+
+
+def _fault_of_matcher(matcher: Any) -> str:
+    message = _first_line(matcher.get_error())
+    return "no text fits it" if "NoExtensionBias" in message else message
 
 
 @functools.lru_cache(maxsize=16)
@@ -222,9 +224,7 @@ def _fault(form: Form) -> str:
     """What is wrong with a form, as the end of a sentence; "" if nothing."""
     if len(form.text) > _MOST_CHARACTERS[form.kind]:
         return f"has {len(form.text):,} characters, more than the {_MOST_CHARACTERS[form.kind]:,} that can be followed"
-    if form.kind == "schema" and countless(json.loads(form.text)):
-        return 'has "minProperties" above the number of required properties, which cannot be constrained; leave it out'
-    if form.kind == "tools" and (fault := _fault_of_tools(CallForm.read(form.text))):
+    if fault := _fault_of_schemas(form):  # before the library sees a number that would crash it
         return fault
     grammar = json.dumps({"grammars": _grammars(form)})
     message: str = call_deep(_library().LLMatcher.validate_grammar, grammar)
@@ -235,6 +235,8 @@ def _fault(form: Form) -> str:
         keywords = re.fullmatch(r"Unimplemented keys: \[(.*)\]", message)
         if keywords:
             return f"has {keywords[1]}, which cannot be constrained; leave it out"
+        if message.startswith("oneOf"):
+            return 'has "oneOf" with branches that one value could fit, which cannot be constrained; write "anyOf"'
         return f"cannot be followed: {_first_line(message)}"
     if kind == "regex":
         return f"{text!r} is no regular expression: {_regex_fault(message)}"
@@ -245,6 +247,14 @@ def _fault(form: Form) -> str:
     if "regex parse error" in message:
         rest = f"{rest.split(' (in regex)')[0]}, {_regex_fault(message)}"
     return f"has an error in line {line}, column {column}: {rest}"
+
+
+def _fault_of_schemas(form: Form) -> str:
+    if form.kind == "tools":
+        return _fault_of_tools(CallForm.read(form.text))
+    schemas = [json.loads(form.text)] if form.kind == "schema" else []
+    schemas += schemas_in(form.text) if form.kind == "grammar" else []
+    return next(filter(None, map(fault_of, schemas)), "")
 
 
 def _fault_of_tools(calls: CallForm) -> str:
@@ -258,7 +268,9 @@ def _regex_fault(message: str) -> str:
     """What a message of several lines, which draws an arrow under the place, says of a regular expression."""
     lines = message.splitlines()
     arrow = next((line for line in lines if line.strip(" ^") == "" and "^" in line), None)
-    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), _first_line(message))
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
+    if reason is None:  # boundaries within it: "lookarounds not supported yet; WordUnicode in regex /.../"
+        reason = _first_line(message).split(" (in regex): ")[-1].split(" in regex /")[0]
     return reason if arrow is None else f"{reason}, at character {arrow.index('^') - 3}"  # behind a margin of four
 
 

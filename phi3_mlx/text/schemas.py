@@ -17,8 +17,6 @@ from ..values import shown, text
 
 Schema = Mapping[str, Any] | str | type
 _SCHEMA_EXPECTED = "a JSON schema as a dict or a text, a pydantic model or a dataclass"
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name
-_DATA = ("const", "enum", "default", "examples")  # keywords that hold values
 # What a field of a TypedDict may be marked with, from Python 3.11 on: whether it must be given.
 _REQUIREMENTS = {
     getattr(typing, mark): must for mark, must in (("Required", True), ("NotRequired", False)) if hasattr(typing, mark)
@@ -46,7 +44,7 @@ def schema_text(value: Any, name: str) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{name} holds what JSON has no form for: {error}") from None
     _parsed(written, name)  # within the limits of any JSON
-    return written
+    return text(written, name)
 
 
 def _parsed(written: str, name: str) -> Any:
@@ -150,17 +148,3 @@ def required_fields(kind: Any, hints: Mapping[str, Any]) -> dict[str, bool]:
         for field in dataclasses.fields(kind)
         if field.init
     }
-
-
-def countless(schema: Any) -> bool:
-    """Whether it counts properties that may come twice, which a grammar cannot tell apart."""
-    if isinstance(schema, list):
-        return any(map(countless, schema))
-    if not isinstance(schema, dict):
-        return False
-    least, required = schema.get("minProperties", 0), schema.get("required", [])
-    if isinstance(least, int | float) and isinstance(required, list) and least > max(1, len({*map(str, required)})):
-        return True
-    maps = [schema[key] for key in _MAPS if isinstance(schema.get(key), dict)]
-    rest = [value for key, value in schema.items() if key not in (*_MAPS, *_DATA)]
-    return any(map(countless, rest)) or any(countless([*inner.values()]) for inner in maps)

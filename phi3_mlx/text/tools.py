@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..fields import parse
-from ..values import listed, shown
+from ..values import listed, shown, text
 from .functions import described, hints_of
 from .python_values import as_hinted
 
@@ -141,9 +141,10 @@ def _schema(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(f"{where} is {shown(value)}; expected the JSON schema of an object")
     try:
-        schema: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{where} holds what JSON has no form for: {error}") from None
+    schema: dict[str, Any] = json.loads(text(written, where))
     if not schema:
         return _NO_PARAMETERS
     if schema.get("type", "object") != "object":
