@@ -137,7 +137,23 @@ def test_it_says_the_same_wherever_it_is_cut(answer):
 
 def test_answers_of_any_parts_say_the_same_wherever_they_are_cut():
     rng = random.Random(0)
-    parts = [*ANSWERS, CALL, "{", "}", "[", "]", '"', "\\", ",", "<|tool_call|>", "<|/tool_call|>", "```", " ", "f"]
+    parts = [
+        *ANSWERS,
+        CALL,
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        ",",
+        "<|tool_call|>",
+        "<|/tool_call|>",
+        "```",
+        " ",
+        "\v",
+        "f",
+    ]
     for _ in range(400):
         answer = "".join(rng.choices(parts, k=rng.randint(1, 5)))
         whole = events_of([answer])

@@ -231,11 +231,28 @@ async def later(x: int) -> int:
     return x
 
 
+async def steps_later(x: int):
+    yield x
+
+
+def steps(x: int):
+    yield x
+
+
+class Later:
+    async def __call__(self, x: int) -> int:
+        return x
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda x: x, "a tool has the name '<lambda>'|x has no type hint"),
         (later, "tool later is a coroutine function; give a function that returns its result"),
+        (steps_later, "tool steps_later is a generator function; give a function that returns its result"),
+        (steps, "tool steps is a generator function; give a function that returns its result"),
+        (Later(), "tool Later is a coroutine function; give a function that returns its result"),
+        (functools.partial(later, 1), "tool later is a coroutine function"),
         (len, "tool len: "),
         (3, "3 is no function"),
     ],
@@ -243,6 +260,54 @@ async def later(x: int) -> int:
 def test_what_cannot_be_described_is_refused(function, message):
     with pytest.raises(OptionError, match=message):
         Tool.of(function)
+
+
+def test_a_wrapper_that_waits_for_a_coroutine_is_a_function():
+    @functools.wraps(later)
+    def now(x: int) -> int:
+        return x
+
+    assert Tool.of(now).call({"x": 3}) == 3
+
+
+def test_models_of_one_name_keep_their_own_fields():
+    inner = [pydantic.create_model("Inner", x=(kind, ...)) for kind in (int, str)]
+    first, second = (pydantic.create_model("Outer", inner=(kind, ...)) for kind in inner)
+
+    def both(a: first, b: second, again: first) -> str:
+        return f"{a.inner.x + 1}{b.inner.x.upper()}"
+
+    tool = Tool.of(both)
+    value = {"a": {"inner": {"x": 1}}, "b": {"inner": {"x": "s"}}, "again": {"inner": {"x": 2}}}
+    jsonschema.validate(value, tool.parameters)
+    for wrong in ({"a": value["b"]}, {"b": value["a"]}, {"again": value["b"]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**value, **wrong}, tool.parameters)
+    assert tool.call(value) == "2S"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Corner(enum.Enum):
+    LEFT = (0, 1)
+
+
+def test_members_of_enums_are_told_by_their_values():
+    def to(level: Level, least: Literal[Level.LOW, "none"]) -> str:
+        return f"{level.name} {least!r}"
+
+    tool = Tool.of(to)
+    assert tool.parameters["properties"] == {"level": {"enum": [1, 2]}, "least": {"enum": [1, "none"]}}
+    assert tool.call({"level": 2, "least": 1}) == f"HIGH {Level.LOW!r}"
+    assert tool.call({"level": 1, "least": "none"}) == "LOW 'none'"
+
+    def at(corner: Corner): ...
+
+    with pytest.raises(OptionError, match=r"^tool at: corner has <enum 'Corner'>, whose values are not all texts"):
+        Tool.of(at)
 
 
 def test_parameters_that_cannot_be_described_are_refused_by_name():

@@ -35,8 +35,7 @@ def described(function: Callable[..., Any]) -> tuple[str, str, dict[str, Any]]:
     """
     name = getattr(_bare(function), "__name__", type(function).__name__)
     where = f"tool {name}"
-    if inspect.iscoroutinefunction(_bare(function)):
-        raise OptionError(f"{where} is a coroutine function; give a function that returns its result")
+    _check_returns(_called(_bare(function)), where)
     try:
         parameters, hints = inspect.signature(function).parameters, hints_of(function)
     except (NameError, TypeError, ValueError) as error:
@@ -68,9 +67,22 @@ def described(function: Callable[..., Any]) -> tuple[str, str, dict[str, Any]]:
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The types of a function's parameters, also of a method, of an object that can be called, and of a partial."""
-    bare = inspect.unwrap(_bare(function))
-    annotated = bare if inspect.isroutine(bare) else type(bare).__call__
-    return typing.get_type_hints(annotated, include_extras=True)
+    return typing.get_type_hints(_called(inspect.unwrap(_bare(function))), include_extras=True)
+
+
+def _check_returns(routine: Any, where: str) -> None:
+    for kind, word in (
+        (inspect.iscoroutinefunction, "coroutine"),
+        (inspect.isasyncgenfunction, "generator"),
+        (inspect.isgeneratorfunction, "generator"),
+    ):
+        if kind(routine):
+            raise OptionError(f"{where} is a {word} function; give a function that returns its result")
+
+
+def _called(function: Any) -> Any:
+    """The function that runs when an object is called: itself, or its class's `__call__`."""
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _bare(function: Any) -> Any:

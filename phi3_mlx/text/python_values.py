@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .schemas import required_fields
+from .schemas import required_fields, value_of
 
 
 def as_hinted(value: Any, hint: Any) -> Any:
@@ -22,7 +22,7 @@ def as_hinted(value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if origin is typing.Literal:
-        return _member(value, arguments, arguments)
+        return _member(value, arguments)
     if origin in (typing.Union, types.UnionType):
         return _first_that_fits(value, arguments)
     if isinstance(hint, type) and not origin and hint not in _COLLECTIONS:
@@ -41,7 +41,7 @@ def _of_class(value: Any, kind: Any) -> Any:
     if kind in (str, int, float, bool, type(None)):
         return _checked(value, kind)
     if issubclass(kind, enum.Enum):
-        return _member(value, [member.value for member in kind], [*kind])
+        return _member(value, [*kind])
     if callable(getattr(kind, "model_validate", None)):
         return kind.model_validate(value)
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -72,8 +72,9 @@ def _first_that_fits(value: Any, hints: Sequence[Any]) -> Any:
     raise ValueError(f"{value!r} is of none of the types {', '.join(map(str, hints))}")
 
 
-def _member(value: Any, values: Sequence[Any], members: Sequence[Any]) -> Any:
-    """The one of `members` whose value in `values` is this; True is not 1."""
+def _member(value: Any, members: Sequence[Any]) -> Any:
+    """The one of `members` of an enum or a `Literal` whose value is this; True is not 1."""
+    values = [*map(value_of, members)]
     for allowed, member in zip(values, members, strict=True):
         if type(allowed) is type(value) and allowed == value:
             return member

@@ -86,7 +86,7 @@ class Hints:
             notes = " ".join(note for note in arguments[1:] if isinstance(note, str))
             return {**self.schema_of(arguments[0]), **({"description": notes} if notes else {})}
         if origin is typing.Literal:
-            return {"enum": [*arguments]}
+            return self._enum(hint, arguments)
         if origin in (typing.Union, types.UnionType):
             return {"anyOf": [self.schema_of(argument) for argument in arguments]}
         return self._schema_of_class(hint) if isinstance(hint, type) and not origin else self._container(hint)
@@ -95,13 +95,27 @@ class Hints:
         if kind in _JSON_TYPES:
             return {"type": _JSON_TYPES[kind]}
         if issubclass(kind, enum.Enum):
-            return {"enum": [member.value for member in kind]}
+            return self._enum(kind, [*kind])
         if callable(getattr(kind, "model_json_schema", None)):
-            schema: dict[str, Any] = kind.model_json_schema()  # type: ignore[attr-defined]
-            self.definitions.update(schema.pop("$defs", {}))
-            return schema
+            return self._schema_of_model(kind)
         has_fields = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
         return self._reference(kind) if has_fields else self._container(kind)
+
+    def _enum(self, hint: Any, members: Sequence[Any]) -> dict[str, Any]:
+        values = [*map(value_of, members)]
+        if any(type(value) not in _JSON_TYPES for value in values):
+            raise OptionError(f"{self.name} has {hint}, whose values are not all texts, numbers, booleans or None")
+        return {"enum": values}
+
+    def _schema_of_model(self, kind: Any) -> dict[str, Any]:
+        """Of a pydantic model. Models of other modules may have definitions of the same names."""
+        schema: dict[str, Any] = kind.model_json_schema()
+        if any(self.definitions.get(name, inner) != inner for name, inner in schema.get("$defs", {}).items()):
+            first = f"{len(self.definitions)}_"
+            schema = kind.model_json_schema(ref_template=f"#/$defs/{first}{{model}}")
+            schema["$defs"] = {f"{first}{name}": inner for name, inner in schema["$defs"].items()}
+        self.definitions.update(schema.pop("$defs", {}))
+        return schema
 
     def _container(self, hint: Any) -> dict[str, Any]:
         origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -135,6 +149,11 @@ class Hints:
     def _title(self, kind: type) -> str:
         """A name of its own, of characters that a reference may have."""
         return f"{self._kinds.index(kind)}_{re.sub(r'[^A-Za-z0-9]+', '_', kind.__name__)}"
+
+
+def value_of(member: Any) -> Any:
+    """What JSON has for a member of an enum or of a `Literal`."""
+    return member.value if isinstance(member, enum.Enum) else member
 
 
 def required_fields(kind: Any, hints: Mapping[str, Any]) -> dict[str, bool]:

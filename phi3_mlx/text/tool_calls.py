@@ -170,7 +170,7 @@ class ToolCallParser:
         place = self._marks.find(self._rest, self._at_start)
         if text := self._take(place.begin):
             self._events.append(TextPiece(text))
-        self._at_start = self._at_start and not text.strip()
+        self._at_start = self._at_start and not text.strip(WHITE)
         if place.mark is None:
             return False
         self._mark = place.mark
