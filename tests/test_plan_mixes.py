@@ -14,6 +14,9 @@ from test_plan_grid import SLACK, drawn, model_of
 from test_traffic import Plot, ids_of, traffic
 
 from phi3_mlx.engine import scheduler
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.processors import Bias
+from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.models import attention, decoder, linear
 from phi3_mlx.models.cache import KVBits
 
@@ -95,3 +98,30 @@ def test_no_plan_of_a_mix_is_five_percent_short_or_much_too_large(seed, monkeypa
     peaks, planned, _ = taken_and_planned(case, monkeypatch)
     assert min(peaks) <= 1.05 * planned + SLACK, case
     assert planned <= max(2 * max(peaks), 50e6), case
+
+
+DRAWING = {
+    "the likeliest are told": {"top": 5},
+    "a bias": {"processors": (Bias({3: 1.0}),)},
+    "both, drawn by chance": {"top": 5, "processors": (Bias({3: 1.0}),), "sampling": Sampling(0.8, top_p=0.9, seed=1)},
+}
+
+
+@pytest.mark.parametrize("options", DRAWING.values(), ids=DRAWING)
+def test_plans_of_a_wide_vocabulary_count_what_is_done_to_its_logits(options, monkeypatch):
+    model = oracle.make_ours({**oracle.slim(oracle.CONFIGS["phi-4-mini"]), "vocab_size": 60_000})
+    mx.eval(model.parameters())
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    plans, together = [], scheduler.plan_together
+    monkeypatch.setattr(scheduler, "plan_together", lambda *args: plans.append(together(*args)) or plans[-1])
+    jobs = [Job(ids_of(model, 40, seed), 6, **options) for seed in range(3)]
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        mx.clear_cache()
+        others = mx.get_active_memory() - weights
+        mx.reset_peak_memory()
+        assert not traffic(model, jobs, [0, 0, 0])[1]
+        peaks.append(mx.get_peak_memory() - others)
+    taken, planned = min(peaks) - weights, max(plan.total for plan in plans) - weights
+    assert planned / 1.6 < taken < 1.05 * planned + SLACK

@@ -31,7 +31,7 @@ def workload_of(of_model: Workload, row: Row) -> Workload:
         draft=draft,
         prompt=len(row.prompt),
         verified=1 + max(row.job.lookup, 0 if draft is None else MAX_DRAFT),
-        drawing=numbers_drawn(row.job.sampling),
+        drawing=numbers_drawn(row.job.sampling, processed=bool(row.processors), top=row.job.top > 0),
     )
 
 

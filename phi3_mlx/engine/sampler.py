@@ -19,6 +19,7 @@ _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 # Numbers of each id that are alive at once while a row is drawn: its logits, and what each option adds to them.
 # Measured with 50,000 and 200,000 ids, 1 and 8 rows, float32 and bfloat16.
 _LOGITS, _REPETITION, _COUNTS, _NOISE, _TOP_K, _TOP_P, _MIN_P = 2, 2.75, 3.75, 3, 2.25, 5, 1.25
+_PROCESSED, _LIKELIEST = 3, 2
 _DRAWN_AHEAD = 4  # rows of a draft that are drawn while MLX makes room for ten operations more
 
 # The random key, the tokens seen (V,) or None, and how often each was drawn (V,) or None.
@@ -162,14 +163,18 @@ def filter_scores(scores: mx.array, sampling: Sampling) -> mx.array:
     return scores
 
 
-def numbers_drawn(sampling: Sampling) -> float:
-    """Numbers of each id of the vocabulary, in float32, that drawing a row's token holds, its logits among them."""
+def numbers_drawn(sampling: Sampling, *, processed: bool = False, top: bool = False) -> float:
+    """Numbers of each id of the vocabulary, in float32, that drawing a row's token holds, its logits among them.
+
+    `processed`: whether processors change the logits first; `top`: whether the likeliest ids are told too.
+    """
     if sampling.temperature < _COLD:
         filters = 0.0
     else:
         filters = _NOISE + _TOP_K * (sampling.top_k > 0) + _TOP_P * (sampling.top_p < 1) + _MIN_P * (sampling.min_p > 0)
     counts = bool(sampling.presence_penalty or sampling.frequency_penalty)
-    return _LOGITS + filters + _REPETITION * (sampling.repetition_penalty != 1.0) + _COUNTS * counts
+    others = _PROCESSED * processed + _LIKELIEST * top
+    return _LOGITS + filters + others + _REPETITION * (sampling.repetition_penalty != 1.0) + _COUNTS * counts
 
 
 def drawing_bytes(vocab_size: int, numbers: float, rows: int, verified: int) -> int:
