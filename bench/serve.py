@@ -198,7 +198,7 @@ BAD: dict[str, tuple[str, str, Any]] = {
     "a prompt longer than the context": (
         "POST",
         "/v1/chat/completions",
-        {**_HELLO, "messages": [{"role": "user", "content": "a b c d e f g h " * 20_000}]},
+        {**_HELLO, "messages": [{"role": "user", "content": "a b c d e f g h " * 2_500}]},
     ),
 }
 

@@ -18,7 +18,7 @@ _LEAST = 1e-30  # a smaller top_p is 0 in float32, and would exclude every token
 
 # Numbers of each id that are alive at once while a row is drawn: its logits, and what each option adds to them.
 # Measured with 50,000 and 200,000 ids, 1 and 8 rows, float32 and bfloat16.
-_LOGITS, _REPETITION, _COUNTS, _NOISE, _TOP_K, _TOP_P, _MIN_P = 2, 2.75, 3.75, 3, 2.25, 5, 1.25
+_LOGITS, _REPETITION, _COUNTS, _NOISE, _TOP_K, _TOP_P, _MIN_P = 2, 2.75, 4.5, 3, 2.25, 5, 1.25
 _PROCESSED, _LIKELIEST = 3, 2
 _DRAWN_AHEAD = 4  # rows of a draft that are drawn while MLX makes room for ten operations more
 
