@@ -2,7 +2,7 @@
 
     python -m bench serve [--only CASE] [--clients N ...] [--requests N] [--answer N] [--shared N] [--runs N]
 
-Both servers run on the same directory, as processes of their own, one after the other. Clients of one machine ask at
+Both servers run on the same directory, as processes of their own, and are asked in turn. Clients of one machine ask at
 once, each its share of the requests, over HTTP: questions that no other asked, under one long system message. Answers
 are streamed and have `--answer` tokens. Models have random weights of a middling shape, not packed, in 4 bits with
 float32 scales and with bfloat16 scales. The last table sends both servers, once each, what a client may get wrong.
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,15 @@ class Server:
         finally:
             connection.close()
 
+    def wait(self, package: str) -> None:
+        """Until it answers."""
+        began = time.perf_counter()
+        while time.perf_counter() - began < READY and self.process.poll() is None:
+            if self.send("GET", "/v1/models")[0] == 200:
+                return
+            time.sleep(0.1)
+        raise click.ClickException(f"{package}'s server did not start")
+
     def stream(self, **fields: Any) -> dict[str, float]:
         """A streamed chat: seconds until its first text and until its end, and the tokens that its usage tells."""
         body = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **fields}
@@ -96,30 +105,20 @@ class Server:
 
 @contextmanager
 def running(package: str, directory: Path) -> Iterator[Server]:
-    """The package's server of the model in a directory, until it answers and as long as it is asked."""
+    """The package's server of the model in a directory, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, *COMMANDS[package], str(directory), "--port", str(port)]
+    name = f"./{directory.name}"  # told in answers, which are to be the same every time
+    command = [sys.executable, *COMMANDS[package], name, "--port", str(port)]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=record.offline(), stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=record.offline(), cwd=directory.parent, stdout=log, stderr=log)
         try:
-            server = Server(port, process, _name_of_model(package, port, process, directory))
+            server = Server(port, process, name)
+            server.wait(package)
             yield server
         finally:
             process.terminate()
             process.wait(30)
-
-
-def _name_of_model(package: str, port: int, process: subprocess.Popen[bytes], directory: Path) -> str:
-    """What a server calls the model, once it answers."""
-    server, began = Server(port, process, ""), time.perf_counter()
-    while time.perf_counter() - began < READY and process.poll() is None:
-        status, body = server.send("GET", "/v1/models")
-        if status == 200:
-            # mlx-lm lists what is in the hub's cache, and takes the directory that it was started with for a name.
-            return str(directory) if package == "mlx-lm" else json.loads(body)["data"][0]["id"]
-        time.sleep(0.1)
-    raise click.ClickException(f"{package}'s server did not start")
 
 
 def asked(server: Server, system: str, clients: int, requests: int, answer: int, first: int) -> dict[str, float]:
@@ -223,7 +222,7 @@ def _told(status: int, body: bytes) -> str:
             error = content["error"]
             text = error["message"] if isinstance(error, dict) else str(error)
         elif status == 200:
-            text = content["choices"][0]["message"]["content"]
+            text = content["choices"][0]["message"]["content"] or ""
     except (ValueError, LookupError, TypeError):
         pass
     text = " ".join(text.split())
@@ -250,20 +249,23 @@ def main(
             directory = Path(folder, "model")
             make_checkpoint(directory, layers, dtype, bits, **{**MIDDLING, "vocab_size": 4032, "eos_token_id": 4031})
             copy_tokenizer(directory)
-            for package in COMMANDS:
-                with running(package, directory) as server:
+            with ExitStack() as stack:
+                servers = {package: stack.enter_context(running(package, directory)) for package in COMMANDS}
+                for server in servers.values():
                     asked(server, system, 1, 2, answer, 0)  # warms up
-                    for count in clients:
-                        measured = [
-                            asked(server, system, count, requests, answer, 1_000 * (run + 1) + 100 * count)
-                            for run in range(runs)
-                        ]
-                        figures = {key: record.spread([run[key] for run in measured]) for key in measured[0]}
-                        row = {"case": case, "model": name, "package": package, "clients": count, **figures}
-                        rows.append({**row, "peak_memory": server.peak_memory})
+                for count in clients:
+                    measured: dict[str, list[dict[str, float]]] = {package: [] for package in servers}
+                    for run in range(1, runs + 1):
+                        for package, server in servers.items():
+                            first = 1_000_000 * run + 1_000 * count
+                            measured[package].append(asked(server, system, count, requests, answer, first))
+                    for package, figures in measured.items():
+                        spreads = {key: record.spread([run[key] for run in figures]) for key in figures[0]}
+                        row = {"case": case, "model": name, "package": package, "clients": count, **spreads}
+                        rows.append({**row, "peak_memory": servers[package].peak_memory})
                         _tell(rows[-1])
-                    if package not in bad:
-                        bad[package] = bad_inputs(server)
+                if not bad:
+                    bad = {package: bad_inputs(server) for package, server in servers.items()}
     record.write(
         "serve", rows, "mlx", "mlx-lm", requests=requests, answer=answer, shared=shared, layers=layers, bad=bad
     )

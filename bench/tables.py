@@ -168,7 +168,7 @@ def serve() -> str:
         pair = [sides["phi3-mlx"], sides["mlx-lm"]]
         cells = []
         for figure, unit in (("requests_per_second", ""), ("first_token", "s")):
-            cells += [shown(side[figure], unit).strip() for side in pair]
+            cells += [shown(side[figure], unit).replace("  ", " ").strip() for side in pair]
             cells.append(f"{pair[0][figure]['median'] / pair[1][figure]['median']:.2f}×")
         peaks = [side["peak_memory"] for side in pair]
         cells.append(" and ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks if peak is not None))

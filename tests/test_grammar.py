@@ -253,6 +253,18 @@ def test_a_tokenizer_that_names_no_end_cannot_be_constrained():
         matchers(Form("regex", "a"), tokenizer, 1)
 
 
+def test_an_answer_may_end_with_an_id_that_the_tokenizer_has_no_token_for():
+    tokenizer = read_tokenizer(TINY)
+    end = tokenizer.vocab_size + 37
+    tokenizer.stop_ids = frozenset([end])
+    (matcher,) = matchers(Form("regex", "ab?"), tokenizer, 1)
+    first = next(n for n in matcher.allowed([]).nonzero()[0].tolist() if tokenizer.token_bytes(n) == b"a")
+    allowed = matcher.allowed([first])
+    assert len(allowed) == end + 1
+    assert allowed[end]
+    assert matcher.allowed([first, end]) is None or not matcher.allowed([first, end]).any()
+
+
 def nested(levels):
     schema = {"type": "integer"}
     for _ in range(levels):

@@ -96,13 +96,13 @@ class AnswerMatcher:
         import numpy as np
 
         self._matcher, self._tokenizer = matcher, tokenizer  # which the matcher asks how a text is spelled
-        self._size, self._stop_ids = tokenizer.vocab_size, tokenizer.stop_ids
+        self._size, self._stop_ids = _ids_known(tokenizer), tokenizer.stop_ids
         self._seen: list[int] = []
         self._bits = np.zeros(-(-self._size // 32), dtype=np.uint32)
         self._filled: int | None = None  # for how many tokens seen `_bits` says what comes next
 
     def allowed(self, answer: Sequence[int]) -> np.ndarray | None:
-        """1 for each id that may come next, else 0 (vocab_size,), uint8; None if no answer can begin like this.
+        """1 for each id that may come next, else 0 (ids,), uint8; None if no answer can begin like this.
 
         The tokenizer's stop ids are among them where the answer may end. Raises OptionError if the constraint turns
         out to be too large to be followed, or one that no text fits.
@@ -291,9 +291,14 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, bool]:
         if made is None:
             library, spelled = _library(), _Bytes(tokenizer)
             wrapped, stop_ids = library.TokenizerWrapper(spelled), sorted(tokenizer.stop_ids)
-            view = library.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=stop_ids)
+            view = library.LLTokenizer(wrapped, n_vocab=len(spelled.tokens), eos_token=stop_ids)
             _vocabularies[tokenizer] = made = view, spelled.spells_all
         return made
+
+
+def _ids_known(tokenizer: Tokenizer) -> int:
+    """Ids up to the last; a configuration may end answers with one that the tokenizer has no token for."""
+    return max(tokenizer.vocab_size, max(tokenizer.stop_ids) + 1)
 
 
 class _Bytes:
@@ -305,6 +310,7 @@ class _Bytes:
         self._tokenizer = weakref.ref(tokenizer)  # or the library's view would keep it alive, and with it itself
         self.eos_token_id = min(tokenizer.stop_ids)
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.tokens += [b""] * (_ids_known(tokenizer) - len(self.tokens))
         control = {token.id for token in tokenizer.added_tokens.values() if token.special or token.marked}
         self.special_token_ids = sorted(control | tokenizer.stop_ids)
         self._longest = max(map(len, self.tokens))
