@@ -54,7 +54,7 @@ _QUICK = {
     "schema": "--layers 1 --width 64 --runs 1 --vocabulary 2000 --answers 1",
     "batch": "--only tiny --tokens 1 --runs 1",
     "traffic": "--only unpacked --only tiny --layers 1 --requests 3 --shorter 32 --runs 1 --long 300",
-    "serve": "--only unpacked --clients 2 --requests 2 --answer 4 --shared 64 --layers 1 --runs 1",
+    "serve": "--only floats --clients 2 --requests 2 --answer 4 --shared 64 --layers 1 --runs 1",
     "prefix": "--tokens 64 --questions 2 --plain 1 --turns 1",
     "longcontext": "--tokens 1024 --chunk 256",
     "document": "--tokens 1000",

@@ -34,7 +34,7 @@ from .prefix import text_of
 
 # Of each case, the type of the scales, the bits of the weights, and what it is called.
 CASES = {
-    "unpacked": (DTYPE, 0, DTYPE),
+    "floats": (DTYPE, 0, DTYPE),
     "float32": ("float32", 4, "4-bit, float32 scales"),
     "bfloat16": ("bfloat16", 4, "4-bit, bfloat16 scales"),
 }
