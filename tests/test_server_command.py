@@ -300,6 +300,22 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_that_fit(served):
         assert status == 200, reply
 
 
+def test_an_answer_stands_right_behind_the_prompt_that_is_echoed(served):
+    body = {"model": "tiny", "prompt": "Once upon", "echo": True, "logprobs": 1, "max_tokens": 4}
+    choice = served.request("POST", "/v1/completions", body)[2]["choices"][0]
+    assert choice["text"] == "Once upon a time, there"
+    pieces, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert all(choice["text"].startswith(piece, offset) for offset, piece in zip(offsets[1:], pieces[1:], strict=True))
+    assert offsets == [0, 4, 9, 11, 16, 17]
+    # By itself it has no space in front, and neither has one of a given form.
+    assert (
+        served.request("POST", "/v1/completions", {**body, "echo": False})[2]["choices"][0]["text"] == "a time, there"
+    )
+    pytest.importorskip("llguidance")
+    choice = served.request("POST", "/v1/completions", {**body, "regex": "a t[a-z]+"})[2]["choices"][0]
+    assert re.fullmatch("a t[a-z]+", choice["text"].removeprefix("Once upon"))
+
+
 def test_completions_score_a_prompt_that_is_echoed(served):
     model, tokenizer = load("tiny")
     ids = [int(token) for token in tokenizer.encode("Once upon a time, there was a duck.")]

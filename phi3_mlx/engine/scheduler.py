@@ -12,6 +12,7 @@ from ..errors import MemoryLimitError
 from ..models.cache import fork
 from ..models.decoder import Model
 from ..threads import turn
+from ..values import refusal
 from . import machine
 from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
@@ -116,9 +117,11 @@ class Scheduler:
         ends it, and it keeps its cache until `let_go()`.
 
         Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
-        OptionError for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
+        OptionError for no Job and for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
         would not fit alone.
         """
+        if not isinstance(job, Job):
+            raise refusal(job, "job", "a Job")
         checked_prompts(self._model, [job.prompt], answered=job.max_tokens != 0)
         for ids in job.choices:
             check_ids(self._model, ids)

@@ -28,6 +28,12 @@ class Answer:
         self.job = job
         self._decoder, self._finder, self._stops = tokenizer.stream(), stops.finder(), stops
 
+    def follow(self, prompt: Sequence[int]) -> None:
+        """Let the text be one that stands right after the prompt's: a space between the two is kept."""
+        for token in prompt:
+            self._decoder.add(token)
+        self._decoder.finish()
+
     def take(self, token: Token) -> tuple[str, FinishReason | None]:
         """The text that one more token makes certain, and why the answer ends with it, if it does.
 

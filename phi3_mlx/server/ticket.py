@@ -32,7 +32,13 @@ class Ticket:
         self._tokenizer, self._listener, self._wake = tokenizer, listener, wake
         self._answers = _answers(work, tokenizer, self.prompt, form)
         self._said = [0] * len(self._answers)  # tokens
-        self._texts = [_Spelling(tokenizer) for _ in self._answers]
+        self._echoed = tokenizer.decode(self.prompt) if work.echo else ""
+        # An answer of a given form is one by itself, also behind its prompt.
+        follows = bool(self._echoed) and form is None and work.request.form is None
+        if follows:
+            for answer in self._answers:
+                answer.follow(self.prompt)
+        self._texts = [_Spelling(tokenizer, first=not follows) for _ in self._answers]
         self._left = len(self._answers)
         self._told = threading.RLock()
         self.rows: list[Row] = []
@@ -75,8 +81,7 @@ class Ticket:
         if row.progress < len(self.prompt):
             self.tell(Reading(row.progress, len(self.prompt)))
             return False
-        text = self._tokenizer.decode(self.prompt) if self.work.echo else ""
-        self.tell(Begun(len(self.prompt), row.reused, self._echo(row), text))
+        self.tell(Begun(len(self.prompt), row.reused, self._echo(row), self._echoed))
         if not self.work.n:
             self._end(0, "length")
         return True
@@ -112,13 +117,13 @@ class Ticket:
 
 
 class _Spelling:
-    """Tokens of a text as clients see them, and where in it each begins."""
+    """Tokens of a text as clients see them, and where in it each begins. `first`: no other text stands before it."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, first: bool = True):
         self._tokenizer = tokenizer
         self._unseen = tokenizer.special_ids | tokenizer.stop_ids
         self._characters = 0
-        self._drops_space = tokenizer.drops_first_space
+        self._drops_space = first and tokenizer.drops_first_space
 
     def info(self, token: int, logprob: float | None, top: Alternatives) -> TokenInfo:
         """One more token."""
