@@ -483,4 +483,4 @@ def test_a_file_that_cannot_be_written_is_said_and_fails_no_call(capsys, tmp_pat
     code, out, err = called(capsys, "generate", "-p", STORY, "--max-tokens", "2", "--prefixes", tmp_path)
     assert code == 0
     assert out
-    assert "--prefixes has written no file: [Errno 28] No space left on device" in err
+    assert "--prefixes has written no file: No space left on device\n" in err

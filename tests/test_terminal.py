@@ -178,6 +178,15 @@ def test_a_prompt_in_utf_8_is_read_in_the_c_locale():
         check_text("na\udcef", "-p")
 
 
+@pytest.mark.parametrize("words", [("--regex", "é"), ("--choices", "é"), ("--schema", '{"const": "é"}')], ids=str)
+def test_forms_in_utf_8_are_read_in_the_c_locale(words, capfd):
+    pytest.importorskip("llguidance")
+    as_in_the_c_locale = [word.encode().decode("ascii", "surrogateescape") for word in words]
+    assert ran("generate", "-p", "x", "--stop", as_in_the_c_locale[1], "--max-tokens", "9", *as_in_the_c_locale) == 0
+    assert ran("generate", "-p", "x", "--max-tokens", "9", *as_in_the_c_locale) == 0
+    assert "é" in capfd.readouterr().out
+
+
 def test_help_is_written_in_any_encoding(monkeypatch: pytest.MonkeyPatch):
     for command in ("generate", "tune"):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))

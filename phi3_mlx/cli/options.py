@@ -18,7 +18,7 @@ from ..generation.request import CHAT_TOKENS, Request
 from ..option import DTYPE_NAMES, option
 from ..sizes import parse_size
 from .declare import fields_of, option_of, options_of
-from .reading import read_input
+from .reading import check_text, read_input
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ _ANSWER = tuple(name for name in REQUEST_FIELDS if name not in ("max_tokens", "r
 def _json_or_file(given: str) -> str:
     """JSON that was given as such, or that of a file. OptionError for a file without JSON."""
     if given.lstrip().startswith("{"):
-        return given
+        return check_text(given, "--schema")
     text = read_input(given)
     try:
         parse(text)
@@ -239,7 +239,13 @@ def _json_or_file(given: str) -> str:
 
 def _request_options(*names: str) -> Callable[[Any], Any]:
     """Options of a `Request`, which the command gets as `request`."""
-    then = {"schema": _json_or_file, "grammar": read_input}
+    then: dict[str, Callable[[Any], Any]] = {
+        "schema": _json_or_file,
+        "grammar": read_input,
+        "regex": lambda given: check_text(given, "--regex"),
+        "choices": lambda given: check_text(given, "--choices"),
+        "stop": lambda given: tuple(check_text(text, "--stop") for text in given),
+    }
     then = {name: read for name, read in then.items() if name in names}
     return options_of("request", Request, names, overrides=_OVERRIDES, before={"force": [within_memory]}, then=then)
 
@@ -253,8 +259,8 @@ memory_options = _request_options(*_MEMORY)
 prefixes_option = click.option(
     "--prefixes",
     metavar="DIR[=SIZE]",
-    help="Keep what is read in files in this folder, and read only what no call before has. They take 20GB at most, or "
-    "SIZE.",
+    help="Keep what is read in files in this folder, and read only what no call before has. Prompts share what they "
+    "begin with, so give a long text before the question. The files take 20GB at most, or SIZE.",
 )
 
 
@@ -284,7 +290,8 @@ def open_prefixes(given: str | None, budget: int | str | None = None) -> PrefixS
 def note_unwritten(prefixes: PrefixStore | None) -> None:
     """Say so where a file of --prefixes could not be written."""
     if prefixes is not None and prefixes.error is not None:
-        note(f"--prefixes has written no file: {prefixes.error}")
+        error = prefixes.error
+        note(f"--prefixes has written no file: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def note_idle(request: Request) -> None:

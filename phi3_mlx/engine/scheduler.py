@@ -117,8 +117,8 @@ class Scheduler:
         ends it, and it keeps its cache until `let_go()`.
 
         Raises PromptError for an empty prompt, ids outside the vocabulary, or one that leaves no room to answer,
-        OptionError for no Job and for bits that the model's heads cannot have, and MemoryLimitError, with the numbers, for a job that
-        would not fit alone.
+        OptionError for what is no Job and for bits that the model's heads cannot have, and MemoryLimitError, with the
+        numbers, for a job that would not fit alone.
         """
         if not isinstance(job, Job):
             raise refusal(job, "job", "a Job")
