@@ -91,7 +91,9 @@ def _call(call: Any, number: int) -> tuple[str, str, str]:
     if not isinstance(value, dict):
         raise ChatError(f"message {number}: the arguments of {shorten(name)} are {shorten(value)}, not an object")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return call.get("id", ""), name, f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {text}}}'
+    text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {text}}}'
+    # Marks that the assistant writes are tokens; in arguments, which may repeat what anybody said, they are text.
+    return call.get("id", ""), name, text.replace("<|", r"\u003c|")
 
 
 def _result(message: Mapping[str, Any], waiting: dict[str, tuple[int, str]], number: int) -> tuple[int, dict[str, Any]]:
