@@ -104,8 +104,8 @@ class Served:
         self.port, self.engine, self.service, self.server, self.log = port, engine, service, server, log
         self.url = f"http://127.0.0.1:{port}"
 
-    def request(self, method, path, body=None, headers=(), raw=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+    def request(self, method, path, body=None, headers=(), raw=None, seconds=20):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         with contextlib.closing(connection):
             data = raw if raw is not None else None if body is None else json.dumps(body)
             connection.request(method, path, data, dict(headers))

@@ -254,6 +254,8 @@ class Scheduler:
     def _check_alone(self, row: Row, workload: Workload) -> None:
         """MemoryLimitError if the row would not fit even if no other ran."""
         room = self._available({**self._workloads, row: workload}) + self._stored + self._freeable
+        if self._room is None:
+            room += self.reserved  # what is computed for others now is given back
         kept = self._kept or row.job.cache is not None
         check_fits(workload, room, prompt=len(row.prompt) if row.left else 0, kept=kept)
 
