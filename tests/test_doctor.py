@@ -198,12 +198,12 @@ def test_versions_below_what_is_needed_are_wrong_and_missing_extras_a_note(mac):
     assert found(replace(mac, required=None), "packages")[0] == "note"
 
 
-def test_an_extra_that_lacks_several_packages_is_one_note_of_the_first(mac):
+def test_an_extra_that_lacks_several_packages_is_one_note(mac):
     served = tuple(f'{name}>=0.1; extra == "serve"' for name in ("starlette", "uvicorn"))
     notes = [one for one in examine(replace(mac, required=REQUIRED + served)) if one.check == "extras"]
     (note,) = notes
     assert (note.text, note.cure) == (
-        "starlette is not installed: `phi3-mlx serve` needs it",
+        "starlette, uvicorn are not installed: `phi3-mlx serve` does not start",
         'pip install "phi3-mlx[serve]"',
     )
 

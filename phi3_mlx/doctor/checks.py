@@ -223,7 +223,7 @@ def _packages(machine: Machine) -> list[Finding]:
         return [Finding("packages", "note", text, "pip install -e .")]
     faults: dict[str, str] = {}
     good: list[str] = []
-    missing: dict[str, str] = {}  # the first package that an extra lacks
+    missing: dict[str, list[str]] = {}  # the packages that an extra lacks
     for line in machine.required:
         requirement = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(?:.*extra == ['\"]([\w-]+)['\"])?", line)
         if requirement is None:
@@ -235,7 +235,7 @@ def _packages(machine: Machine) -> list[Finding]:
         elif extra is None:
             good.append(f"{name} {have}")
         elif extra in EXTRAS and have is None:
-            missing.setdefault(extra, name)
+            missing.setdefault(extra, []).append(name)
     findings = []
     if faults:
         findings.append(
@@ -243,8 +243,8 @@ def _packages(machine: Machine) -> list[Finding]:
         )
     else:
         findings.append(Finding("packages", "ok", ", ".join(good)))
-    for extra, name in missing.items():
-        text = f"{name} is not installed: {EXTRAS[extra]}"
+    for extra, names in missing.items():
+        text = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not installed: {EXTRAS[extra]}"
         findings.append(Finding("extras", "note", text, _install(machine, extra)))
     return findings
 
@@ -252,7 +252,7 @@ def _packages(machine: Machine) -> list[Finding]:
 # What a user lacks without an extra; the others are for work on this package.
 EXTRAS = {
     "schema": "answers of a given form and tools need it",
-    "serve": "`phi3-mlx serve` needs it",
+    "serve": "`phi3-mlx serve` does not start",
     "tiktoken": "the tokenizer of Phi-3-small needs it",
     "gguf": "`phi3-mlx convert` reads GGUF files with it",
     "plot": "`tune` and `convert` draw their plots with it",
