@@ -100,6 +100,22 @@ def test_wrong_options_are_refused_before_a_job_waits(options):
     assert not runs.busy
 
 
+def test_a_job_that_was_cancelled_while_it_waited_lacks_nothing():
+    measure = Scheduler(MODEL, room=math.inf)
+    measure.submit(job(0, max_tokens=30))
+    measure.admit()
+    runs = Scheduler(MODEL, room=measure._plan.total - measure._plan.weights + 1000)
+    rows = [runs.submit(job(0, max_tokens=30)) for _ in range(2)]
+    runs.step()
+    assert runs.lacks
+    rows[1].finish()
+    assert not runs.lacks
+    while runs.busy:
+        assert not runs.step().failed
+    assert not runs.lacks
+    assert not rows[1].answer
+
+
 @pytest.mark.parametrize("how", ["ends", "fails", "breaks off"])
 def test_a_cache_that_a_job_brought_keeps_nothing_of_the_rows_beside_it(how, monkeypatch):
     runs = Scheduler(MODEL, room=math.inf)

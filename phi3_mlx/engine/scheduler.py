@@ -85,7 +85,7 @@ class Scheduler:
     @property
     def lacks(self) -> bool:
         """Whether a job waits for memory."""
-        return self._lacking is not None
+        return self._lacking is not None and not self._lacking.finished
 
     def retry(self) -> None:
         """Let a job that waits for memory try again: others have given some back."""
@@ -233,7 +233,7 @@ class Scheduler:
                     self._prefixes.give_way(lacking)
                 self._plan, self._workloads = plan, workloads
                 return
-            youngest = [row for row in self._workloads if not row.job.branches][-1]
+            youngest = [other for other in self._workloads if not other.job.branches][-1]
             if len(self._workloads) == 1:
                 row.budget = len(row.answer) + 1
                 return
