@@ -470,3 +470,14 @@ def test_several_prompts_score_as_each_alone_and_progress_counts_them(loaded):
         assert [score.tokens for score in ours] == [score.tokens for score in by_itself]
         for one, other in zip(ours, by_itself, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=SAME)
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 16, 17])
+def test_prompts_that_end_in_one_step_make_room_for_the_rest(count):
+    """Nothing else runs then, and those that wait must not be forgotten."""
+    model = MODELS["3.5-mini"]
+    prompts = [[Continued((*ids_of(model, 5, seed), 7), 5)] for seed in range(count)]
+    scored = score_together(model, prompts)
+    assert len(scored) == count
+    for continued, each in zip(prompts, scored, strict=True):
+        assert_as_alone(model, continued, each)

@@ -115,10 +115,11 @@ def score_together(
     runs = Scheduler(model, force=force, prefixes=prefixes)
 
     def let_join() -> None:
+        running[:] = [group for group in running if group.go_on(runs)]  # first: all may have ended at once
         while waiting and len(running) < _PROMPTS_AT_ONCE:
             waiting[0].begin(runs)
             running.append(waiting.popleft())
-        running[:] = [group for group in running if group.go_on(runs)]
+            running[-1].go_on(runs)
 
     scored: list[list[list[TokenScore]]] = []
 
