@@ -42,6 +42,7 @@ _PUBLIC = {
     "compare": "evaluation.quality",
     "convert": "conversion.pipeline",
     "encode_prompt": "generation.answers",
+    "evaluate": "evaluation.harness",
     "export_peft": "adapters.peft",
     "fuse": "conversion.fuse",
     "generate": "generation.answers",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .engine.tokens import Statistics as Statistics
     from .engine.tokens import Token as Token
     from .errors import Phi3Error as Phi3Error
+    from .evaluation.harness import evaluate as evaluate
     from .evaluation.lm import HarnessLM as HarnessLM
     from .evaluation.quality import compare as compare
     from .generation.answers import Chunk as Chunk

@@ -40,7 +40,7 @@ class ContextLengthError(PromptError):
 
 
 class DataError(Phi3Error):
-    """Training data that cannot be read, or that is not of a form this package knows."""
+    """Training data or questions that cannot be read, or that are not of a form this package knows."""
 
 
 class AdapterError(Phi3Error):

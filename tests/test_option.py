@@ -23,7 +23,7 @@ from phi3_mlx.conversion import fuse, pipeline
 from phi3_mlx.conversion.options import ConvertOptions, FuseOptions
 from phi3_mlx.errors import OptionError
 from phi3_mlx.evaluation import quality
-from phi3_mlx.evaluation.options import CompareOptions
+from phi3_mlx.evaluation.options import CompareOptions, EvalOptions
 from phi3_mlx.models.decoder import LongRopeRule
 from phi3_mlx.option import DTYPE_NAMES, Range, arguments, option, settle
 from phi3_mlx.store.checkpoint import DTYPES
@@ -37,6 +37,7 @@ FUNCTIONS = {
     phi3_mlx.convert: ConvertOptions,
     phi3_mlx.fuse: FuseOptions,
     phi3_mlx.compare: CompareOptions,
+    phi3_mlx.evaluate: EvalOptions,
 }
 
 
@@ -147,7 +148,7 @@ def test_choices_are_those_of_what_is_chosen():
 
 
 @pytest.mark.parametrize(
-    "module", ["conversion.options", "evaluation.options", "cli.convert", "cli.fuse", "cli.compare"]
+    "module", ["conversion.options", "evaluation.options", "cli.convert", "cli.fuse", "cli.compare", "cli.eval"]
 )
 def test_options_are_known_without_mlx(module):
     script = f"import sys, phi3_mlx.{module}; assert 'mlx.core' not in sys.modules"
@@ -327,6 +328,7 @@ HOMES = {
     "ConvertOptions": "phi3_mlx.conversion.options",
     "FuseOptions": "phi3_mlx.conversion.options",
     "CompareOptions": "phi3_mlx.evaluation.options",
+    "EvalOptions": "phi3_mlx.evaluation.options",
     "Settings": "phi3_mlx.tuning.settings",
 }
 LINES = {
@@ -335,6 +337,7 @@ LINES = {
     "convert tiny -o new": "How much gusto. [default: 3]",
     "fuse --adapter a -o new": "How much gusto. [default: 3]",
     "compare tiny tiny": "How much gusto. [default: 3]",
+    "eval --tasks mmlu": "How much gusto. [default: 3]",
     "tune -d data.jsonl -o new": "How much gusto. [default: 3]",
 }
 

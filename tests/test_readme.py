@@ -1,5 +1,6 @@
 """Commands and examples of the README and the guides do what they say; every figure comes from a result file."""
 
+import json
 import os
 import re
 import shlex
@@ -59,6 +60,17 @@ def checkpoint(tmp_path_factory):
     return make_directory(tmp_path_factory.mktemp("models") / "floats", hidden_size=128, intermediate_size=128)
 
 
+def write_questions(folder):
+    """What the commands of docs/evaluation.md ask: a file of one's own, and a directory with MMLU, ARC and GSM8K."""
+    question = {"question": "Who ran?", "choices": ["a dog", "a cat", "an owl", "a hen"], "answer": 0}
+    for split in ("dev", "test"):
+        (folder / "eval" / split).mkdir(parents=True)
+        (folder / "eval" / split / f"anatomy_{split}.csv").write_text("Who ran?,a dog,a cat,an owl,a hen,A\n" * 5)
+    for file in ("questions.jsonl", "eval/arc_challenge_test.jsonl"):
+        (folder / file).write_text(f"{json.dumps(question)}\n")
+    (folder / "eval" / "gsm8k_test.jsonl").write_text('{"question": "How many ran?", "answer": "One.\\n#### 1"}\n')
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, checkpoint, tmp_path):
     for part in ("notebooks", "weights"):  # of the clone
@@ -66,6 +78,7 @@ def test_commands_run(command, checkpoint, tmp_path):
     (tmp_path / "notes.txt").write_text("The dog ran.")
     (tmp_path / "my_tools.py").write_text('def now() -> str:\n    """The time of day."""\n    return "12:00"\n')
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
+    write_questions(tmp_path)
     given, _, command = command.rpartition("phi3-mlx ")
     words, given = shlex.split(command), f"{shlex.split(given)[1]}\n" if given else ""
     home = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "hub")}
