@@ -8,7 +8,7 @@ import pytest
 from phi3_mlx.engine import batch
 from phi3_mlx.generation.request import Request
 from phi3_mlx.server.models import Models
-from phi3_mlx.server.work import Begun, Ended, Reading, Work
+from phi3_mlx.server.work import Begun, Ended, Piece, Reading, Work
 from phi3_mlx.server.worker import Worker
 
 PROMPT = [5, 9, 7, 11] * 200
@@ -65,3 +65,23 @@ def test_who_goes_while_the_prompt_is_read_ends_the_reading(worker):
     assert worker.figures().read_tokens < 400
     assert len(told) == 1
     assert not isinstance(told[0], Begun)
+
+
+def test_who_goes_while_several_answers_run_ends_them_all(worker):
+    tickets, told, known, gone = [], [], threading.Event(), threading.Event()
+
+    def listener(event):
+        known.wait(60)
+        told.append(event)
+        if isinstance(event, Piece):
+            tickets[0].cancel()
+            gone.set()
+
+    tickets.append(worker.submit(Work("tiny", PROMPT[:40], Request(max_tokens=500), n=8), listener))
+    known.set()
+    assert gone.wait(60)
+    assert worker.alive(30)
+    assert worker.alive(30)
+    assert worker.figures().running == 0
+    assert worker.figures().made_tokens < 100
+    assert sum(isinstance(event, Piece) for event in told) == 1
