@@ -11,8 +11,9 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level, tiktoken_ranks
+from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level, tiktoken_ranks, write_json
 
+from phi3_mlx.conversion.gguf.tokenizer import tokenizer_files
 from phi3_mlx.engine import processors
 from phi3_mlx.errors import OptionError, Phi3Error
 from phi3_mlx.generation.request import Request
@@ -26,13 +27,23 @@ def matcher(tokenizer, kind, text):
     return matchers(Form(kind, text), tokenizer, 1)[0]
 
 
-@pytest.fixture(scope="module", params=["json", "sentencepiece", "byte level", "tiktoken"])
+@pytest.fixture(scope="module", params=["json", "sentencepiece", "gguf", "byte level", "tiktoken"])
 def tokenizer(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("vocabulary")
     if request.param == "json":
         return read_tokenizer(TINY)
     if request.param == "sentencepiece":
         return read_tokenizer(TINY, backend="sentencepiece")
+    if request.param == "gguf":
+        pytest.importorskip("gguf")
+        from gguf_samples import sentencepiece_metadata
+
+        declared = json.loads((TINY / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        ends = {"tokenizer.ggml.eos_token_id": 4000, "tokenizer.ggml.eot_token_id": 4007}
+        files = tokenizer_files({**sentencepiece_metadata(TINY, declared), **ends}, "model.gguf")
+        for name in ("tokenizer", "tokenizer_config", "generation_config"):
+            write_json(directory / f"{name}.json", getattr(files, name))
+        return read_tokenizer(directory)
     if request.param == "byte level":
         return read_tokenizer(byte_level(directory, PHI4_MINI_TOKENS, strip=False))
     return read_tokenizer(tiktoken_ranks(directory))
@@ -203,6 +214,13 @@ FAULTS = [
     ({"schema": {}, "regex": "a"}, "schema has no place beside regex: an answer follows one alone; leave one out"),
     ({"grammar": "a", "choices": "a"}, "grammar has no place beside choices: an answer follows one alone"),
 ]
+
+
+def test_choices_in_one_text_have_no_spaces_around_them():
+    assert Request(choices="yes, no ,not at all").choices == ("yes", "no", "not at all")
+    assert Request(choices=["yes", " no"]).choices == ("yes", " no")
+    with pytest.raises(OptionError, match="an empty answer"):
+        Request(choices="yes, ,no")
 
 
 @pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message for _, message in FAULTS])

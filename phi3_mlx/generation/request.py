@@ -32,7 +32,10 @@ def _stops(value: Any, name: str) -> tuple[str, ...] | None:
 
 
 def _choices(value: Any, name: str) -> tuple[str, ...] | None:
-    choices = tuple(text(value, name).split(",")) if isinstance(value, str) else texts(value, name)
+    if isinstance(value, str):
+        choices = tuple(choice.strip() for choice in text(value, name).split(","))
+    else:
+        choices = texts(value, name)
     if not choices or not all(choices):
         raise OptionError(f"{name} has an empty answer to choose; give texts of at least one character")
     return choices
