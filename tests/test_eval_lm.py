@@ -12,6 +12,7 @@ from oracle import make_torch_dequantized
 from phi3_mlx import generate, load
 from phi3_mlx.engine.batch import Batch
 from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.prefixes import PrefixStore
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import ContextLengthError, OptionError, PromptError
 from phi3_mlx.evaluation.answering import harness_request
@@ -121,6 +122,25 @@ def test_the_shots_of_questions_are_read_once(tiny, read_tokens):
     HarnessLM(*tiny).loglikelihood(asked("loglikelihood", *[(question, " A") for question in questions]))
     tokens = [len(tiny[1].encode(text)) for text in (shots, *questions)]
     assert read_tokens() < sum(tokens[1:]) - 2.5 * tokens[0]
+
+
+def test_a_store_keeps_what_is_shared_and_nothing_of_what_is_not(tiny, monkeypatch):
+    kept, give = [], PrefixStore.give
+    monkeypatch.setattr(PrefixStore, "give", lambda *given, **named: kept.append(1) or give(*given, **named))
+    shots = "Max has a red ball, and Lily has a key. " * 2
+    alike = [f"{shots}Where is the {thing}?" for thing in ("dog", "cat")]
+    apart = [
+        "Max has a red ball, and Lily has a key, and the dog runs home.",
+        "Once upon a time there was a little girl.",
+    ]
+    for contexts, keeps in ((apart, False), (alike, True)):
+        for lm, expected in ((HarnessLM(*tiny), keeps), (HarnessLM(*tiny, prefixes=PrefixStore()), True)):
+            lm.loglikelihood(asked("loglikelihood", *[(context, " A") for context in contexts]))
+            assert bool(kept) == expected
+            kept.clear()
+            lm.generate_until(asked("generate_until", *[(context, {"max_gen_toks": 2}) for context in contexts]))
+            assert bool(kept) == expected
+            kept.clear()
 
 
 def test_a_choice_without_tokens_is_refused(tiny):

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..engine.continuations import Continued, score_together
-from ..engine.prefixes import PrefixStore
+from ..engine.prefill import common_length
+from ..engine.prefixes import LEAST, PrefixStore
 from ..errors import OptionError, PromptError
 from ..generation.loading import check_loaded, check_tokenizer
 from ..generation.request import Request
@@ -74,7 +76,7 @@ class HarnessLM(LM):
         self.cut_prompts = self.cut_answers = 0
         self._model, self._tokenizer = model, tokenizer
         self._cache = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
-        self._prefixes = PrefixStore() if prefixes is None else prefixes
+        self._given, self._store = prefixes, PrefixStore() if prefixes is None else prefixes
         self._prefix, self._seed, self._progress, self._notify = prefix_token_id, seed, progress, notify
         self._said: set[str] = set()
 
@@ -165,7 +167,7 @@ class HarnessLM(LM):
             self._model,
             self._tokenizer,
             [asked[place] for place in order],
-            prefixes=self._prefixes,
+            prefixes=self._store_for([prompt for prompt, _ in (asked[place] for place in order)]),
             force=self._cache.force,
             progress=self._progress,
         )
@@ -240,13 +242,18 @@ class HarnessLM(LM):
                 prompts,
                 kv_bits=self._cache.cache_bits(),
                 force=self._cache.force,
-                prefixes=self._prefixes,
+                prefixes=self._store_for(some),
                 progress=self._progress_from(first, len(contexts)),
             )
             for ids, of_context in zip(some, scored, strict=True):
                 for place, tokens in zip(by_context[ids], of_context, strict=True):
                     total = math.fsum(token.logprob for token in tokens)
                     yield place, (total, all(token.is_likeliest for token in tokens))
+
+    def _store_for(self, contexts: Sequence[list[int] | tuple[int, ...]]) -> PrefixStore | None:
+        """What keeps their beginnings; none of its own where no two neighbours begin alike: to keep takes a while."""
+        alike = any(common_length([*ids], [*after]) >= LEAST for ids, after in pairwise(contexts))
+        return self._store if alike or self._given is not None else None
 
     def _progress_from(self, first: int, total: int) -> Callable[[int, int], None] | None:
         progress = self._progress
