@@ -59,6 +59,8 @@ def said_by(capsys, *words):
         (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are called a"),
         (["--temperature", "-1"], "--temperature -1.0 is outside its range"),
         (["--kv-bits", "5"], "5"),
+        (["--port", "65536"], "--port 65536 is outside its range; give 0 to 65535"),
+        (["--queue", "0"], "--queue 0 is outside its range; give 1 or more"),
         (["--memory", "plenty"], "'plenty' is not a size"),
         (
             ["--allowed-host", "http://mac.local"],

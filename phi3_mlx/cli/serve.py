@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import socket
 import threading
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -39,6 +40,18 @@ _KEY_VARIABLE = "PHI3_MLX_API_KEY"
 _MOST_KEY_BYTES = 4096
 
 
+def _whole(least: int, most: float = math.inf) -> Callable[[click.Context, click.Parameter, int], int]:
+    """A callback of Click's that refuses numbers outside a range."""
+
+    def check(_: click.Context, param: click.Parameter, value: int) -> int:
+        if least <= value <= most:
+            return value
+        allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise OptionError(f"--{param.name} {value} is outside its range; give {allowed}")
+
+    return check
+
+
 @click.command()
 @click.option(
     "-m", "--model", "names", multiple=True, default=("tiny",), show_default=True, metavar="NAME",
@@ -48,15 +61,17 @@ _MOST_KEY_BYTES = 4096
     "--adapter", "adapters", multiple=True, metavar="NAME=DIR",
     help="Serve the model with the adapter in this folder, as a model called NAME; may be repeated.",
 )  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen at.")
+@click.option(
+    "--port", default=8080, show_default=True, metavar="N", callback=_whole(0, 65535), help="0: any free port."
+)
 @memory_option
 @click.option(
     "--prefix-memory", default="2GB", show_default=True, metavar="SIZE",
     help="What was read stays in this much memory, for requests that begin alike. It gives way to what runs.",
 )  # fmt: skip
 @click.option(
-    "--queue", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Requests that may wait."
+    "--queue", default=256, show_default=True, metavar="N", callback=_whole(1), help="Requests that may wait."
 )
 @click.option(
     "--api-key-file",
