@@ -214,7 +214,7 @@ memory_option = _memory()  # for a command that hands it on
 _MODEL_FIELDS = fields_of(ModelOptions)
 answering_model_options = options_of("source", ModelOptions)
 model_options = options_of("source", ModelOptions, [name for name in _MODEL_FIELDS if name != "draft_model"])
-planned_draft_option = option_of(_MODEL_FIELDS["draft_model"], help="Plan for this draft model beside the model.")
+draft_model_option = option_of(_MODEL_FIELDS["draft_model"], help="Count this draft model too.")
 revision_option = option_of(_MODEL_FIELDS["revision"])
 compute_dtype = option_of(_MODEL_FIELDS["dtype"])
 longrope_option = option_of(_MODEL_FIELDS["longrope"])

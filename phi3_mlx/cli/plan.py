@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OptionError
-from .options import planned_draft_option, revision_option
+from .options import draft_model_option, revision_option
 from .terminal import show, show_json
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _KV_BITS = (0, 8, 6, 4, 3, 2)  # 0: not packed
     "-m", "--model", default="tiny", show_default=True, metavar="NAME", help="As in generate; nothing is downloaded."
 )
 @revision_option
-@planned_draft_option
+@draft_model_option
 @click.option("--context", type=int, metavar="N", help="Show what N tokens need, prompt and answer together.")
 @click.option("--memory", metavar="SIZE", help="Plan for a Mac with this much memory (16GB) instead of the usual ones.")
 @click.option("--here", is_flag=True, help="Plan for this machine, as it is now.")
