@@ -295,6 +295,19 @@ class Corner(enum.Enum):
     LEFT = (0, 1)
 
 
+def test_what_annotated_limits_is_refused_by_name():
+    def described(x: Annotated[int, pydantic.Field(description="How many.")]): ...
+    def limited(x: Annotated[int, pydantic.Field(ge=3)]): ...
+
+    assert Tool.of(described).parameters["properties"] == {"x": {"type": "integer", "description": "How many."}}
+    with pytest.raises(OptionError, match=r"^tool limited: x has the limits FieldInfo.*; give one$"):
+        Tool.of(limited)
+    (limit,) = pydantic.Field(ge=3).metadata
+    limited.__annotations__["x"] = Annotated[int, limit]
+    with pytest.raises(OptionError, match=r"^tool limited: x has the limits Ge\(ge=3\)"):
+        Tool.of(limited)
+
+
 def test_members_of_enums_are_told_by_their_values():
     def to(level: Level, least: Literal[Level.LOW, "none"]) -> str:
         return f"{level.name} {least!r}"

@@ -83,13 +83,20 @@ class Hints:
         if hint is None:
             return {"type": "null"}
         if origin in (typing.Annotated, *_REQUIREMENTS):
-            notes = " ".join(note for note in arguments[1:] if isinstance(note, str))
+            notes = " ".join(filter(None, map(self._description, arguments[1:])))
             return {**self.schema_of(arguments[0]), **({"description": notes} if notes else {})}
         if origin is typing.Literal:
             return self._enum(hint, arguments)
         if origin in (typing.Union, types.UnionType):
             return {"anyOf": [self.schema_of(argument) for argument in arguments]}
         return self._schema_of_class(hint) if isinstance(hint, type) and not origin else self._container(hint)
+
+    def _description(self, note: Any) -> str:
+        """What a note of `Annotated` says: a text, or pydantic's `Field(description=...)`."""
+        if getattr(note, "metadata", None) or type(note).__module__ == "annotated_types":
+            raise OptionError(f"{self.name} has the limits {note!r}, which a pydantic model alone can have; give one")
+        said = note if isinstance(note, str) else getattr(note, "description", None)
+        return said if isinstance(said, str) else ""
 
     def _schema_of_class(self, kind: type) -> dict[str, Any]:
         if kind in _JSON_TYPES:
