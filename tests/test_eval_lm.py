@@ -1,5 +1,6 @@
 """A model as lm-eval's language model: its numbers, what it reads, what it cuts; lm-eval's own backend beside it."""
 
+import json
 import math
 import sys
 
@@ -26,7 +27,10 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from phi3_mlx.evaluation.lm import HarnessLM
+from phi3_mlx.evaluation.tasks import harness_tasks
 
+# ARC, BLiMP and MMLU with and without examples: of how many tasks the first so many questions.
+LISTS = [("arc_easy", 0, 1, 400), ("blimp", 0, 1, 400), ("mmlu", 0, 50, 3), ("mmlu", 5, 50, 1)]
 TINY = ROOT / "weights" / "tiny"
 SAME = 1e-4  # of a token
 PAIRS = [
@@ -397,7 +401,10 @@ def test_without_lm_eval_a_line_says_what_to_install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def backend(tiny):
-    """lm-eval's backend of transformers with the bundled weights; `max_length` as given."""
+    """lm-eval's backend of transformers with the bundled weights; `max_length` as given.
+
+    One by one: transformers takes LongRoPE's factors for a whole batch by its longest row.
+    """
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
@@ -406,7 +413,7 @@ def backend(tiny):
     theirs.generation_config = transformers.GenerationConfig.from_pretrained(TINY)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     return lambda length=None: HFLM(
-        pretrained=theirs, tokenizer=tokenizer, batch_size=4, device="cpu", max_length=length
+        pretrained=theirs, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=length
     )
 
 
@@ -439,3 +446,33 @@ def test_lm_evals_own_backend_gives_the_same_answers(tiny, backend, length):
     options = {"until": ["\n\n", "frog", " and"], "max_gen_toks": 30, "do_sample": False, "temperature": 0.0}
     several = asked("generate_until", *[(context, options) for context in contexts])
     assert lm.generate_until(several) == backend(length).generate_until(several, disable_tqdm=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "shots", "tasks", "limit"), LISTS)
+def test_lm_evals_own_backend_scores_real_questions_alike(tiny, backend, shared, name, shots, tasks, limit):
+    if name == "blimp":
+        lines = (shared / "eval" / "blimp.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line) for line in lines[:: len(lines) // limit][:limit]]
+        asks = [
+            Instance("loglikelihood", pair, ("", f" {pair[kind]}"), number, ("blimp", number, 1))
+            for number, pair in enumerate(pairs)
+            for kind in ("sentence_good", "sentence_bad")
+        ]
+    else:
+        (made,) = harness_tasks([name], data=shared / "eval", num_fewshot=shots)
+        asks = []
+        for each in [made] if name != "mmlu" else made.get_all_tasks()[:tasks]:
+            each.set_config(key="num_fewshot", value=shots)
+            each.set_fewshot_seed(1234)
+            each.build_all_requests(limit=limit)
+            asks += each.instances
+    ours, theirs = HarnessLM(*tiny).loglikelihood(asks), backend().loglikelihood(asks, disable_tqdm=True)
+    assert_same([ask.args for ask in asks], ours, theirs, tiny[1])
+    sums = {}
+    for ask, (total, _), (expected, _) in zip(asks, ours, theirs, strict=True):
+        sums.setdefault((ask.task_name, ask.doc_id), []).append((total, expected))
+    assert len(sums) == tasks * limit
+    for choices in sums.values():
+        best = max(choices, key=lambda pair: pair[1])
+        assert best[0] > max(total for total, _ in choices) - 1e-3
