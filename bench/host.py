@@ -2,10 +2,10 @@
 
     python -m bench host [--rows N ...] [--bits N ...] [--layers N] [--steps N] [--runs N]
 
-Layers of a tiny width, as many as Phi-3-mini has, decode a token of each row; our rows have caches of their own,
-mlx-lm's share a batch. `build` is the time in which Python and MLX make the graph of a step, and `host` adds that of
-`mx.async_eval`, both in processor time of the calling thread, which does not count waiting; `step` is the whole, by the
-clock. Steps of the two packages alternate; a run's figure is the median of its steps.
+Layers of a tiny width, as many as Phi-3-mini has, decode a token of each row. All rows are equally long: ours share
+arrays of keys and values, mlx-lm's a batch. `build` is the time in which Python and MLX make the graph of a step, and
+`host` adds that of `mx.async_eval`, both in processor time of the calling thread, which does not count waiting; `step`
+is the whole, by the clock. Steps of the two packages alternate; a run's figure is the median of its steps.
 """
 
 from __future__ import annotations
