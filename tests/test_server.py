@@ -122,6 +122,8 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(response_format={"type": "text", "more": 1}), "unknown_parameter", "response_format.more"),
         (chat_body(stop=["a"] * 65), "invalid_value", "stop"),
         (chat_body(stop="a" * 10_001), "invalid_value", "stop"),
+        (chat_body(choices=[str(n) for n in range(129)]), "invalid_value", "choices"),
+        (chat_body(choices=["a" * 5_000, "b" * 5_001]), "invalid_value", "choices"),
         (chat_body(seed=2**64), "invalid_type", "seed"),
         (
             chat_body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}),

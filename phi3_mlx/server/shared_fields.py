@@ -22,6 +22,7 @@ from .protocol import (
     table_of,
 )
 
+_MOST_CHOICES, _MOST_CHOICE_CHARACTERS = 128, 10_000
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 10_000  # in all; each is looked for in each answer
 
 
@@ -89,6 +90,19 @@ def stops(value: Any, name: str) -> Any:
     return given
 
 
+def choices(value: Any, name: str) -> Any:
+    """Some texts; each is scored, and other answers wait for all of them."""
+    if isinstance(value, list) and len(value) > _MOST_CHOICES:
+        raise OptionError(f"{name} has {len(value):,} texts; give {_MOST_CHOICES} at most, or a schema with an enum")
+    field = of_request("choices")
+    assert field.read is not None
+    given = field.read(value, name)
+    characters = sum(map(len, given or ()))
+    if characters > _MOST_CHOICE_CHARACTERS:
+        raise OptionError(f"{name} has {characters:,} characters; give {_MOST_CHOICE_CHARACTERS:,} at most")
+    return given
+
+
 def stream_options(value: Any, name: str) -> Mapping[str, Any]:
     return honoured_values(STREAM_OPTIONS, an_object(value, name), f"{name}.")
 
@@ -137,7 +151,7 @@ TOOLS = (
 FORMS = (
     of_request("regex"),
     of_request("grammar"),
-    of_request("choices", says="Answer with one of these texts."),
+    honoured("choices", choices, "Answer with one of these texts.", "choices"),
     honoured("longrope", longrope, "`auto`, `short` or `long`, as the server's `--longrope`"),
 )
 BOOKKEEPING = (
