@@ -15,10 +15,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phi3_mlx import resolve
+from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine.machine import room
 from phi3_mlx.models import build, parse_config
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.quantization import DEFAULTS
+from phi3_mlx.text.tokenizer import Tokenizer
 
 from . import record
 
@@ -138,3 +140,9 @@ def loaded(case: str, layers: int, shape: Mapping[str, int] | None = None) -> It
         if kinds[0] == kinds[1]:
             theirs.update(ours.parameters())  # of two copies either may lie better: the same step took 1.5 % more
         yield ours, theirs, name
+
+
+def text_of(tokenizer: Tokenizer, tokens: int) -> str:
+    """A text of so many tokens, repeated if need be."""
+    ids = tokenizer.encode(bundled("sample"))
+    return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])

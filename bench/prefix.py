@@ -26,24 +26,16 @@ from typing import Any
 import click
 
 from phi3_mlx import Chunk, Conversation, PrefixStore, encode_prompt, load, load_tokenizer, stream_generate
-from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.engine.prefill import common_length
-from phi3_mlx.text.tokenizer import Tokenizer
 
 from . import record
-from .models import make_model
+from .models import make_model, text_of
 
 ANSWER = 8  # tokens
 ASKED = ("Who is it about?", "Where does it begin?", "What is said first?", "How does it end?")
 SUBJECTS = ("a duck", "a frog", "an owl and a boat", "a girl named Mia", "a dog and a bear")
 CONVERSATIONS, BUDGET = 4, "8GB"
 SYSTEM = "You read with care, you answer in one short sentence, and you say so where the text does not say it."
-
-
-def text_of(tokenizer: Tokenizer, tokens: int) -> str:
-    """A text of so many tokens, repeated if need be."""
-    ids = tokenizer.encode(bundled("sample"))
-    return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
 
 
 def questions_of(number: int) -> list[str]:

@@ -29,8 +29,7 @@ import click
 from phi3_mlx import load_tokenizer, resolve
 
 from . import record
-from .models import DTYPE, MIDDLING, copy_tokenizer, make_checkpoint
-from .prefix import text_of
+from .models import DTYPE, MIDDLING, copy_tokenizer, make_checkpoint, text_of
 
 # Of each case, the type of the scales, the bits of the weights, and what it is called.
 CASES = {

@@ -81,7 +81,7 @@ def test_a_loop_is_decoded_in_fewer_steps(monkeypatch):
     class Loop:
         """Says the phrase forever; stands in for a model where only the drafts are under test."""
 
-        config, dtype = MODELS["mini-4k"].config, mx.float32
+        config, dtype, of_family = MODELS["mini-4k"].config, mx.float32, True
 
         def __init__(self):
             self.model = self.Body()

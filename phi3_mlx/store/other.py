@@ -95,6 +95,8 @@ def outline_other(directory: Path, dtype: str | None = None) -> Model:
         raise
     except Exception as error:  # it raises many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"config.json lacks {reason}, which mlx-lm asks of a {raw.get('model_type')}"
         raise CheckpointError(f"mlx-lm cannot load {directory}: {reason[:_MOST_SAID]}") from error
 
 
