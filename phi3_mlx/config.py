@@ -144,6 +144,11 @@ class Config:
         return self.head_dim**-0.5
 
     @property
+    def router(self) -> str | None:
+        """The path of the linear layer in a decoder layer that chooses each token's experts, if there is one."""
+        return None
+
+    @property
     def sparse_layers(self) -> BlockPattern | None:
         """What the layers see that are not dense, if there are any."""
         return None

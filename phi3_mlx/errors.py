@@ -43,12 +43,20 @@ class DataError(Phi3Error):
     """Training data or questions that cannot be read, or that are not of a form this package knows."""
 
 
+class JudgeError(Phi3Error):
+    """A judge of answers that cannot be reached, refuses the key, or gives no judgments."""
+
+
 class AdapterError(Phi3Error):
     """An adapter that is damaged, or that was trained on another model."""
 
 
 class TrainingError(Phi3Error):
     """A training run that cannot begin, be resumed or go on."""
+
+
+class PublishError(Phi3Error):
+    """An upload that the hub or the network refuses."""
 
 
 class OptionError(Phi3Error, ValueError):

@@ -67,7 +67,7 @@ def test_attention_is_the_textbooks(bits, window, padding, limits, monkeypatch):
         )
         offset = cache.offset
         mask = attention.make_mask(length, window, cache)
-        out = attention.attend(q, k, v, cache, SCALE, mask)
+        out = attention.attend(q, attention.fetched(k, v, cache), cache, SCALE, mask)
         keys.append(k if bits is None else rounded(k, bits.group_size, bits.keys))
         values.append(v if bits is None else rounded(v, bits.group_size, bits.values))
         query, key = np.arange(offset, offset + length)[:, None], np.arange(offset + length)
@@ -161,7 +161,8 @@ def test_work_memory_does_not_grow_with_the_keys(bits):
             mx.clear_cache()
             mx.reset_peak_memory()
             held = mx.get_active_memory()
-            mx.eval(attention.attend(q, k, v, cache, SCALE, attention.make_mask(length, None, cache)))
+            mask = attention.make_mask(length, None, cache)
+            mx.eval(attention.attend(q, attention.fetched(k, v, cache), cache, SCALE, mask))
             yield mx.get_peak_memory() - held
 
     (short, _), (long, token) = peaks(8192), peaks(32768)
@@ -173,7 +174,7 @@ def test_gradients_in_blocks_are_those_of_all_scores_at_once(monkeypatch):
     q, k, v = (mx.random.normal((2, heads, 50, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def loss(q, k, v):
-        return (attention.attend(q, k, v, None, SCALE, "causal") ** 2).sum()
+        return (attention.attend(q, [k, v], None, SCALE, "causal") ** 2).sum()
 
     gradients = mx.grad(loss, (0, 1, 2))
 

@@ -11,18 +11,22 @@ from importlib import import_module
 
 import click
 import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_plan import random_model
 
-from bench import kvquality, longcontext, published, record, tables
+from bench import kvquality, longcontext, methods, published, quantization, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
 from bench.contenders import alike
 from phi3_mlx.store import hub
 
-SHARED = {"agreement", "contenders", "models", "plots", "published", "record", "tables"}
+SHARED = {
+    "agreement", "arms", "contenders", "exported", "methods", "models", "plots", "published", "record", "tables",
+    "theirs",
+}  # fmt: skip
 # feelings makes data, dequantizing measures for a constant
 NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}
 
@@ -43,7 +47,7 @@ def small(tmp_path_factory):
         (folder / file.name).write_bytes(file.read_bytes())
     shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {"model_type": "phi3", **shape, "num_key_value_heads": 1, "vocab_size": 4032}
-    config |= {"max_position_embeddings": 8192, "torch_dtype": "float32", "eos_token_id": 4000}
+    config |= {"max_position_embeddings": 8192, "torch_dtype": "float32", "eos_token_id": 4000, "rms_norm_eps": 1e-5}
     (folder / "config.json").write_text(json.dumps(config))
     model = random_model(128, 64, 1, 2, 1, vocab=4032)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
@@ -143,6 +147,7 @@ def test_the_share_that_is_alike_ends_at_the_first_difference():
 
 def test_the_group_lists_every_bench():
     files = {path.stem for path in (ROOT / "bench").glob("*.py")} - NOT_BENCHES
+    files |= {path.parent.name for path in (ROOT / "bench").glob("*/__init__.py")}
     assert set(_BENCHES) == files
     assert set(_QUICK) == files
     assert set(_FULL) <= files
@@ -150,8 +155,10 @@ def test_the_group_lists_every_bench():
 
 def test_what_benches_share_is_no_bench_and_tables_measure_nothing():
     def imports_of(name):
-        tree = ast.parse((ROOT / "bench" / f"{name}.py").read_text(encoding="utf-8"))
-        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level):
+        folder = ROOT / "bench" / name
+        files, up = ([*folder.glob("*.py")], 2) if folder.is_dir() else ([folder.with_suffix(".py")], 1)
+        nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        for node in (node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == up):
             yield from [node.module] if node.module else (alias.name for alias in node.names)
 
     for name in _BENCHES:
@@ -239,6 +246,41 @@ def test_reading_only_the_last_chunks_has_the_peak_of_reading_all(results, monke
     assert peak() == pytest.approx(peak("--last"), rel=0.05)
 
 
+def test_without_llama_cpp_the_bench_of_exports_says_so_and_measures_nothing(results, monkeypatch):
+    from bench import export
+
+    monkeypatch.setattr(export.llama_cpp, "MISSING", "no llama.cpp here: `make llama-cpp` installs it")
+    done = invoke(export.main)
+    assert done.exit_code == 0
+    assert "nothing was measured: no llama.cpp here: `make llama-cpp` installs it" in done.output
+    assert not results.exists()
+
+
+def test_the_distance_of_distributions_is_that_of_the_formula():
+    from bench import export
+
+    p, q = np.array([[0.5, 0.5], [0.9, 0.1]], np.float32), np.array([[0.25, 0.75], [0.9, 0.1]], np.float32)
+    found = export.distances(p, q)
+    assert found["kl"] == pytest.approx((0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2)
+    assert found["largest_difference"] == pytest.approx(0.25)
+    assert found["same_choice"] == 0.5
+    assert export.distances(p, p)["kl"] == pytest.approx(0, abs=1e-9)
+    assert [export.alike([1, 2, 3], other) for other in ([1, 2, 3], [1, 9, 3], [9, 2, 3])] == [3, 1, 0]
+
+
+def test_exports_are_measured_where_llama_cpp_is(results):
+    from bench import export
+
+    if export.llama_cpp.MISSING:
+        pytest.skip(export.llama_cpp.MISSING)
+    assert invoke(export.main, "--type", "f32", "--type", "q4_0", "--tokens", "32", "--longer", "640").exit_code == 0
+    floats, packed = check(results, "export")["rows"]
+    assert floats["kl"] < 1e-9 < 1e-4 < packed["kl"]
+    near, far, *_ = check(results, "export-longrope")["rows"]
+    assert near["kl"] < 1e-8 < far["kl"]
+    assert check(results, "export-moe")["rows"][-1]["kl"] < 1e-9
+
+
 def test_a_file_is_read_in_memory_that_mlx_lm_exceeds(results):
     pytest.importorskip("mlx_lm")
     from bench import document
@@ -316,6 +358,8 @@ def test_requests_that_arrive_are_answered_by_both_and_the_table_shows_them(resu
     options = [
         "--only",
         "unpacked",
+        "--only",
+        "newcomer",
         "--layers",
         "1",
         "--requests",
@@ -333,7 +377,9 @@ def test_requests_that_arrive_are_answered_by_both_and_the_table_shows_them(resu
     for row in written["rows"]:
         assert row["last_first_token"]["median"] > 0
         assert row["tokens_per_second"]["median"] > 0
-    for row in written["newcomers"]:
+    newcomers = check(results, "newcomer")["rows"]
+    assert [row["package"] for row in newcomers] == ["phi3-mlx", "mlx-lm"]
+    for row in newcomers:
         assert row["tokens"] == 80
         assert row["gap"]["median"] <= row["chunk"]["median"] + 2 * row["beside"]["median"]
         assert row["late"]["median"] == pytest.approx(row["beside"]["median"] / row["alone"]["median"])
@@ -343,6 +389,75 @@ def test_requests_that_arrive_are_answered_by_both_and_the_table_shows_them(resu
     published.systems.cache_clear()
     assert "| float32, 1 layer of 512 numbers | 1/32 |" in table
     assert "| a newcomer of 80 tokens |" in table
+
+
+def test_places_are_measured_against_code_without_them(results):
+    from bench import inside
+    from phi3_mlx import trace
+    from phi3_mlx.models import build, parse_config
+
+    assert invoke(inside.main, "--layers", "1", "--tokens", "4", "--pairs", "1", "--repeats", "1").exit_code == 0
+    written = check(results, "inside")
+    assert [row["case"] for row in written["rows"]] == ["prompt", "prompt and 9 steps"]
+    assert all(row["off"]["median"] > 0 and row["all"]["median"] > 0 for row in written["rows"])
+    model, ids = build(parse_config({**inside.RAW, "num_hidden_layers": 1})), mx.array([[1, 2, 3]])
+    with trace(model, keep="embed") as seen:
+        expected = model(ids)
+        assert seen.rows == 1
+        with inside.never():
+            assert mx.array_equal(model(ids), expected)
+            assert seen.rows == 1
+        model(ids)
+        assert seen.rows == 2
+
+
+def test_texts_to_judge_share_nothing_with_those_that_are_learnt(tmp_path):
+    from bench import data
+
+    stories = data.disorder(120)
+    assert [sum(row.good for row in half) for half in (stories.learnt, stories.unseen)] == [60, 60]
+    names = [{name for name in "Mia Lily Jack Nora".split() for row in half if name in row.text.split()} for half in
+             (stories.learnt, stories.unseen)]  # fmt: skip
+    assert names == [{"Mia", "Lily"}, {"Jack", "Nora"}]
+    levels = ("elementary", "intermediate", "advanced")
+    articles = [
+        {"title": f"T{n}", "level": level, "text": f"{level} article-{n} " * 90} for n in range(30) for level in levels
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in [*articles, {"title": "U", "level": "advanced", "text": "x"}])
+    (tmp_path / "onestop_english.jsonl").write_text(lines)
+    task = data.onestop(tmp_path, 20)
+    titles = [{row.text.split()[1] for row in half} for half in (task.learnt, task.unseen)]
+    assert [len(half) for half in titles] == [10, 10]
+    assert not titles[0] & titles[1]
+    for row in [*task.learnt, *task.unseen]:
+        assert row.text.split()[0] == ("advanced" if row.good else "elementary")
+        assert len(row.text.split()) == 120
+    with pytest.raises(click.UsageError, match="has no onestop_english"):
+        data.onestop(tmp_path / "none", 20)
+
+
+def test_ratings_and_filters_are_judged_by_labels_that_are_known(results):
+    from bench import data
+
+    assert invoke(data.main, "--texts", "120", "--train", "4").exit_code == 0
+    written = check(results, "data")
+    assert written["texts"] == {"disorder": {"learnt": 120, "unseen": 120}}
+    rows = {(row["judge"], row["by"]): row for row in written["rows"]}
+    assert list(rows) == [
+        ("tiny", "rating"),
+        ("tiny", "likelihood"),
+        ("filter by tiny", "probability"),
+        ("tiny, taught", "rating"),
+        ("tiny, taught", "likelihood"),
+        ("filter by tiny, taught", "probability"),
+        ("filter by labels", "probability"),
+    ]
+    for row in rows.values():
+        assert row["low"] <= row["auc"] <= row["high"]
+        assert (row["good"], row["bad"]) == (60, 60)
+        assert row["texts_per_second"] > 0
+    assert rows["tiny", "likelihood"]["auc"] > 0.95
+    assert rows["filter by labels", "probability"]["auc"] > 0.95
 
 
 def test_the_host_of_a_step_is_measured_beside_mlx_lms(results, monkeypatch):
@@ -375,3 +490,37 @@ def test_requests_are_drawn_alike_and_arrive_in_turn():
     assert all(20 <= request.answer <= 300 for request in some)
     assert [request.arrival for request in some] == [i / 2 for i in range(16)]
     assert [len(request.prompt) for request in shorter] == [length // 8 for length in lengths]
+
+
+def test_each_method_of_quantization_has_its_costs_beside_mlx_lms(small, results, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    options = ["--bits", "3", "--tokens", "64", "--calibration-tokens", "1024", "--dtype", "bfloat16", "--beside"]
+    done = invoke(quantization.main, str(small), "--method", "uniform", "--method", "distill", *options)
+    assert done.exit_code == 0, done.output
+    written = check(results, "quantization-small")
+    rows = {row["method"]: row for row in written["rows"]}
+    ours, theirs = ["uniform", "gptq", "distill"], ["uniform", "gptq", "awq", "dynamic", "dwq"]
+    assert list(rows) == [*ours, *(f"mlx-lm {method}" for method in theirs)]
+    measured = {method: row for method, row in rows.items() if "refused" not in row}
+    assert {*rows} - {*measured} == {"mlx-lm gptq", "mlx-lm awq"}
+    assert all(row["peak_memory"] > 1e6 for row in measured.values())
+    assert rows["distill"]["cpu_seconds"] > rows["gptq"]["cpu_seconds"] > rows["uniform"]["cpu_seconds"] > 0
+    assert rows["distill"]["peak_memory"] >= rows["gptq"]["peak_memory"]
+    assert rows["mlx-lm uniform"]["kl"] == pytest.approx(rows["uniform"]["kl"], rel=1e-3)
+    sizes = [row["bits_per_weight"] for row in measured.values()]
+    assert max(sizes) - min(sizes) < 0.6
+    assert rows["gptq"]["bits_per_weight"] == rows["distill"]["bits_per_weight"] == rows["uniform"]["bits_per_weight"]
+    monkeypatch.setattr(published, "systems", lambda: {"here": record.read(results)})
+    table = methods.methods()
+    assert "| small | distill | 1,024 | 3." in table
+    assert "mlx-lm awq: mlx-lm's AWQ has no phi3" in table
+
+
+def test_rows_of_a_run_that_was_cut_are_kept(small, results, monkeypatch):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantization.Points, "distill", cut)
+    options = ["--bits", "4", "--tokens", "32", "--calibration-tokens", "1024", "--method", "uniform"]
+    assert CliRunner().invoke(quantization.main, [str(small), "--method", "distill", *options]).exit_code != 0
+    assert [row["method"] for row in check(results, "quantization-small")["rows"]] == ["uniform"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phi3_mlx.config import BlockPattern
 from phi3_mlx.models import blocksparse
-from phi3_mlx.models.attention import make_mask
+from phi3_mlx.models.attention import fetched, make_mask
 from phi3_mlx.models.cache import KVBits, KVCache, QuantizedKVCache, SequenceState
 
 DIM = 32  # the least that a packed cache takes
@@ -54,7 +54,8 @@ def read(arrays, pattern: BlockPattern, edges, padding=None, bits=None) -> np.nd
     for first, last in itertools.pairwise([0, *edges, arrays[0].shape[2]]):
         q, k, v = (mx.array(array[:, :, first:last]) for array in arrays)
         mask = make_mask(last - first, None, cache)
-        parts.append(np.array(blocksparse.attend_in_blocks(q, k, v, cache, SCALE, mask, pattern)))
+        seen = fetched(k, v, cache)
+        parts.append(np.array(blocksparse.attend_in_blocks(q, seen, cache, SCALE, mask, pattern)))
     return np.concatenate(parts, axis=1)
 
 
@@ -159,7 +160,7 @@ def test_gradients_are_those_of_a_dense_mask(few, monkeypatch):
     weights = mx.random.normal((1, 29, heads * DIM), key=mx.random.key(1))
 
     def sparse(q, k, v):
-        return (blocksparse.attend_in_blocks(q, k, v, None, SCALE, "causal", pattern) * weights).sum()
+        return (blocksparse.attend_in_blocks(q, [k, v], None, SCALE, "causal", pattern) * weights).sum()
 
     def dense(q, k, v):
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask=mask)

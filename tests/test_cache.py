@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, ids_of, last_logits, slim
 
-from phi3_mlx.models.cache import KVBits, KVCache, fork
+from phi3_mlx.models.cache import KVBits, KVCache, fork, kv_bytes
 from phi3_mlx.models.layer import DecoderLayer
 
 SAME = 3e-4  # float32 sums in another order
@@ -420,3 +420,12 @@ def test_any_schedule_of_appends_and_trims(name, step, start, moves, seed, decla
         back = min(back, ids.shape[1])
         trim(cache, back)
         ids = ids[:, : ids.shape[1] - back]
+
+
+def test_a_cache_that_is_recomputed_at_the_boundary_holds_no_more_than_the_plan_counts():
+    model = MODELS["long-and-window"]
+    cache = model.make_cache()
+    feed(model, cache, IDS[:, :ORIGINAL])
+    feed(model, cache, IDS[:, ORIGINAL : ORIGINAL + 2], 1)
+    assert cache[0].start > 0  # the window's tokens alone
+    assert sum(layer.nbytes for layer in cache) == len(cache) * kv_bytes(model.config, ORIGINAL + 2, None, 4)

@@ -21,6 +21,7 @@ from phi3_mlx.cli import main
 from phi3_mlx.conversion import pipeline, sensitivity, writer
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.pipeline import convert
+from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.errors import CheckpointError, ConfigError, ModelNotFoundError, OptionError, Phi3Error, TokenizerError
 from phi3_mlx.store import atomic, hub
 from phi3_mlx.store.checkpoint import read_model
@@ -745,7 +746,8 @@ def test_report_and_recipe(tmp_path, run):
     source = write(tmp_path / "source", raw, tokenizer=True)
     convert(source, tmp_path / "plain", dequantize=True)
     assert not (tmp_path / "plain" / "REPORT.md").exists()  # nothing was rounded
-    arguments = ("--target-bpw", 5.4, "--method", "gptq", "--report")
+    (tmp_path / "some.txt").write_text(bundled("calibration"))
+    arguments = ("--target-bpw", 5.4, "--method", "gptq", "--calibration", tmp_path / "some.txt", "--report")
     code, out, err = run("convert", tmp_path / "plain", "-o", tmp_path / "a", *arguments)
     assert code == 0, err
     assert "mean KL divergence" in out
@@ -753,7 +755,10 @@ def test_report_and_recipe(tmp_path, run):
     assert figures["source"] == "plain"
     assert figures["kl"] > 0
     assert 3.9 < figures["bits_per_weight"]["result"] <= 5.4
-    assert "relative output error" in (tmp_path / "a" / "REPORT.md").read_text()
+    report = (tmp_path / "a" / "REPORT.md").read_text()
+    assert "relative output error" in report
+    assert "## What fitting to a text gave" in report
+    assert report.count("| model.layers.0.mlp.down_proj |") == 2
     recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())
     assert recipe == config_of(tmp_path / "a")["quantization"]
     assert len({each["bits"] for each in recipe.values() if isinstance(each, dict)} | {recipe["bits"]}) > 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from oracle import CONFIGS, ORIGINAL, ids_of, make_ours
 
+from phi3_mlx.engine import machine
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.sampler import Sampler, filter_scores
 from phi3_mlx.engine.sampler import draw as draw_tokens
@@ -230,12 +231,15 @@ def test_nan_is_an_error_not_text(model):
         run(broken, [prompt_of(5)])
 
 
-def test_the_next_step_is_queued_before_a_token_is_read(model, monkeypatch):
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_next_step_is_queued_before_a_token_is_read_but_for_the_first_on_a_cpu(model, monkeypatch, on_cpu):
     queued, order = mx.async_eval, []
     monkeypatch.setattr(mx, "async_eval", lambda *a: (order.append("queued"), queued(*a)))
-    for token in Generation(model, [prompt_of(5)], max_tokens=3, sampling=GREEDY):
+    monkeypatch.setattr(machine, "on_cpu", lambda: on_cpu)
+    for token in Generation(model, [prompt_of(5)], max_tokens=4, sampling=GREEDY):
         order.append(token.row)
-    assert order == ["queued", "queued", 0, "queued", 0, 0]  # the prompt, and each next step before its token
+    first = [0, "queued"] if on_cpu else ["queued", 0]
+    assert order == ["queued", *first, "queued", 0, "queued", 0, 0]  # the prompt, and each next step before its token
 
 
 # ------------------------------------------------------------------------------------------ sampling

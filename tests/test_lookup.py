@@ -106,7 +106,7 @@ def test_a_loop_is_decoded_in_fewer_steps(monkeypatch):
             cache.trim = lambda n: setattr(cache, "offset", cache.offset - n)
             return [cache]
 
-        def logits(self, hidden):
+        def logits(self, hidden, places=None):
             ids = hidden[..., 0].astype(mx.int32)
             following = mx.zeros((200,), mx.int32)
             for here, there in zip(PHRASE, PHRASE[1:] + PHRASE[:1], strict=True):

@@ -37,7 +37,7 @@ ALL_SPARSE = {"dense_attention_every_n_layers": None, "blocksparse_block_size": 
 )
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, length, bits, rows, pays, monkeypatch):
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: pays)
+        monkeypatch.setattr(module, "dequantizing_pays", lambda *_: pays)
     names = ("hidden_size", "ff_intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     packed = {"group_size": 32, "bits": 8} if pays else None
     raw = {**small_models.RAW, **PATTERN, **changes, **dict(zip(names, shape, strict=True))}

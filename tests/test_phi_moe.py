@@ -226,7 +226,7 @@ def test_routing_is_transformers(dtype):
 @pytest.mark.parametrize("rows_dequantized", [1, 10**9])
 def test_all_ways_to_multiply_agree(mode, rows_dequantized, monkeypatch):
     """Gathered, expert by expert, in blocks; an expert has many rows, one, or none. Values and gradients."""
-    monkeypatch.setattr(experts, "dequantizing_pays", lambda _: rows_dequantized)
+    monkeypatch.setattr(experts, "dequantizing_pays", lambda *_: rows_dequantized)
     rng = np.random.default_rng(0)
     layer = experts.SwitchLinear(5, 32, 64)
     layer.weight = mx.array(rng.standard_normal((5, 64, 32)).astype(np.float32))

@@ -283,7 +283,7 @@ def test_an_adapter_of_experts_is_refused(source, tmp_path):
 )
 def test_the_plan_is_what_a_run_takes(hidden, inner, chunk, length, bits, weight_bits, dequantizing_pays, monkeypatch):
     for module in (linear, decoder, experts):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: dequantizing_pays)
+        monkeypatch.setattr(module, "dequantizing_pays", lambda *_: dequantizing_pays)
     quantization = {"group_size": 32, "bits": weight_bits} if weight_bits else None
     raw = {**RAW, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": hidden // 128}
     raw |= {"max_position_embeddings": 8192, "original_max_position_embeddings": 8192, "rope_scaling": None}

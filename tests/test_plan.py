@@ -113,7 +113,7 @@ def test_so_it_is_for_long_prompts(case, small, monkeypatch):
 def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, chunk, length, bits, rows, pays, packing, monkeypatch):
     packed = {"group_size": 32, "bits": packing} if pays else None
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: pays)
+        monkeypatch.setattr(module, "dequantizing_pays", lambda *_: pays)
     model = random_model(*shape, quantization=packed)
     if packed:
         nn.quantize(model, **packed)
@@ -223,17 +223,22 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "noise", "filters"])
-@pytest.mark.parametrize("lookup", [0, 16, 32])
-def test_the_logits_of_a_large_vocabulary_are_planned_for_every_token_of_a_draft(lookup, sampling, monkeypatch):
-    monkeypatch.setattr(LookupDrafter, "draft", lambda self, most: [7] * min(most, self.most))  # whether right or not
+def measured_runs():
+    """A scheduler of a model with a large vocabulary, and the bytes held before it runs anything."""
     model = random_model(64, 128, 2, 2, 2, 50_000)
     mx.eval(model.parameters())
     runs = Scheduler(model, room=math.inf, chunk=64)
     gc.collect()
     mx.clear_cache()
-    others = mx.get_active_memory()
     mx.reset_peak_memory()
+    return runs, mx.get_active_memory()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "noise", "filters"])
+@pytest.mark.parametrize("lookup", [0, 16, 32])
+def test_the_logits_of_a_large_vocabulary_are_planned_for_every_token_of_a_draft(lookup, sampling, monkeypatch):
+    monkeypatch.setattr(LookupDrafter, "draft", lambda self, most: [7] * min(most, self.most))  # whether right or not
+    runs, others = measured_runs()
     runs.submit(Job([5, 6, 7, 8] * 8, 40, sampling, lookup=lookup))
     runs.admit()
     planned, drafted = runs._plan.total - runs._plan.weights, 0
@@ -247,13 +252,7 @@ def test_the_logits_of_a_large_vocabulary_are_planned_for_every_token_of_a_draft
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "noise", "filters"])
 def test_and_for_the_rows_of_a_batch(sampling):
-    model = random_model(64, 128, 2, 2, 2, 50_000)
-    mx.eval(model.parameters())
-    runs = Scheduler(model, room=math.inf, chunk=64)
-    gc.collect()
-    mx.clear_cache()
-    others = mx.get_active_memory()
-    mx.reset_peak_memory()
+    runs, others = measured_runs()
     for seed in range(8):
         runs.submit(Job([5, 6 + seed], 8, dataclasses.replace(sampling, seed=seed) if seed % 2 else Sampling()))
     runs.admit()
@@ -603,7 +602,7 @@ def plan(capsys, *args):
 
 
 def test_plan_of_a_model_that_is_not_here_uses_its_released_shape(capsys, monkeypatch):
-    monkeypatch.setattr(hub, "on_disk", lambda *_: None)
+    monkeypatch.setattr(hub, "on_disk", lambda *_, **__: None)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit")
     assert code == 0
     assert "131,072 tokens need" in out
@@ -648,7 +647,7 @@ def test_plan_of_this_machine(capsys, monkeypatch):
     workload = Workload(model.config, weights, 1, itemsize=2 if fused_kernel else 4, fused_kernel=fused_kernel)
     assert longest == workload.longest(22_000_000) < 4096
     assert "4,096 tokens fit with --kv-bits" in out
-    monkeypatch.setattr(hub, "on_disk", lambda *_: None)
+    monkeypatch.setattr(hub, "on_disk", lambda *_, **__: None)
     monkeypatch.setattr(machine, "room", lambda: 16 * 10**9)
     code, out, _ = plan(capsys, "-m", "phi-3.5-mini-4bit", "--here", "--json")
     alias = hub.find_alias("phi-3.5-mini-4bit")

@@ -96,7 +96,7 @@ def test_no_plan_is_five_percent_short_or_much_too_large(seed, monkeypatch):
 def check(case, slack, monkeypatch):
     """A run's peak against its plan."""
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: case["dequantizes"])
+        monkeypatch.setattr(module, "dequantizing_pays", lambda *_: case["dequantizes"])
     model = model_of(case["raw"], case["dtype"], case["weight_bits"])
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     plans, together = [], scheduler.plan_together

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import random
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from phi3_mlx.engine import scheduler
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.processors import Bias
 from phi3_mlx.engine.sampling import Sampling
+from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.models import attention, decoder, linear
 from phi3_mlx.models.cache import KVBits
 
@@ -62,7 +64,7 @@ def model_of_mix(case):
 def taken_and_planned(case, monkeypatch):
     """Bytes at the peak of a mix, weights among them, and the most that was planned."""
     for module in (linear, decoder):
-        monkeypatch.setattr(module, "dequantizing_pays", lambda _: case["dequantizes"])
+        monkeypatch.setattr(module, "dequantizing_pays", lambda *_: case["dequantizes"])
     model = model_of_mix(case)
     mx.eval(model.parameters())
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
@@ -125,3 +127,44 @@ def test_plans_of_a_wide_vocabulary_count_what_is_done_to_its_logits(options, mo
         peaks.append(mx.get_peak_memory() - others)
     taken, planned = min(peaks) - weights, max(plan.total for plan in plans) - weights
     assert planned / 1.6 < taken < 1.05 * planned + SLACK
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_leave_empty_places_stay_within_a_tight_room(seed, monkeypatch):
+    """Answers end at any time, and newcomers, some packed or longer, need the room of the places that they leave."""
+    rng = random.Random(2000 + seed)
+    name = ("3.5-mini", "mini-4k", "long-and-window", "phi-4-mini")[seed % 4]
+    model = oracle.make_ours({**oracle.CONFIGS[name], "num_hidden_layers": 6})
+    mx.eval(model.parameters())
+    lengths = [rng.choice([rng.randint(20, 60), rng.randint(20, 60), rng.randint(200, 400)]) for _ in range(12)]
+    jobs = [
+        Job(ids_of(model, length, i), rng.randint(2, 60), kv_bits=KVBits(8, 8) if rng.random() < 0.2 else None)
+        for i, length in enumerate(lengths)
+    ]
+    joins = [rng.randrange(40) for _ in jobs]
+    expected, _ = traffic(model, jobs, joins, chunk=64)
+    longest = max(jobs, key=lambda job: 2 * len(job.prompt) + job.max_tokens)
+    wide = Scheduler(model, room=math.inf, chunk=64)
+    for _ in range(3 + seed % 3):
+        wide.submit(dataclasses.replace(longest, kv_bits=None))
+    wide.admit()
+    room = wide._plan.total - wide._plan.weights
+    del wide
+    empty, admit = [], Scheduler.admit
+    monkeypatch.setattr(Scheduler, "admit", lambda runs: empty.append(runs._batch.unused_bytes) or admit(runs))
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        said, failed = traffic(model, jobs, joins, chunk=64, room=room)
+        assert not failed
+        peaks.append(mx.get_peak_memory() - before)
+        if peaks[-1] <= 1.05 * room + SLACK:
+            break
+    assert min(peaks) <= 1.05 * room + SLACK
+    assert any(empty)
+    assert [[token[0] for token in tokens] for tokens in said] == [
+        [token[0] for token in tokens] for tokens in expected
+    ]

@@ -24,10 +24,13 @@ from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.prefill import common_length
 from phi3_mlx.engine.prefix_tree import Node, nodes_along, readable
+from phi3_mlx.engine.prefixes import LEAST
+from phi3_mlx.engine.rows import Row
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.cache import KVBits, KVCache
+from phi3_mlx.models.slots import SETTLED, SharedKVCache
 
 MODELS = {
     "3.5-mini": oracle.make_ours(slim(CONFIGS["3.5-mini"])),
@@ -143,6 +146,31 @@ def test_what_begins_otherwise_does_not_wait():
     while runs.busy:
         runs.step()
     assert [row.reused for row in rows] == [0, 40, 0]
+
+
+def test_newcomers_wait_for_no_few_tokens_that_one_of_them_is_about_to_read():
+    text, prefixes = ids_of(ORIGINAL + 30, 0), PrefixStore("1GB")
+    answers(PLAIN, [text], prefixes)
+    runs = Scheduler(PLAIN, room=math.inf, prefixes=prefixes)
+    rows = [runs.submit(Job([*text, *ids_of(LEAST - 1, 1), i], 4)) for i in range(3)]
+    runs.step()
+    assert [(row.begun, row.reused) for row in rows] == [(True, len(text))] * 3
+
+
+def test_a_row_that_ends_in_shared_arrays_is_kept_where_it_is(monkeypatch):
+    monkeypatch.setattr(SharedKVCache, "leave", lambda layer: pytest.fail("a row moved"))
+    prefixes = PrefixStore("1GB")
+    prompts = [ids_of(20, seed) for seed in range(3)]
+    runs = Scheduler(PLAIN, room=math.inf, prefixes=prefixes)
+    rows = [runs.submit(Job(prompt, SETTLED + 4)) for prompt in prompts]
+    shared = False
+    while runs.busy:
+        for row in runs.step().ended:
+            row.let_go()
+        shared = shared or any(isinstance(layer, SharedKVCache) for row in rows for layer in row.cache)
+    assert shared
+    for row in rows:
+        assert prefixes.shared(PLAIN, [*row.prompt, *row.answer]) == 20 + SETTLED + 3
 
 
 def test_what_another_has_begun_and_fails_at_is_read_by_the_next():
@@ -435,22 +463,27 @@ def test_runs_and_the_store_together_stay_within_their_room(times):
     assert any(row.reused > 100 for row in rows)
 
 
-def test_a_paused_row_goes_on_from_what_it_had_read(monkeypatch):
+@pytest.mark.parametrize(("name", "shares"), [("moe", False), ("3.5-mini", True)], ids=["alone", "sharing"])
+def test_a_paused_row_goes_on_from_what_it_had_read(name, shares, monkeypatch):
     monkeypatch.setattr(scheduler, "FORCED", 0)
     monkeypatch.setattr(scheduler, "ANSWER_BLOCK", 8)
     monkeypatch.setattr("phi3_mlx.engine.fitting.ANSWER_BLOCK", 8)
-    prompts = [ids_of(30, seed) for seed in range(3)]
-    expected = answers(MODELS["moe"], prompts, n=40)[0]
-    wide = Scheduler(MODELS["moe"], room=math.inf, chunk=16)
+    monkeypatch.setattr("phi3_mlx.models.slots.SETTLED", 0 if shares else math.inf)
+    model, prompts = MODELS[name], [ids_of(30, seed) for seed in range(3)]
+    expected = answers(model, prompts, n=40)[0]
+    wide = Scheduler(model, room=math.inf, chunk=16)
     for prompt in prompts:
         wide.submit(Job(prompt))
     wide.admit()
-    room = wide._plan.total - wide._plan.weights + 20_000
+    room = wide._plan.total - wide._plan.weights + (20_000 if name == "moe" else 60_000)
     prefixes = PrefixStore("1GB")
-    runs = Scheduler(MODELS["moe"], room=room, chunk=16, prefixes=prefixes)
+    runs = Scheduler(model, room=room, chunk=16, prefixes=prefixes)
     rows = [runs.submit(Job(prompt)) for prompt in prompts]
-    again = {}
+    again, paused, pause = {}, [], Row.pause
+    monkeypatch.setattr(Row, "pause", lambda row: paused.append(prefixes.shared(model, row_ids(row))) or pause(row))
+    shared = []
     while runs.busy and min(len(row.answer) for row in rows) < 40:
+        shared.append(any(isinstance(row.cache[0], SharedKVCache) for row in runs._batch.rows))
         runs.step()
         assert sum(layer.nbytes for row in runs._batch.rows for layer in row.cache) + prefixes.nbytes <= room
         for row in rows:
@@ -458,9 +491,16 @@ def test_a_paused_row_goes_on_from_what_it_had_read(monkeypatch):
                 again.setdefault(row, row.reused)
             if len(row.answer) >= 60:
                 row.finish()
+    assert any(shared) == shares
     assert again
     assert max(again.values()) > 30
+    assert max(paused) > 30
     assert [row.answer[:40] for row in rows] == expected
+
+
+def row_ids(row):
+    """What a row has read and said, and a token more."""
+    return [*row.job.prompt, *row.answer, 0]
 
 
 def test_two_threads_share_a_store():

@@ -107,7 +107,7 @@ def test_logits_are_there_for_some_positions_at_a_time(positions, monkeypatch):
     plain = type(model).logits
     monkeypatch.setattr(scores, "_POSITIONS", 1)
     monkeypatch.setattr(scores, "_LOGITS_AT_ONCE", positions * model.config.vocab_size)
-    monkeypatch.setattr(type(model), "logits", lambda self, x: sizes.append(x.shape[0]) or plain(self, x))
+    monkeypatch.setattr(type(model), "logits", lambda self, x, places: sizes.append(len(places)) or plain(self, x))
     continued = several(model, 12)
     (ours,) = score_together(model, [continued])
     assert max(sizes) == positions
@@ -192,6 +192,21 @@ def test_the_logits_of_many_positions_stay_under_the_plan():
         runs.step()
     assert len(row.scores) == 599
     assert mx.get_peak_memory() - before < 1.05 * (plan.cache + plan.workspace) + 250_000
+
+
+def test_what_was_scored_holds_no_memory_while_the_rest_is_read(monkeypatch):
+    ended, step = [], Scheduler.step
+
+    def watched(runs):
+        assert not any(row.begun for row in ended)
+        told = step(runs)
+        ended.extend(told.ended)
+        return told
+
+    monkeypatch.setattr(Scheduler, "step", watched)
+    model = MODELS["3.5-mini"]
+    score_together(model, [several(model, length) for length in (300, 12, 40, 20)])
+    assert len(ended) > 4
 
 
 def test_fewer_continuations_are_read_at_once_where_memory_is_short(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import random
+from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
@@ -13,7 +14,8 @@ from oracle import CONFIGS, ORIGINAL, WINDOW, make_ours, slim
 from phi3_mlx.models import slots
 from phi3_mlx.models.cache import KVBits, KVCache, fork
 from phi3_mlx.models.decoder import Decoder
-from phi3_mlx.models.slots import LIKE, SharedKVCache, take_out, units_of
+from phi3_mlx.models.shared_cache import SharedKVCache
+from phi3_mlx.models.slots import LIKE, take_out, units_of
 
 pytestmark = pytest.mark.usefixtures("sharing_at_once")
 NAMES = ("3.5-mini", "mini-4k", "long-and-window", "phi-4-mini")
@@ -237,6 +239,18 @@ def test_what_only_looks_takes_nobody_out():
     assert all(map(shares, caches))
 
 
+def test_a_start_that_changes_takes_a_row_out_and_the_same_one_does_not():
+    model = MODELS["mini-4k"]
+    caches = [read(model, length, length) for length in (12, 25)]
+    step(model, caches)
+    layer = caches[1][0]
+    layer.start = layer.start
+    assert all(map(shares, caches))
+    layer.start = 1
+    assert not any(map(shares, caches))
+    assert layer.start == 1
+
+
 def test_a_row_that_crosses_the_boundary_is_recomputed_alone_and_comes_back():
     model = MODELS["long-and-window"]
     caches, others = rows_of(model, [ORIGINAL - 2, ORIGINAL + 5, 9])
@@ -268,12 +282,9 @@ def test_a_step_that_breaks_off_leaves_rows_as_they_were(monkeypatch):
     assert near(step(model, caches), alone(model, others))
 
 
-@pytest.mark.parametrize("at", range(1, 6))
-def test_a_move_that_breaks_off_loses_nothing(at, monkeypatch):
-    """Rows come together, one comes later, one leaves: broken off at some layer or row of it."""
-    model = MODELS["mini-4k"]
-    caches, others = rows_of(model, [12, 25, 30, 8])
-    step(model, caches[:3]), alone(model, others[:3])
+@contextmanager
+def broken_off(monkeypatch, at):
+    """A Ctrl-C at the `at`-th layer or row of a move."""
     with monkeypatch.context() as patch:
         take_over, calls = SharedKVCache.take_over, []
 
@@ -285,7 +296,17 @@ def test_a_move_that_breaks_off_loses_nothing(at, monkeypatch):
 
         patch.setattr(SharedKVCache, "take_over", staticmethod(breaks))
         with pytest.raises(KeyboardInterrupt):
-            step(model, caches[1:])
+            yield
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_move_that_breaks_off_loses_nothing(at, monkeypatch):
+    """Rows come together, one comes later, one leaves: broken off at some layer or row of it."""
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [12, 25, 30, 8])
+    step(model, caches[:3]), alone(model, others[:3])
+    with broken_off(monkeypatch, at):
+        step(model, caches[1:])
     assert near(step(model, caches), alone(model, others))
     assert all(same_cache(cache, other) for cache, other in zip(caches, others, strict=True))
 
@@ -328,3 +349,121 @@ def test_units_serve_every_row_once():
                 layer.offset for layer in (caches[row][-1] for row in unit.rows)
             ]
     assert all(len(unit.rows) == 1 for unit in units_of(caches, share=False) if not shares(caches[unit.rows[0]]))
+
+
+@pytest.mark.parametrize("back", [1, 2], ids=["at once", "later"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_waits_for_a_step_is_what_it_is_alone_when_it_comes_back(name, back):
+    model = MODELS[name]
+    caches, others = rows_of(model, [12, 25, 30])
+    step(model, caches), alone(model, others)
+    slots = caches[0][0].slots
+    for i in range(back):
+        assert near(step(model, caches[::2], i), alone(model, others[::2], i))
+        if not i:
+            assert caches[1][0].slots is caches[0][0].slots is slots  # nobody moved yet
+            assert [layer.offset for layer in caches[1]] == [26] * len(caches[1])
+    for i in range(3):
+        assert near(step(model, caches, i), alone(model, others, i))
+    assert all(same_cache(cache, other) for cache, other in zip(caches, others, strict=True))
+
+
+def test_a_row_that_ends_leaves_its_place_to_the_next_that_comes(monkeypatch):
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [12, 25, 30, 28, 9])
+    newcomers = caches[4:]
+    del caches[4]
+    for i in range(2):
+        assert near(step(model, caches, i), alone(model, others[:4], i))
+    shared = caches[0][0].slots
+    monkeypatch.setattr(slots, "_rearranged", lambda *_: pytest.fail("all rows move"))
+    waiting = caches.pop(1)
+    assert near(step(model, caches), alone(model, [others[0], *others[2:4]]))  # its last token is not told yet
+    del waiting
+    assert near(step(model, caches), alone(model, [others[0], *others[2:4]]))
+    assert [cache[0].place for cache in caches] == [0, 1, 2]  # the longest stood last
+    rows = [*caches, *newcomers]
+    for i in range(3):
+        assert near(step(model, rows, i), alone(model, [others[0], *others[2:]], i))
+    assert [cache[0].place for cache in rows] == [0, 1, 2, 3]
+    assert {cache[-1].slots for cache in rows} == {shared}
+
+
+def test_rows_move_to_other_arrays_where_one_is_longer_or_the_slots_are_full():
+    model = MODELS["3.5-mini"]
+    caches, others = rows_of(model, [252, 250, 240, 253, 30])
+    newcomers, their = caches[3:], others[3:]
+    rows, its = caches[:3], others[:3]
+    del caches, others
+    step(model, rows), alone(model, its)
+    shared = rows[0][0].slots
+    for row, other in zip(newcomers, their, strict=True):  # one as long as the longest, one far shorter
+        rows[2], its[2] = row, other
+        assert near(step(model, rows), alone(model, its))
+        assert (rows[2][0].slots is shared) == (row is newcomers[0])
+        shared = rows[0][0].slots
+    for i in range(4):
+        assert near(step(model, rows, i), alone(model, its, i))
+    assert rows[0][0].slots is not shared  # past 256 slots
+    assert len(rows[0][0].kept[0]) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_place_is_none_for_a_row_longer_than_all_that_was_written(name):
+    model = MODELS[name]
+    caches, others = rows_of(model, [60, 50, 40, 90])
+    newcomer, rows, its = caches.pop(), caches, [*others[:2], others[3]]
+    assert near(step(model, rows), alone(model, others[:3]))
+    shared = rows[0][0].slots
+    rows[2] = newcomer  # the third has ended
+    for i in range(3):
+        assert near(step(model, rows, i), alone(model, its, i))
+    assert shares(newcomer)
+    assert rows[0][0].slots is newcomer[0].slots is not shared
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_place_that_is_filled_again_loses_nothing_where_that_breaks_off(at, monkeypatch):
+    """The last row takes the place of one that has ended, and a newcomer comes behind: broken off at some layer."""
+    model = MODELS["mini-4k"]
+    caches, others = rows_of(model, [30, 12, 25, 8, 20])
+    newcomer = caches.pop()
+    step(model, caches), alone(model, others[:4])
+    del caches[3]  # at the first place: the shortest
+    its = [*others[:3], others[4]]
+    rows = [*caches, newcomer]
+    with broken_off(monkeypatch, at):
+        step(model, rows)
+    assert [cache[0].offset for cache in rows] == [31, 13, 26, 20]
+    assert near(step(model, rows), alone(model, its))
+    assert all(same_cache(cache, other) for cache, other in zip(rows, its, strict=True))
+
+
+def test_what_rows_that_ended_leave_is_given_back():
+    model = MODELS["3.5-mini"]
+    caches, others = rows_of(model, [100, 120, 150, 300])
+    step(model, caches), alone(model, others)
+    a_row, of_all = sum(layer.nbytes for layer in caches[0]), sum(len(layer.kept) for layer in caches[0])
+    assert slots.unused_bytes(caches) == 0
+    del caches[3]
+    assert near(step(model, caches), alone(model, others[:3]))
+    assert slots.unused_bytes(caches) == 4 * a_row - 3 * a_row // 2  # the others need half the slots
+    slots.give_back(caches)
+    assert slots.unused_bytes(caches) == 0
+    assert of_all == 2 * len(caches[0])
+    assert [len(layer.kept[0]) for layer in caches[0]] == [3] * len(caches[0])
+    assert near(step(model, caches), alone(model, others[:3]))
+
+
+def test_arrays_have_twice_as_many_places_as_rows_at_most():
+    model = MODELS["mini-4k"]
+    caches = [read(model, 10 + row, row) for row in range(9)]
+    step(model, caches)
+    shared = caches[0][0].slots
+    while len(caches) > 4:
+        caches.pop(0)
+        step(model, caches)
+        assert (caches[0][0].slots is shared) == (len(caches) > 3)
+    caches.pop()
+    step(model, caches)
+    assert len(caches[0][0].kept[0]) == 3

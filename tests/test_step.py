@@ -11,6 +11,7 @@ import pytest
 import small_models
 from oracle import ids_of
 
+from phi3_mlx import blas
 from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
 from phi3_mlx.models import step
 from phi3_mlx.models.cache import KVBits
@@ -109,6 +110,18 @@ def test_quantization_in_between_is_seen(name, bits, rows, plainly, counted):
 
 def _divides(module):
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_rows_of_packed_weights_are_compiled_where_none_is_dequantized(rows, plainly, counted, monkeypatch):
+    monkeypatch.setattr(blas, "is_fast", lambda: True)
+    packing = {"group_size": 32, "bits": 4}
+    prompts = [ids_of(5, seed=row) % 90 for row in range(rows)]
+    for changes in ({}, {"hidden_size": 64, "intermediate_size": 96}):
+        model = oracle.make_ours({**oracle.BASE, **changes, "quantization": packing})
+        nn.quantize(model, **packing)
+        assert off(decode(model, prompts, 2), plainly(decode, model, prompts, 2)) < TOLERANCE
+    assert counted() == [True] * (4 if rows == 7 else 2)  # 9 rows of the wider model are dequantized
 
 
 def test_new_weights_and_types_are_seen(plainly, counted):

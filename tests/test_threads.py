@@ -367,7 +367,9 @@ def test_many_rows_and_tuning_take_turns_as_well(tiny, tmp_path):
 
 _FORK = """
 import os, signal, sys
-from phi3_mlx import Conversation, PromptCache, Phi3Error, compare, convert, generate, load, tune
+from phi3_mlx import (
+    Conversation, PromptCache, Phi3Error, compare, convert, export_adapter, export_gguf, generate, load, tune
+)
 if "before" in sys.argv:
     model, tokenizer = load("tiny")
     cache, stream = PromptCache(model), Conversation(model, tokenizer).send("Hello", max_tokens=3)
@@ -386,6 +388,8 @@ if "before" in sys.argv:
         lambda: convert("tiny", "nothing", bits=4),
         lambda: compare(model, tokenizer, model, tokenizer, "A text."),
         lambda: tune("tiny", "nothing.jsonl", "nothing"),
+        lambda: export_gguf("tiny", "nothing.gguf"),
+        lambda: export_adapter("nothing", "nothing.gguf"),
     ]
     for call in calls:
         try:

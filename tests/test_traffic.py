@@ -612,8 +612,8 @@ def test_chunks_follow_the_clock_while_rows_answer(speed, chunk, monkeypatch):
         read.append(runs.step().read_tokens)
     assert max(read) == 256  # nobody waits
     runs.submit(Plot(0, None, 300, 1, 4, 0, 0, None, 0).job(model))
-    read = [runs.step().read_tokens for _ in range(8)]
-    assert read[1:7] == [chunk] * 6  # a slow machine reads a few at least
+    read = [tokens for _ in range(16) if (tokens := runs.step().read_tokens)]  # not of steps that only queue a pass
+    assert read[1:6] == [chunk] * 5  # a slow machine reads a few at least
 
 
 def test_rows_of_a_batch_that_have_ended_hold_no_keys_while_others_go_on():

@@ -253,8 +253,10 @@ def _packages(machine: Machine) -> list[Finding]:
 EXTRAS = {
     "schema": "answers of a given form and tools need it",
     "serve": "`phi3-mlx serve` does not start",
+    "eval": "`phi3-mlx eval` asks lm-eval's tasks with it",
+    "data": "`phi3-mlx data` finds near duplicates and reads Parquet and .zst files with it",
     "tiktoken": "the tokenizer of Phi-3-small needs it",
-    "gguf": "`phi3-mlx convert` reads GGUF files with it",
+    "gguf": "`phi3-mlx convert` and `export` read and write GGUF files with it",
     "plot": "`tune` and `convert` draw their plots with it",
 }
 

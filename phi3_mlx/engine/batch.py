@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from ..errors import CacheError, Phi3Error
 from ..models.decoder import Model
-from ..models.slots import take_out
+from ..models.slots import give_back, take_out, unused_bytes
+from . import machine
 from .drafts import Drafter
 from .passes import Pass, queue_pass
 from .rows import FORCED, Answered, Row
@@ -66,6 +67,15 @@ class Batch:
             self._queued.leave_out(row)
 
     @property
+    def unused_bytes(self) -> int:
+        """What the caches of all rows hold beyond what the rows need, for others that may come."""
+        return unused_bytes([row.cache for row in self.rows if row.begun])
+
+    def give_back(self) -> None:
+        """Free that."""
+        give_back([row.cache for row in self.rows if row.begun])
+
+    @property
     def answering(self) -> bool:
         """Whether some row has read its prompt."""
         return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
@@ -116,6 +126,10 @@ class Batch:
                     on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
             self._rate = queued.read_tokens / (queued.seconds + time.perf_counter() - started)
+            if queued.rows and machine.on_cpu():
+                # A CPU computes most of the next pass while it is queued, for which first tokens need not wait.
+                self._tell(queued.tokens(), step)
+                return
         chunk = self._timed(chunk, seconds[0 if self.answering else 1])
         drafter = self._drafter_of_one()
         if drafter is not None and queued is None and self._draft(drafter, step):

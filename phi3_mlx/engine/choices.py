@@ -72,5 +72,7 @@ def _logprobs(
     logprobs = []
     for begin in range(0, len(ids), chunk):
         hidden = model.model(mx.array([ids[begin : begin + chunk]]), branch)[0]
-        logprobs += [score.logprob for score in Scores(model, hidden, targets[begin : begin + chunk]).told()]
+        places = list(range(len(hidden)))
+        scores = Scores(model, hidden, targets[begin : begin + chunk], places=places)
+        logprobs += [score.logprob for score in scores.told()]
     return logprobs

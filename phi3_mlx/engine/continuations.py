@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import MemoryLimitError
@@ -13,7 +13,7 @@ from ..threads import turn
 from .jobs import Job
 from .machine import bounded_run
 from .prefixes import PrefixStore
-from .rows import Row
+from .rows import Row, raise_first
 from .scheduler import Scheduler
 from .scores import TokenScore
 
@@ -109,10 +109,28 @@ def score_together(
     its ids had been read alone. `prefixes`: what prompts begin with is taken from there, and what is read is kept
     there. `progress(done, total)` counts prompts. Raises MemoryLimitError unless `force`.
     """
+    scored: list[list[list[TokenScore]]] = []
+    for of_prompt in score_each(model, prompts, kv_bits=kv_bits, force=force, prefixes=prefixes):
+        scored.append(of_prompt)
+        if progress is not None:
+            progress(len(scored), len(prompts))
+    return scored
+
+
+def score_each(
+    model: Model,
+    prompts: Sequence[Sequence[Continued]],
+    *,
+    kv_bits: KVBits | None = None,
+    force: bool = False,
+    prefixes: PrefixStore | None = None,
+) -> Generator[list[list[TokenScore]], None, None]:
+    """`score_together`, prompt by prompt: each in its turn, as soon as it and those before it were read."""
     groups = [_groups(model, continued, kv_bits) for continued in prompts]
     waiting = deque(group for of_prompt in groups for group in of_prompt)
     running: list[_Group] = []
     runs = Scheduler(model, force=force, prefixes=prefixes)
+    told = 0
 
     def let_join() -> None:
         running[:] = [group for group in running if group.go_on(runs)]  # first: all may have ended at once
@@ -121,39 +139,32 @@ def score_together(
             running.append(waiting.popleft())
             running[-1].go_on(runs)
 
-    scored: list[list[list[TokenScore]]] = []
-
-    def take_scored() -> None:
-        while len(scored) < len(prompts):
-            by_place = {place: tokens for group in groups[len(scored)] for place, tokens in group.scores.items()}
-            if len(by_place) < len(prompts[len(scored)]):
+    def scored() -> Iterator[list[list[TokenScore]]]:
+        nonlocal told
+        while told < len(prompts):
+            by_place = {place: tokens for group in groups[told] for place, tokens in group.scores.items()}
+            if len(by_place) < len(prompts[told]):
                 return
-            scored.append([by_place[place] for place in range(len(by_place))])
-            groups[len(scored) - 1].clear()
-            if progress is not None:
-                progress(len(scored), len(prompts))
+            groups[told].clear()
+            told += 1
+            yield [by_place[place] for place in range(len(by_place))]
 
     with turn():
         let_join()
-        _raise_first(runs.admit())
+        raise_first(runs.admit())
     try:
         with bounded_run(runs.spare):
             while running:
                 with turn():
                     step = runs.step()
+                    for row in step.ended:
+                        row.let_go()  # those that wait need the room
                     let_join()
-                _raise_first(step.failed)
-                take_scored()
+                raise_first(step.failed)
+                yield from scored()
     finally:
         runs.end()
-    take_scored()
-    return scored
-
-
-def _raise_first(failed: Iterable[Row]) -> None:
-    for row in failed:
-        assert row.error is not None
-        raise row.error
+    yield from scored()
 
 
 def _groups(model: Model, continued: Sequence[Continued], kv_bits: KVBits | None) -> list[_Group]:

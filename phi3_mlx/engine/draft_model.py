@@ -12,6 +12,7 @@ import time
 
 import mlx.core as mx
 
+from ..models.hooks import forget_trimmed
 from .lookup import MAX_DRAFT
 from .payoff import Payoff, StepTimes, faded
 from .processors import processed
@@ -82,6 +83,7 @@ class ModelDrafter(Payoff):
         super().saw_draft(drafted, accepted, seconds)
         for layer in self._cache.layers:
             layer.trim(max(drafted - 1 - accepted, 0))
+        forget_trimmed(self._model.model, self._cache.layers)
 
     def _ids(self, last: int) -> mx.array | None:
         """The ids (1, n) from where it has read to the first `last`; None if it does not know one of them."""
@@ -113,5 +115,5 @@ class ModelDrafter(Payoff):
     def _logits(self, ids: mx.array) -> mx.array:
         """Logits (vocab_size,) of the token behind `ids` (1, n), for the vocab_size of the row's model."""
         hidden = self._model.model(ids, self._cache.layers)
-        logits = self._model.logits(hidden[0, -1:])[0].astype(mx.float32)[: self._vocab_size]
+        logits = self._model.logits(hidden[0, -1:], [ids.shape[1] - 1])[0].astype(mx.float32)[: self._vocab_size]
         return mx.pad(logits, (0, self._vocab_size - len(logits)), constant_values=mx.array(-math.inf))

@@ -7,6 +7,7 @@ import time
 import mlx.core as mx
 
 from ..models.decoder import Model
+from ..models.hooks import forget_trimmed
 from .draft_model import ModelDrafter
 from .lookup import LookupDrafter, accepted_of
 from .payoff import Payoff, StepTimes
@@ -76,6 +77,7 @@ class Drafter:
         logprobs: list[float] = mx.concatenate([each.logprobs for each in drawn]).tolist()  # type: ignore[assignment]
         accepted = accepted_of(draft, ids)
         _take_back(row, len(draft) - accepted, states[accepted])
+        forget_trimmed(model.model, row.cache)
         assert self._source is not None
         self._source.saw_draft(len(draft), accepted, time.perf_counter() - started)
         told = zip(ids[: accepted + 1], logprobs, drawn, strict=False)

@@ -75,6 +75,11 @@ def memory_limit(size: int | str) -> Iterator[None]:
         _allowed.remove(limit)
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
 def room() -> int:
     """Bytes that may still be allocated: of Metal's recommended working set, of a GPU's memory, else of free RAM."""
     return min([_of_machine(), *(size - mx.get_active_memory() for size in _allowed)])

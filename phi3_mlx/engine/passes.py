@@ -173,19 +173,20 @@ def queue_pass(
         hidden = model.model(joined, rows[0].cache)[0]  # (rows, hidden_size)
     else:
         hidden = model.model.together(joined, lengths, [row.cache for row in rows], newest=not scoring)[0]
+    ends_of_all = [end - 1 for end in accumulate(lengths)]  # the newest token of each sequence
     read, read_tokens = [row for row, _ in parts], sum(ids.shape[1] for _, ids in parts)
     scored = forced_scored = None
     if scoring:
         ends = dict(zip(rows, accumulate(lengths), strict=True))
         scored = _scored(model, hidden, {row: _targets(row, ends[row], ids.shape[1]) for row, ids in parts})
         forced_scored = _scored(model, hidden, {row: _forced_targets(run, ends[row]) for row, run in runs.items()})
-        hidden = hidden[mx.array([end - 1 for end in accumulate(lengths)])]
+        hidden = hidden[mx.array(ends_of_all)]
     draws = [i for i, row in enumerate(rows) if row.read >= len(row.prompt) and row.left > 0]
     drawing = [rows[i] for i in draws]
     if drawing and len(drawing) < len(rows):
         hidden = hidden[mx.array(draws)]
     forced = {row: run[1:] for row, run in runs.items()}
-    logits = model.logits(hidden) if drawing else None
+    logits = model.logits(hidden, [ends_of_all[i] for i in draws]) if drawing else None
     queued = Pass(drawing, read, read_tokens, logits, scored, forced, forced_scored)
     if partly := [row.to_compute for row in read if row not in drawing]:
         mx.async_eval(partly)  # another thread could not, and may take the next step
@@ -200,9 +201,8 @@ class _Scored:
 
     def __init__(self, model: Model, hidden: mx.array, targets: Mapping[Row, Targets]):
         wanted = [target for of_row in targets.values() for target in of_row]
-        places = mx.array([place for place, _ in wanted], dtype=mx.int32)
         top = [row.job.top for row, of_row in targets.items() for _ in of_row]
-        self.scores = Scores(model, hidden[places], [ids for _, ids in wanted], top)
+        self.scores = Scores(model, hidden, [ids for _, ids in wanted], top, places=[place for place, _ in wanted])
         self._counts = {row: sum(len(ids) for _, ids in of_row) for row, of_row in targets.items()}
 
     def told(self) -> list[tuple[Row, list[TokenScore]]]:

@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import ContextLengthError, MemoryLimitError
 from ..models.attention import fused_attention
 from ..models.cache import RECOMPUTE_CHUNK, KVBits, kv_bytes
+from ..models.hooks import Watcher, watchers_of
 from ..models.other import Config as OtherConfig
 from ..models.pass_shape import PassShape
 from ..models.slots import LIKE
@@ -63,7 +64,7 @@ class Workload:
     given tokens are computed. `draft`: a draft model that reads along, in caches of the same bits; its own length and
     bits are not looked at. `prompt`: how many of the tokens are there before the answer begins, at least. `verified`:
     tokens of a step at most where there is one row: the longest draft, and one. `drawing`: what its sampling takes, as
-    `sampler.numbers_drawn` says it.
+    `sampler.numbers_drawn` says it. `watchers`: who looks at it, keeps and changes values.
     """
 
     config: Config
@@ -81,13 +82,15 @@ class Workload:
     prompt: int = 0
     verified: int = MAX_DRAFT + 1
     drawing: float = numbers_drawn(Sampling())
+    watchers: tuple[Watcher, ...] = ()
 
     @classmethod
     def of_model(cls, model: Model, length: int, rows: int = 1, *, kv_bits: KVBits | None = None) -> Workload:
         """For a model in memory, in the dtype and on the device that it is computed in."""
         weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         kind = cls if model.of_family else EstimatedWorkload
-        return kind(model.config, weights, length, rows, kv_bits, model.dtype.size, fused_attention())
+        workload = kind(model.config, weights, length, rows, kv_bits, model.dtype.size, fused_attention())
+        return replace(workload, watchers=watchers_of(model.model))
 
     @classmethod
     def of_directory(
@@ -160,8 +163,11 @@ class Workload:
         return self.rows * (1 + self.branches) * self.row_bytes()
 
     def row_bytes(self) -> int:
-        """Keys and values that all layers have of one row at the end."""
-        return self.config.num_hidden_layers * kv_bytes(self.config, self.length, self.bits, self.itemsize)
+        """Keys and values that all layers have of one row at the end, and what a trace keeps of it."""
+        # Without scores there are logits from the prompt's last token on.
+        scored = self.length if self.scores else max(self.length - max(self.prompt - 1, 0), 1)
+        kept = sum(watcher.kept_bytes(self.length, scored) for watcher in self.watchers)
+        return kept + self.config.num_hidden_layers * kv_bytes(self.config, self.length, self.bits, self.itemsize)
 
     def recomputing_beside(self, chunk: int) -> int:
         """Bytes beside the weights while a row is recomputed: its cache so far, the second one and its workspace."""
@@ -199,7 +205,8 @@ class Workload:
         scored = min(chunk, positions_at_once(self.config.vocab_size)) if self.scores else 0
         verified = self.verified if self.rows == 1 else 1
         drawing = drawing_bytes(self.config.vocab_size, self.drawing, self.rows, verified)
-        return workspace_bytes(shape, verified * self.rows, scored, drawing)
+        watched = sum(watcher.working_bytes(shape.queries, self.length) for watcher in self.watchers)
+        return workspace_bytes(shape, verified * self.rows, scored, drawing) + self.rows * watched
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,9 @@ def check_fits(workload: Workload, room: float, *, prompt: int = 0, kept: bool =
     ways = []
     if workload.draft is not None and (total := replace(workload, draft=None).plan(room).total) <= room:
         ways.append(f"without the draft model it needs {size_text(total)}")
+    if workload.watchers and (total := replace(workload, watchers=()).plan(room).total) <= room:
+        less = "keep fewer layers, heads or positions"
+        ways.append(f"without what the trace keeps and changes it needs {size_text(total)}: {less}")
     for bits in _OFFERED_BITS:
         packed = replace(workload, bits=KVBits(bits, bits))
         if workload.bits is not None and bits >= min(workload.bits.keys, workload.bits.values):

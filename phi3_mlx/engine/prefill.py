@@ -24,7 +24,10 @@ def shared_length(cache: list[KVCache], prompt: Sequence[int]) -> int:
     """How many tokens of the prompt `cache` has read already. Not the last: its logits begin the answer."""
     if not cache[0].offset:
         return 0
-    read: list[int] = cache[0].sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
+    sequence = cache[0].sequence
+    if any(edit.by_prompt for edit in sequence.edits) and sequence.prompt_of(0) != len(prompt):
+        return 0  # it was changed as another prompt's
+    read: list[int] = sequence.ids[0, : cache[0].offset].tolist()  # type: ignore[assignment]
     return common_length(read, list(prompt[:-1]))
 
 

@@ -16,12 +16,14 @@ Layers = list[list[mx.array]]  # of each layer what `KVCache.copy_tokens` gives
 class Node:
     """Some ids behind those of its parents, with the keys and values of these tokens in `layers`.
 
-    `layers` is None where a window had left the tokens before they were given. `used` is when it was last asked for.
+    `layers` is None where a window had left the tokens before they were given; `nbytes` are those of its layers, which
+    are counted once, as a store asks for them at every step. `used` is when it was last asked for.
     `queued`: whether a file of what ends here is to be written, `saved`: whether it was, or is not worth it.
     """
 
     def __init__(self, ids: list[int], layers: Layers | None, parent: Node | None = None, used: int = 0):
         self.ids, self.layers, self.used = ids, layers, used
+        self.nbytes = _bytes_of(layers)
         self.queued = self.saved = False
         self.parent = parent
         self.children: dict[int, Node] = {}  # by their first ids, which differ
@@ -34,10 +36,6 @@ class Node:
     def parent(self, parent: Node | None) -> None:
         # Weak: a circle would keep keys and values until Python looks for circles.
         self._parent = None if parent is None else weakref.ref(parent)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for layer in self.layers or () for array in layer)
 
     def add(self, ids: list[int], layers: Layers | None, used: int) -> Node:
         """Append a child, and return it."""
@@ -64,8 +62,13 @@ class Node:
         front = parent.add(self.ids[:at], None if layers is None else first, self.used)
         front.saved = self.saved
         self.ids, self.layers, self.parent = self.ids[at:], None if layers is None else rest, front
+        self.nbytes = _bytes_of(self.layers)
         front.children[self.ids[0]] = self
         return front
+
+
+def _bytes_of(layers: Layers | None) -> int:
+    return sum(array.nbytes for layer in layers or () for array in layer)
 
 
 def nodes_along(root: Node, ids: list[int]) -> list[tuple[Node, int]]:

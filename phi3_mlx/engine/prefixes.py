@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
+from ..models.slots import take_out
 from ..sizes import parse_size, size_text
 from ..threads import turn
 from ..values import path as as_path
@@ -21,9 +22,10 @@ from ..values import refusal, shown
 from .cache_file import Facts, facts_of, runs_of_cache
 from .identity import ModelState
 from .prefix_files import PrefixFiles
-from .prefix_tree import Node, below, nodes_along, path_to, readable, runs_of
+from .prefix_tree import Layers, Node, below, nodes_along, path_to, readable, runs_of
 
 LEAST = 16  # tokens; fewer are read about as fast as they are copied
+_COPIED_AT_ONCE = 1 << 24  # bytes: more layers together wait less, but what is released exists twice for so long
 
 
 class PrefixStore:
@@ -103,7 +105,8 @@ class PrefixStore:
     @turn()
     def shared(self, model: Model, prompt: Sequence[int], bits: KVBits | None = None) -> int:
         """How many tokens of a prompt `cache_for` would take over; they count as used."""
-        return self._find(model, list(prompt), bits, model.model.is_long(len(prompt)))[2]
+        tree = self._tree(model, self.state_of(model), bits, model.model.is_long(len(prompt)))
+        return self._find(tree, list(prompt))[2]
 
     @turn()
     def cache_for(
@@ -114,24 +117,26 @@ class PrefixStore:
         *,
         length: int | None = None,
         lacking: float = 0,
+        state: ModelState | None = None,
     ) -> list[KVCache] | None:
         """A new cache that has read the longest known beginning of a prompt; None if there is none worth it.
 
         The last token of the prompt is never among them: its logits begin the answer. `length`: tokens that the
         sequence counts as having, where they are more than these; they decide its LongRoPE regime. `lacking` bytes give
-        way, other prefixes first; if that is not enough, this one is not copied but moved.
+        way, other prefixes first; if that is not enough, this one is not copied but moved. `state`: what `state_of`
+        gives, if that was just asked.
         """
         ids = list(prompt)
         length = len(ids) if length is None else length
         long = model.model.is_long(length)
-        path, first, last = self._find(model, ids, bits, long)
+        tree = self._tree(model, state or self.state_of(model), bits, long)
+        path, first, last = self._find(tree, ids)
         left = self.nbytes - lacking
         self._forget(left)
         moves = self.nbytes > left
         if self._files is not None and not moves:
-            facts = self._tree(model, bits, long).facts
-            assert facts is not None
-            cache = self._files.find(model, facts, ids, length, last)
+            assert tree.facts is not None
+            cache = self._files.find(model, tree.facts, ids, length, last)
             if cache is not None:
                 return cache
         if last < LEAST:
@@ -165,15 +170,16 @@ class PrefixStore:
     ) -> None:
         """Keep copies of what `cache`, of one row, has read and is not here yet, in `spare` bytes more at most.
 
-        `state` is what `state_of` gave before it was read: nothing is kept of a model that has changed since.
-        `release` empties `cache`, a layer as soon as it is copied, so that all of it never exists twice. `save`: a file
-        is to have it too, if there is a directory. Without it nothing waits for files.
+        `state` is what `state_of` gave before it was read, and gives still: what a changed model has read is not to be
+        kept. `release` empties `cache` as it is copied, so that all of it never exists twice; a row that shares arrays
+        leaves its place empty if there is memory to spare, or gets arrays of its own before. `save`: a file is to have
+        it too, if there is a directory. Without it nothing waits for files.
         """
         sequence, start, end = cache[0].sequence, cache[0].start, cache[0].offset
-        if not self._can_keep(model, cache, state) or sequence.long is None:
+        if not end or sequence.long is None or any(layer.offset != end for layer in cache):  # a call was broken off
             return
         ids: list[int] = sequence.ids[0, :end].tolist()  # type: ignore[assignment]
-        tree = self._tree(model, cache[0].bits, sequence.long[0])
+        tree = self._tree(model, state, cache[0].bits, sequence.long[0])
         node, path = tree.root, nodes_along(tree.root, ids)
         known = sum(shared for _, shared in path)
         first = max(known, start)
@@ -184,19 +190,17 @@ class PrefixStore:
             path[-1] = node, shared
         self._touch(path)
         if first < end:
-            token_bytes = sum(array.nbytes // array.shape[2] for layer in cache for array in layer.state)
-            limit = min(self.budget, self.nbytes + spare + release * sum(layer.nbytes for layer in cache))
+            if release and spare < sum(layer.nbytes for layer in cache):
+                take_out([cache])  # a place among other rows would stay, empty
+            token_bytes = sum(array.nbytes // (len(array) * array.shape[2]) for layer in cache for array in layer.kept)
+            limit = min(self.budget, self.nbytes + spare + release * sum(layer.freed_bytes for layer in cache))
             self._forget(limit - (end - first) * token_bytes, wait=save)
             kept = min(end, first + int((limit - self.nbytes) // token_bytes))
             if kept < end and save:
                 self._write_now(tree, cache, ids)
             if kept <= first:
                 return
-            layers = []
-            for layer in cache:
-                layers.append(layer.copy_tokens(first, kept))
-                if release:
-                    layer.state = []
+            layers = _copied(cache, first, kept, release)
             if first > known:
                 node = node.add(ids[known:first], None, self._clock)
             path.append((node.add(ids[first:kept], layers, self._clock), kept - first))
@@ -227,12 +231,6 @@ class PrefixStore:
         node.queued, node.saved = True, not last
         if last:
             self._files.write(replace(tree.facts, tokens=last, start=first), ids, runs, done)
-
-    def _can_keep(self, model: Model, cache: list[KVCache], state: ModelState) -> bool:
-        """Whether no call was broken off in a cache, and the model is as it was when it began."""
-        end = cache[0].offset
-        whole = end > 0 and cache[0].sequence.long is not None and all(layer.offset == end for layer in cache)
-        return whole and self.state_of(model) is state
 
     @turn()
     def give_way(self, nbytes: float) -> None:
@@ -266,13 +264,11 @@ class PrefixStore:
             if parent is not None and parent.parent is not None and not parent.children:
                 heapq.heappush(leaves, (parent.used, id(parent), parent, tree))
 
-    def _find(
-        self, model: Model, ids: list[int], bits: KVBits | None, long: bool
-    ) -> tuple[list[tuple[Node, int]], int, int]:
+    def _find(self, tree: _Tree, ids: list[int]) -> tuple[list[tuple[Node, int]], int, int]:
         """The nodes that a prompt goes through, and what of it can be taken over: the positions `first` to `last`."""
-        path = nodes_along(self._tree(model, bits, long).root, ids[:-1])
+        path = nodes_along(tree.root, ids[:-1])
         self._touch(path)
-        return path, *readable(path, model.config.sliding_window)
+        return path, *readable(path, tree.window)
 
     def _touch(self, path: list[tuple[Node, int]]) -> None:
         self._clock += 1
@@ -282,14 +278,29 @@ class PrefixStore:
     def _trees(self) -> list[_Tree]:
         return [tree for _, trees in self._kept for tree in trees.values()]
 
-    def _tree(self, model: Model, bits: KVBits | None, long: bool) -> _Tree:
-        """What a model has read, packed so and in that LongRoPE regime."""
-        state = self.state_of(model)
+    def _tree(self, model: Model, state: ModelState, bits: KVBits | None, long: bool) -> _Tree:
+        """What a model has read in the state that it is in, packed so and in that LongRoPE regime."""
         trees = next(trees for kept, trees in self._kept if kept is state)
         if (bits, long) not in trees:
             facts = None if self._files is None else facts_of(model, state.fingerprint(model), bits, long)
             trees[bits, long] = _Tree(Node([], None), model.config.sliding_window, facts)
         return trees[bits, long]
+
+
+def _copied(cache: list[KVCache], first: int, last: int, release: bool) -> Layers:
+    """Copies of the tokens at positions `first` to `last`, of each layer; `release` empties it."""
+    layers: Layers = []
+    pending: list[mx.array] = []
+    for layer in cache:
+        layers.append(layer.copy_tokens(first, last))
+        pending += layers[-1]
+        if release:
+            layer.let_go()
+        if sum(array.nbytes for array in pending) >= _COPIED_AT_ONCE:
+            mx.eval(pending)
+            pending = []
+    mx.eval(pending)
+    return layers
 
 
 def check_store(prefixes: object) -> None:

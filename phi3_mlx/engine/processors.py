@@ -82,7 +82,8 @@ class Constraint:
         if allowed is None:  # behind a token that was drafted and will not be accepted
             return logits
         if len(allowed) != len(logits):
-            allowed = np.pad(allowed, (0, max(len(logits) - len(allowed), 0)))[: len(logits)]
+            known, allowed = allowed[: len(logits)], np.zeros(len(logits), np.uint8)
+            allowed[: len(known)] = known
         return _only(mx.array(allowed), logits)
 
     def forced(self, answer: Sequence[int], most: int) -> list[int]:

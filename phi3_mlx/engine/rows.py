@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -81,6 +81,7 @@ class Row:
         self.chunk = chunk
         sequence = self.cache[0].sequence
         sequence.recompute_chunk = min(chunk, RECOMPUTE_CHUNK)
+        sequence.prompt = (len(self.job.prompt),)
         sequence.wanted_from = None if self.scored_from is None else self.scored_from - 1
         if self.draft is not None:
             self.draft.begin(self.length)
@@ -236,3 +237,10 @@ class Row:
         elif self.left <= 0:
             reason = "length"
         return Token(self.index, token, logprob, reason, top)
+
+
+def raise_first(failed: Iterable[Row]) -> None:
+    """Raise the error of the first row that failed, if there is one."""
+    for row in failed:
+        assert row.error is not None
+        raise row.error

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..models.normalizer import log_normalizer
 from .alternatives import Likeliest
 from .sampling import Sampling
 
@@ -103,7 +104,7 @@ def draw(
         order = mx.array([row for rows in groups.values() for row in rows])
         parts = [_draw_alike([samplers[row] for row in rows], scores[mx.array(rows)]) for rows in groups.values()]
         tokens = mx.concatenate(parts)[mx.argsort(order)]
-    normalizers = mx.logsumexp(logits, axis=-1)
+    normalizers = log_normalizer(logits)
     logprobs = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
     if processed:
         logprobs += mx.where(mx.isfinite(scores.max(axis=-1)), 0.0, math.inf)  # NaN of the model stays NaN

@@ -11,11 +11,13 @@ from typing import Protocol
 from ..errors import MemoryLimitError
 from ..models.cache import fork
 from ..models.decoder import Model
+from ..models.hooks import edits_of
 from ..threads import turn
 from ..values import refusal
 from . import machine
 from .batch import Batch, Step
 from .fitting import ANSWER_BLOCK, brought_by, held_by, workload_of
+from .identity import ModelState
 from .jobs import Job
 from .plan import Plan, Workload, check_fits, check_length, draft_weights, plan_together
 from .prefill import common_length
@@ -71,6 +73,7 @@ class Scheduler:
         self._seconds = chunk_seconds, alone_seconds
         self._of_model = replace(Workload.of_model(model, 0), chunk=chunk)  # to count weights takes a while
         self._prefixes = prefixes if model.of_family else None  # other caches cannot be cut into pieces
+        self._states: dict[int, ModelState] = {}  # of models by their id, as this step has found them
         self._batch = Batch(model)
         self._waiting: deque[Row] = deque()
         self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first
@@ -106,8 +109,10 @@ class Scheduler:
 
     @property
     def spare(self) -> float:
-        """Bytes of the room that the plan of what runs leaves."""
-        return 0.0 if self._plan is None else max(self._available(self._workloads) - self._plan.total, 0.0)
+        """Bytes of the room that the plan of what runs leaves, and caches do not hold for rows that may come."""
+        if self._plan is None:
+            return 0.0
+        return max(self._available(self._workloads) - self._plan.total - self._batch.unused_bytes, 0.0)
 
     @turn()
     def submit(self, job: Job) -> Row:
@@ -152,7 +157,7 @@ class Scheduler:
 
         Returns those that failed instead: what fitted when it was submitted does not any more.
         """
-        failed = []
+        failed, self._states = [], {}
         for row in list(self._waiting):
             if row.finished:
                 self._waiting.remove(row)
@@ -191,7 +196,7 @@ class Scheduler:
             return Step(ended=failed, failed=failed)
         assert self._plan is not None
         try:
-            step = self._batch.step(self._plan.chunk, self._seconds, self._keep)
+            step = self._batch.step(self._plan.chunk, self._seconds, self._keep_read)
             for row in self._workloads:
                 if row.finished:
                     self._keep(row, release=not self._kept, save=True)
@@ -211,6 +216,7 @@ class Scheduler:
         if self._prefixes is None:
             return  # also where Python ends, and a turn may never come
         with turn():
+            self._states = {}
             for row in self._workloads:
                 self._keep(row, save=True)
             self._workloads = {}
@@ -246,16 +252,23 @@ class Scheduler:
                 return
 
     def _planned(self, workloads: Mapping[Row, Workload]) -> tuple[Plan, float]:
-        """The plan of these rows, and how many bytes they lack."""
+        """The plan of these rows, and how many bytes they lack.
+
+        Of what it leaves, caches may hold half for rows that may come: more is freed.
+        """
         room = self._available(workloads)
         plan = plan_together(list(workloads.values()), room)
+        if (unused := self._batch.unused_bytes) and 2 * unused > room - plan.total:
+            self._batch.give_back()
+            room = self._available(workloads)
+            plan = plan_together(list(workloads.values()), room)
         return plan, max(plan.total - room, 0.0)
 
     def _check_alone(self, row: Row, workload: Workload) -> None:
         """MemoryLimitError if the row would not fit even if no other ran."""
         room = self._available({**self._workloads, row: workload}) + self._stored + self._freeable
-        if self._room is None:
-            room += self.reserved  # what is computed for others now is given back
+        if self._room is None:  # what others compute with now is given back, and is no more than they were promised
+            room += self.reserved + (0 if self._elsewhere is None else self._elsewhere.reserved)
         kept = self._kept or row.job.cache is not None
         check_fits(workload, room, prompt=len(row.prompt) if row.left else 0, kept=kept)
 
@@ -276,12 +289,12 @@ class Scheduler:
     # What was read is read once.
 
     def _awaits_another(self, row: Row) -> bool:
-        """Whether a row that runs is about to read what this one's prompt begins with."""
+        """Whether a row that runs is about to read much of what this one's prompt begins with."""
         return self._reuses(row) and any(
             self._reuses(other)
             and other.bits == row.bits
             and self._model.model.is_long(other.length) == self._model.model.is_long(row.length)
-            and (shared := common_length(other.prompt, row.reusable[:-1])) >= LEAST
+            and (shared := common_length(other.prompt, row.reusable[:-1])) - other.reused >= LEAST
             and shared > other.progress
             for other in self._workloads
         )
@@ -303,9 +316,14 @@ class Scheduler:
             self._prefixes.give_way(lacking)
             return
         for cache in row.caches:
-            cache.state = self._prefixes.state_of(cache.model)
+            cache.state = self._state_of(cache.model)
             cache.copied = self._prefixes.cache_for(
-                cache.model, row.reusable, cache.bits, length=row.length, lacking=lacking if cache is row.main else 0
+                cache.model,
+                row.reusable,
+                cache.bits,
+                length=row.length,
+                lacking=lacking if cache is row.main else 0,
+                state=cache.state,
             )
 
     def _keep(self, row: Row, *, release: bool = False, save: bool = False) -> None:
@@ -313,9 +331,25 @@ class Scheduler:
         if self._prefixes is None or row.error is not None:
             return
         for cache in row.caches:
-            if cache.state is not None and cache.layers:
+            if cache.layers and cache.state is not None and cache.state is self._state_of(cache.model):
                 self._prefixes.give(cache.model, cache.layers, cache.state, self.spare, release=release, save=save)
 
+    def _keep_read(self, row: Row) -> None:
+        """Store what a row has read of its prompt, unless that is so little that nobody waits for it."""
+        if row.progress - row.reused >= LEAST:
+            self._keep(row)
+
+    def _state_of(self, model: Model) -> ModelState:
+        """The state that a model is in, which takes a while to tell: once a step."""
+        assert self._prefixes is not None
+        if id(model) not in self._states:
+            self._states[id(model)] = self._prefixes.state_of(model)
+        return self._states[id(model)]
+
     def _reuses(self, row: Row) -> bool:
-        """Whether a row takes what is stored, and stores what it reads: unless its job brought a cache."""
-        return self._prefixes is not None and row.main.given is None
+        """Whether a row takes what is stored, and stores what it reads.
+
+        Not if its job brought a cache, or a model's values are changed (`hooks`).
+        """
+        edited = any(edits_of(cache.model.model) for cache in row.caches)
+        return self._prefixes is not None and row.main.given is None and not edited

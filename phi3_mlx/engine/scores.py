@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
+from ..models.normalizer import log_normalizer
 from .alternatives import Alternatives, Likeliest
 
 if TYPE_CHECKING:
@@ -33,18 +34,27 @@ def positions_at_once(vocab_size: int) -> int:
 class Scores:
     """The scores of tokens that may follow some positions; they are on their way when it is made.
 
-    hidden (P, hidden_size), for each position the ids of the tokens, perhaps several, and in `top` how many of the
-    likeliest are wanted.
+    hidden (tokens, hidden_size) of a pass, of which these `places` are scored, for each the ids of the tokens, perhaps
+    several, and in `top` how many of the likeliest are wanted.
     """
 
-    def __init__(self, model: Model, hidden: mx.array, targets: Sequence[Sequence[int]], top: Sequence[int] = ()):
+    def __init__(
+        self,
+        model: Model,
+        hidden: mx.array,
+        targets: Sequence[Sequence[int]],
+        top: Sequence[int] = (),
+        *,
+        places: list[int],
+    ):
         self._targets = targets
         # Of each slice of positions: log-probabilities and whether likeliest (tokens,), and the likeliest.
         self._slices: list[tuple[mx.array, mx.array, list[Likeliest]]] = []
         step = positions_at_once(model.config.vocab_size)
         for first in range(0, len(targets), step):
             mx.eval(self.arrays)  # or MLX would hold the logits of the slice before and of this
-            logits = model.logits(hidden[first : first + step]).astype(mx.float32)
+            here = places[first : first + step]
+            logits = model.logits(hidden[mx.array(here)], here).astype(mx.float32)
             self._slices.append(_scores(logits, targets[first : first + step], top[first : first + step]))
         mx.async_eval(self.arrays)  # another thread could not, and may take the next step
 
@@ -71,7 +81,7 @@ def _scores(
     """logits (P, vocab_size) in float32 -> of the targets what `Scores` keeps of a slice."""
     places = mx.array([place for place, ids in enumerate(targets) for _ in ids])
     ids = mx.array([token for ids in targets for token in ids])
-    normalizers = mx.logsumexp(logits, axis=-1)
+    normalizers = log_normalizer(logits)
     logprobs = logits[places, ids] - normalizers[places]
     alternatives = []
     step = max(1, len(targets) // _PARTS)  # each part sorts numbers beside the logits

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ..engine.generation import Generation
 from ..engine.prefixes import PrefixStore, check_store
@@ -15,11 +15,12 @@ from ..models.decoder import Model
 from ..option import arguments
 from ..store.other import check_other
 from ..text.chat import render_chat
-from ..text.grammar import Form
 from ..text.messages import Message
-from ..text.tool_calls import ToolCall
-from ..values import check_function, listed, refusal, shown, token_ids
+from ..text.tool_use import ToolUse, use_tools
+from ..text.tools import Tool, ToolChoice
+from ..values import check_function, flag, listed, refusal, shown, token_ids
 from .answer import begin_answers
+from .chunks import AnswerText, Chunk, told_apart, with_calls
 from .loading import check_draft, check_loaded, check_tokenizer
 from .request import Request
 
@@ -30,31 +31,7 @@ if TYPE_CHECKING:
 
 _PROMPT_KINDS = "a prompt is a text, a list of {'role', 'content'} messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One generated token and the text it made certain ("" while a character or a stop string is incomplete).
-
-    `finish_reason` is None until the last chunk: "stop" (the model ended its answer or a stop string came) or
-    "length". The other figures are those of the run so far: tokens (`prefilled_tokens` are those of the prompt that no
-    cache held, `accepted_tokens` are those drafted that were right), tokens a second, peak bytes. `calls` are those of
-    tools that the token completed, which `Conversation.send` alone tells apart from the text.
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    prefilled_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: int
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    calls: tuple[ToolCall, ...] = ()
+Tools = Sequence[Tool | Callable[..., Any] | Mapping[str, Any]] | str
 
 
 def generate(
@@ -82,11 +59,14 @@ def generate(
     regex: str | None = None,
     grammar: str | None = None,
     choices: Sequence[str] | str | None = None,
+    tools: Tools | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
-) -> str:
-    """The model's answer to `prompt`.
+) -> AnswerText:
+    """The model's answer to `prompt`: a text, which also says why it ends (`finish_reason`), and calls (`calls`).
 
     `prompt`: a text (put into the model's chat template unless `raw`), a list of {"role", "content"} messages, or a
     list of token ids (sent as they are). `stop`: texts that end the answer and are not part of it; control tokens too
@@ -99,11 +79,17 @@ def generate(
     is given to. A run that the memory at hand cannot hold is refused unless `force`.
     One of `schema` (a JSON schema as a dict or a text, a pydantic model or a dataclass), `regex`, `grammar` (Lark) and
     `choices` (texts) says what the answer must look like: it does so unless `max_tokens` or a stop string cuts it.
+    `tools` (Python functions with type hints, OpenAI's JSON form, or `Tool`s) may be asked for by the model, with
+    arguments that fit; nothing is called here. `tool_choice` is "auto", "none", "required" or a tool's name; with
+    `parallel_tool_calls=False` there is one call at most.
     Raises PromptError, ChatError, OptionError, CacheError or MemoryLimitError.
     """
     request = Request(**arguments(Request, locals()))
-    answer = Answers(model, tokenizer, [prompt], request, draft=draft, prompt_cache=prompt_cache, prefixes=prefixes)
-    return "".join(text for _, text, _ in answer)
+    use = use_of(tokenizer, tools, tool_choice, parallel_tool_calls)
+    answers = Answers(
+        model, tokenizer, [prompt], request, draft=draft, prompt_cache=prompt_cache, prefixes=prefixes, use=use
+    )
+    return answers.texts()[0]
 
 
 def stream_generate(
@@ -131,18 +117,22 @@ def stream_generate(
     regex: str | None = None,
     grammar: str | None = None,
     choices: Sequence[str] | str | None = None,
+    tools: Tools | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
     prompt_cache: PromptCache | None = None,
     prefixes: PrefixStore | None = None,
     force: bool = False,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generator[Chunk, None, None]:
-    """As `generate`, but yields a `Chunk` a token while the answer is made.
+    """As `generate`, but yields a `Chunk` a token while the answer is made; the one that completes a call has it.
 
     Faults in the arguments are raised at the call, before anything is computed. `on_prefill(done, total)` is
     called while a long prompt is read.
     """
     request = Request(**arguments(Request, locals()))
-    answer = Answers(
+    use = use_of(tokenizer, tools, tool_choice, parallel_tool_calls)
+    chunks = Answers(
         model,
         tokenizer,
         [prompt],
@@ -151,8 +141,9 @@ def stream_generate(
         prompt_cache=prompt_cache,
         prefixes=prefixes,
         on_prefill=on_prefill,
-    )
-    return answer.chunks()
+        use=use,
+    ).chunks()
+    return told_apart(chunks, use.parser()) if use else chunks
 
 
 def batch_generate(
@@ -179,8 +170,11 @@ def batch_generate(
     regex: str | None = None,
     grammar: str | None = None,
     choices: Sequence[str] | str | None = None,
+    tools: Tools | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
     force: bool = False,
-) -> list[str]:
+) -> list[AnswerText]:
     """The answers to several prompts, computed together; each is what `generate` gives for that prompt alone.
 
     With `prefixes` what several of them begin with is read once. The error of one ends all, and says which prompt it is
@@ -194,29 +188,43 @@ def batch_generate(
     if not several:
         return []
     request = Request(**arguments(Request, locals(), without=("lookup",)), lookup=0)
-    texts: list[list[str]] = [[] for _ in several]
-    for token, text, _ in Answers(model, tokenizer, several, request, prefixes=prefixes):
-        texts[token.row].append(text)
-    return ["".join(parts) for parts in texts]
+    use = use_of(tokenizer, tools, tool_choice, parallel_tool_calls)
+    return Answers(model, tokenizer, several, request, prefixes=prefixes, use=use).texts()
+
+
+def use_of(tokenizer: Tokenizer, tools: Tools | None, choice: ToolChoice, parallel: bool) -> ToolUse | None:
+    """What `generate` is asked of tools; None without any. Raises OptionError."""
+    check_tokenizer(tokenizer)
+    use = use_tools(tokenizer, tools, choice, flag(parallel, "parallel_tool_calls"))
+    return use if use.tools else None
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False, notify: Callable[[str], None] | None = None
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    notify: Callable[[str], None] | None = None,
+    tools: Tools | None = None,
 ) -> list[int]:
-    """The token ids of a prompt, as `generate` sends them. `notify` gets a sentence if a system message was moved."""
+    """The token ids of a prompt, as `generate` sends them with these `tools`.
+
+    `notify` gets a sentence if a system message was moved. Raises PromptError, ChatError, and OptionError for tools.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("the prompt is empty; give some text")
         if not raw:
-            return render_chat(tokenizer, [{"role": "user", "content": prompt}], notify=notify)
-        bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
+            return _rendered(tokenizer, [{"role": "user", "content": prompt}], notify, tools)
+        if tools:
+            raise PromptError("raw=True has no place beside tools, which the chat template lists; leave one out")
         ids = tokenizer.encode(prompt, special=True)
-        return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+        return tokenizer.with_bos(ids) if tokenizer.add_bos_token else ids
     items = listed(prompt)
     if items and isinstance(items[0], Mapping):
         if raw:
             raise PromptError("raw=True has no effect on messages, which need the chat template; leave it out")
-        return render_chat(tokenizer, items, notify=notify)
+        return _rendered(tokenizer, items, notify, tools)
     sent = None if items is None else token_ids(items)
     if sent is None or isinstance(prompt, set | frozenset):
         odd = [item for item in items or () if token_ids([item]) is None]
@@ -224,11 +232,24 @@ def encode_prompt(
     return sent
 
 
+def _rendered(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    notify: Callable[[str], None] | None,
+    tools: Tools | None,
+) -> list[int]:
+    """The ids of messages; where tools are known, or were called, as the model is told of them."""
+    called = (isinstance(message, Mapping) and message.get("tool_calls") for message in messages)
+    if tools or any(called):
+        return use_tools(tokenizer, tools).render(tokenizer, messages, notify)
+    return render_chat(tokenizer, messages, notify=notify)
+
+
 class Answers:
     """The answers to one or more prompts, computed together: (token, text, finish reason) a token.
 
     Between them stands the engine, which knows no text: it gets ids and `Sampling`, and its ids become text here. The
-    faults of `generate` are raised at once. `form`: what the answers must be, in place of what the request says.
+    faults of `generate` are raised at once. `use`: the tools that the model may call.
     """
 
     def __init__(
@@ -242,7 +263,7 @@ class Answers:
         prompt_cache: PromptCache | None = None,
         prefixes: PrefixStore | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
-        form: Form | None = None,
+        use: ToolUse | None = None,
     ):
         check_loaded(model)
         check_tokenizer(tokenizer)
@@ -258,8 +279,10 @@ class Answers:
         check_store(prefixes)
         if prompt_cache is not None and prefixes is not None:
             raise OptionError("prefixes has no effect beside a prompt_cache; leave out one of the two")
-        rows = [encode_prompt(tokenizer, prompt, raw=request.raw) for prompt in prompts]
-        self._answers = begin_answers(tokenizer, rows, request, form)
+        self._use = use
+        tools = use.tools if use else None
+        rows = [encode_prompt(tokenizer, prompt, raw=request.raw, tools=tools) for prompt in prompts]
+        self._answers = begin_answers(tokenizer, rows, request, use.form(request.form) if use else None)
         jobs = [replace(answer.job, draft=draft_model) for answer in self._answers]
         draft_cache = None
         if prompt_cache is not None:
@@ -286,7 +309,20 @@ class Answers:
                 self.generation.finish(token.row)
             yield token, text, reason
 
+    def texts(self) -> list[AnswerText]:
+        """The whole answers, their calls apart from their texts."""
+        texts: list[list[str]] = [[] for _ in self._answers]
+        reasons: dict[int, FinishReason | None] = {}
+        for token, text, reason in self:
+            texts[token.row].append(text)
+            reasons[token.row] = reason
+        return [
+            with_calls("".join(parts), reasons.get(row), self._use.parser() if self._use else None)
+            for row, parts in enumerate(texts)
+        ]
+
     def chunks(self) -> Generator[Chunk, None, None]:
+        """The only answer's, its calls in the text."""
         for token, text, reason in self:
             s: Statistics = self.generation.statistics
             yield Chunk(

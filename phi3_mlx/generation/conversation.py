@@ -16,11 +16,11 @@ from ..engine.prefixes import PrefixStore, check_store
 from ..errors import CacheError, OptionError, PromptError
 from ..option import arguments
 from ..store.other import check_other
-from ..text.chat import render_chat
-from ..text.tool_calls import CallBroken, CallEnded, TextPiece, ToolCall
-from ..text.tool_use import ToolUse, use_tools
-from ..text.tools import Tool, ToolChoice
-from .answers import Answers, Chunk
+from ..text.tool_calls import ToolCall
+from ..text.tool_use import ToolUse
+from ..text.tools import ToolChoice
+from .answers import Answers, Tools, encode_prompt, use_of
+from .chunks import Chunk, told_apart
 from .loading import check_loaded, check_tokenizer
 from .prompt_cache import PromptCache
 from .request import CHAT_TOKENS, Request
@@ -126,7 +126,7 @@ class Conversation:
         regex: str | None = None,
         grammar: str | None = None,
         choices: Sequence[str] | str | None = None,
-        tools: Sequence[Tool | Callable[..., Any] | Mapping[str, Any]] | str | None = None,
+        tools: Tools | None = None,
         tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
         run_tool: ToolCaller | None = None,
@@ -143,8 +143,8 @@ class Conversation:
         most.
         """
         request = Request(**arguments(Request, locals(), without=_OF_THE_CONVERSATION))
-        use = use_tools(self._tokenizer, tools, tool_choice, values.flag(parallel_tool_calls, "parallel_tool_calls"))
-        turn = ToolTurn(use, run_tool, tool_rounds, self._notify) if use.tools else None
+        use = use_of(self._tokenizer, tools, tool_choice, parallel_tool_calls)
+        turn = ToolTurn(use, run_tool, tool_rounds, self._notify) if use else None
         return self.ask(text, request, draft=draft, tools=turn)
 
     def ask(
@@ -186,12 +186,7 @@ class Conversation:
     ) -> Generator[Chunk, None, None]:
         """The next answer to the messages."""
         notify = self._notify if len(messages) <= 2 else None
-        if use is None and any(message.get("tool_calls") for message in messages):
-            use = use_tools(self._tokenizer, None)
-        if use is None:
-            rendered = render_chat(self._tokenizer, messages, notify=notify)
-        else:
-            rendered = use.render(self._tokenizer, messages, notify)
+        rendered = encode_prompt(self._tokenizer, messages, notify=notify, tools=use.tools if use else None)
         actual = self._with_own_answers(rendered)
         answers = Answers(
             self._model,
@@ -201,7 +196,7 @@ class Conversation:
             draft=draft,
             prompt_cache=self._cache if self._prefixes is None else None,
             prefixes=self._prefixes,
-            form=use.form(request.form) if use and use.tools else None,
+            use=use,
         )
         return self._answered(answers, messages, rendered, actual, number)
 
@@ -227,19 +222,16 @@ class Conversation:
         self, answer: Generator[Chunk, None, None], tools: ToolTurn, number: int
     ) -> Generator[Chunk, None, list[ToolCall] | None]:
         """The chunks of an answer with its text alone, and the calls to run; None if the turn ends with it."""
-        parser, text, run = tools.use.parser(), "", False
+        text, run = "", False
         calls: list[ToolCall] = []
-        with closing(answer):
-            for chunk in answer:
-                events = parser.add(chunk.text) + (parser.finish() if chunk.finish_reason else [])
-                shown = "".join(event.text for event in events if isinstance(event, TextPiece | CallBroken))
-                ended = tuple(event.call for event in events if isinstance(event, CallEnded))
-                text, calls = text + shown, [*calls, *ended]
+        with closing(told_apart(answer, tools.use.parser())) as chunks:
+            for chunk in chunks:
+                text, calls = text + chunk.text, [*calls, *chunk.calls]
                 whole = chunk.finish_reason == "stop" and bool(calls)  # a cut answer stays as the model wrote it
                 run = whole and tools.runs(calls)
                 if whole:
                     self._note_calls(text, calls, number)
-                yield replace(chunk, text=shown, calls=ended, finish_reason=None if run else chunk.finish_reason)
+                yield replace(chunk, finish_reason=None if run else chunk.finish_reason)
         return calls if run else None
 
     def _note_calls(self, text: str, calls: Sequence[ToolCall], number: int) -> None:

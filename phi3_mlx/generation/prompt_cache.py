@@ -25,6 +25,7 @@ from ..engine.prefill import common_length
 from ..engine.sampling import Sampling
 from ..errors import CacheError, PromptError
 from ..models.cache import KVBits, KVCache, make_kv_bits
+from ..models.hooks import check_edits
 from ..sizes import size_text
 from ..store.atomic import check_file
 from ..text.chat import render_chat
@@ -85,12 +86,15 @@ class PromptCache:
     def layers_for(self, model: Model) -> list[KVCache] | None:
         """The layers, for a run, which keeps what its prompt begins with; None if there is nothing to keep.
 
-        Raises CacheError if `model` is another than the cache was made for.
+        Raises CacheError if `model` is another than the cache was made for, or edited otherwise (`trace`).
         """
         if model is not self._model:
             raise CacheError("this prompt cache belongs to another model; make one for each")
         with turn():
-            return self._layers if self._layers is not None and self._whole() else None
+            if self._layers is None or not self._whole():
+                return None
+            check_edits(model.model, self._layers)
+            return self._layers
 
     def keep(self, layers: list[KVCache]) -> None:
         """Hold these layers of a run; they grow as it does."""
@@ -145,6 +149,8 @@ class PromptCache:
         assert self._layers is not None
         if self._layers[0].lost:
             raise CacheError("a run that did not go on has cut this prompt cache behind its window; read() again")
+        if self._layers[0].sequence.edits:
+            raise CacheError("this prompt cache was read under edits of the model, which no file can hold; read anew")
         check_writable(path)
         try:
             write_cache(path, self._facts(), self.ids, runs_of_cache(self._layers))

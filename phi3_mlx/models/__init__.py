@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from ..config import ROPE_KEYS, Config, Reader, read_json
 from ..errors import CheckpointError
 from ..fields import shorten
-from ..places import no_model
+from ..paths import no_model
 from .decoder import Model
 
 # model_type -> (file, the models of that type)

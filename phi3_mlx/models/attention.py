@@ -35,12 +35,16 @@ Mask = mx.array | str | None
 Compute = Callable[[mx.array | list[mx.array]], None]
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
-    """Softmax attention; q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D). Softmax in float32.
+def fetched(k: mx.array, v: mx.array, cache: KVCache | None) -> list[mx.array]:
+    """All keys and values that the queries of new ones may see, as the cache stores them; k and v (B, Hkv, L, D)."""
+    return [k, v] if cache is None else cache.update_and_fetch(k, v)
+
+
+def attend(q: mx.array, seen: list[mx.array], cache: KVCache | None, scale: float, mask: Mask) -> mx.array:
+    """Softmax attention; q (B, H, L, D), `seen` as `fetched` gives it -> (B, L, H * D). Softmax in float32.
 
     There may be fewer queries than new keys: the newest, with the mask that they have.
     """
-    seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
     bits = None if cache is None else cache.bits
     batch, heads, length, dim = q.shape
     if length == 1 and bits is None and not isinstance(mask, str) and not fused_attention():

@@ -44,19 +44,17 @@ class _Heads:
 
 
 def attend_in_blocks(
-    q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, scale: float, mask: Mask, pattern: BlockPattern
+    q: mx.array, seen: list[mx.array], cache: KVCache | None, scale: float, mask: Mask, pattern: BlockPattern
 ) -> mx.array:
-    """`attention.attend` for a layer with a pattern: q (B, H, L, D), k and v (B, Hkv, L, D) -> (B, L, H * D).
+    """`attention.attend` for a layer with a pattern: q (B, H, L, D), `seen` as `fetched` gives it -> (B, L, H * D).
 
-    There may be fewer queries than keys: the newest. `mask` is that of the dense layers, used while the pattern hides
-    no key.
+    There may be fewer queries than new keys: the newest. `mask` is that of the dense layers, used while the pattern
+    hides no key.
     """
     batch, _, length, _ = q.shape
-    offset = 0 if cache is None else cache.offset
     padding = (None if cache is None else cache.sequence.left_padding) or (0,) * batch
-    if offset + k.shape[2] - min(padding) <= pattern.reach:
-        return attention.attend(q, k, v, cache, scale, mask)
-    seen = [k, v] if cache is None else cache.update_and_fetch(k, v)
+    if seen[0].shape[2] - min(padding) <= pattern.reach:
+        return attention.attend(q, seen, cache, scale, mask)
     bits = None if cache is None else cache.bits
     if len(set(padding)) == 1:
         out = _attend_unpadded(q, seen, bits, scale, pattern, padding[0])
@@ -171,6 +169,19 @@ def _visible(pattern: BlockPattern, residue: int, first: int, last: int, keys: n
     local = positions >= (queries // block - (pattern.local_blocks - 1)) * block
     vertical = mx.array(keys // block % pattern.stride == residue)
     return (positions <= queries) & (local | vertical)
+
+
+def visible_keys(pattern: BlockPattern, heads: int, queries: int, keys: int, padding: Sequence[int]) -> mx.array:
+    """Which of `keys` keys the last `queries` of each row see: (B, heads, queries, keys); padding sees itself alone."""
+    rows = []
+    for before in padding:
+        of_query, of_key = np.arange(keys - queries, keys)[:, None] - before, np.arange(keys) - before
+        blocks, residues = of_key // pattern.block_size, np.array([pattern.residue(head) for head in range(heads)])
+        local = blocks > of_query // pattern.block_size - pattern.local_blocks
+        vertical = blocks % pattern.stride == residues[:, None, None]
+        seen = (of_key <= of_query) & (of_key >= 0) & (local | vertical)
+        rows.append(seen | (of_key == of_query))
+    return mx.array(np.stack(rows))
 
 
 def _gather(array: mx.array, vertical: slice, near: slice, block: int) -> mx.array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,11 +31,15 @@ class SequenceState:
         self.prompt_length = prompt_length
         self.long: tuple[bool, ...] | None = None
         self.reader: object = None  # the run that it belongs to
+        self.edits: tuple[Any, ...] = ()  # of the model's values, under which it was read (`hooks`)
+        self.prompt = prompt_length  # tokens of each row that are the prompt's, where somebody said so
+        self.stands_for: tuple[SequenceState, int] | None = None  # the row that is recomputed
         self.recompute_chunk = RECOMPUTE_CHUNK  # tokens recomputed at once
         self.wanted_from: int | None = None  # outputs are wanted from this position on, not only the prompt's last
         self.steps = 0  # calls of one token since the last of several
         self._pieces: list[mx.array] = []
         self._length = 0  # of all pieces
+        self._prompt_read = 0  # tokens up to the last call of several, or the first call
         # Sent to the device once: positions of every layer's rotation start here.
         self.padding_array = None if left_padding is None else mx.array(left_padding)
 
@@ -64,8 +69,16 @@ class SequenceState:
                 self._pieces = []
         if len(self._pieces) > _MOST_PIECES:
             self._keep(mx.concatenate(self._pieces, axis=1))
+        if ids.shape[1] > 1 or not offset:
+            self._prompt_read = offset + ids.shape[1]
         self._length = offset + ids.shape[1]  # first: a Ctrl-C in between leaves what the next call forgets
         self._pieces.append(ids)
+
+    def prompt_of(self, row: int) -> int:
+        """How many tokens of a row, without padding, are its prompt's: as declared, else those of calls of several."""
+        if self.prompt is not None:
+            return self.prompt[row if len(self.prompt) > 1 else 0]
+        return self._prompt_read - (self.left_padding[row] if self.left_padding else 0)
 
     def lengths_after(self, total: int, batch: int) -> list[int]:
         """How many tokens, without padding, each of `batch` rows has once the cache has read `total` in all.
@@ -139,7 +152,10 @@ class KVCache:
         self.start = 0  # position of the token in slot 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """Append (B, Hkv, L, D) each; return all that the new queries may see, oldest first, as it is stored."""
+        """Append (B, Hkv, L, D) each; return all that the new queries may see, oldest first, as it is stored.
+
+        B may be less than the arrays have: they are of the first rows.
+        """
         new, length = self._stored(keys, values), keys.shape[2]
         used = self.offset - self.start
         end = used + length
@@ -147,10 +163,10 @@ class KVCache:
         fills = length == self.state[0].shape[2]
         for array, part in zip(self.state, new, strict=True):
             # Where it fills all slots MLX would store the part itself: a view that keeps all of `qkv` in memory.
-            array[:, :, used:end] = mx.contiguous(part) if fills else part
-        first = 0 if self.window is None else self.first_visible - self.start
+            array[: len(part), :, used:end] = mx.contiguous(part) if fills else part
+        first = self.first_visible - self.start
         self.offset += length
-        seen = [array[:, :, first:end] for array in self.state]
+        seen = [array[: len(keys), :, first:end] for array in self.state]
         if self.window is not None and end > self.window - 1 + self.spare + self.step:
             self._drop(end - (self.window - 1) - self.spare, end)
         return seen
@@ -170,10 +186,8 @@ class KVCache:
         return [array[..., : self.offset - self.start, :] for array in self.state]
 
     def copy_tokens(self, first: int, last: int) -> list[mx.array]:
-        """Arrays of their own with the slots of the tokens at positions `first` to `last`, as in `state`."""
-        copies = [mx.contiguous(array[..., first - self.start : last - self.start, :]) for array in self.tokens]
-        mx.eval(copies)
-        return copies
+        """Lazy copies of the slots of the tokens at positions `first` to `last`, as in `state`."""
+        return [mx.contiguous(array[..., first - self.start : last - self.start, :]) for array in self.tokens]
 
     def begin_with(self, runs: Sequence[Sequence[mx.array]], start: int) -> None:
         """Take copies of runs of tokens that another cache has read, the first of them at position `start`.
@@ -225,9 +239,10 @@ class KVCache:
         mx.eval(state)  # or MLX would copy all layers before it frees one
         self.state = state
 
-    def _drop(self, first: int, end: int) -> None:
-        """Keep slots `first:end` alone, with room for a step more."""
-        slots = (-(-(end - first) // self.step) + 1) * self.step
+    def _drop(self, first: int, end: int, more: int | None = None) -> None:
+        """Keep slots `first:end` alone, with room for `more` tokens, by default a step of them."""
+        more = self.step if more is None else more
+        slots = -(-(end - first + more) // self.step) * self.step
         state = [_extended(array[..., first:end, :], slots) for array in self.state]
         mx.eval(state)  # or the old slots of every layer would stay until the end of the chunk
         self.state, self.start = state, self.start + first  # together: a Ctrl-C before leaves all as it was
@@ -247,7 +262,7 @@ class KVCache:
     def narrow(self) -> None:
         """Keep what the next query may see and nothing older: `write_row` would not overwrite that."""
         if self.first_visible > self.start:
-            self._drop(self.first_visible - self.start, self.offset - self.start)
+            self._drop(self.first_visible - self.start, self.offset - self.start, more=1)
 
     def write_row(self, row: int, other: KVCache) -> None:
         """Overwrite one row with the newest tokens of a cache of one row and the same kind, aligned at the end."""
@@ -269,6 +284,15 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.state)
+
+    @property
+    def freed_bytes(self) -> int:
+        """What `let_go` frees at once."""
+        return self.nbytes
+
+    def let_go(self) -> None:
+        """Let go of the arrays; nobody may ask for what they had."""
+        self.state = []
 
     def size(self) -> int:
         return self.offset

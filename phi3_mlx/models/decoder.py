@@ -24,10 +24,11 @@ from .attention import fused_attention, make_mask
 from .cache import KVBits, KVCache, QuantizedKVCache, SequenceState, take_back
 from .dropout import Draws
 from .end_to_end import EndToEnd
+from .hooks import Segment, at, at_end, check_edits, enter_layer, segments_of, watched_pass, watchers_of
 from .layer import DecoderLayer
 from .linear import Embedding, Linear, dequantizing_pays
 from .rope import Regime, Rope
-from .slots import Unit, units_of
+from .slots import Unit, take_out, units_of
 from .step import Steps
 from .together import Addition, Together
 
@@ -56,12 +57,17 @@ class Decoder(nn.Module):
         return self.layer_type(self._config, self._rope, index)
 
     def add_norm(self) -> None:
-        """Make the module that `last_norm` uses."""
+        """Make the module that is `final_norm`."""
         raise NotImplementedError
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer, an RMSNorm or a LayerNorm."""
+        return self.norm
+
     def last_norm(self, x: mx.array) -> mx.array:
-        """The norm after the last layer."""
-        return self.norm(x)
+        """`final_norm` of x."""
+        return self.final_norm(x)
 
     def embedded(self, rows: mx.array) -> mx.array:
         """Rows of the embedding (..., hidden_size) -> the input of the first layer, of the same shape."""
@@ -98,7 +104,10 @@ class Decoder(nn.Module):
             rows = mx.split(ids.astype(mx.int32), cuts, axis=1)
             longs = [self._enter(row, cache)[0] for row, cache in zip(rows, caches, strict=True)]
             singles = sum(length == 1 for length in lengths)
-            units = units_of(caches[:singles], share=self._config.sparse_layers is None)
+            watched = bool(watchers_of(self))
+            if watched:  # each row is looked at by itself
+                take_out(caches)
+            units = units_of(caches[:singles], share=self._config.sparse_layers is None and not watched)
             undo = [*((unit.layers, unit.layers[0].offset) for unit in units), *undo]
             order = [row for unit in units for row in unit.rows]
             parts = [Addition(caches[row], 1, longs[row]) for row in order]
@@ -119,23 +128,26 @@ class Decoder(nn.Module):
             stepped = self._step(ids, caches, units, tuple(part.long for part in parts))
             if stepped is not None:
                 return stepped
-        joint = Together(parts, units, self._config.sliding_window)
-        return self._through(
+        watched = bool(watchers_of(self))
+        joint = Together(parts, units, self._config.sliding_window, apart=watched)
+        hidden = self._through(
             ids,
-            lambda layer, x: layer.together(x, joint, newest and layer is self.layers[-1]),
+            lambda layer, x: layer.together(x, joint, newest and not watched and layer is self.layers[-1]),
             lambda i: any(cache[i].awaited for cache in caches),
+            lambda: [segment for part in parts for segment in segments_of(part.cache, 1, part.length)],
         )
+        return joint.newest(hidden) if newest and watched else hidden
 
     def _step(
         self, ids: mx.array, caches: Sequence[list[KVCache]], units: Sequence[Unit], long: tuple[bool, ...]
     ) -> mx.array | None:
         """Hidden states of one token for each cache, ids (1, caches); None where the plain path must take them."""
-        if self._dequantizes(ids.size, self.layers[0].input_layernorm.weight.dtype):
+        if watchers_of(self) or self._dequantizes(ids.size, self.layers[0].input_layernorm.weight.dtype):
             return None  # slices of dequantized weights wait for each other, which a compiled layer would not keep
         step = self._steps.begin(self.layers, caches, units, long)
         if step is None:
             return None
-        return self._through(ids[0], step.forward, lambda i: any(cache[i].awaited for cache in caches))[None]
+        return self._through(ids[0], step.forward, lambda i: any(cache[i].awaited for cache in caches), list)[None]
 
     def _enter(self, ids: mx.array, cache: list[KVCache]) -> tuple[bool, ...]:
         """Note in the cache that `ids` (B, L) come next, and recompute it if a regime changes.
@@ -144,6 +156,7 @@ class Decoder(nn.Module):
         """
         offset, sequence = cache[0].offset, cache[0].sequence
         batch, length = ids.shape
+        check_edits(self, cache)
         long = tuple(map(self.is_long, sequence.lengths_after(offset + length, batch)))
         if offset:
             self._recompute(cache, long)
@@ -161,6 +174,8 @@ class Decoder(nn.Module):
         recomputes the rest. `keys` (sum(lengths), 2) seed dropout for every token (`token_keys`); None: they are drawn
         from MLX's random state.
         """
+        if watchers_of(self):
+            raise OptionError("training steps cannot be traced; leave the trace before you train")
         joined = EndToEnd(lengths, [self.is_long(n) for n in lengths], self._config.sliding_window)
         draws = Draws(keys)
 
@@ -196,11 +211,20 @@ class Decoder(nn.Module):
             padding = cache[0].sequence.padding_array
             offset = cache[0].offset if padding is None else cache[0].offset - padding
         mask = make_mask(ids.shape[1], self._config.sliding_window, cache[0] if cache else None)
+        batch, length = ids.shape
         if cache is None:
-            return self._through(ids, lambda layer, x: layer(x, mask, None, offset, long), None)
+            return self._through(
+                ids,
+                lambda layer, x: layer(x, mask, None, offset, long),
+                None,
+                lambda: [Segment(object(), batch, 0, length, length)],
+            )
         layers = iter(cache)
         return self._through(
-            ids, lambda layer, x: layer(x, mask, next(layers), offset, long), lambda i: cache[i].awaited
+            ids,
+            lambda layer, x: layer(x, mask, next(layers), offset, long),
+            lambda i: cache[i].awaited,
+            lambda: segments_of(cache, batch, length),
         )
 
     def _through(
@@ -208,15 +232,30 @@ class Decoder(nn.Module):
         ids: mx.array,
         forward: Callable[[DecoderLayer, mx.array], mx.array],
         awaited: Callable[[int], bool] | None,
+        segments: Callable[[], list[Segment]],
     ) -> mx.array:
         """Embedding, layers and last norm of ids (B, L).
 
-        `awaited`: whether the output of layer i is needed at once; None where there is no cache.
+        `awaited`: whether the output of layer i is needed at once; None where there is no cache. `segments`: whose
+        tokens they are, for those who look on.
         """
-        x = self.embed(ids)
+        watchers = watchers_of(self)
+        if not watchers:
+            return self._layer_by_layer(ids, forward, awaited)
+        with watched_pass(watchers, segments(), awaited is not None):
+            return self._layer_by_layer(ids, forward, awaited)
+
+    def _layer_by_layer(
+        self,
+        ids: mx.array,
+        forward: Callable[[DecoderLayer, mx.array], mx.array],
+        awaited: Callable[[int], bool] | None,
+    ) -> mx.array:
+        x = at("embed", self.embed(ids))
         dequantizes = self._dequantizes(ids.size, x.dtype)
         layer_bytes, queued = ids.size * self._config.numbers_in_work * x.dtype.size, 0
         for i, layer in enumerate(self.layers):
+            enter_layer(i)
             x = forward(layer, x)
             queued += layer_bytes
             # MLX allocates ahead of what it computes: on the CPU every layer would be dequantized at once, and a GPU
@@ -225,11 +264,13 @@ class Decoder(nn.Module):
             if (dequantizes or full) and (awaited is None or awaited(i)):
                 mx.eval(x)
                 queued = 0
-        return self.last_norm(x)
+        enter_layer(None)
+        return at("final_norm", self.last_norm(at("final_in", x)))
 
     def _dequantizes(self, tokens: int, dtype: mx.Dtype) -> bool:
-        """Whether the weights are dequantized for this many tokens."""
-        return self._config.quantization is not None and tokens >= dequantizing_pays(dtype.size)
+        """Whether some weight of a layer is dequantized for this many tokens."""
+        config = self._config
+        return config.quantization is not None and tokens >= dequantizing_pays(dtype.size, config.largest_linear)
 
     def _recompute(self, cache: list[KVCache], long: tuple[bool, ...]) -> None:
         """Recompute the rows of `cache` whose keys are no longer valid, from their ids.
@@ -247,7 +288,9 @@ class Decoder(nn.Module):
             layer.forget() if layer.lost else layer.narrow()
         for row in rows:
             padding = sequence.left_padding[row] if sequence.left_padding else 0
-            fresh = self.make_cache(SequenceState(prompt_length=(offset - padding,)), cache[0].bits)
+            state = SequenceState(prompt_length=(offset - padding,))
+            state.stands_for = sequence.stands_for or (sequence, row)
+            fresh = self.make_cache(state, cache[0].bits)
             for first in range(padding, offset, sequence.recompute_chunk):
                 last = min(first + sequence.recompute_chunk, offset)
                 self._read(sequence.ids[row : row + 1, first:last], fresh, long[row])
@@ -274,8 +317,15 @@ class Model(nn.Module):
         """Logits of every position. `cache`, from `make_cache()`, is extended by `ids` in place."""
         return self.logits(self.model(ids, cache))
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(..., hidden_size) -> (..., vocab_size); call it on the positions you need."""
+    def logits(self, hidden: mx.array, places: Sequence[int] | None = None) -> mx.array:
+        """(..., hidden_size) -> (..., vocab_size); call it on the positions you need.
+
+        `places`: which tokens of the last pass these are, where they are not all, for those who look on.
+        """
+        return at_end(self.model, "logits", self.head(hidden), places)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """`logits` that nobody looks at."""
         if self._config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)

@@ -51,11 +51,20 @@ class Groups:
         """A number for each token and each of its experts, (N, k) -> (N * k,), in the order of the rows."""
         return numbers.flatten()[self._order] if self.is_sorted else numbers.flatten()
 
-    def summed(self, rows: mx.array) -> mx.array:
-        """(N * k, width) -> (N, width): the rows of a token added up."""
+    def by_token(self, rows: mx.array) -> mx.array:
+        """(N * k, width) -> (N, k, width): the rows of a token, in the order of its experts."""
         if self.is_sorted:
             rows = rows[mx.argsort(self._order)]
-        return rows.reshape(-1, self._each, rows.shape[-1]).sum(axis=1)
+        return rows.reshape(-1, self._each, rows.shape[-1])
+
+    def rows_of(self, tokens: mx.array) -> mx.array:
+        """`by_token` back: (N, k, width) -> (N * k, width)."""
+        rows = tokens.flatten(0, 1)
+        return rows[self._order] if self.is_sorted else rows
+
+    def summed(self, rows: mx.array) -> mx.array:
+        """(N * k, width) -> (N, width): the rows of a token added up."""
+        return self.by_token(rows).sum(axis=1)
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -172,7 +181,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
         """Rows (R, inputs) -> (R, outputs), each by its expert's matrix."""
-        if groups.gathers or (self.training and groups.rows_each < dequantizing_pays(rows.dtype.size)):
+        if groups.gathers or (self.training and groups.rows_each < self._dequantizing_pays(rows)):
             product = mx.gather_qmm(
                 rows[:, None],
                 self.weight,
@@ -192,6 +201,10 @@ class QuantizedSwitchLinear(nn.Module):
             [self._one_expert(e, rows[first:last]) for e, (first, last) in enumerate(groups.spans) if last > first]
         )
 
+    def _dequantizing_pays(self, rows: mx.array) -> int:
+        """From how many rows of an expert on its matrix is better dequantized for rows like these (R, inputs)."""
+        return dequantizing_pays(rows.dtype.size, self.scales.shape[1] * rows.shape[1])
+
     def _dequantized_blocks(self, blocks: mx.array, experts: mx.array) -> mx.array:
         """`_gathered` with all matrices dequantized for the product alone, forward and backward."""
 
@@ -210,7 +223,7 @@ class QuantizedSwitchLinear(nn.Module):
         """Rows (n, inputs) by one expert's matrix, which is dequantized where that is faster."""
         weight, scales = one_of(self.weight, expert), one_of(self.scales, expert)
         biases = one_of(self.biases, expert) if "biases" in self else None
-        if len(rows) < dequantizing_pays(rows.dtype.size):
+        if len(rows) < self._dequantizing_pays(rows):
             return mx.quantized_matmul(rows, weight, scales, biases, transpose=True, **packing_of(self))
         product = dequantized_product(weight, scales, biases, **packing_of(self))(rows)
         mx.eval(product)  # MLX allocates ahead of what it computes: every expert would be dequantized at once

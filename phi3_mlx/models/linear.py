@@ -14,6 +14,8 @@ SLICE = 1 << 19  # numbers of a packed weight that are dequantized at a time
 # Rows from which on dequantizing is no slower, by the bytes of a number: `python -m bench.dequantizing`, 2026-11-29 in
 # bench/LOG.md. In 16 bits MLX's CPU backend takes eight times as long for a packed product, and rounds more.
 DEQUANTIZED_ROWS = {4: 8, 2: 2}
+# Numbers of a weight times rows beyond which it is no slower: to dequantize, however little, takes a dozen operations.
+DEQUANTIZED_WORK = {4: 1 << 18, 2: 1 << 15}
 _NEVER = 1 << 30
 # Numbers of slices that are alive at once in `dequantized_product`, 3.4 of them, with MLX's CPU backend ten operations
 # ahead: 3.7 where a product runs alone in 3 bits, 2 in 4 and 3 in 8 (bench/LOG.md, "One kernel at a time").
@@ -46,7 +48,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     """`nn.QuantizedLinear` that dequantizes its weight for a plain product where that is faster."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size):
+        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size, len(self.scales) * x.shape[-1]):
             return super().__call__(x)
         product = dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
         return product + self.bias if "bias" in self else product
@@ -56,7 +58,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with the same choice where it serves as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size):
+        if x.size // x.shape[-1] < dequantizing_pays(x.dtype.size, len(self.scales) * x.shape[-1]):
             return super().as_linear(x)
         return dequantized_product(self.weight, self.scales, self.get("biases"), **packing_of(self))(x)
 
@@ -155,17 +157,22 @@ def slices_bytes(numbers: int, dequantizing: int) -> int:
     return min(2 * numbers, 2 * SLICE + numbers // 2, SLICES_ALIVE) * dequantizing
 
 
-def dequantizes(tokens: int, quantization: Mapping[str, Any] | None, itemsize: int, fused_kernel: bool) -> bool:
-    """Whether packed weights are dequantized for this many tokens; never on a GPU (`fused_kernel`)."""
-    return not fused_kernel and quantization is not None and tokens >= dequantizing_pays(itemsize)
+def dequantizes(
+    tokens: int, numbers: int, quantization: Mapping[str, Any] | None, itemsize: int, fused_kernel: bool
+) -> bool:
+    """Whether a packed matrix of `numbers` is dequantized for this many tokens; never on a GPU (`fused_kernel`)."""
+    return not fused_kernel and quantization is not None and tokens >= dequantizing_pays(itemsize, numbers)
 
 
-def dequantizing_pays(itemsize: int) -> int:
-    """From how many rows on `x @ dequantized.T` is faster than MLX's packed product; `itemsize`: bytes of a number.
+def dequantizing_pays(itemsize: int, numbers: int) -> int:
+    """From how many rows on `x @ dequantized.T` is faster than MLX's packed product.
 
-    Never on a GPU or with the reference BLAS; else from `DEQUANTIZED_ROWS` on: a packed product takes as long
-    for each row as for the first, and more rows cost little once a weight is dequantized. No clock is read, so that two
-    processes choose alike and a plan says what a run does.
+    `itemsize`: bytes of a number; `numbers`: of the matrix. Never on a GPU or with the reference BLAS; else from
+    `DEQUANTIZED_ROWS` on, if there is more to do than `DEQUANTIZED_WORK`: a packed product takes as long for each row
+    as for the first, and more rows cost little once a weight is dequantized. No clock is read, so that two processes
+    choose alike and a plan says what a run does.
     """
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return _NEVER if on_gpu or not blas.is_fast() else DEQUANTIZED_ROWS[itemsize]
+    if on_gpu or not blas.is_fast():
+        return _NEVER
+    return max(DEQUANTIZED_ROWS[itemsize], DEQUANTIZED_WORK[itemsize] // numbers + 1)

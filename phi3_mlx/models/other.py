@@ -111,10 +111,7 @@ class NetworkCache(KVCache):
         return self.offset == 0
 
     def trim(self, n: int) -> int:
-        n = min(n, self.offset)
-        self.offset -= n
-        if n:
-            self.sequence.prompt_length = None
+        n = super().trim(n)
         if self.offset == 0:
             self.layers, self.broken = _caches(self._network), False
         elif n and not self.broken:
@@ -195,7 +192,7 @@ class Model(decoder.Model):
         self._config = Config.of(network, raw)
         self.model = Network(network)
 
-    def logits(self, hidden: mx.array) -> mx.array:
+    def logits(self, hidden: mx.array, places: Sequence[int] | None = None) -> mx.array:
         return hidden
 
     @property

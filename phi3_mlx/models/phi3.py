@@ -11,6 +11,7 @@ import mlx.nn as nn
 from .. import config
 from ..config import Reader
 from . import decoder, layer
+from .hooks import at
 from .linear import Linear
 from .rope import Rope
 
@@ -105,7 +106,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(layer.swiglu(gate, up))
+        return self.down_proj(at("act", layer.swiglu(at("gate", gate), at("up", up))))
 
 
 class DecoderLayer(layer.DecoderLayer):

@@ -6,7 +6,7 @@ Source: arXiv 2404.14219, section 2; `modeling_phi3_small` and `configuration_ph
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from ..config import BlockPattern, LongRope, Reader
 from . import blocksparse, decoder, layer
 from .attention import Mask
 from .cache import KVCache
+from .hooks import at, wanted
 from .linear import Linear
 from .rope import Rope
 
@@ -177,10 +178,15 @@ class Attention(layer.Attention):
     def output(self, x: mx.array) -> mx.array:
         return self.dense(x)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
+    def attend(self, q: mx.array, seen: list[mx.array], cache: KVCache | None, mask: Mask) -> mx.array:
         if self._pattern is None:
-            return super().attend(q, k, v, cache, mask)
-        return blocksparse.attend_in_blocks(q, k, v, cache, self._rope.scale, mask, self._pattern)
+            return super().attend(q, seen, cache, mask)
+        return blocksparse.attend_in_blocks(q, seen, cache, self._rope.scale, mask, self._pattern)
+
+    def visible(self, mask: Mask, queries: int, keys: int, padding: Sequence[int]) -> Mask:
+        if self._pattern is None or keys - min(padding) <= self._pattern.reach:
+            return mask
+        return blocksparse.visible_keys(self._pattern, self._heads, queries, keys, padding)
 
 
 def _bounded(gate: mx.array, linear: mx.array, limit: float) -> tuple[mx.array, mx.array]:
@@ -230,7 +236,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gegelu(self.up_proj(x), self._limit))
+        both = self.up_proj(x)
+        if wanted("gate", "up"):
+            gate, up = at("gate", both[..., 0::2]), at("up", both[..., 1::2])
+            both = mx.stack([gate, up], axis=-1).reshape(both.shape)
+        return self.down_proj(at("act", gegelu(both, self._limit)))
 
 
 class DecoderLayer(layer.DecoderLayer):
@@ -249,8 +259,9 @@ class Phi3SmallModel(decoder.Decoder):
     def add_norm(self) -> None:
         self.final_layernorm = nn.LayerNorm(self._config.hidden_size, self._config.layer_norm_epsilon)
 
-    def last_norm(self, x: mx.array) -> mx.array:
-        return self.final_layernorm(x)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.final_layernorm
 
     def embedded(self, rows: mx.array) -> mx.array:
         return rows * self._config.embedding_multiplier
@@ -265,7 +276,7 @@ class Model(decoder.Model):
         dummy = np.isin(np.arange(config.vocab_size), _DUMMY_IDS)
         self._dummy = mx.array(dummy) if dummy.any() else None
 
-    def logits(self, hidden: mx.array) -> mx.array:
+    def head(self, hidden: mx.array) -> mx.array:
         """(..., hidden_size) -> (..., vocab_size), float32."""
-        logits = super().logits(hidden).astype(mx.float32) / self._config.width_multiplier
+        logits = super().head(hidden).astype(mx.float32) / self._config.width_multiplier
         return logits if self._dummy is None else mx.where(self._dummy, mx.finfo(mx.float32).min, logits)

@@ -18,6 +18,7 @@ from .. import config
 from ..config import Cut, LongRope, Reader
 from . import decoder, layer
 from .experts import Groups, SwitchLinear, waits_for_groups
+from .hooks import at_flat, wanted
 from .linear import Linear
 from .rope import Rope
 
@@ -90,9 +91,13 @@ class Config(config.Config):
         return {path: shape for path, shape in super().adaptable.items() if path.startswith("self_attn.")}
 
     @property
+    def router(self) -> str:
+        return "block_sparse_moe.gate"
+
+    @property
     def delicate(self) -> tuple[str, ...]:
         # A wrong expert costs more than the router's few bits save.
-        return ("block_sparse_moe.gate",)
+        return (self.router,)
 
     def made_of(self, name: str) -> tuple[str, ...]:
         for ours, theirs in _EXPERT_NAMES.items():
@@ -180,7 +185,16 @@ class Experts(nn.Module):
         self.down_proj = SwitchLinear(experts, inner, hidden)
 
     def __call__(self, rows: mx.array, groups: Groups) -> mx.array:
-        return self.down_proj(layer.swiglu(self.gate_proj(rows, groups), self.up_proj(rows, groups)), groups)
+        gate, up = self.gate_proj(rows, groups), self.up_proj(rows, groups)
+        if not wanted("gate", "up", "act"):
+            return self.down_proj(layer.swiglu(gate, up), groups)
+        act = layer.swiglu(_by_token("gate", gate, groups), _by_token("up", up, groups))
+        return self.down_proj(_by_token("act", act, groups), groups)
+
+
+def _by_token(place: str, rows: mx.array, groups: Groups) -> mx.array:
+    """`at` of rows (N * k, width), which is kept as (N, k, width)."""
+    return groups.rows_of(at_flat(place, groups.by_token(rows)))
 
 
 class SparseMoeBlock(nn.Module):
@@ -194,7 +208,8 @@ class SparseMoeBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
-        experts, weights = route(self.gate(tokens), self._tolerance)
+        experts, weights = route(at_flat("router", self.gate(tokens)), self._tolerance)
+        experts, weights = at_flat("experts", experts), at_flat("expert_weights", weights)
         groups = Groups(experts, self._experts, x.dtype)
         rows = self.switch_mlp(groups.rows(tokens), groups)
         return groups.summed(rows * groups.ordered(weights)[:, None]).reshape(x.shape)

@@ -2,10 +2,16 @@
 
     row 0   | a b c d e f g . . |
     row 1   | - - - p q r s . . |      -: before the row begins, never seen    .: room for the next tokens
+    empty   | - - - - - - - . . |      the place of a row that has ended, for the next one that comes
 
-Rows that decode a token each write it at the same place, and one call of attention in a layer, with a mask for what
+Rows that decode a token each write it at the same slot, and one call of attention in a layer, with a mask for what
 lies before a row begins, serves them all. Keys are rotated before they are stored, so positions and LongRoPE's regimes
 stay each row's own.
+
+Rows stand in the first places, so one call takes them as a view. Who comes is copied to the first empty place; where a
+row has ended the last one takes its place. Only where none is empty, where a row is longer than what was written so
+far, or where the slots are full, all rows move to other arrays. Empty places hold memory, which `give_back`
+frees.
 
 A row that shares arrays keeps its list of caches, whose layers are `SharedKVCache`s meanwhile. Whoever asks one of
 them for its arrays, or trims it, takes the row out: its layers are plain `KVCache`s again, as if it had been alone.
@@ -16,28 +22,33 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from .attention import Mask, make_mask
 from .cache import KVCache, SequenceState
+from .shared_cache import SharedKVCache, SharedLayer, slots_for, write_row
 
 # How much longer than the shortest of the rows that share arrays the longest may be: what lies before a row begins
 # costs memory, and time on the CPU.
 LIKE = KVCache.step
-# Tokens that a row must have brought one by one. Who comes or goes makes all rows of like length move, which does not
-# pay for an answer of a few words, nor for one whose form dictates several tokens at once now and then.
+# Tokens that a row must have brought one by one: to come costs a copy of the row, which does not pay for an answer of a
+# few words, nor for one whose form dictates several tokens at once now and then.
 SETTLED = 8
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one call of attention serves: `rows`, of one token each, the `layers` of their cache, and the mask."""
+    """What one call of attention serves: `rows`, of one token each, the `layers` of their cache, and the mask.
+
+    `resting`: where there are other rows between them, whose tokens are not asked for. The first array has for each
+    place the row of the unit that stands there, or any, the second the place of each row.
+    """
 
     rows: Sequence[int]
     layers: Sequence[KVCache]
     mask: Mask = None
+    resting: tuple[mx.array, mx.array] | None = None
 
 
 def units_of(caches: Sequence[Sequence[KVCache]], *, share: bool) -> list[Unit]:
@@ -46,7 +57,7 @@ def units_of(caches: Sequence[Sequence[KVCache]], *, share: bool) -> list[Unit]:
     Here rows are brought together, and leave those that are not among them or of like length any more.
     """
     slots = [_slots_of(cache) for cache in caches]
-    if slots and slots[0] is not None and slots == [slots[0]] * slots[0].size:
+    if slots and slots[0] is not None and slots == [slots[0]] * slots[0].size and slots[0].goes_on:
         return [slots[0].unit(caches, range(len(caches)))]
     units: list[Unit] = []
     groups: dict[SharedSlots, list[int]] = {}
@@ -59,10 +70,9 @@ def units_of(caches: Sequence[Sequence[KVCache]], *, share: bool) -> list[Unit]:
         else:
             units.append(Unit([row], cache))
     for rows in _with_loose(list(groups.values()), loose, [cache[0].offset for cache in caches]):
-        former, present = slots[rows[0]], [caches[row] for row in rows]
-        if former is None or any(slots[row] is not former for row in rows) or former.size != len(rows):
-            former = _rearranged(present, [] if former is None else former.others(present))
-        units.append(Unit(rows, present[0]) if former is None else former.unit(caches, rows))
+        present = [caches[row] for row in rows]
+        arranged = _arranged(slots[rows[0]], present)
+        units.append(Unit(rows, present[0]) if arranged is None else arranged.unit(caches, rows))
     return units
 
 
@@ -76,55 +86,140 @@ def take_out(caches: Sequence[Sequence[KVCache]]) -> None:
         _rearranged(shared.others(rows), rows)
 
 
-class SharedSlots:
-    """Arrays that some rows share: `layers`, each a cache of as many rows.
+def unused_bytes(caches: Sequence[Sequence[KVCache]]) -> int:
+    """What the arrays that these rows share hold beyond what the rows need."""
+    return sum(shared.unused_bytes for shared in {_slots_of(cache) for cache in caches} if shared is not None)
 
-    Rows are taken in while it is made. For others to come, or some to leave, another is made.
+
+def give_back(caches: Sequence[Sequence[KVCache]]) -> None:
+    """Free that: all rows move to arrays that fit."""
+    for shared in {_slots_of(cache) for cache in caches}:
+        if shared is not None:
+            _rearranged(shared.others([]), [])
+
+
+class SharedSlots:
+    """Arrays that some rows share: `layers`, each a cache with a `place` for each row, and perhaps empty ones behind.
+
+    `whole`: no call was broken off while rows moved; else each layer of a row still knows where its tokens are.
     """
 
     def __init__(self, caches: Sequence[Sequence[KVCache]]):
-        self.size = len(caches)
+        self.places = len(caches)
         self.layers: list[KVCache] = []
+        self.whole = False
+        self._rests = False
         self._longest = max(cache[0].offset for cache in caches)
-        self._sequence = SequenceState(left_padding=tuple(self._longest - cache[0].offset for cache in caches))
+        self._sequence = SequenceState()
         # Weakly: rows keep the arrays alive, so who lets go of all rows frees them.
         self._rows = [[weakref.ref(layer) for layer in cache] for cache in caches]
 
+    @property
+    def size(self) -> int:
+        """Rows that it had when it was looked at last."""
+        return len(self._rows)
+
     def take_in(self, layers: Sequence[KVCache]) -> None:
         """Copy the next layer of all rows, which is theirs from now on."""
-        cache = KVCache(self._sequence, layers[0].window)
+        cache = SharedLayer(self._sequence, layers[0].window)
         cache.offset = self._longest
-        cache.start = max(0, cache.first_visible - cache.spare) if cache.window is not None else 0
-        used = cache.offset - cache.start
-        slots = (used // cache.step + 1) * cache.step
-        like = layers[0].tokens
-        cache.state = [mx.zeros((self.size, array.shape[1], slots, array.shape[3]), array.dtype) for array in like]
+        cache.start = cache.first_kept(cache.offset)
+        slots, like = slots_for(cache, cache.offset), layers[0].tokens
+        cache.state = [mx.zeros((self.places, array.shape[1], slots, array.shape[3]), array.dtype) for array in like]
         for place, layer in enumerate(layers):
-            for array, tokens in zip(cache.state, layer.tokens, strict=True):
-                newest = tokens[0, :, -used:]
-                array[place, :, used - newest.shape[1] : used] = newest
+            write_row(layer, cache, place)
         mx.eval(cache.state)  # or all layers would exist twice
         for place, layer in enumerate(layers):
             SharedKVCache.take_over(layer, self, cache, place)
         self.layers.append(cache)
 
+    def let_rest(self, rows: Sequence[Sequence[SharedKVCache]]) -> None:
+        """Go on without some rows, whose tokens stay where they are."""
+        self._rests = bool(rows)
+        for row in rows:
+            for layer in row:
+                layer.end = layer.offset
+
+    def finish(self) -> None:
+        """Note that all rows have moved."""
+        first_layers = [row[0]() for row in self._rows]
+        self._sequence.left_padding = tuple(layer.before for layer in first_layers if isinstance(layer, SharedKVCache))
+        self.whole = True
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether all its rows may read a further token where they are."""
+        return not self._rests and self.has_room_for([])
+
+    def has_room_for(self, caches: Sequence[Sequence[KVCache]]) -> bool:
+        """Whether these rows may come without others moving, and all write a further token."""
+        first = self.layers[0]
+        used = first.offset - first.start
+        enough = self.places // 2 <= self.size + len(caches) <= self.places
+        return enough and used < first.state[0].shape[2] and all(cache[0].offset <= first.offset for cache in caches)
+
+    def come(self, cache: Sequence[KVCache]) -> None:
+        """Let a row come to the first empty place, of which there must be one."""
+        self.whole = False
+        self._rows.append([weakref.ref(layer) for layer in cache])
+        self._move(cache, self.size - 1)
+        self.finish()
+
+    def close_up(self) -> None:
+        """Let the last rows take the places of those that have ended."""
+        place = 0
+        while place < len(self._rows):
+            if self._held(self._rows[place]):
+                place += 1
+                continue
+            self.whole = False
+            last = self._rows.pop()
+            if place < len(self._rows):
+                self._rows[place] = last
+                self._move(self._held(last), place)
+        self.finish()
+
+    def _move(self, row: Sequence[KVCache], place: int) -> None:
+        for layer, cache in zip(row, self.layers, strict=False):  # no layers of a row that has ended too
+            write_row(layer, cache, place)
+            mx.eval(cache.state)
+            SharedKVCache.take_over(layer, self, cache, place)
+
     def unit(self, caches: Sequence[Sequence[KVCache]], rows: Sequence[int]) -> Unit:
-        """The unit of all its rows, which are `rows` of those with these caches."""
-        order = sorted(rows, key=lambda row: caches[row][0].place)  # type: ignore[attr-defined]
-        return Unit(order, self.layers, make_mask(1, self.layers[0].window, self.layers[0]))
+        """The unit of all its rows but those that rest, which are `rows` of those with these caches."""
+        row_at = {caches[row][0].place: row for row in rows}  # type: ignore[attr-defined]
+        places = sorted(row_at)
+        resting = None
+        if len(places) < self.size:
+            standing = [places.index(place) if place in row_at else 0 for place in range(self.size)]
+            resting = mx.array(standing), mx.array(places)
+        mask = make_mask(1, self.layers[0].window, self.layers[0])
+        return Unit([row_at[place] for place in places], self.layers, mask, resting)
 
     def others(self, caches: Sequence[Sequence[KVCache]]) -> list[list[SharedKVCache]]:
         """Its rows but those with these caches; who was let go of is none of them."""
         there = {id(layer) for cache in caches for layer in cache}
         others: list[list[SharedKVCache]] = []
         for row in self._rows:
-            held = [layer for ref in row if isinstance(layer := ref(), SharedKVCache) and layer.slots is self]
+            held = self._held(row)
             if len(held) == len(row) and id(held[0]) not in there:
                 others.append(held)
             elif len(held) < len(row):  # a call was broken off while they moved
                 for layer in held:
                     layer.leave()
         return others
+
+    def _held(self, row: Sequence[weakref.ref[KVCache]]) -> list[SharedKVCache]:
+        """The layers of a row that are here; none of one that has ended."""
+        return [layer for ref in row if isinstance(layer := ref(), SharedKVCache) and layer.slots is self]
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes beyond those of arrays that fit its rows."""
+        rows = self.others([])
+        fitting = len(rows) * slots_for(self.layers[0], max(row[0].offset for row in rows))
+        there = self.places * self.layers[0].state[0].shape[2]
+        return sum(array.nbytes // there * max(there - fitting, 0) for layer in self.layers for array in layer.state)
 
     def take_out(self, layer: SharedKVCache) -> None:
         """Give the row of a layer arrays of its own."""
@@ -133,92 +228,12 @@ class SharedSlots:
         _rearranged([row for row in rows if row not in leaving], leaving)
 
 
-class SharedKVCache(KVCache):
-    """A layer of a row whose keys and values lie in `shared`, at `place`, beside those of other rows."""
-
-    slots: SharedSlots
-    shared: KVCache
-    place: int
-    before: int  # what to add to a position of the row for that in `shared`
-    oldest: int  # position of the oldest token that came in
-
-    @staticmethod
-    def take_over(layer: KVCache, slots: SharedSlots, shared: KVCache, place: int) -> None:
-        """Let a layer have its tokens in `shared`, where they were copied to, and no arrays of its own."""
-        before, oldest = shared.offset - layer.offset, layer.start
-        vars(layer).update(slots=slots, shared=shared, place=place, before=before, oldest=oldest)
-        layer.__class__ = SharedKVCache  # a Ctrl-C before leaves it as it was
-        vars(layer).pop("state", None)
-
-    def leave(self) -> None:
-        """Become a plain cache again, with a copy of the row's tokens."""
-        plain = KVCache(self.sequence, self.window)
-        plain.begin_with([self.tokens], self.start)
-        vars(self).update(state=plain.state, start=plain.start, offset=plain.offset)
-        self.__class__ = KVCache  # type: ignore[assignment]
-        for name in ("slots", "shared", "place", "before", "oldest"):  # the first two keep the others' arrays alive
-            vars(self).pop(name)
-
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
-        self.slots.take_out(self)  # a copy is of a row alone
-        return self.__reduce_ex__(protocol)
-
-    @property
-    def tokens(self) -> list[mx.array]:
-        first, end = self.start + self.before - self.shared.start, self.shared.offset - self.shared.start
-        return [array[self.place : self.place + 1, :, first:end] for array in self.shared.state]
-
-    @property
-    def kept(self) -> list[mx.array]:
-        return self.shared.state
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes // len(array) for array in self.shared.state)
-
-    def empty(self) -> bool:
-        return False
-
-    def fork(self, sequence: SequenceState) -> KVCache:
-        self.slots.take_out(self)
-        return self.fork(sequence)
-
-    @property
-    def offset(self) -> int:
-        return self.shared.offset - self.before
-
-    @offset.setter
-    def offset(self, offset: int) -> None:
-        if offset != self.offset:
-            self.slots.take_out(self)
-            self.offset = offset
-
-    @property
-    def start(self) -> int:
-        return max(self.oldest, self.shared.start - self.before)
-
-    @start.setter
-    def start(self, start: int) -> None:
-        if start != self.start:
-            self.slots.take_out(self)
-            self.start = start
-
-    @property
-    def state(self) -> list[mx.array]:
-        self.slots.take_out(self)
-        return self.state
-
-    @state.setter
-    def state(self, state: list[mx.array]) -> None:
-        self.slots.take_out(self)
-        self.state = state
-
-
 def _slots_of(cache: Sequence[KVCache]) -> SharedSlots | None:
     """Where a row is, None if it has arrays of its own."""
     first, last = cache[0], cache[-1]
-    if isinstance(first, SharedKVCache) and isinstance(last, SharedKVCache) and first.slots is last.slots:
-        return first.slots
+    both = isinstance(first, SharedKVCache) and isinstance(last, SharedKVCache) and first.slots is last.slots
+    if both and first.slots.whole:  # type: ignore[attr-defined]
+        return first.slots  # type: ignore[attr-defined]
     for layer in cache:  # a call was broken off while they moved
         if isinstance(layer, SharedKVCache):
             layer.leave()
@@ -247,6 +262,29 @@ def _with_loose(groups: list[list[int]], loose: list[int], lengths: Sequence[int
     return groups
 
 
+def _arranged(former: SharedSlots | None, present: Sequence[Sequence[KVCache]]) -> SharedSlots | None:
+    """Arrays of these rows, of which the first were in `former`; None for a row that is alone.
+
+    Others that were in `former` rest where they are for one step: most have ended, and are let go of then.
+    """
+    if former is None:
+        return _rearranged(present, [])
+    others = former.others(present)
+    former.close_up()
+    newcomers = [cache for cache in present if _slots_of(cache) is not former]
+    if len(present) == 1 or not former.has_room_for(newcomers) or any(map(_rests, (*others, *present))):
+        return _rearranged(present, others)
+    for cache in newcomers:
+        former.come(cache)
+    former.let_rest(others)
+    return former
+
+
+def _rests(cache: Sequence[KVCache]) -> bool:
+    """Whether other rows went on without this one."""
+    return isinstance(cache[0], SharedKVCache) and cache[0].end is not None
+
+
 def _rearranged(staying: Sequence[Sequence[KVCache]], leaving: Sequence[Sequence[KVCache]]) -> SharedSlots | None:
     """New arrays for the rows that stay, of one shared array or none before, and of its own for each that leaves.
 
@@ -264,4 +302,6 @@ def _rearranged(staying: Sequence[Sequence[KVCache]], leaving: Sequence[Sequence
             slots.take_in(layers[len(leaving) :])
         for shared in former.values():
             shared.state = []
+    if slots is not None:
+        slots.finish()
     return slots

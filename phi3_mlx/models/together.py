@@ -59,13 +59,18 @@ class Together:
     `parts` stand in the row in this order; those of one token come first, and are attended to in `units`.
     """
 
-    def __init__(self, parts: Sequence[Addition], units: list[Unit], window: int | None):
+    def __init__(self, parts: Sequence[Addition], units: list[Unit], window: int | None, *, apart: bool = False):
+        """`apart`: also those of one token are a block each, of a unit each."""
         singles = [part for part in parts if part.length == 1]
         others = [part for part in parts if part.length > 1]
         if [*singles, *others] != list(parts):
             raise ValueError("parts of one token come first")
         self.blocks: list[Alike] = []
-        if singles:
+        if apart:
+            for part, unit in zip(singles, units, strict=True):
+                alone = replace(unit, rows=[0])
+                self.blocks.append(Alike([alone], 1, mx.array([part.cache[0].offset]), (part.long,)))
+        elif singles:
             offsets = mx.array([part.cache[0].offset for part in singles])
             self.blocks.append(Alike(units, 1, offsets, tuple(part.long for part in singles)))
         for part in others:

@@ -50,21 +50,27 @@ def _logits_bytes(shape: PassShape, step: int, scored: int, drawing: int) -> int
     """Logits (scored, vocab_size) or those of a step, and what of the output layer is dequantized for them."""
     config = shape.config
     logits = max(_LOGITS * 4 * scored * config.vocab_size, drawing)
-    if not dequantizes(max(step, scored), config.quantization, shape.itemsize, shape.fused_kernel):
+    numbers = config.vocab_size * config.hidden_size
+    if not dequantizes(max(step, scored), numbers, config.quantization, shape.itemsize, shape.fused_kernel):
         return logits
-    dequantizing = most_dequantizing_bytes(config.quantization, shape.itemsize)
-    return logits + slices_bytes(config.vocab_size * config.hidden_size, dequantizing)
+    return logits + slices_bytes(numbers, most_dequantizing_bytes(config.quantization, shape.itemsize))
 
 
 def _layers_bytes(shape: PassShape) -> int:
     """Of a layer, or on a GPU of those that wait in its queue, whichever way it is computed."""
     if shape.config.experts_per_token > 1:
         return _mixture_bytes(shape)
-    if dequantizes(shape.tokens, shape.config.quantization, shape.itemsize, shape.fused_kernel):
+    if _dequantizes(shape):
         return _dequantized_layer_bytes(shape)
     if attends_in_blocks(shape, shape.keys):
         return _layer_in_blocks_bytes(shape)
     return _queued_layers_bytes(shape)
+
+
+def _dequantizes(shape: PassShape) -> bool:
+    """Whether some weight of a layer is dequantized for all tokens."""
+    config = shape.config
+    return dequantizes(shape.tokens, config.largest_linear, config.quantization, shape.itemsize, shape.fused_kernel)
 
 
 def _mixture_bytes(shape: PassShape) -> int:
@@ -72,7 +78,7 @@ def _mixture_bytes(shape: PassShape) -> int:
     config, itemsize = shape.config, shape.itemsize
     rows = rows_bytes(shape.tokens, config.experts_per_token, config.hidden_size, itemsize)
     routed = shape.tokens * config.inner_in_work * itemsize
-    if dequantizes(shape.tokens, config.quantization, itemsize, shape.fused_kernel):
+    if _dequantizes(shape):
         dequantizing = most_dequantizing_bytes(config.quantization, itemsize)
         routed += expert_bytes(config.largest_linear, dequantizing, itemsize)
     attention = _attention_bytes(shape)

@@ -49,15 +49,15 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         unfinished = hidden / _NEW / place.name
         with unfinished.open("wb") as file:
             yield file
-        _put_files([unfinished], place.parent)
+        _put_files([unfinished], hidden / _NEW, place.parent)
 
 
 @contextmanager
 def new_files(directory: Path, last: str) -> Iterator[Path]:
     """An empty directory to fill with files, which move into `directory` once all of them are on the disk.
 
-    A new directory appears with its files in one step. In an existing one each file replaces the one of its name,
-    `last` after the others as the sign that all are there, and files of other names stay. Raises OSError.
+    A new directory appears with its files in one step. In an existing one each file replaces the one of its name, in
+    folders too, `last` after the others as the sign that all are there, and files of other names stay. Raises OSError.
     """
     directory = Path(os.path.realpath(directory))
     if not os.path.lexists(directory):
@@ -66,7 +66,8 @@ def new_files(directory: Path, last: str) -> Iterator[Path]:
         return
     with named(directory), _partial(directory) as hidden:
         yield hidden / _NEW
-        _put_files(sorted((hidden / _NEW).iterdir(), key=lambda file: file.name == last), directory)
+        files = [path for path in (hidden / _NEW).rglob("*") if path.is_file()]
+        _put_files(sorted(files, key=lambda file: file == hidden / _NEW / last), hidden / _NEW, directory)
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -220,18 +221,23 @@ def _whole_directory(destination: Path, check: Callable[[], None]) -> Iterator[P
         _sync_names(destination.parent)
 
 
-def _put_files(files: list[Path], directory: Path) -> None:
-    """Rename complete files into `directory`; they take the permissions of those that they replace."""
+def _put_files(files: list[Path], root: Path, directory: Path) -> None:
+    """Rename complete files of `root` into `directory`; they take the permissions of those that they replace."""
     for file in files:
         _sync(file)
-    places = [_place(directory / file.name) for file in files]  # again: time has passed
+    places = []
+    for file in files:
+        wanted = directory / file.relative_to(root)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        places.append(_place(wanted))  # again: time has passed
     for file, place in zip(files, places, strict=True):
         if place.exists():
             with contextlib.suppress(OSError):  # not every file system has permissions
                 file.chmod(stat.S_IMODE(place.stat().st_mode))
     for file, place in zip(files, places, strict=True):
         file.replace(place)
-    _sync_names(directory)
+    for folder in {directory, *(place.parent for place in places)}:
+        _sync_names(folder)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .. import values
 from ..errors import ModelNotFoundError, OptionError, Phi3Error
 from ..files import read_text
-from ..places import has_tokenizer, instead_of_model
+from ..paths import has_tokenizer, instead_of_model
 from .safetensors import INDEX, weight_files
 
 if TYPE_CHECKING:
@@ -115,17 +115,19 @@ COMPANIONS = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
-_WANTED = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)  # of a repository; no pickle
+# What is wanted of a repository; no pickle.
+_DESCRIBING, _WEIGHT_PATTERNS = ("config.json", *COMPANIONS), ("model*.safetensors", INDEX)
 _CACHE_PREFIX = "models--"  # of a repository's folder in Hugging Face's cache; OWNER--NAME follows
 OTHER = "mlx-lm:"  # in front of the name of a model of another family, which mlx-lm's code runs; see `other`
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
+def resolve(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local directory of a model, downloaded if need be.
 
     `name` is taken for, in this order: "tiny" (the bundled model), an alias of `ALIASES` (in any case), a local
     directory, an `owner/repository` of the Hugging Face hub. `revision` (a branch, tag or commit) goes with an alias or
-    a repository. A repository that is on this disk is used without asking the network. Raises ModelNotFoundError, and
+    a repository. A repository that is on this disk is used without asking the network. Without `weights` config and
+    tokenizer are enough, and nothing else is downloaded. Raises ModelNotFoundError, and
     OptionError for a name that is no text or asks for mlx-lm's code, and for a revision of a directory.
     """
     name = values.path(name, "model", "the name or directory of a model")
@@ -140,11 +142,11 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     repo_id = repository_of(name)
     if repo_id == name:
         _check_repo_id(name)
-    return on_disk(repo_id, revision) or _download(repo_id, revision)
+    return on_disk(repo_id, revision, weights=weights) or _download(repo_id, revision, weights=weights)
 
 
-def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
-    """The snapshot of a repository in Hugging Face's cache, if config, tokenizer and all weights are there."""
+def on_disk(repo_id: str, revision: str | None = None, *, weights: bool = True) -> Path | None:
+    """The snapshot of a repository in Hugging Face's cache, if all that is wanted of it is there."""
     folder = cache_folder() / f"{_CACHE_PREFIX}{repo_id.replace('/', '--')}"
     revision = revision or "main"
     try:
@@ -152,7 +154,7 @@ def on_disk(repo_id: str, revision: str | None = None) -> Path | None:
     except (OSError, ValueError):
         commit = revision  # a commit hash names itself
     snapshot = folder / "snapshots" / commit
-    return snapshot if _is_complete(snapshot) else None
+    return snapshot if _is_complete(snapshot, weights) else None
 
 
 def snapshot_of(directory: Path) -> tuple[str, str] | None:
@@ -215,13 +217,16 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, weights: bool) -> bool:
+    described = has_tokenizer(folder) and (folder / "config.json").is_file()
+    if not weights:
+        return described
     try:
         files, absent = weight_files(folder)
     except Phi3Error:
         return False
     # A link whose blob was deleted is no file.
-    return has_tokenizer(folder) and bool(files) and not absent and (folder / "config.json").is_file()
+    return described and bool(files) and not absent
 
 
 def _describe(name: str, repo_id: str | None, folder: Path) -> ModelRow | None:
@@ -257,13 +262,14 @@ def _check_repo_id(name: str) -> None:
     )
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     """Download the files of a repository that are missing; huggingface_hub shows progress and resumes."""
     from huggingface_hub import constants, errors, snapshot_download
 
     host, fallback = constants.ENDPOINT, "a local directory and the bundled model, tiny, work without it"
+    wanted = [*_DESCRIBING, *(_WEIGHT_PATTERNS if weights else ())]
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         _not_found(f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then type `hf auth login`", error)
     except errors.RepositoryNotFoundError as error:
@@ -280,7 +286,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         _not_found(f"{why}; {fallback}", error)
     except Exception as error:  # the transports (requests, httpx, xet) share no class across their versions
         _not_found(f"the download of {repo_id} stopped ({_reason(error)}); the same command again resumes it", error)
-    if not weight_files(folder)[0]:
+    if weights and not weight_files(folder)[0]:
         raise ModelNotFoundError(
             f"{repo_id} has no model*.safetensors; pickle weights (*.bin) are never read, so name a repository with "
             "safetensors"

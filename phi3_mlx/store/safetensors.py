@@ -19,7 +19,7 @@ from ..config import read_json
 from ..errors import CheckpointError
 from ..fields import parse, shorten
 from ..files import open_file
-from ..places import PICKLES, convert_command, gguf_files
+from ..paths import PICKLES, convert_command, gguf_files
 
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the format's own limit

@@ -15,7 +15,7 @@ import phi3_mlx
 from phi3_mlx import load, load_tokenizer
 from phi3_mlx.conversion.pipeline import convert
 from phi3_mlx.errors import AdapterError, CheckpointError, ModelNotFoundError, Phi3Error, TokenizerError
-from phi3_mlx.places import instead_of_adapter, instead_of_model
+from phi3_mlx.paths import instead_of_adapter, instead_of_model
 
 FAULTS = (ModelNotFoundError, CheckpointError, TokenizerError)
 

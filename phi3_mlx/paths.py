@@ -1,4 +1,4 @@
-"""For a path that is not a model or an adapter: what it is instead, and what to type."""
+"""Paths that people give. For one that is not a model or an adapter: what it is instead, and what to type."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from .files import open_file, read_any_json
 _GGUF = b"GGUF"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def absolute_path(path: str) -> str:
+    """A path that holds from any working folder; ~ is the home directory. Links stay."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def is_gguf(path: Path) -> bool:
