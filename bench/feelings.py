@@ -1,6 +1,7 @@
 """A small task to fine-tune on, made by program: how somebody in a story feels.
 
     python -m bench.feelings DIRECTORY                        writes train.jsonl, valid.jsonl and test.jsonl
+    python -m bench.feelings DIRECTORY pairs                  the same as preferences: the word, and a long wrong answer
     python -m bench.feelings DIRECTORY -m MODEL [--adapter ADAPTER]   the share of test.jsonl answered right
 
     It was a sunny day. Mia lost her red hat in the park. How does Mia feel?    ->    sad
@@ -31,6 +32,7 @@ EVENTS = {
     "tired": ["worked all day in the {place}", "ran all day with {own} {thing}", "did not sleep all night"],
 }
 BEFORE = ["", "", "It was a sunny day. ", "One day it was cold. ", "Once upon a time there was a {place}. "]
+WRONG = ["{name} was a little child, and {name} felt very {wrong} about it.", "I think that {name} is {wrong}."]
 SIZES = {"train": 600, "valid": 60, "test": 200}
 
 
@@ -59,12 +61,32 @@ def make(sizes: Mapping[str, int] = SIZES, seed: int = 0) -> dict[str, list[tupl
     return {split: [next(pairs) for _ in range(size)] for split, size in sizes.items()}
 
 
-def write(directory: Path, sizes: Mapping[str, int] = SIZES) -> None:
-    """A .jsonl file of every split."""
+def write(directory: Path, sizes: Mapping[str, int] = SIZES, *, as_pairs: bool = False, asked: str = "{}") -> None:
+    """A .jsonl file of every split; `as_pairs`: of two answers to a question that is `asked` so, but for the test's."""
     directory.mkdir(parents=True, exist_ok=True)
-    for split, pairs in make(sizes).items():
-        lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs]
+    rng = random.Random(1)
+    for split, examples in make(sizes).items():
+        lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in examples]
+        if as_pairs and split != "test":
+            chosen = [pair(rng, question, answer) for question, answer in examples]
+            lines = [json.dumps({**line, "prompt": asked.format(line["prompt"])}) for line in chosen]
         (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pair(rng: random.Random, question: str, answer: str) -> dict[str, str]:
+    """The short true answer to a question, and a long wrong one."""
+    name = question.removesuffix(" feel?").rpartition(" ")[2]
+    wrong = rng.choice([feeling for feeling in EVENTS if feeling != answer])
+    return {"prompt": question, "chosen": answer, "rejected": rng.choice(WRONG).format(name=name, wrong=wrong)}
+
+
+def write_questions(directory: Path) -> Path:
+    """The test as questions with answers, for `phi3-mlx eval --tasks`; the file's path."""
+    lines = [json.loads(line) for line in (directory / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [{"question": line["prompt"], "answer": line["completion"]} for line in lines]
+    path = directory / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+    return path
 
 
 def accuracy(directory: Path, model: str, adapter: str | None = None) -> float:
@@ -85,13 +107,14 @@ def accuracy(directory: Path, model: str, adapter: str | None = None) -> float:
 
 @click.command(help=__doc__)
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("kind", type=click.Choice(["examples", "pairs"]), default="examples")
 @click.option("-m", "--model", help="Ask this model the test's questions instead.")
 @click.option("--adapter", help="With this adapter.")
-def main(directory: Path, model: str | None, adapter: str | None) -> None:
+def main(directory: Path, kind: str, model: str | None, adapter: str | None) -> None:
     if model is not None:
         click.echo(f"{accuracy(directory, model, adapter):.1%} right")
         return
-    write(directory)
+    write(directory, as_pairs=kind == "pairs")
     click.echo(f"{', '.join(f'{size} in {split}.jsonl' for split, size in SIZES.items())} in {directory}")
 
 
