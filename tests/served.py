@@ -153,12 +153,21 @@ def error_in(answer):
 
 @contextlib.contextmanager
 def serving(
-    engine=None, *, limits=USUAL, base=None, longrope="auto", prompts=False, listed=None, plans=no_plans, **guard
+    engine=None,
+    *,
+    limits=USUAL,
+    base=None,
+    longrope="auto",
+    others=(),
+    prompts=False,
+    listed=None,
+    plans=no_plans,
+    **guard,
 ):
     """A server that runs while the block does."""
     engine = engine or FakeEngine()
     log = []
-    defaults = Defaults(base or Request(), longrope, limits)
+    defaults = Defaults(base or Request(), longrope, limits, others)
     service = Service(engine, listed or engine.listed, defaults, log.append, prompts=prompts, plans=plans)
     app = create_app(service, **guard)
     listening = listen("127.0.0.1", 0)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
 import sys
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level, tiktoken_ranks, write_json
 
+from phi3_mlx import Conversation, generate, load
 from phi3_mlx.conversion.gguf.tokenizer import tokenizer_files
 from phi3_mlx.engine import processors
 from phi3_mlx.errors import OptionError, Phi3Error
 from phi3_mlx.generation.request import Request
+from phi3_mlx.text import grammar, spelling
 from phi3_mlx.text.grammar import Form, matchers
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
@@ -398,3 +404,103 @@ def test_a_vocabulary_that_cannot_spell_everything_is_not_forced():
         assert ours.forced(answer, 3) == [] or len(ours.allowed(answer).nonzero()[0]) == 1
         answer.append(int(ours.allowed(answer).nonzero()[0][-1]))
     assert tokenizer.decode(answer) == "duck"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The forms that the library compiles or checks while a test runs."""
+    import llguidance
+
+    seen = []
+
+    class Matcher:
+        def __new__(cls, view, grammar, **options):
+            seen.append(grammar)
+            return llguidance.LLMatcher(view, grammar, **options)
+
+        @staticmethod
+        def validate_grammar(grammar):
+            seen.append(grammar)
+            return llguidance.LLMatcher.validate_grammar(grammar)
+
+        grammar_from_regex = staticmethod(llguidance.LLMatcher.grammar_from_regex)
+        grammar_from_json_schema = staticmethod(llguidance.LLMatcher.grammar_from_json_schema)
+
+    monkeypatch.setattr(grammar, "guidance_library", lambda: SimpleNamespace(LLMatcher=Matcher))
+    return seen
+
+
+def test_a_second_request_compiles_nothing_and_another_tokenizer_does(compiled):
+    tokenizer, other = read_tokenizer(TINY), read_tokenizer(TINY)
+    schema = {"type": "object", "properties": {"a second request": {"type": "integer"}}}
+    first = matchers(Request(schema=schema).form, tokenizer, 1)[0].allowed([])
+    assert compiled
+    compiled.clear()
+    assert (matchers(Request(schema=schema).form, tokenizer, 2)[1].allowed([]) == first).all()
+    assert compiled == []
+    matchers(Request(schema=schema).form, other, 1)
+    assert compiled
+
+
+def test_conversations_and_tools_compile_a_form_once(compiled):
+    model, tokenizer = load("tiny")
+    tools = [{"name": "asked_twice", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}]
+    for number in range(2):
+        list(Conversation(model, tokenizer).send("Hi.", tools=tools, max_tokens=3))
+        generate(model, tokenizer, "Hi.", regex="a form asked for twice", max_tokens=3)
+        assert bool(compiled) is (number == 0)
+        compiled.clear()
+
+
+def test_forms_used_last_are_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(spelling, "_FORMS_KEPT", 3)
+    monkeypatch.setattr(spelling, "_CHARACTERS_KEPT", 10)
+    kept, made = spelling.Kept(), []
+
+    def get(text):
+        return kept.get(("regex", text), lambda: made.append(text) or text.upper())
+
+    for text in ("a", "b", "c", "a", "d"):  # "b" was used longest ago
+        assert get(text) == text.upper()
+    assert made == [*"abcd"]
+    for text in ("a", "c", "d", "b"):
+        get(text)
+    assert made == [*"abcdb"]
+    get("x" * 11)  # keeps none and moves none
+    get("x" * 11)
+    get("d")
+    assert made == [*"abcdb", "x" * 11, "x" * 11]
+    get("y" * 9)  # leaves room for one character
+    get("d")
+    get("b")
+    assert made[7:] == ["y" * 9, "b"]
+    with pytest.raises(ZeroDivisionError):
+        kept.get(("regex", "bad"), lambda: 1 / 0)
+    assert kept.get(("regex", "bad"), lambda: "good") == "good"
+
+
+def test_threads_that_answer_in_one_form_do_not_share_their_places(tokenizer):
+    form = Form("regex", "(ab|ba|ä|[0-9]{3} )*[a-f]{2,40}")
+
+    def run(seed):
+        rng, answer, masks = random.Random(seed), [], []
+        ours = matchers(form, tokenizer, 1)[0]
+        while len(answer) < 40 and (not answer or answer[-1] not in tokenizer.stop_ids):
+            mask = ours.allowed(answer)
+            masks.append(mask.nonzero()[0].tolist())
+            answer.append(rng.choice(masks[-1]))
+        return masks
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, range(24)))
+    assert together == [run(seed) for seed in range(24)]
+    assert len({len(masks) for masks in together}) > 1
+
+
+def test_what_is_kept_of_forms_goes_with_the_tokenizer():
+    tokenizer = read_tokenizer(TINY)
+    matchers(Form("regex", "a"), tokenizer, 1)
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None

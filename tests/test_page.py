@@ -77,7 +77,7 @@ def test_a_plan_tells_the_parts_of_memory_by_length():
         _, _, told = server.request("GET", "/plan?model=tiny")
         assert [plan["tokens"] for plan in told["lengths"]] == [256, 512, 1024, 2048, 4096]
         assert server.request("GET", "/plan?model=nobody")[0] == 404
-        for wrong in ("0", "-1", "x", "9" * 30):
+        for wrong in ("0", "-1", "x", "9" * 30, "1" * 11, "1" * 5000):
             status, _, told = server.request("GET", f"/plan?model=tiny&tokens={wrong}")
             assert (status, told["error"]["param"]) == (400, "tokens")
 
@@ -280,6 +280,28 @@ def test_it_is_light_or_dark_and_fits_a_phone(page):
     say(page, "a long word: " + "x" * 300)
     widths = page.locator("html").evaluate("html => [html.scrollWidth, html.clientWidth]")
     assert widths[0] <= widths[1]
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 640), (390, 844), (768, 1024), (1280, 800)])
+def test_the_chat_has_room_beside_each_panel_at_any_width(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    say(page, "one two three " * 60)
+
+    def fits():
+        """The head is one line, nothing is wider than the page, and the chat has a quarter of it."""
+        assert page.locator("header").evaluate("head => head.clientHeight") < 60
+        assert page.locator("html").evaluate("html => html.scrollWidth") <= width
+        assert page.locator("#send").bounding_box()["y"] < height
+        return page.locator(".messages").first.evaluate("log => log.clientHeight") >= height / 4
+
+    assert fits()
+    for panel in ("System message", "Settings", "Memory"):
+        summary = page.locator("summary", has_text=panel).first
+        summary.click()
+        if panel == "Memory":
+            page.locator(".plan svg").wait_for()
+        assert fits(), panel
+        summary.click()
 
 
 def test_a_key_is_asked_for_and_used(browser, engine):

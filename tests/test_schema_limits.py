@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tokenizer_samples import TINY, tiktoken_ranks
 
+from phi3_mlx import fields
 from phi3_mlx.errors import OptionError
 from phi3_mlx.generation.request import Request
+from phi3_mlx.server import shared_fields
+from phi3_mlx.text import grammar, schema_limits, spelling, tool_grammar
 from phi3_mlx.text.grammar import check_form, matchers
 from phi3_mlx.text.schema_limits import as_followed
 from phi3_mlx.text.tokenizer import read_tokenizer
@@ -175,3 +181,58 @@ def test_thousands_of_choices_are_followed(tokenizer):
     while not set(ids := [int(token) for token in matcher.allowed(answer).nonzero()[0]]) <= tokenizer.stop_ids:
         answer.append(next(token for token in ids if token not in tokenizer.stop_ids))
     assert tokenizer.decode(answer) in choices
+
+
+def test_the_page_lists_the_limits_that_hold():
+    page = (ROOT / "docs" / "schemas.md").read_text()
+    listed = dict(re.findall(r"^\| (.*?) \| ([\d,·^]+)(?:, either way)? \|$", page, re.M))
+    characters, power = grammar._MOST_CHARACTERS, "9·10^18"
+    assert listed == {
+        "characters of a schema": f"{characters['schema']:,}",
+        "characters of all tools": f"{characters['tools']:,}",
+        "characters of all choices, as JSON": f"{characters['choices']:,}",
+        "characters of a regular expression": f"{characters['regex']:,}",
+        "characters of a grammar": f"{characters['grammar']:,}",
+        "objects and lists within each other, in a schema": f"{fields.DEEPEST}",
+        "a limit of a number (`minimum` and the like)": power,
+        "a whole number in `const` or `enum`": "2^53",
+        "`multipleOf`, without its point and the zeros at its end": f"{schema_limits.LARGEST_MULTIPLE:,}",
+        "calls in one answer": f"{tool_grammar.MOST_CALLS}",
+        "choices of a request to the server": f"{shared_fields._MOST_CHOICES}",
+        "stop strings of a request to the server": f"{shared_fields._MOST_STOPS}",
+        "token ids in `logit_bias` of a request to the server": f"{shared_fields._MOST_BIASES:,}",
+        "characters of all choices, or all stop strings, of a request to the server": (
+            f"{shared_fields._MOST_TEXT_CHARACTERS:,}"
+        ),
+    }
+    assert schema_limits._LARGEST == 9 * 10**18
+    assert schema_limits._EXACT == 2**53
+    kept = f"{spelling._FORMS_KEPT} of them and {spelling._CHARACTERS_KEPT:,} characters"
+    assert kept in page
+
+
+@pytest.mark.parametrize(
+    ("schema", "multiple"),
+    [
+        ({"type": "integer", "multipleOf": 123457}, "123457"),
+        ({"type": "number", "multipleOf": 1.23457e-20}, "123457"),
+        ({"type": "integer", "allOf": [{"multipleOf": 251}, {"multipleOf": 257}]}, "64507"),
+        ({"type": "number", "multipleOf": 0.0251, "anyOf": [{"multipleOf": 257}]}, "64507"),
+        ({"items": {"multipleOf": 10**300 + 1}}, "1000"),
+    ],
+)
+def test_a_multiple_that_would_take_long_to_tell_is_refused(schema, multiple):
+    with pytest.raises(OptionError, match=rf'^schema has "multipleOf" of .?{multiple}.*, .* at most 50,000 can be'):
+        Request(schema=schema)
+
+
+@pytest.mark.parametrize("multiple", [49999, 0.01, 2_500_000, 5e4, 0.5])
+def test_other_multiples_are_told_in_time(tokenizer, multiple):
+    apart = {
+        "type": "object",
+        "properties": {"a": {"type": "number", "multipleOf": multiple}, "b": {"multipleOf": 9973}},
+    }
+    began = time.process_time()
+    Request(schema=apart)
+    matchers(Request(schema={"type": "number", "multipleOf": multiple}).form, tokenizer, 1)
+    assert time.process_time() - began < 5  # 123457 takes a minute

@@ -105,6 +105,7 @@ def test_models_are_listed_and_told_one_by_one(served):
         (chat_body(logit_bias={"a": 1}), "invalid_type", "logit_bias"),
         (chat_body(logit_bias={"3": 101}), "invalid_value", "logit_bias"),
         (chat_body(logit_bias={"3": 1, "03": 2}), "invalid_type", "logit_bias"),
+        (chat_body(logit_bias={str(n): 1 for n in range(20_001)}), "invalid_value", "logit_bias"),
         (chat_body(presence_penalty="high"), "invalid_type", "presence_penalty"),
         (chat_body(store=True), "unsupported_value", "store"),
         (chat_body(store=0), "unsupported_value", "store"),

@@ -1,5 +1,6 @@
 """`phi3-mlx serve` as a user types it, and the bundled model behind it."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -21,7 +22,7 @@ from conftest import ROOT
 from served import chat_body, events, serving, wait_until
 from tuning_models import make_directory
 
-from phi3_mlx import generate, load, score, stream_generate
+from phi3_mlx import generate, load, load_tokenizer, score, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.serve import adapters_of
 from phi3_mlx.errors import OptionError
@@ -29,6 +30,7 @@ from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
 
 STORY = "Tell me a story about a duck and a frog."
+ENDLESS = {str(token): -100 for token in load_tokenizer("tiny").stop_ids}  # so no token ends an answer
 LONG = "Mia has a red boat. " * 40
 
 
@@ -59,6 +61,8 @@ def said_by(capsys, *words):
         (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are called a"),
         (["--temperature", "-1"], "--temperature -1.0 is outside its range"),
         (["--kv-bits", "5"], "5"),
+        (["-m", "mlx-lm:tiny", "--kv-bits", "4"], "--kv-bits is for the Phi family alone"),
+        (["-m", "mlx-lm:tiny", "--longrope", "short"], "--longrope is for the Phi family alone"),
         (["--port", "65536"], "--port 65536 is outside its range; give 0 to 65535"),
         (["--queue", "0"], "--queue 0 is outside its range; give 1 or more"),
         (["--memory", "plenty"], "'plenty' is not a size"),
@@ -158,6 +162,44 @@ def test_the_process_serves_and_ends_politely(tmp_path, number, code):
             process.kill()
     assert "Traceback" not in rest
     assert "secret" not in rest
+
+
+_STUCK = """
+import sys, time
+from phi3_mlx.cli import main
+from phi3_mlx.server.worker import Worker
+Worker.close = lambda self, wait=True: time.sleep(60)
+main(["serve", "--port", "0"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_second_signal_ends_the_process_at_once(number, stuck):
+    command = [sys.executable, *(["-c", _STUCK] if stuck else ["-m", "phi3_mlx", "serve", "--port", "0"])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            port = re.search(r":(\d+)/v1", process.stderr.readline())[1]
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+            with contextlib.closing(connection):
+                body = chat_body(STORY, model="tiny", max_tokens=100_000, stream=True, logit_bias=ENDLESS)
+                connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                answer = connection.getresponse()
+                answer.readline()
+                process.send_signal(number)
+                time.sleep(0.5)
+                assert process.poll() is None  # one lets answers end
+                assert answer.readline()
+                started = time.monotonic()
+                process.send_signal(number)
+                told = answer.read()
+                code = process.wait(20)
+            assert time.monotonic() - started < 8  # far from the 30 seconds that answers have
+            assert b"the server stopped before the answer ended" in told
+            assert code == (128 + number if stuck else {signal.SIGINT: 130, signal.SIGTERM: 0}[number])
+        finally:
+            process.kill()
 
 
 def test_what_was_read_is_there_after_the_server_was_killed(tmp_path):

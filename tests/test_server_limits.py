@@ -130,6 +130,16 @@ def test_what_is_no_json_object_within_limits_is_refused(body):
         assert (status, reply["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize("values", [b"[]", b"{}", b"1"])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_read(values):
+    most = 1_000_000 // (1 if values == b"1" else 2)
+    with serving() as served:
+        for count, status in ((most + 2, 413), (most - 10, 400)):
+            body = b'{"model": "echo", "messages": [' + b",".join([values] * count) + b"]}"
+            assert served.request("POST", "/v1/chat/completions", raw=body)[0] == status
+        assert served.chat("comma, " * 300_000)[0] == 200
+
+
 def test_one_connection_too_many_is_told_so_and_the_others_go_on():
     with serving(limits=replace(QUICK, connections=3, header_seconds=3)) as served:
         held = [raw(served) for _ in range(3)]

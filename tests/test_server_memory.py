@@ -17,6 +17,10 @@ from mlx.utils import tree_flatten
 from served import serving
 
 from phi3_mlx import load
+from phi3_mlx.engine import machine
+from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.scheduler import Scheduler
+from phi3_mlx.errors import MemoryLimitError
 from phi3_mlx.generation.request import Request
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
@@ -83,3 +87,43 @@ def test_memory_never_passes_the_limit_whatever_is_asked(seed):
     assert told[429] > 0
     assert peak <= limit
     assert peak > before + size + 2e6, "nothing came near the limit"
+
+
+class Busy:
+    """Others that run: they were promised 5 MB more than they hold, and would give nothing else back."""
+
+    reserved, freeable = 5_000_000, 0
+
+
+def test_what_others_compute_with_makes_no_request_impossible(monkeypatch):
+    model, _ = load("tiny")
+
+    def fits(room, others=None):
+        monkeypatch.setattr(machine, "room", lambda: room)
+        try:
+            Scheduler(model, elsewhere=others).submit(Job([5] * 500, 100))
+        except MemoryLimitError:
+            return False
+        return True
+
+    least, needed = 0, 1 << 30
+    while needed - least > 1:
+        middle = (least + needed) // 2
+        least, needed = (least, middle) if fits(middle) else (middle, needed)
+    assert fits(needed - Busy.reserved, Busy())  # all of it is in use now, and is given back
+    assert not fits(needed - Busy.reserved - 1, Busy())
+
+
+def test_a_model_that_just_fits_waits_until_nothing_else_is_computed(monkeypatch):
+    models = Models(["tiny"])
+    source = models.source("tiny")
+    needed = models._loading_bytes(source)
+    monkeypatch.setattr(models, "reserved", lambda besides=None: 1_000_000)
+    monkeypatch.setattr(machine, "room", lambda: needed - 1_000_000)  # of what runs all is in use
+    assert models.get("tiny") is None
+    monkeypatch.setattr(models, "reserved", lambda besides=None: 0)
+    with pytest.raises(MemoryLimitError):
+        models.get("tiny")
+    monkeypatch.setattr(machine, "room", lambda: needed)
+    assert models.get("tiny") is not None
+    models.clear()

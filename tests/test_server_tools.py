@@ -27,10 +27,13 @@ TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "functi
 MESSAGES = [{"role": "user", "content": "How is it?"}]
 
 
+CUT = {1: 70, 2: 40}  # characters by `max_tokens`: within the arguments of a call, and within its name
+
+
 def call_tools(ticket, tell):
-    """The answer in pieces of three characters; cut where `max_tokens` is 1."""
-    cut = ticket.work.request.max_tokens == 1
-    text = ANSWER[:70] if cut else ANSWER
+    """The answer in pieces of three characters."""
+    cut = CUT.get(ticket.work.request.max_tokens)
+    text = ANSWER[:cut]
     tell(Begun(3, 0))
     for index in range(ticket.work.n):
         for place in range(0, len(text), 3):
@@ -99,6 +102,16 @@ def test_a_call_that_is_cut_ends_for_its_length(client):
     ((name, arguments),) = called(choice.message.tool_calls)
     assert name == "weather"
     assert ARGUMENTS[0].startswith(arguments)
+
+
+def test_what_is_cut_before_it_names_a_tool_is_text_as_the_model_wrote_it(served):
+    written = ANSWER[: CUT[2]]
+    assert written.endswith('<|tool_call|>[{"name": "weat')
+    (choice,) = served.chat(tools=TOOLS, max_tokens=2)[2]["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (written, "length")
+    assert "tool_calls" not in choice["message"]
+    data, _ = events(served.chat(tools=TOOLS, max_tokens=2, stream=True)[2])
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in data[:-1]) == written
 
 
 @pytest.mark.parametrize(

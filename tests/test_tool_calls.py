@@ -101,22 +101,30 @@ ANSWERS = {
     '{"tool_calls": []}': ['{"tool_calls": []}'],
     # broken
     '<|tool_call|>[{"name": "f", "arguments": {"a": nothing}}]<|/tool_call|> Bye.': [
-        {'{"name": "f", "arguments": {"a": nothing}}]':
+        {'<|tool_call|>[{"name": "f", "arguments": {"a": nothing}}]<|/tool_call|>':
          "its arguments are no JSON: Expecting value: line 1 column 7 (char 6)"},
         " Bye.",
     ],
-    "<|tool_call|>f(a=1)<|/tool_call|>": [{"<|tool_call|>f(a=1)": "it is no list of calls"}],
-    '<|tool_call|>[{"name": "f", "argu': [{'{"name": "f", "argu': "the answer ends within it"}],
+    "<|tool_call|>f(a=1)<|/tool_call|>!": [{"<|tool_call|>f(a=1)<|/tool_call|>": "it is no list of calls"}, "!"],
+    f"<|tool_call|>f()<|/tool_call|>{CALL}": [{"<|tool_call|>f()<|/tool_call|>": "it is no list of calls"}, CALL],
+    '<|tool_call|>[{"name": "f", "argu': [{'<|tool_call|>[{"name": "f", "argu': "the answer ends within it"}],
+    'So: ```json\n{"tool_calls": [ {"name': ["So: ", {'```json\n{"tool_calls": [ {"name': "the answer ends within it"}],
     '{"tool_calls": [{"name": "f", "arguments": {"a": [1, 2': [
-        {'{"name": "f", "arguments": {"a": [1, 2': "the answer ends within it"}
+        {'{"tool_calls": [{"name": "f", "arguments": {"a": [1, 2': "the answer ends within it"}
+    ],
+    f'<|tool_call|>[{CALL}, {{"name": "g", "a': [("f", {"a": 1}), {'{"name": "g", "a': "the answer ends within it"}],
+    f'<|tool_call|>[{CALL}, {{"name": 3}}]<|/tool_call|> So <|tool_call|>[{CALL}]': [
+        ("f", {"a": 1}), {'{"name": 3}]': "it has no name"}, " So ", ("f", {"a": 1}),
     ],
     "<|tool_call|>": [{"<|tool_call|>": "the answer ends within it"}],
-    '<|tool_call|>[{"arguments": {}}]<|/tool_call|>': [{'{"arguments": {}}]': "it has no name"}],
+    '<|tool_call|>[{"arguments": {}}]<|/tool_call|>': [
+        {'<|tool_call|>[{"arguments": {}}]<|/tool_call|>': "it has no name"}
+    ],
     '<|tool_call|>[{"name": "f", "arguments": [1]}]<|/tool_call|>': [
-        {'{"name": "f", "arguments": [1]}]': "its arguments are a list, not an object"}
+        {'<|tool_call|>[{"name": "f", "arguments": [1]}]<|/tool_call|>': "its arguments are a list, not an object"}
     ],
     'functools[{"name": "f", "arguments": {"a": NaN}}] and on': [
-        {'{"name": "f", "arguments": {"a": NaN}}] and on': f"its arguments are no JSON: {NAN}"}
+        {'functools[{"name": "f", "arguments": {"a": NaN}}] and on': f"its arguments are no JSON: {NAN}"}
     ],
     f"functools[{CALL}; more": [("f", {"a": 1}), {"; more": "it is no list of calls"}],
 }  # fmt: skip

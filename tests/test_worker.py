@@ -13,12 +13,13 @@ from mlx.utils import tree_flatten
 
 import phi3_mlx
 from phi3_mlx.adapters.folder import adapter_files, base_of, layer_shape, write_adapter
-from phi3_mlx.adapters.lora import Adapter, get_layer
+from phi3_mlx.adapters.lora import Adapter
 from phi3_mlx.engine import machine
 from phi3_mlx.engine.plan import Workload
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import ClosedError, MemoryLimitError, ModelNotFoundError, Phi3Error, PromptError, QueueFullError
 from phi3_mlx.generation.request import Request
+from phi3_mlx.models.hooks import get_layer
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.work import Begun, Ended, Failed, Piece, Reading, Work
 from phi3_mlx.server.worker import Worker

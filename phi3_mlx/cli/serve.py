@@ -118,6 +118,8 @@ def serve(
     curl http://127.0.0.1:8080/v1/models
 
     Options of answers hold for requests that do not say otherwise. Ctrl-C lets answers end; a second one ends them.
+
+    -m mlx-lm:OWNER/REPO serves a model of another family; exactness is promised for the Phi family alone.
     """
     _check_installed()
     _check_names(hosts, origins)
@@ -141,11 +143,17 @@ def serve(
     with _listen(address, port) as listening:
         store = open_prefixes(prefixes, prefix_memory) or PrefixStore(prefix_memory)
         models = Models(
-            names, adapters_of(adapters, names), memory=memory, prefixes=store, dtype=dtype, longrope=longrope
+            names,
+            adapters_of(adapters, names),
+            memory=memory,
+            prefixes=store,
+            dtype=dtype,
+            longrope=longrope,
+            kv_bits=request.kv_bits,
         )
         worker = Worker(models, queue=queue)
         try:
-            defaults = Defaults(request, longrope, Limits())
+            defaults = Defaults(request, longrope, Limits(), models.others)
             service = Service(worker, models.listed, defaults, _log, prompts=log_prompts, plans=models.plans)
             called = [*hosts, *([] if host == address else [host])]
             app = create_app(service, hosts=called, origins=origins, key=key)

@@ -164,7 +164,7 @@ def _plan(service: Service) -> Endpoint:
 
     async def plan(request: HTTPRequest) -> Response:
         name, tokens = request.query_params.get("model", ""), request.query_params.get("tokens")
-        if tokens is not None and not (tokens.isdecimal() and 0 < int(tokens[:10]) <= _MOST_TOKENS):
+        if tokens is not None and not (tokens.isdecimal() and len(tokens) <= 10 and 0 < int(tokens) <= _MOST_TOKENS):
             raise ApiError(400, f"tokens is {tokens[:20]!a}; give a number", "invalid_value", "tokens")
         limit, plans = await service.beside(service.plans, name, None if tokens is None else int(tokens))
         lengths = [

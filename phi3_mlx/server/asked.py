@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import __version__
 from ..generation.request import Request
 from .limits import Limits
 from .streams import Reply
@@ -25,11 +26,19 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for a request that does not say otherwise, and what no request can change: the rule of LongRoPE."""
+    """What holds for a request that does not say otherwise, and what no request can change: the rule of LongRoPE.
+
+    `others`: the models of other families, which mlx-lm's code runs.
+    """
 
     request: Request
     longrope: LongRopeRule
     limits: Limits
+    others: Collection[str] = ()
+
+    def fingerprint(self, model: str) -> str:
+        """What answers say of the code that has made them."""
+        return f"phi3-mlx-{__version__}{'-with-mlx-lm' if model in self.others else ''}"
 
 
 # Makes that of a body. Raises ApiError.

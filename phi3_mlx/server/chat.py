@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
-from .. import __version__
 from ..text.tool_calls import CallBegun, TextPiece
 from ..values import flag, text
 from . import protocol
@@ -18,12 +17,9 @@ from .limits import Limits
 from .messages import read_messages
 from .protocol import honoured, needed, neutral, noted, of_request, refused, table_of
 from .speech import Call, Said, Speech
-from .streams import DONE, data
+from .streams import DONE, StreamEvent
 from .tokens import Usage, chat_logprobs
 from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
-
-FINGERPRINT = f"phi3-mlx-{__version__}"
-
 
 _RESPONSE_FORMAT = table_of(*noted("type"), honoured("json_schema", protocol.an_object, ""))
 
@@ -56,6 +52,7 @@ CHAT_FIELDS = table_of(
     honoured("response_format", _response_format, "`text`, `json_object` or `json_schema`; the answer always fits"),
     *shared.FORMS,
     *shared.TOOLS,
+    neutral("features", {}, says="the server searches nothing and runs nothing"),
     neutral("modalities", ["text"]),
     neutral("reasoning_effort", "none"),
     neutral("verbosity", "medium"),
@@ -85,21 +82,24 @@ def read_chat(body: Mapping[str, Any], defaults: Defaults) -> Asked:
         top_logprobs=(alternatives or 0) if values.get("logprobs") else None,
         **shared.tool_fields(values),
     )
-    return Asked([work], ChatReply(work, usage=shared.wants_usage(values)), streamed)
+    reply = ChatReply(work, defaults.fingerprint(work.model), usage=shared.wants_usage(values))
+    return Asked([work], reply, streamed)
 
 
 class ChatReply:
     """The answers to one chat; see `streams.Reply`."""
 
-    def __init__(self, work: Work, *, usage: bool):
-        self._work, self._told_usage = work, usage
+    last_line = DONE
+
+    def __init__(self, work: Work, fingerprint: str, *, usage: bool):
+        self._work, self._fingerprint, self._told_usage = work, fingerprint, usage
         self._usage = Usage()
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
         self._speech = [Speech(work) for _ in range(work.n)]
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(work.n)]
         self._reasons: list[str | None] = [None] * work.n
 
-    def take(self, number: int, event: Event) -> Iterator[str]:
+    def take(self, number: int, event: Event) -> Iterator[StreamEvent]:
         if isinstance(event, Begun):
             self._usage.begin(event)
             for index in range(self._work.n):
@@ -113,19 +113,18 @@ class ChatReply:
             self._reasons[event.index] = speech.reason(event.reason)
             yield self._chunk(event.index, {}, reason=self._reasons[event.index])
 
-    def end(self) -> Iterator[str]:
+    def end(self) -> Iterator[StreamEvent]:
         if self._told_usage:
-            yield data({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.completion()})
-        yield DONE
+            yield StreamEvent({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.completion()})
 
-    def failed(self, error: ApiError) -> Iterator[str]:
-        yield data(error.body())
+    def failed(self, error: ApiError) -> Iterator[StreamEvent]:
+        yield StreamEvent(error.body())
 
     def whole(self) -> dict[str, Any]:
         choices = [self._choice(index) for index in range(self._work.n)]
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.completion()}
 
-    def _said(self, index: int, said: list[Said], logprobs: Mapping[str, Any] | None = None) -> Iterator[str]:
+    def _said(self, index: int, said: list[Said], logprobs: Mapping[str, Any] | None = None) -> Iterator[StreamEvent]:
         """A chunk for each thing that was said; the first has the log-probabilities of the tokens."""
         deltas = [_delta(event) for event in said] or ([{"content": ""}] if logprobs else [])
         for delta in deltas:
@@ -153,10 +152,10 @@ class ChatReply:
 
     def _chunk(
         self, index: int, delta: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, reason: str | None = None
-    ) -> str:
+    ) -> StreamEvent:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        return data({**chunk, "usage": None} if self._told_usage else chunk)
+        return StreamEvent({**chunk, "usage": None} if self._told_usage else chunk)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -164,7 +163,7 @@ class ChatReply:
             "object": kind,
             "created": self._created,
             "model": self._work.model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": self._fingerprint,
         }
 
 

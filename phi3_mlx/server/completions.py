@@ -14,11 +14,10 @@ from ..values import flag, shown, text, whole
 from . import protocol
 from . import shared_fields as shared
 from .asked import Asked, Defaults
-from .chat import FINGERPRINT
 from .faults import ApiError
 from .limits import Limits
 from .protocol import honoured, needed, refused, table_of
-from .streams import DONE, data
+from .streams import DONE, StreamEvent
 from .tokens import LEAST_LOGPROB, Usage, finite, token_text
 from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, TokenInfo, Work
 
@@ -92,55 +91,57 @@ def read_completions(body: Mapping[str, Any], defaults: Defaults) -> Asked:
         )
         for prompt in prompts
     ]
-    reply = CompletionReply(works, usage=shared.wants_usage(values))
+    reply = CompletionReply(works, defaults.fingerprint(values["model"]), usage=shared.wants_usage(values))
     return Asked(works, reply, values.get("stream", False))
 
 
 class CompletionReply:
     """The answers to some prompts; see `streams.Reply`."""
 
-    def __init__(self, works: list[Work], *, usage: bool):
-        self._works, self._told_usage = works, usage
+    last_line = DONE
+
+    def __init__(self, works: list[Work], fingerprint: str, *, usage: bool):
+        self._works, self._fingerprint, self._told_usage = works, fingerprint, usage
         self._each = max(works[0].n, 1)  # choices of a prompt
         self._usage = Usage()
         self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
         self._choices = [_Choice(index) for index in range(len(works) * self._each)]
 
-    def take(self, number: int, event: Event) -> Iterator[str]:
+    def take(self, number: int, event: Event) -> Iterator[StreamEvent]:
         first = number * self._each
         if isinstance(event, Begun):
             self._usage.begin(event)
             if self._works[number].echo:
                 for choice in self._choices[first : first + self._each]:
-                    yield self._more(choice, event.text, event.echo)
+                    yield from self._more(choice, event.text, event.echo)
                     choice.answer_offset = len(event.text)
         elif isinstance(event, Piece):
             choice = self._choices[first + event.index]
             tokens = [replace(token, offset=token.offset + choice.answer_offset) for token in event.tokens]
-            yield self._more(choice, event.text, tokens)
+            yield from self._more(choice, event.text, tokens)
         elif isinstance(event, Ended):
             choice = self._choices[first + event.index]
             self._usage.made += event.tokens
             choice.reason = event.reason
-            yield data({**self._head(), "choices": [self._told(choice, "", ())]})
+            yield StreamEvent({**self._head(), "choices": [self._told(choice, "", ())]})
 
-    def end(self) -> Iterator[str]:
+    def end(self) -> Iterator[StreamEvent]:
         if self._told_usage:
-            yield data({**self._head(), "choices": [], "usage": self._usage.completion()})
-        yield DONE
+            yield StreamEvent({**self._head(), "choices": [], "usage": self._usage.completion()})
 
-    def failed(self, error: ApiError) -> Iterator[str]:
-        yield data(error.body())
+    def failed(self, error: ApiError) -> Iterator[StreamEvent]:
+        yield StreamEvent(error.body())
 
     def whole(self) -> dict[str, Any]:
         choices = [self._told(choice, "".join(choice.texts), choice.tokens) for choice in self._choices]
         return {**self._head(), "choices": choices, "usage": self._usage.completion()}
 
-    def _more(self, choice: _Choice, text: str, tokens: Sequence[TokenInfo]) -> str:
+    def _more(self, choice: _Choice, text: str, tokens: Sequence[TokenInfo]) -> Iterator[StreamEvent]:
         choice.texts.append(text)
         choice.tokens += tokens
         scored = self._works[0].top_logprobs is not None and tokens
-        return data({**self._head(), "choices": [self._told(choice, text, tokens)]}) if text or scored else ""
+        if text or scored:
+            yield StreamEvent({**self._head(), "choices": [self._told(choice, text, tokens)]})
 
     def _told(self, choice: _Choice, text: str, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
         logprobs = None if self._works[0].top_logprobs is None else _logprobs(tokens)
@@ -152,7 +153,7 @@ class CompletionReply:
             "object": "text_completion",
             "created": self._created,
             "model": self._works[0].model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": self._fingerprint,
         }
 
 

@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .faults import ApiError, raw_response
 from .limits import Limits
 
+_PARTING = 1.0  # seconds that a client has to read why its connection ends, while what it still sends is thrown away
+
 
 class Connection(H11Protocol):
     """One client. `limits` are set by `connections_within`."""
@@ -24,6 +26,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **given)
         self._asking = _Timer(self.loop)  # runs until the headers of a request are there
         self._reading = _Timer(self.loop)  # runs while the client takes nothing of what is sent
+        self._parting = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         crowded = len(self.connections) >= self.limits.connections
@@ -35,10 +38,12 @@ class Connection(H11Protocol):
             self._asking.start(self.limits.header_seconds, self._asked_too_slowly)
 
     def data_received(self, data: bytes) -> None:
+        if self._parting:
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._asking.stop()
-        elif not self.transport.is_closing():
+        elif not (self._parting or self.transport.is_closing()):
             self._asking.start(self.limits.header_seconds, self._asked_too_slowly)
 
     def on_response_complete(self) -> None:
@@ -82,9 +87,12 @@ class Connection(H11Protocol):
             self._give_up_later()
 
     def _answer(self, error: ApiError) -> None:
+        """The last answer here. To close while something is unread would break the connection, and the answer, off."""
+        self._asking.stop()
+        self._parting = True
         self.transport.write(raw_response(error))
-        self.transport.close()
-        self._give_up_later()
+        self.transport.write_eof()
+        self._reading.start(_PARTING, self.transport.abort)
 
     def _give_up_later(self) -> None:
         self._reading.start(self.limits.stuck_seconds, self.transport.abort)

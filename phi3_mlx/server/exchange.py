@@ -34,14 +34,43 @@ class Engine(Protocol):
     def figures(self) -> Figures: ...
 
 
+class Mailbox:
+    """Brings what the engine's thread tells to the event loop in which it was made.
+
+    What comes before the loop has looked wakes it once: each time costs a system call, in which the engine loses
+    Python's lock to the loop and may wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def put(self, call: Callable[[], None]) -> None:
+        """From any thread: let the loop make this call. RuntimeError if it is closed."""
+        self._calls.append(call)
+        if not self._woken:
+            self._woken = True  # before, as the loop may look at once
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._woken = False
+                raise
+
+    def _deliver(self) -> None:
+        self._woken = False  # before, so that what comes meanwhile is either seen here or wakes again
+        while self._calls:
+            self._calls.popleft()()
+
+
 class Exchange:
     """The works of one request, and what is told of them, in order. Made, read and closed in the event loop.
 
-    `on_close` is called with it once it is closed.
+    The engine tells by way of `mailbox`. `on_close` is called with it once it is closed.
     """
 
-    def __init__(self, limits: Limits, on_close: Callable[[Exchange], None]):
-        self._limits, self._on_close, self._loop = limits, on_close, asyncio.get_running_loop()
+    def __init__(self, limits: Limits, mailbox: Mailbox, on_close: Callable[[Exchange], None]):
+        self._limits, self._mailbox, self._on_close = limits, mailbox, on_close
         self._tickets: list[Cancellable] = []
         self._told: deque[tuple[int, Event]] = deque()
         self._news = asyncio.Event()
@@ -66,7 +95,7 @@ class Exchange:
 
     def watch(self, receive: Receive) -> None:
         """From now on the works end when the client goes."""
-        self._watching = self._loop.create_task(self._watch(receive))
+        self._watching = asyncio.create_task(self._watch(receive))
 
     def fail(self, error: Exception) -> None:
         """End the works with an error that the client is told."""
@@ -110,7 +139,7 @@ class Exchange:
 
     def _listen(self, number: int, event: Event) -> None:
         """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._take, number, event)
+        self._mailbox.put(partial(self._take, number, event))
 
     def _take(self, number: int, event: Event) -> None:
         if self._closed or self._error is not None:

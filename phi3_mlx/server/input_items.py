@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..text.tool_calls import call_json
 from ..values import shown, text
 from .faults import ApiError
 from .messages import content, read_message
@@ -48,5 +49,4 @@ _ITEM_ALONE = {field.name for field in _NOTED}
 def _call(item: Mapping[str, Any], within: str) -> dict[str, Any]:
     values = honoured_values(_CALL_ITEM, item, within)
     needed(values, "call_id", "name", "arguments", within=within)
-    function = {"name": values["name"], "arguments": values["arguments"]}
-    return {"id": values["call_id"], "type": "function", "function": function}
+    return call_json(values["call_id"], values["name"], values["arguments"])

@@ -13,6 +13,9 @@ from .faults import CLOSING, ApiError
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+# Python's lock is held while JSON is read, so everybody waits: 0.3 s for a million empty lists.
+_MOST_VALUES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -82,7 +85,10 @@ class Bodies:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds. ApiError for what is none, or nested too deep."""
+    """The JSON object that a body holds. ApiError for what is none, nested too deep, or may have too many values."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:  # some may stand in texts
+        message = f"the body has more than {_MOST_VALUES:,} commas and brackets"
+        raise ApiError(413, message, "request_too_large")
     try:
         value = parse(data.decode(), strict=True)
     except UnicodeDecodeError:

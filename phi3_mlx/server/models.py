@@ -112,10 +112,13 @@ class Models:
 
     `names`: what `load` takes. `adapters`: a name for the model of that name with the adapter of that folder; it is a
     model of its own, and shares the weights. `memory`: what all of it may hold: weights, what `prefixes` keeps and
-    what runs; without it, what the machine has. `dtype` and `longrope` are `load`'s.
-    All but `listed`, `source`, `config`, `tokenizer` and `plans` is for one thread alone, which loads and runs them.
+    what runs; without it, what the machine has. `dtype` and `longrope` are `load`'s; `kv_bits`: those that requests
+    will have, which models of another family cannot take.
+    All but `listed`, `others`, `source`, `config`, `tokenizer` and `plans` is for one thread alone, which loads and
+    runs them.
 
-    Raises ModelNotFoundError, CheckpointError, ConfigError, or OptionError for a name that is given twice.
+    Raises ModelNotFoundError, CheckpointError, ConfigError, or OptionError for a name that is given twice, or for
+    what a model of another family cannot take.
     """
 
     def __init__(
@@ -127,13 +130,14 @@ class Models:
         prefixes: PrefixStore | None = None,
         dtype: str | None = None,
         longrope: LongRopeRule = "auto",
+        kv_bits: int | tuple[int, int] | None = None,
     ):
         self.limit = None if memory is None else parse_size(memory)
         self.prefixes = PrefixStore() if prefixes is None else prefixes
         self._dtype, self._longrope = dtype, longrope
         self._sources: dict[str, Served] = {}
         for name in names:
-            place = find(name, given={"longrope": longrope})
+            place = find(name, given={"longrope": longrope, "kv_bits": kv_bits})
             known = outline_other(place.directory, dtype).config if place.is_other else read_config(place.directory)
             self._add(Served(name, name, place, known))
         for name, (base, folder) in (adapters or {}).items():
@@ -157,6 +161,11 @@ class Models:
     def listed(self) -> list[ModelCard]:
         """The models that can be asked for."""
         return list(self._cards)
+
+    @property
+    def others(self) -> frozenset[str]:
+        """Those of other families, by name."""
+        return frozenset(name for name, source in self._sources.items() if source.place.is_other)
 
     def source(self, name: str) -> Served:
         """Raises ModelNotFoundError for a name that is not listed."""
@@ -221,8 +230,9 @@ class Models:
 
     def _make_room(self, source: Served) -> bool:
         """Put away what is not used until a model can be loaded; whether it can be now."""
-        needed = self._loading_bytes(source)
-        most = machine.room() + self.freeable() + self.prefixes.nbytes
+        needed, promised = self._loading_bytes(source), self.reserved()
+        # What is computed with now is given back too, and is no more than what runs was promised.
+        most = machine.room() + promised + self.freeable() + self.prefixes.nbytes
         if needed > most:
             raise MemoryLimitError(
                 f"{source.name} needs {size_text(needed)}, and {size_text(most)} may be used: take a model of fewer "

@@ -35,11 +35,11 @@ def prompt_and_form(work: Work, tokenizer: Tokenizer) -> tuple[list[int], Form |
 
     Raises PromptError, ChatError, and OptionError for a form that has no place beside the tools.
     """
-    messages = _messages(work.prompt)
-    if not work.tools and not any(message.get("tool_calls") for message in messages):
-        return encode_prompt(tokenizer, work.prompt, raw=work.request.raw), None
+    ids = encode_prompt(tokenizer, work.prompt, raw=work.request.raw, tools=work.tools)
+    if not work.tools:
+        return ids, None
     use = use_tools(tokenizer, work.tools, work.tool_choice, work.parallel_tool_calls)
-    return use.render(tokenizer, messages), use.form(work.request.form) if work.tools else None
+    return ids, use.form(work.request.form)
 
 
 def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:

@@ -17,7 +17,7 @@ from .input_items import read_items
 from .output_items import ItemEvent, OutputItems
 from .protocol import honoured, honoured_values, needed, neutral, noted, of_request, refused, table_of
 from .speech import Speech
-from .streams import json_line
+from .streams import StreamEvent
 from .tokens import Usage, chat_logprobs
 from .work import MAX_TOP_LOGPROBS, Begun, Ended, Event, Piece, Work
 
@@ -96,6 +96,8 @@ def read_response(body: Mapping[str, Any], defaults: Defaults) -> Asked:
 class ResponseReply:
     """The answer to one request; see `streams.Reply`. Its stream is numbered events, each with a name."""
 
+    last_line = ""
+
     def __init__(self, work: Work, body: Mapping[str, Any], values: Mapping[str, Any]):
         self._work, self._values = work, values
         self._format = (body.get("text") or {}).get("format") or {"type": "text"}
@@ -107,7 +109,7 @@ class ResponseReply:
         self._reason: str | None = None
         self._number = 0
 
-    def take(self, number: int, event: Event) -> Iterator[str]:
+    def take(self, number: int, event: Event) -> Iterator[StreamEvent]:
         if isinstance(event, Begun):
             usage = Usage()
             usage.begin(event)
@@ -124,11 +126,11 @@ class ResponseReply:
             yield from self._named(self._items.add(self._speech.end(), []))
             yield from self._named(self._items.finish(complete=event.reason == "stop"))
 
-    def end(self) -> Iterator[str]:
+    def end(self) -> Iterator[StreamEvent]:
         status = "incomplete" if self._reason == "length" else "completed"
         yield self._event(f"response.{status}", {"response": self.whole()})
 
-    def failed(self, error: ApiError) -> Iterator[str]:
+    def failed(self, error: ApiError) -> Iterator[StreamEvent]:
         fault = {"code": error.code, "message": str(error), "param": error.param}
         yield self._event("error", fault)
         response = {**self._response("failed"), "error": {"code": "server_error", "message": str(error)}}
@@ -137,14 +139,14 @@ class ResponseReply:
     def whole(self) -> dict[str, Any]:
         return self._response("incomplete" if self._reason == "length" else "completed")
 
-    def _named(self, told: Iterable[ItemEvent]) -> Iterator[str]:
+    def _named(self, told: Iterable[ItemEvent]) -> Iterator[StreamEvent]:
         for kind, fields in told:
             yield self._event(kind, fields)
 
-    def _event(self, kind: str, fields: Mapping[str, Any]) -> str:
+    def _event(self, kind: str, fields: Mapping[str, Any]) -> StreamEvent:
         event = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json_line(event)}\n\n"
+        return StreamEvent(event, kind)
 
     def _response(self, status: str) -> dict[str, Any]:
         request, values = self._work.request, self._values

@@ -1,14 +1,16 @@
 """The HTTP server of a service: uvicorn, with connections of our own, and an end in three steps.
 
 Ctrl-C, or SIGTERM, first: nothing new is taken, and answers that run may end. After `Limits.grace_seconds`, or with a
-second Ctrl-C: what still runs is told that the server stops. Then the process ends.
+second signal of either kind: what still runs is told that the server stops. Then the process ends; after a second
+signal within `_HURRY_SECONDS` seconds, also where the engine is busy with a model or a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
+import os
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,6 +21,7 @@ from .guard import App
 from .service import Service
 
 _LAST_WORDS = 1.0  # seconds that connections have once their requests are ended
+_HURRY_SECONDS = 2.0  # and that the whole process has after a second signal
 
 
 class HttpServer(uvicorn.Server):
@@ -59,10 +62,15 @@ class HttpServer(uvicorn.Server):
         ending.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        again = self.should_exit
+        again, hurries = self.should_exit, self.force_exit
         super().handle_exit(sig, frame)
-        if again and sig == signal.SIGINT:
+        if again and not hurries:
+            self.force_exit = True
             self._service.end()
+            # Files are renamed when they are whole, so none is lost.
+            ending = threading.Timer(_HURRY_SECONDS, os._exit, (128 + sig,))
+            ending.daemon = True
+            ending.start()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from ..engine.plan import Plan
 from ..errors import ModelNotFoundError, Phi3Error
 from .asked import Asked, Defaults
-from .exchange import Engine, Exchange
+from .exchange import Engine, Exchange, Mailbox
 from .faults import CLOSING, ApiError, api_error
 from .limits import Bodies
 from .metrics import Requests
@@ -54,6 +54,7 @@ class Service:
         self.limits, self.requests = defaults.limits, Requests()
         self._prompts, self._bodies = prompts, Bodies(self.limits)
         self._exchanges: set[Exchange] = set()
+        self._mailbox: Mailbox | None = None  # of the loop that runs this
         # Prompts are encoded and schemas are checked beside the event loop.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="phi3-mlx-request")
         self._stopping: ApiError | None = None
@@ -73,7 +74,9 @@ class Service:
 
     async def answer(self, request: HTTPRequest, asked: Asked) -> JSONResponse | EventStream:
         """The response to a request: what the engine tells of it, as its reply says it."""
-        exchange, reply = Exchange(self.limits, self._exchanges.discard), asked.reply
+        if self._mailbox is None:
+            self._mailbox = Mailbox()
+        exchange, reply = Exchange(self.limits, self._mailbox, self._exchanges.discard), asked.reply
         self._exchanges.add(exchange)
         try:
             await self.beside(exchange.submit, self.engine, asked.works)

@@ -22,8 +22,10 @@ from .protocol import (
     table_of,
 )
 
-_MOST_CHOICES, _MOST_CHOICE_CHARACTERS = 128, 10_000
-_MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 10_000  # in all; each is looked for in each answer
+_MOST_CHOICES = 128  # each is scored, and other answers wait for all of them
+_MOST_STOPS = 64  # each is looked for in each answer; OpenAI takes 4
+_MOST_TEXT_CHARACTERS = 10_000  # of all choices, and of all stops
+_MOST_BIASES = 20_000  # token ids; to read as many takes Python a fifth of a second, and it has one lock for all
 
 
 def whole_from(least: int, most: int) -> Callable[[Any, str], int]:
@@ -40,8 +42,10 @@ def whole_from(least: int, most: int) -> Callable[[Any, str], int]:
 
 def logit_bias(value: Any, name: str) -> dict[int, float]:
     """{"token id": bias}, the bias from -100 to 100."""
-    biases = {}
-    for token, bias in an_object(value, name).items():
+    biases, given = {}, an_object(value, name)
+    if len(given) > _MOST_BIASES:
+        raise OptionError(f"{name} has {len(given):,} token ids; give {_MOST_BIASES:,} at most")
+    for token, bias in given.items():
         if not token.isascii() or not token.isdigit() or len(token) > 9 or str(int(token)) != token:
             raise OptionError(f"{name} has the key {shown(token)}; expected token ids")
         biases[int(token)] = number(bias, f"{name}.{token}")
@@ -77,30 +81,21 @@ def longrope(value: Any, name: str) -> str:
     return choice(value, name, ("auto", "short", "long"))
 
 
-def stops(value: Any, name: str) -> Any:
-    """Some texts; OpenAI takes 4."""
-    if isinstance(value, list) and len(value) > _MOST_STOPS:
-        raise OptionError(f"{name} has {len(value)} texts; give {_MOST_STOPS} at most")
-    field = of_request("stop")
-    assert field.read is not None
-    given = field.read(value, name)
-    characters = sum(map(len, given or ()))
-    if characters > _MOST_STOP_CHARACTERS:
-        raise OptionError(f"{name} has {characters:,} characters; give {_MOST_STOP_CHARACTERS:,} at most")
-    return given
+def some_texts(field: str, most: int, *, otherwise: str = "") -> Callable[[Any, str], Any]:
+    """Some texts, `most` of them, for a field of `Request`; `otherwise`: what else may be given in place of more."""
+    known = of_request(field)
 
+    def read(value: Any, name: str) -> Any:
+        if isinstance(value, list) and len(value) > most:
+            raise OptionError(f"{name} has {len(value):,} texts; give {most} at most{otherwise}")
+        assert known.read is not None
+        given = known.read(value, name)
+        characters = sum(map(len, given or ()))
+        if characters > _MOST_TEXT_CHARACTERS:
+            raise OptionError(f"{name} has {characters:,} characters; give {_MOST_TEXT_CHARACTERS:,} at most")
+        return given
 
-def choices(value: Any, name: str) -> Any:
-    """Some texts; each is scored, and other answers wait for all of them."""
-    if isinstance(value, list) and len(value) > _MOST_CHOICES:
-        raise OptionError(f"{name} has {len(value):,} texts; give {_MOST_CHOICES} at most, or a schema with an enum")
-    field = of_request("choices")
-    assert field.read is not None
-    given = field.read(value, name)
-    characters = sum(map(len, given or ()))
-    if characters > _MOST_CHOICE_CHARACTERS:
-        raise OptionError(f"{name} has {characters:,} characters; give {_MOST_CHOICE_CHARACTERS:,} at most")
-    return given
+    return read
 
 
 def stream_options(value: Any, name: str) -> Mapping[str, Any]:
@@ -141,7 +136,12 @@ SAMPLING = (
     of_request("frequency_penalty"),
     honoured("logit_bias", logit_bias, "numbers that the logits of some token ids gain", "logit_bias"),
     of_request("seed"),
-    honoured("stop", stops, "texts and control tokens that end the answer, and are not part of it", "stop"),
+    honoured(
+        "stop",
+        some_texts("stop", _MOST_STOPS),
+        "texts and control tokens that end the answer, and are not part of it",
+        "stop",
+    ),
 )
 TOOLS = (
     honoured("tools", tools, "functions that the model may call; their arguments always fit their schemas"),
@@ -151,18 +151,25 @@ TOOLS = (
 FORMS = (
     of_request("regex"),
     of_request("grammar"),
-    honoured("choices", choices, "Answer with one of these texts.", "choices"),
+    honoured(
+        "choices",
+        some_texts("choices", _MOST_CHOICES, otherwise=", or a schema with an enum"),
+        "Answer with one of these texts.",
+        "choices",
+    ),
     honoured("longrope", longrope, "`auto`, `short` or `long`, as the server's `--longrope`"),
 )
 BOOKKEEPING = (
     neutral("service_tier", "auto", "default"),
     neutral("store", False, says="nothing is stored"),
     *noted(
+        "chat_id",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
+        "session_id",
         "user",
         says="says nothing of the answer",
     ),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..text.tool_calls import ArgumentsPiece, CallBegun, CallBroken, CallEvent, TextPiece, ToolCallParser
+from ..text.tool_calls import ArgumentsPiece, CallBegun, CallBroken, CallEvent, TextPiece, ToolCallParser, call_json
 from .work import Work
 
 Said = TextPiece | CallBegun | ArgumentsPiece
@@ -22,7 +22,7 @@ class Call:
 
     @property
     def json(self) -> dict[str, Any]:
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return call_json(self.id, self.name, self.arguments)
 
 
 class Speech:

@@ -7,17 +7,15 @@ the text that it matches is the one that the answer shows.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import OptionError
 from .deep import call_deep
 from .schema_limits import as_followed, fault_of, schemas_in
+from .spelling import Kept, guidance_library, ids_known, spelling
 from .tool_grammar import CallForm
 
 if TYPE_CHECKING:
@@ -39,16 +37,13 @@ _COMPACT = {
 }
 # Arguments of a call are spelled as models were shown them, and as `json.dumps` writes them in later prompts.
 _AS_WRITTEN = {**_COMPACT, "item_separator": ", ", "key_separator": ": "}
-# No tokenizer joins this with what follows. Where a space is added to a text, it stands before this.
-_BEFORE = "\0"
-# Characters that are spelled as the tokenizer does, or a long text would take a while at each of its tokens.
-_SPELLED_AT_ONCE = 500
 # For a vocabulary that cannot spell every text.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 # Characters of a constraint that can be followed: one of more rules takes seconds at a token.
 _MOST_CHARACTERS = {"schema": 1_000_000, "choices": 1_000_000, "tools": 1_000_000, "regex": 100_000, "grammar": 100_000}
 _LARK_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 
+_faults: Kept[str] = Kept()
 
 FormKind = Literal["schema", "regex", "grammar", "choices"]
 
@@ -66,16 +61,22 @@ class Form(NamedTuple):
 
 def check_form(form: Form) -> None:
     """OptionError, with the place, for a constraint that is none, or has a keyword of JSON schema without support."""
-    fault = _fault(form)
+    fault = _faults.get(form, lambda: _fault(form))
     if fault:
         raise OptionError(f"{form.kind} {fault}")
 
 
 def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher]:
-    """As many matchers, each at the beginning of an answer."""
+    """As many matchers, each at the beginning of an answer. The form is compiled once for several requests."""
     check_form(form)
     if not tokenizer.stop_ids:
         raise OptionError(f"{form.kind} needs a token that ends an answer, and this tokenizer names none")
+    first = spelling(tokenizer).matchers.get(form, lambda: _first(form, tokenizer))
+    return [AnswerMatcher(first.deep_copy(), tokenizer) for _ in range(count)]
+
+
+def _first(form: Form, tokenizer: Tokenizer) -> Any:
+    """The library's matcher at the beginning of an answer."""
     first = _begun(form, tokenizer, "")
     allowed = AnswerMatcher(first, tokenizer).allowed([])  # raises where no text fits
     assert allowed is not None
@@ -83,7 +84,7 @@ def matchers(form: Form, tokenizer: Tokenizer, count: int) -> list[AnswerMatcher
         # What is generated may begin with a space that is not shown, and must if the text shown begins with another.
         spaced = any(tokenizer.token_bytes(int(token)).startswith(b" ") for token in allowed.nonzero()[0])
         first = _begun(form, tokenizer, '" " ' if spaced and form.kind != "tools" else '" "? ')
-    return [AnswerMatcher(first.deep_copy(), tokenizer) for _ in range(count)]
+    return first
 
 
 class AnswerMatcher:
@@ -96,7 +97,7 @@ class AnswerMatcher:
         import numpy as np
 
         self._matcher, self._tokenizer = matcher, tokenizer  # which the matcher asks how a text is spelled
-        self._size, self._stop_ids = _ids_known(tokenizer), tokenizer.stop_ids
+        self._size, self._stop_ids = ids_known(tokenizer), tokenizer.stop_ids
         self._seen: list[int] = []
         self._bits = np.zeros(-(-self._size // 32), dtype=np.uint32)
         self._filled: int | None = None  # for how many tokens seen `_bits` says what comes next
@@ -160,17 +161,6 @@ class AnswerMatcher:
             raise OptionError(f"the constraint cannot be followed further: {_fault_of_matcher(self._matcher)}")
 
 
-def _library() -> Any:
-    try:
-        import llguidance
-    except ImportError:
-        raise OptionError(
-            "schema, regex, grammar, choices and tools need llguidance, which is not installed: "
-            'pip install "phi3-mlx[schema]"'
-        ) from None
-    return llguidance
-
-
 def _grammars(form: Form) -> list[dict[str, Any]]:
     """The constraint as grammars of the library's own form: "answer", and those that it refers to."""
     if form.kind != "tools":
@@ -186,13 +176,13 @@ def _parts(calls: CallForm) -> dict[str, Form]:
     return parts if calls.text is None else {**parts, "text": Form(*calls.text)}  # type: ignore[arg-type]
 
 
-def _grammar(form: Form, spelling: Mapping[str, Any] = _COMPACT) -> dict[str, Any]:
+def _grammar(form: Form, json_form: Mapping[str, Any] = _COMPACT) -> dict[str, Any]:
     """The constraint as a grammar of the library's own form."""
-    library, (kind, text) = _library().LLMatcher, form
+    grammars, (kind, text) = guidance_library().LLMatcher, form
     if kind == "schema":
-        made = library.grammar_from_json_schema(json.dumps(as_followed(json.loads(text))), overrides=spelling)
+        made = grammars.grammar_from_json_schema(json.dumps(as_followed(json.loads(text))), overrides=json_form)
     elif kind == "regex":
-        made = library.grammar_from_regex(text)
+        made = grammars.grammar_from_regex(text)
     else:
         if kind == "choices":
             # One lexeme: the parser could not tell thousands of them apart.
@@ -204,11 +194,11 @@ def _grammar(form: Form, spelling: Mapping[str, Any] = _COMPACT) -> dict[str, An
 
 def _begun(form: Form, tokenizer: Tokenizer, space: str) -> Any:
     """The library's matcher of `space`, a part of a grammar, and what the constraint allows behind it."""
-    vocabulary, spells_all = _vocabulary(tokenizer)
-    whole = {"name": "all", "lark_grammar": f"{'' if spells_all else _NO_FORCING}start: {space}@answer"}
+    known = spelling(tokenizer)
+    whole = {"name": "all", "lark_grammar": f"{'' if known.spells_all else _NO_FORCING}start: {space}@answer"}
     grammar = json.dumps({"grammars": [whole, *_grammars(form)]})
     # The library calls itself along chains of rules or references, as deep as they are long.
-    matcher = call_deep(lambda: _library().LLMatcher(vocabulary, grammar, log_level=0))
+    matcher = call_deep(lambda: guidance_library().LLMatcher(known.view, grammar, log_level=0))
     if matcher.is_error():
         raise OptionError(f"{form.kind} cannot be followed: {_fault_of_matcher(matcher)}")
     return matcher
@@ -219,15 +209,14 @@ def _fault_of_matcher(matcher: Any) -> str:
     return "no text fits it" if "NoExtensionBias" in message else message
 
 
-@functools.lru_cache(maxsize=16)
 def _fault(form: Form) -> str:
     """What is wrong with a form, as the end of a sentence; "" if nothing."""
     if len(form.text) > _MOST_CHARACTERS[form.kind]:
         return f"has {len(form.text):,} characters, more than the {_MOST_CHARACTERS[form.kind]:,} that can be followed"
-    if fault := _fault_of_schemas(form):  # before the library sees a number that would crash it
+    if fault := _fault_not_told(form):
         return fault
     grammar = json.dumps({"grammars": _grammars(form)})
-    message: str = call_deep(_library().LLMatcher.validate_grammar, grammar)
+    message: str = call_deep(guidance_library().LLMatcher.validate_grammar, grammar)
     if not message or message.startswith("WARNING"):
         return ""
     kind, text = form
@@ -249,7 +238,11 @@ def _fault(form: Form) -> str:
     return f"has an error in line {line}, column {column}: {rest}"
 
 
-def _fault_of_schemas(form: Form) -> str:
+def _fault_not_told(form: Form) -> str:
+    """What the library would not tell: numbers that end the process, and the end of an escape, which it drops."""
+    kind, text = form
+    if kind == "regex" and (len(text) - len(text.rstrip("\\"))) % 2:
+        return f"{text!r} is no regular expression: incomplete escape sequence, at character {len(text)}"
     if form.kind == "tools":
         return _fault_of_tools(CallForm.read(form.text))
     schemas = [json.loads(form.text)] if form.kind == "schema" else []
@@ -278,67 +271,3 @@ def _first_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return ": ".join([lines[0].removesuffix(":"), *errors]) if lines else "the grammar is empty"
-
-
-_vocabularies: weakref.WeakKeyDictionary[Tokenizer, tuple[Any, bool]] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, bool]:
-    """The library's view of a tokenizer, made once, and whether it can spell every text."""
-    with _making:
-        made = _vocabularies.get(tokenizer)
-        if made is None:
-            library, spelled = _library(), _Bytes(tokenizer)
-            wrapped, stop_ids = library.TokenizerWrapper(spelled), sorted(tokenizer.stop_ids)
-            view = library.LLTokenizer(wrapped, n_vocab=len(spelled.tokens), eos_token=stop_ids)
-            _vocabularies[tokenizer] = made = view, spelled.spells_all
-        return made
-
-
-def _ids_known(tokenizer: Tokenizer) -> int:
-    """Ids up to the last; a configuration may end answers with one that the tokenizer has no token for."""
-    return max(tokenizer.vocab_size, max(tokenizer.stop_ids) + 1)
-
-
-class _Bytes:
-    """The bytes of each id, as the library asks for them, and how the tokenizer spells a text."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = weakref.ref(tokenizer)  # or the library's view would keep it alive, and with it itself
-        self.eos_token_id = min(tokenizer.stop_ids)
-        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
-        self.tokens += [b""] * (_ids_known(tokenizer) - len(self.tokens))
-        control = {token.id for token in tokenizer.added_tokens.values() if token.special or token.marked}
-        self.special_token_ids = sorted(control | tokenizer.stop_ids)
-        self._longest = max(map(len, self.tokens))
-        special = {b"", *(self.tokens[token_id] for token_id in self.special_token_ids)}
-        self._ids = {spelled: token_id for token_id, spelled in enumerate(self.tokens) if spelled not in special}
-        self.spells_all = all(bytes([byte]) in self._ids for byte in range(256))
-
-    def __call__(self, text: str) -> list[int]:
-        """The ids of a text inside an answer; together their bytes are the text's.
-
-        What is far from the beginning is spelled byte by byte: a mask depends on the first tokens alone, and the next
-        asks again for the text behind them.
-        """
-        tokenizer, text, rest = self._tokenizer(), text[:_SPELLED_AT_ONCE], text[_SPELLED_AT_ONCE:]
-        assert tokenizer is not None
-        wanted = text.encode()
-        ids, before = tokenizer.encode(_BEFORE + text), b""
-        while ids and not before.endswith(_BEFORE.encode()):
-            before += self.tokens[ids.pop(0)]
-        if b"".join(self.tokens[token_id] for token_id in ids) != wanted:
-            ids = self._longest_first(wanted)  # a tokenizer that changes texts before it encodes them
-        return ids + [self._ids[bytes([byte])] for byte in rest.encode()]
-
-    def _longest_first(self, text: bytes) -> list[int]:
-        """Ids of the longest tokens that the text begins with, again and again."""
-        ids: list[int] = []
-        while text:
-            length = next(n for n in range(self._longest, 0, -1) if text[:n] in self._ids)
-            ids.append(self._ids[text[:length]])
-            text = text[length:]
-        return ids

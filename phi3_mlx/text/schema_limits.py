@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
+from ..fields import shorten
+
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name
 _DATA = ("const", "enum", "default", "examples")  # keywords that hold values
 
@@ -18,6 +20,10 @@ _EXPONENT = 22
 _DIGITS = 15
 _LARGEST, _REFUSED = 9 * 10**18, 10**19  # its ranges are of 64 bits
 _LEAST_VALUE, _MOST_VALUE = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+
+# The largest multiple, without zeros at its end, that it can tell within a second: it counts remainders.
+LARGEST_MULTIPLE = 50_000
+_JOINING = ("allOf", "anyOf", "oneOf", "$ref")  # keywords that make one number a multiple of several
 
 # Characters of JSON texts that it leaves out, because it may not spell them as \u0000.
 _UNSPELLED = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
@@ -40,6 +46,10 @@ def fault_of(schema: Any) -> str:
         for keyword in ("const", "enum"):
             if value := next(filter(_is_changed, _scalars(part.get(keyword))), None):
                 return f'has "{keyword}" with {json.dumps(value)}, which cannot be constrained exactly; leave it out'
+    if (multiple := _largest_multiple(schema)) > LARGEST_MULTIPLE:
+        told = shorten(str(multiple), quote=False)
+        most = f"at most {LARGEST_MULTIPLE:,} can be followed"
+        return f'has "multipleOf" of {told}, zeros at its end aside, and {most}; leave it out'
     return ""
 
 
@@ -97,6 +107,30 @@ def _counts_twice(schema: dict[str, Any]) -> bool:
     if not isinstance(least, int | float) or not isinstance(required, list):
         return False
     return least > max(1, len({*map(str, required)}))
+
+
+def _largest_multiple(schema: Any) -> int:
+    """The largest number, without point and zeros at its end, that a number must be a multiple of; 1 without any."""
+    parts = [*_subschemas(schema)]
+    given: list[Any] = [part.get("multipleOf") for part in parts]
+    numbers = {Decimal(repr(value)) for value in given if type(value) in (int, float) and 0 < value < math.inf}
+    if not any(keyword in part for part in parts for keyword in _JOINING):
+        return max(map(_without_zeros, map(_digits, numbers)), default=1)
+    least = min((int(number.as_tuple().exponent) for number in numbers), default=0)
+    together = 1
+    for number in numbers:
+        together = math.lcm(together, _digits(number) * 10 ** (int(number.as_tuple().exponent) - least))
+        if _without_zeros(together) > LARGEST_MULTIPLE:
+            break
+    return _without_zeros(together)
+
+
+def _digits(number: Decimal) -> int:
+    return int("".join(map(str, number.as_tuple().digits)))
+
+
+def _without_zeros(number: int) -> int:
+    return int(str(number).rstrip("0"))
 
 
 def _scalars(value: Any) -> Iterator[Any]:

@@ -99,6 +99,17 @@ def _byte_of_symbol() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
+@functools.cache
+def _symbol_of_byte() -> dict[int, str]:
+    return {byte: symbol for symbol, byte in _byte_of_symbol().items()}
+
+
+def bytes_to_symbols(token: bytes) -> str:
+    """How byte-level BPE spells these bytes."""
+    table = _symbol_of_byte()
+    return "".join(table[byte] for byte in token)
+
+
 def symbols_to_bytes(token: str) -> bytes:
     """A byte-level BPE token's bytes; a token outside that alphabet (an added one) is its own UTF-8."""
     table = _byte_of_symbol()

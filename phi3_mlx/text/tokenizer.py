@@ -8,7 +8,7 @@ from .. import files
 from ..config import read_json
 from ..errors import OptionError, TokenizerError
 from ..fields import Fields, shorten
-from ..places import has_tokenizer, no_model
+from ..paths import has_tokenizer, no_model
 from .added_tokens import AddedToken
 from .json_tokenizer import JsonTokenizer
 from .sentencepiece_tokenizer import SentencePieceTokenizer

@@ -7,7 +7,8 @@ A list of calls begins with one of these, and each call in it is `{"name": ..., 
 - `{"tool_calls": [`, as models are asked to that were not trained for tools; perhaps in a fence of Markdown;
 - `[{"name": "NAME"` or `{"name": "NAME"` at the beginning of the answer, if NAME is a tool: a call without its mark.
 
-What looks like a call and cannot be read is told as broken, with its text. No character of an answer is lost.
+What looks like a call and cannot be read, or is cut, is told as broken, with its text as the model wrote it: with the
+list's marks, if it is the first of its list.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ class ToolCall:
     @property
     def json(self) -> dict[str, Any]:
         """OpenAI's form, as an assistant's message has it."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.text}}
+        return call_json(self.id, self.name, self.text)
+
+
+def call_json(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call in OpenAI's form; `arguments` is JSON, or the beginning of it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class ToolCallParser:
         self._mark = Mark(())
         self._call, self._index = ToolCall("", "", ""), -1  # the call that is read, or was last
         self._open = False  # whether it was told to have begun, and not to have ended
+        self._opening = ""  # what stands before the first call of a list, until that call is read
         self._item = ""  # of the call, or of what is broken: its text so far
         self._reason = ""
         self._object = ObjectScanner()
@@ -142,7 +149,7 @@ class ToolCallParser:
         """What is left at the end of the answer."""
         if self._state == self._in_broken:
             self._tell_broken(self._rest)
-        elif self._item:
+        elif self._opening or self._item:
             self._reason = "the answer ends within it"
             self._tell_broken(self._rest)
         else:
@@ -174,23 +181,23 @@ class ToolCallParser:
         if place.mark is None:
             return False
         self._mark = place.mark
-        self._item = self._take(place.end - place.begin)
+        self._opening = self._take(place.end - place.begin)
         return self._go(self._in_list)
 
     def _in_list(self) -> bool:
         """Before a call, or behind the last."""
         between = self._take(len(self._rest) - len(self._rest.lstrip(WHITE + ",[")))
-        self._item += between if self._item else ""
+        self._opening += between if self._opening else ""
         if not self._rest:
             return False
         if self._rest[0] == "{":
-            self._item, self._object = "", ObjectScanner()
+            self._object = ObjectScanner()
             return self._go(self._in_call)
-        if self._rest[0] == "]" and self._item:  # a list of no calls is text
-            self._rest, self._item, self._at_start = self._item + self._rest, "", False
-            self._events.append(TextPiece(self._take(self._rest.index("]") + 1)))
+        if self._rest[0] == "]" and self._opening:  # a list of no calls is text
+            self._events.append(TextPiece(self._opening + self._take(1)))
+            self._opening, self._at_start = "", False
             return self._go(self._in_text)
-        if self._rest[0] == "]" or (self._rest[0] == "<" and self._mark.trained and not self._item):
+        if self._rest[0] == "]" or (self._rest[0] == "<" and self._mark.trained and not self._opening):
             self._take(self._rest[0] == "]")
             return self._go(self._after_list)
         return self._break("it is no list of calls")
@@ -261,8 +268,11 @@ class ToolCallParser:
         begin = self._rest.find(CLOSE) if self._mark.trained else -1
         if begin < 0:
             return False
-        self._tell_broken(self._take(begin))
-        return self._go(self._after_list)
+        end = len(CLOSE) if self._opening else 0  # both marks of a list are shown, or none
+        self._tell_broken(self._take(begin + end))
+        self._take(len(CLOSE) - end)
+        self._at_start = False
+        return self._go(self._in_text)
 
     # ------------------------------------------------------------------------------------------- of one call
 
@@ -276,7 +286,7 @@ class ToolCallParser:
 
     def _end(self) -> bool:
         self._events.append(CallEnded(self._index, self._call))
-        self._item, self._open = "", False
+        self._opening, self._item, self._open = "", "", False
         return self._go(self._in_list if self._mark.listed else self._after_list)
 
     def _break(self, reason: str) -> bool:
@@ -284,8 +294,9 @@ class ToolCallParser:
         return self._go(self._in_broken)
 
     def _tell_broken(self, more: str) -> None:
-        self._events.append(CallBroken(self._item + more, self._reason, self._index if self._open else None))
-        self._item, self._open = "", False
+        text = self._opening + self._item + more
+        self._events.append(CallBroken(text, self._reason, self._index if self._open else None))
+        self._opening, self._item, self._open = "", "", False
 
 
 # The usual beginning of a call, up to its arguments.

@@ -100,6 +100,11 @@ class Tokenizer(ABC):
                 ids += self._encode_text(piece, first=n == 0)
         return ids
 
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids behind BOS, if there is one and it does not stand there already."""
+        bos = self.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; unknown ids are skipped, and broken UTF-8 becomes U+FFFD.
 
