@@ -1,74 +1,247 @@
-"""KL divergence against bits per weight: all layers alike, bits by sensitivity, GPTQ, and both together.
+"""KL divergence against bits per weight, with the time and memory of each method, and mlx-lm's methods beside them.
 
-    python -m bench quantization MODEL [--text FILE] [--calibration FILE] [--group-size N] [--tokens N]
+    python -m bench quantization MODEL [--method NAME ...] [--bits LIST] [--beside] [--ablation] [--dtype NAME]
+                                       [--text FILE] [--calibration FILE|self] [--tokens N]
 
-MODEL is a name, a directory or a GGUF file. Sensitivity and GPTQ read the calibration text, the figures come from the
-other one; by default both are texts that come with the package. The result is `quantization-NAME`, drawn in
-results/quantization-NAME.png. The published figures of the bundled model are of its
-checkpoint before packing and of stories that weights/training/data.py splits off; those of SmolLM2-135M-Instruct are of
-its Q4_1 GGUF file, converted with --dequantize --dtype float32.
+MODEL is a name, a directory or a GGUF file. What measures or fits reads the calibration text, the figures come from the
+other one; by default both are texts that come with the package. Methods: `uniform`, `gptq` and `distill` give all
+layers the same bits; `mixed` gives each its own, by sensitivity, and at the sizes of uniform bits GPTQ rounds those,
+too. `distill` begins with `gptq`, which is then measured on the way. Seconds are those of the clock and of the
+processor; the peak is of MLX's memory. The result is `quantization-NAME`, kept after every row, and with `mixed` drawn
+in results/quantization-NAME.png.
+
+The published curve of the bundled model is of its checkpoint before packing and of stories that
+weights/training/data.py splits off; that of SmolLM2-135M-Instruct is of its Q4_1 GGUF file, converted with --dequantize
+--dtype float32.
 """
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 
 from phi3_mlx import compare, resolve
-from phi3_mlx.conversion.gptq import calibrated
+from phi3_mlx.conversion.calibrating import GPTQ_WINDOW, GptqSteps, calibrated
+from phi3_mlx.conversion.checked import CheckedSource
+from phi3_mlx.conversion.distillation import distilled
+from phi3_mlx.conversion.fitted_text import FittedText
 from phi3_mlx.conversion.layout import Layout, Rounder
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import Recipe, uniform
 from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, measure, sizes_of
-from phi3_mlx.conversion.sources import Source, weights_of
-from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.conversion.sinks import Progress
+from phi3_mlx.conversion.sources import Source, to_mlx, weights_of
+from phi3_mlx.conversion.texts import bundled, windows
+from phi3_mlx.conversion.unfinished import PACKED
 from phi3_mlx.conversion.writer import DirectorySink, write_json
 from phi3_mlx.store.checkpoint import read_model
-from phi3_mlx.text.tokenizer import read_tokenizer
+from phi3_mlx.store.safetensors import find_weights
+from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
-from . import plots, record
+from . import plots, record, theirs
 
 _MIXED = (2.75, 3.0, 3.25, 3.75, 4.0, 4.25, 4.75, 5.0, 5.25, 6.0, 7.0, 8.0)  # beside uniform's own sizes
+_METHODS = ("uniform", "gptq", "distill", "mixed")
+_ABLATION = {
+    "targets": GptqSteps(targets=False),
+    "stream": GptqSteps(stream=False),
+    "damping": GptqSteps(damping=False),
+    "refit": GptqSteps(sweeps=0),
+    "all of them": GptqSteps(targets=False, damping=False, sweeps=0),
+}
 
 
-def _write(directory: Path, source: Source, layout: Layout, arrays: Rounder) -> float:
-    """A model directory without a tokenizer; returns its bits per weight."""
+class Meter:
+    """Seconds of the clock and the processor since it was made, and the peak of MLX's memory since then.
+
+    `held`: the bytes that were there before and do not count.
+    """
+
+    def __init__(self, held: int | None = None):
+        gc.collect()
+        mx.clear_cache()
+        self.held = mx.get_active_memory() if held is None else held
+        mx.reset_peak_memory()
+        self._start, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            "seconds": time.perf_counter() - self._start,
+            "cpu_seconds": time.process_time() - self._processor,
+            "peak_memory": mx.get_peak_memory() - self.held,
+        }
+
+
+def write(directory: Path, source: Source, layout: Layout, arrays: Rounder) -> None:
+    """A model directory without a tokenizer."""
     directory.mkdir()
     sink = DirectorySink(directory)
     sink.write(layout, arrays)
     sink.write_config(source.raw_config, layout)
-    return 8 * layout.nbytes / weights_of(source)
+
+
+class Points:
+    """Rows of a result, each a model that a method made of `source`, kept as soon as it is measured.
+
+    `folder` holds the models; `keep` gets all rows so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        text: str,
+        ids: list[int],
+        folder: Path,
+        keep: Callable[[list[dict[str, Any]]], None],
+    ):
+        self.source, self.ids, self.folder = source, ids, folder
+        self._tokenizer, self._text, self._keep = tokenizer, text, keep
+        self._weights = weights_of(source)
+        self.rows: list[dict[str, Any]] = []
+        full = CheckedSource(source, dtype="float32")
+        self.reference = folder / "reference"
+        write(self.reference, full, Layout.of(full, None), rounded(full))
+
+    def make(self, method: str, recipe: Recipe, gptq: GptqSteps | None = None) -> None:
+        """The point of plain rounding, or of GPTQ."""
+        layout, target, meter = Layout.of(self.source, recipe), self._next(), Meter()
+        arrays = calibrated(self.source, layout, self.ids, steps=gptq) if gptq else rounded(self.source)
+        write(target, self.source, layout, arrays)
+        del arrays
+        self._add(method, target, meter.read())
+
+    def distill(self, recipe: Recipe) -> None:
+        """The points of GPTQ and of the distillation that begins with what it made."""
+        layout, work, target = Layout.of(self.source, recipe), self._next("work"), self._next("made")
+        work.mkdir()
+        meters = [Meter()]
+        costs: dict[str, float] = {}
+
+        def notice(now: Progress) -> None:
+            if now.stage == "distilling" and not costs:
+                costs.update(meters[0].read())
+                DirectorySink(work / PACKED).write_config(self.source.raw_config, layout)
+                self._add("gptq", work / PACKED, costs)
+                meters.append(Meter(meters[0].held))
+
+        arrays, _, gain = distilled(self.source, layout, self.ids, work, progress=notice)
+        write(target, self.source, layout, arrays)
+        del arrays
+        more = meters[1].read()
+        for name in ("seconds", "cpu_seconds"):
+            costs[name] += more[name]
+        costs["peak_memory"] = max(costs["peak_memory"], more["peak_memory"])
+        self._add("distill", target, costs, held_out={"before": gain.held_before, "after": gain.held_after})
+
+    def beside(self, method: str, width: int, group_size: int, size: float) -> None:
+        """The point of one of mlx-lm's methods, or a row that says why there is none."""
+        target, meter = self._next(), Meter()
+        dtype = to_mlx(next(iter(self.source.tensors.values())).dtype)
+        rows = windows(self.ids, GPTQ_WINDOW)
+        try:
+            theirs.make(method, theirs.Task(self.reference, rows, width, group_size, size, dtype), target)
+        except NotImplementedError as error:
+            click.echo(f"mlx-lm {method}: {error}")
+            self._append({"method": f"mlx-lm {method}", "bits_per_weight": size, "refused": str(error)})
+            return
+        self._add(f"mlx-lm {method}", target, meter.read())
+
+    def _next(self, kind: str = "model") -> Path:
+        return self.folder / f"{kind}-{len(self.rows)}"
+
+    def _add(self, method: str, directory: Path, costs: dict[str, float], **facts: Any) -> None:
+        size = 8 * sum(tensor.nbytes for tensor in find_weights(directory).tensors.values()) / self._weights
+        reference, model = read_model(self.reference), read_model(directory)
+        found = compare(reference, self._tokenizer, model, self._tokenizer, self._text)
+        assert found.kl is not None
+        click.echo(
+            f"{method:16} {size:6.3f} bits per weight  KL {found.kl:.5f}  perplexity {found.b.perplexity:.3f}  "
+            f"{costs['cpu_seconds']:.0f} s of the processor  peak {costs['peak_memory'] / 1e6:,.0f} MB"
+        )
+        figures = {"kl": found.kl, "top1": found.top1, "perplexity": found.b.perplexity}
+        row = {"method": method, "bits_per_weight": size, **figures, **costs, **facts}
+        self._append({**row, "original_perplexity": found.a.perplexity})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._keep(self.rows)
+
+
+def alike(points: Points, widths: list[int], fitted: list[int], group_size: int, methods: tuple[str, ...]) -> None:
+    """The points of methods that give all layers the same bits, of `fitted` widths those that read a text, too."""
+    for width in widths:
+        recipe = uniform(width, group_size)
+        if "uniform" in methods:
+            points.make("uniform", recipe)
+        if width in fitted and "distill" in methods:
+            points.distill(recipe)
+        elif width in fitted and "gptq" in methods:
+            points.make("gptq", recipe, GptqSteps())
+
+
+def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int) -> float:
+    """The points of bits by sensitivity, at uniform's sizes and between them; returns the seconds of measuring it."""
+    source, start = points.source, time.perf_counter()
+    costs = measure(source, points.ids, group_size=group_size)
+    seconds = time.perf_counter() - start
+    sizes, fixed = sizes_of(source, group_size, BITS)
+    uniforms = {width: fixed + sum(by_width[width] for by_width in sizes.values()) for width in widths}
+    ends = min(uniforms.values()), max(uniforms.values())
+    between = {int(bits * weights_of(source) / 8) for bits in _MIXED} | {*uniforms.values()}
+    for size in sorted(size for size in between if ends[0] <= size <= ends[1]):
+        recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
+        points.make("mixed", recipe)
+        if size in [uniforms[width] for width in fitted]:
+            points.make("mixed + gptq", recipe, GptqSteps())
+    return seconds
 
 
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--text", type=click.File(encoding="utf-8"), help="What the figures are measured on.")
-@click.option("--calibration", type=click.File(encoding="utf-8"), help="What sensitivity and GPTQ read.")
+@click.option("--calibration", metavar="FILE|self", help="What is measured and fitted on; self: MODEL writes it.")
 @click.option("--group-size", type=int, default=64, show_default=True)
 @click.option("--bits", default="2,3,4,5,6,8", show_default=True, help="Uniform widths.")
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Of the text, at most.")
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="Of the other, at most.")
 @click.option("--name", help="Of the result files; MODEL's last part without it.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of scales; MODEL's without it.")
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(_METHODS), default=("uniform", "gptq", "mixed"),
+    show_default=True,
+)  # fmt: skip
 @click.option("--gptq-bits", default="2,3,4,5,6,8", show_default=True, help='Of them those also fitted; "": none.')
+@click.option("--ablation", is_flag=True, help="Also GPTQ without each of its steps, and without all.")
+@click.option("--beside", is_flag=True, help="Also mlx-lm's methods, at the sizes of the fitted widths.")
 def main(
     model: str,
     text: Any,
-    calibration: Any,
+    calibration: str | None,
     group_size: int,
     bits: str,
     tokens: int,
     calibration_tokens: int,
     name: str | None,
+    dtype: str | None,
+    methods: tuple[str, ...],
     gptq_bits: str,
+    ablation: bool,
+    beside: bool,
 ) -> None:
     path = Path(model) if model.endswith(".gguf") else resolve(model)
     name = name or path.stem
-    source = open_source(path)
+    source = CheckedSource(open_source(path), dtype=dtype)
+    widths = [int(width) for width in bits.split(",")]
+    fitted = [width for width in widths if str(width) in gptq_bits.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         extras = Path(folder, "extras")
         extras.mkdir()
@@ -76,59 +249,39 @@ def main(
         write_json(extras / "config.json", source.raw_config)
         tokenizer = read_tokenizer(extras)
         read = tokenizer.encode(text.read() if text else bundled("sample"))[:tokens]
-        words = tokenizer.decode(read)
-        ids = tokenizer.encode(calibration.read() if calibration else bundled("calibration"))[:calibration_tokens]
-        _write(Path(folder, "reference"), source, Layout.of(source, None), rounded(source))
-        reference = read_model(Path(folder, "reference"))
-        rows: list[dict[str, Any]] = []
+        given = calibration if calibration in (None, "self") else Path(calibration).read_text(encoding="utf-8")
+        calibrating = FittedText(source, given, 0)
+        calibrating.make(None, force=False, progress=None)
+        ids = calibrating.ids[:calibration_tokens]
+        facts: dict[str, Any] = {
+            "model": path.stem,
+            "text": text.name if text else "the bundled sample",
+            "tokens": len(read),
+            "calibration": calibration or "the bundled calibration text",
+            "calibration_tokens": len(ids),
+            "group_size": group_size,
+        }
 
-        def point(method: str, recipe: Recipe, gptq: bool) -> None:
-            directory = Path(folder, str(len(rows)))
-            start = time.perf_counter()
-            layout = Layout.of(source, recipe)
-            arrays = calibrated(source, layout, ids) if gptq else rounded(source)
-            size = _write(directory, source, layout, arrays)
-            seconds = time.perf_counter() - start
-            found = compare(reference, tokenizer, read_model(directory), tokenizer, words)
-            assert found.kl is not None
-            figures = {"kl": found.kl, "top1": found.top1, "perplexity": found.b.perplexity}
-            rows.append({"method": method, "bits_per_weight": size, **figures, "seconds": seconds})
-            rows[-1]["original_perplexity"] = found.a.perplexity
-            click.echo(
-                f"{method:12} {size:6.3f} bits per weight  KL {found.kl:.5f}  perplexity {found.b.perplexity:.3f}"
-            )
+        def keep(rows: list[dict[str, Any]]) -> None:
+            record.write(f"quantization-{name}", rows, *(("mlx", "mlx-lm") if beside else ("mlx",)), **facts)
 
-        start = time.perf_counter()
-        costs = measure(source, ids, group_size=group_size)
-        measured = time.perf_counter() - start
-        sizes, fixed = sizes_of(source, group_size, BITS)
-        weights = weights_of(source)
-        widths = [int(width) for width in bits.split(",")]
-        fitted = [width for width in widths if str(width) in gptq_bits.split(",")]
-        alike = {width: fixed + sum(of[width] for of in sizes.values()) for width in widths}
-        for width in widths:
-            point("uniform", uniform(width, group_size), gptq=False)
-            if width in fitted:
-                point("gptq", uniform(width, group_size), gptq=True)
-        ends = min(alike.values()), max(alike.values())
-        between = {int(bpw * weights / 8) for bpw in _MIXED} | set(alike.values())
-        for size in sorted(size for size in between if ends[0] <= size <= ends[1]):
-            recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
-            point("mixed", recipe, gptq=False)
-            if size in [alike[width] for width in fitted]:
-                point("mixed + gptq", recipe, gptq=True)
-    facts = {
-        "model": name,
-        "text": text.name if text else "the bundled sample",
-        "tokens": len(read),
-        "calibration": calibration.name if calibration else "the bundled calibration text",
-        "calibration_tokens": len(ids),
-        "group_size": group_size,
-        "seconds_measuring": measured,
-    }
-    result = f"quantization-{name}"
-    record.write(result, rows, "mlx", **facts)
-    plots.curves(rows, f"{name}: {facts['text']}, {len(read):,} tokens", record.RESULTS / f"{result}.png")
+        points = Points(source, tokenizer, tokenizer.decode(read), ids, Path(folder), keep)
+        alike(points, widths, fitted, group_size, methods)
+        if ablation:
+            for width in fitted:
+                for left_out, steps in _ABLATION.items():
+                    points.make(f"gptq without {left_out}", uniform(width, group_size), steps)
+        if "mixed" in methods:
+            facts["seconds_measuring"] = mixed(points, widths, fitted, group_size)
+            keep(points.rows)
+        if beside:
+            for width in fitted:
+                size = 8 * Layout.of(source, uniform(width, group_size)).nbytes / weights_of(source)
+                for method in theirs.METHODS:
+                    points.beside(method, width, group_size, size)
+    if "mixed" in methods:
+        drawn, title = [row for row in points.rows if "kl" in row], f"{name}: {facts['text']}, {len(read):,} tokens"
+        plots.curves(drawn, title, record.RESULTS / f"quantization-{name}.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
+from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import tensor_of
 from phi3_mlx.conversion.texts import bundled
 from phi3_mlx.conversion.writer import DirectorySink
@@ -28,12 +30,12 @@ class RandomSource:
 
     quantization = None
 
-    def __init__(self, dtype="F32", scale=0.05, **changes):
+    def __init__(self, dtype="F32", scale=0.05, base=oracle.BASE, **changes):
         self.name, self.blocks = "random", {}
-        self.raw_config = {**oracle.BASE, **changes}
+        self.raw_config = {**base, **changes}
         self.config = parse_config(self.raw_config)
         shapes = {name: a.shape for name, a in tree_flatten(oracle.make_ours(self.raw_config).parameters())}
-        order = ["model.embed_tokens", "model.layers", "model.norm", "lm_head"]
+        order = ["model.embed_tokens", "model.layers", "model.norm", "model.final_layernorm", "lm_head"]
         names = sorted(shapes, key=lambda name: next(i for i, start in enumerate(order) if name.startswith(start)))
         self.tensors = {name: tensor_of(dtype, shapes[name]) for name in names}
         self._dtype, self._scale = {"F32": mx.float32, "BF16": mx.bfloat16}[dtype], scale
@@ -56,6 +58,19 @@ class RandomSource:
     @property
     def float_bytes(self):
         return 4 * sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+class Shallow:
+    """The first layers of a source, which are soon fitted to a text."""
+
+    quantization = None
+
+    def __init__(self, source, layers):
+        self.name, self.blocks, self.read, self.write_extras = source.name, {}, source.read, source.write_extras
+        self.raw_config = {**source.raw_config, "num_hidden_layers": layers}
+        self.config = parse_config(self.raw_config)
+        left_out = tuple(f"model.layers.{i}." for i in range(layers, source.config.num_hidden_layers))
+        self.tensors = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(left_out)}
 
 
 def trained():
@@ -86,6 +101,18 @@ def write_model(directory, source, recipe, rounder):
     source.write_extras(directory)
     config = source.raw_config if recipe is None else {**source.raw_config, "quantization": recipe}
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def small_directory(directory, dtype="BF16"):
+    """A model of two narrow layers and random weights with the bundled tokenizer and chat template."""
+    base = {k: v for k, v in json.loads((TRAINED / "config.json").read_text()).items() if not k.startswith("quantiz")}
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    source = RandomSource(dtype, 0.1, base, num_hidden_layers=2, **narrow)
+    write_model(directory, source, None, rounded(source))
+    for pattern in ("tokenizer*", "generation_config.json"):
+        for file in TRAINED.glob(pattern):
+            shutil.copy(file, directory)
     return directory
 
 

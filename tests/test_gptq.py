@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from quality_models import RandomSource, arrays_of, divergence, random_ids, stories, trained, write_model
+from quality_models import RandomSource, arrays_of, random_ids, write_model
 
-from phi3_mlx.conversion import gptq
-from phi3_mlx.conversion.gptq import calibrated, hessian_of, pack_codes
+from phi3_mlx.conversion import calibrating, gptq
+from phi3_mlx.conversion.calibrating import calibrated
+from phi3_mlx.conversion.gptq import hessian_of, pack_codes
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import uniform
-from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import to_mlx
 from phi3_mlx.errors import CheckpointError, OptionError, PromptError
 from phi3_mlx.store.checkpoint import read_model
@@ -42,7 +42,7 @@ def test_codes_are_those_of_the_definition(bits, group_size):
     weight = np.random.default_rng(1).normal(size=(rows, width)).astype(np.float32)
     x = inputs(400, width)
     packing = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32)
+    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32, sweeps=0)
     scales, biases = (np.repeat(np.array(part), group_size, axis=1).astype(np.float64) for part in parts[1:])
     found = np.array(mx.dequantize(parts[0], mx.ones(parts[1].shape), mx.zeros(parts[1].shape), group_size, bits))
     hessian = x.astype(np.float64).T @ x
@@ -59,18 +59,36 @@ def test_codes_are_those_of_the_definition(bits, group_size):
     assert wrong <= 2, "more than float32 against float64 explains"
 
 
+def searched(group, costs, top):
+    """Scales and biases by the search over ranges as it is described, row by row."""
+    found = []
+    for row in group:
+
+        def loss(ends, row=row):
+            step = (ends[1] - ends[0]) / top
+            fixed = np.clip(np.round((row - ends[0]) / step), 0, top) * step + ends[0]
+            return (costs * (row - fixed) ** 2).sum()
+
+        low, high = row.min(), row.max()
+        ends = min(((low * shrink, high * shrink) for shrink in gptq._SHRINKS), key=loss)
+        ends = min([ends, *((ends[0], high * shrink) for shrink in gptq._SHRINKS)], key=loss)
+        ends = min([ends, *((low * shrink, ends[1]) for shrink in gptq._SHRINKS)], key=loss)
+        found.append(((ends[1] - ends[0]) / top, ends[0]))
+    return np.array(found).T
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 32)])
 def test_a_grid_is_the_best_for_what_errors_of_its_columns_cost(bits, group_size):
     """An error of a column that no later one makes up for costs 1 / (H^-1)_jj of what is left of H, as in the paper.
 
-    Of all ranges that are tried each row's group has the one of least cost; counting all columns alike gives others.
+    Of the ranges that are tried each row's group has the one of least cost; counting all columns alike gives others.
     """
     width, rows, top = 128, 40, 2**bits - 1
     rng = np.random.default_rng(2)
     weight = rng.standard_t(3, size=(rows, width)).astype(np.float32)
     x = inputs(400, width) * (10 ** rng.uniform(-1.5, 1, width)).astype(np.float32)
     packing = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32)
+    parts = gptq.gptq(mx.array(weight), hessian_of([mx.array(x)]), packing, mx.float32, sweeps=0)
     scales, biases = (np.array(part).astype(np.float64) for part in parts[1:])
     fixed = np.array(mx.dequantize(*parts, **packing)).astype(np.float64)
     hessian = x.astype(np.float64).T @ x
@@ -80,16 +98,9 @@ def test_a_grid_is_the_best_for_what_errors_of_its_columns_cost(bits, group_size
         lost = weight[:, :j] - fixed[:, :j]
         group = (weight[:, j:] + lost @ hessian[:j, j:] @ np.linalg.inv(hessian[j:, j:]))[:, :group_size]
         costs = [1 / np.linalg.inv(hessian[k:, k:])[0, 0] for k in range(j, j + group_size)]
-        low, high = group.min(axis=1, keepdims=True), group.max(axis=1, keepdims=True)
-        errors = []
-        for shrink in gptq._SHRINKS:
-            step, start = (high - low) * shrink / top, low * shrink
-            errors.append(np.square(group - np.clip(np.round((group - start) / step), 0, top) * step - start))
-        best = np.argmin([(error * costs).sum(axis=1) for error in errors], axis=0)
-        shrinks = np.array(gptq._SHRINKS)[best]
-        wrong += (~np.isclose(scales[:, n], (high - low)[:, 0] * shrinks / top, rtol=1e-3)).sum()
-        wrong += (~np.isclose(biases[:, n], low[:, 0] * shrinks, rtol=1e-3)).sum()
-        alike += (best == np.argmin([error.sum(axis=1) for error in errors], axis=0)).sum()
+        scale, bias = searched(group, np.array(costs), top)
+        wrong += (~(np.isclose(scales[:, n], scale, rtol=1e-3) & np.isclose(biases[:, n], bias, rtol=1e-3))).sum()
+        alike += np.isclose(scale, searched(group, np.ones(group_size), top)[0], rtol=1e-3).sum()
     assert wrong <= 4, "more than float32 against float64 explains"
     assert alike < 0.7 * rows * width / group_size
 
@@ -154,13 +165,14 @@ def test_inputs_are_those_of_the_packed_layers(monkeypatch):
     seen = {}
     original = gptq.gptq
 
-    def spy(weight, hessian, packing, dtype):
+    def spy(weight, hessian, *rest):
         seen[len(seen)] = np.array(hessian)
-        return original(weight, hessian, packing, dtype)
+        return original(weight, hessian, *rest)
 
-    monkeypatch.setattr(gptq, "gptq", spy)
+    monkeypatch.setattr(calibrating, "gptq", spy)
     layout = Layout.of(source, recipe)
-    arrays = arrays_of(layout, calibrated(source, layout, ids, window=32))
+    steps = calibrating.GptqSteps(stream=False)  # all tokens weigh alike
+    arrays = arrays_of(layout, calibrated(source, layout, ids, window=32, steps=steps))
     model = oracle.make_ours(source.raw_config)
     for name in source.tensors:
         path = name.removesuffix(".weight")
@@ -178,20 +190,6 @@ def test_inputs_are_those_of_the_packed_layers(monkeypatch):
     np.testing.assert_allclose(seen[down_proj], expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_gptq_beats_rounding_on_trained_weights(tmp_path):
-    """At the same bits, on a text that it was not calibrated on; at 4 bits the bundled text is too short to tell."""
-    source, tokenizer = trained()
-    recipe = uniform(3, 64)
-    ids = tokenizer.encode(stories("calibration"))
-    reference = read_model(write_model(tmp_path / "reference", source, None, rounded(source)))
-    plain = write_model(tmp_path / "round", source, recipe, rounded(source))
-    better = write_model(
-        tmp_path / "gptq", source, recipe, calibrated(source, Layout.of(source, recipe), ids, window=128)
-    )
-    kl = [divergence(reference, path, tokenizer, stories("sample")) for path in (plain, better)]
-    assert kl[1] < 0.9 * kl[0]
-
-
 def test_memory_is_that_of_a_layer_not_of_the_model():
     source = RandomSource("BF16", hidden_size=128, intermediate_size=256, num_hidden_layers=20)
     ids = random_ids(128)
@@ -206,7 +204,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model():
         mx.clear_cache()
     peak = mx.get_peak_memory() - before
     assert source.float_bytes > 10 * source.layer_bytes
-    assert peak < 6 * source.layer_bytes, f"{peak / source.layer_bytes:.1f} layers"
+    assert peak < 8 * source.layer_bytes, f"{peak / source.layer_bytes:.1f} layers"
     assert all(count <= 2 for count in source.reads.values())
 
 
@@ -220,6 +218,19 @@ def test_a_model_that_is_not_finite_is_refused():
     layout = Layout.of(source, uniform(4, 64))
     with pytest.raises(CheckpointError, match="not finite"):
         arrays_of(layout, calibrated(source, layout, random_ids(64), window=64))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_activations_that_are_not_finite_are_refused_not_damped_for_ever(value):
+    class Broken(RandomSource):
+        def read(self, name):
+            weight = super().read(name)
+            return weight * value if name.endswith("0.input_layernorm.weight") else weight
+
+    source = Broken(num_hidden_layers=1)
+    layout = Layout.of(source, uniform(4, 64))
+    with pytest.raises(CheckpointError, match="not finite"):
+        arrays_of(layout, calibrated(source, layout, random_ids(320), window=64))
 
 
 def test_what_cannot_be_calibrated_is_refused_at_once():

@@ -25,14 +25,15 @@ from ..errors import AdapterError, CheckpointError, OptionError
 from ..fields import shorten
 from ..files import json_text
 from ..models.decoder import Model
-from ..places import instead_of_adapter
+from ..models.hooks import get_layer, set_layer
+from ..paths import instead_of_adapter
 from ..store import hub
 from ..store.atomic import named, new_files
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_arrays
 from ..store.finite import is_finite
 from ..store.safetensors import Weights, read_header
 from .config import CONFIG, adapter_kind, check_config, scale_in
-from .lora import AdaptedLinear, Adapter, get_layer, set_layer
+from .lora import AdaptedLinear, Adapter
 
 WEIGHTS = "adapters.safetensors"
 _SAMPLE = 4096  # bytes that a fingerprint reads at the beginning, middle and end of each tensor

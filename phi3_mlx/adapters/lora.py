@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.dropout import dropped
+from ..models.hooks import get_layer, set_layer
 from ..models.linear import plain_weight
 from .targets import Target
 
@@ -180,20 +180,6 @@ def attach(
         set_layer(model, target.path, AdaptedLinear(linear, {"default": adapter}))
         adapters[target.path] = adapter
     return adapters
-
-
-def get_layer(model: nn.Module, path: str) -> Any:
-    """The module at a dotted path such as "model.layers.0.mlp.down_proj"."""
-    layer: Any = model
-    for step in path.split("."):
-        layer = layer[int(step)] if step.isdigit() else layer[step]
-    return layer
-
-
-def set_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put a module at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    setattr(get_layer(model, parent) if parent else model, name, layer)
 
 
 # What adapters need from their base layer, packed or not

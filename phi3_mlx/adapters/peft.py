@@ -19,6 +19,7 @@ from ..config import Config
 from ..errors import AdapterError
 from ..fields import Fields, shorten
 from ..models.decoder import Model
+from ..models.hooks import get_layer
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import open_checkpoint, outline
@@ -37,7 +38,7 @@ from .folder import (
     write_adapter,
     write_pair,
 )
-from .lora import Adapter, float_weight, get_layer, row_lengths
+from .lora import Adapter, float_weight, row_lengths
 from .peft_config import PeftConfig, alpha_of, exactly, refuse
 from .principal import taken_out
 from .stored import StoredLayers
@@ -63,7 +64,7 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
         Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
     )
     check_destination(output, fault=AdapterError)
-    config, tensors = _read(source)
+    config, tensors = read_peft(source)
     checkpoint = open_checkpoint(hub.resolve(model, revision))
     shapes = outline(checkpoint)
     adapters = adapters_of_peft(source, config, tensors, shapes, StoredLayers(checkpoint))
@@ -307,7 +308,13 @@ def peft_tensors(
     return arrays, ranks
 
 
-def _read(source: Path) -> tuple[PeftConfig, dict[str, mx.array]]:
+def is_peft(directory: Path) -> bool:
+    """Whether a folder holds what PEFT has saved, and no adapter that needs no import."""
+    return (directory / _PEFT_WEIGHTS).is_file() and not (directory / WEIGHTS).is_file()
+
+
+def read_peft(source: Path) -> tuple[PeftConfig, dict[str, mx.array]]:
+    """The settings and the tensors of a PEFT folder. Raises AdapterError."""
     hint = ""
     if (source / "adapter_model.bin").is_file():
         hint = " (adapter_model.bin is pickle, which is never read)"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..conversion.options import ConvertOptions
+from ..paths import is_gguf
 from .declare import options_of
-from .options import in_options
+from .measuring import EVALUATION, TASKS, Cost
+from .options import ModelOptions, in_options
 from .progress import ConversionProgress
-from .reading import read_input
+from .reading import read_calibration, read_input
 from .terminal import note, say, show_rich
 
 if TYPE_CHECKING:
@@ -20,8 +24,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, metavar="DST", help="The directory to write.")
-@options_of("options", ConvertOptions, then={"calibration": read_input, "text": read_input})
-def convert(source: str, output: str, options: ConvertOptions) -> None:
+@click.option("--tasks", **TASKS)
+@options_of("options", ConvertOptions, then={"calibration": read_calibration, "text": read_input})
+def convert(source: str, output: str, tasks: str | None, options: ConvertOptions) -> None:
     """Convert a checkpoint to a small MLX model: 4 bits a weight unless you say otherwise.
 
     SRC is a name of `phi3-mlx models`, a directory, a Hugging Face repository (OWNER/REPO) or a GGUF file. DST appears
@@ -30,12 +35,25 @@ def convert(source: str, output: str, options: ConvertOptions) -> None:
     \b
     phi3-mlx convert phi-3.5-mini -o mini-4bit
     phi3-mlx convert phi-3.5-mini -o small --target-bpw 3.5 --method gptq
+    phi3-mlx convert phi-3.5-mini -o better --effort best --calibration self
     phi3-mlx convert model.gguf -o model --bits 8
     """
     from ..conversion.pipeline import convert_as
 
+    cost = None if tasks is None else Cost(tasks)
     with ConversionProgress() as bar:
-        done = convert_as(source, output, options, progress=bar.update)
+
+        def measure(before: str, after: Path) -> str:
+            bar.close()
+            loaded: ModelOptions | None = ModelOptions(model=before, revision=options.revision)
+            if is_gguf(Path(before).expanduser()):
+                note(f"{before} is a GGUF file, which answers no questions: only the result is asked")
+                loaded = None
+            assert cost is not None
+            asked = cost.of(loaded, ModelOptions(model=os.path.abspath(after)), after / EVALUATION)
+            return f"## Tasks\n\n{asked}\nMore is in `{EVALUATION}/`.\n"
+
+        done = convert_as(source, output, options, progress=bar.update, measure=measure if cost else None)
     _describe(done)
 
 

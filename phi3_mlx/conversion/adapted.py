@@ -66,6 +66,15 @@ class AdaptedSource:
         }
 
     @property
+    def before(self) -> Mapping[str, Blocks]:
+        """What the base has stored of the tensors that adapters change, where they are packed again in the same way."""
+        return {
+            name: Blocks(packing, partial(self._as_stored, name))
+            for name, packing in self.base.packings.items()
+            if self.stays_packed and name not in self.blocks and self._packing(name) == packing
+        }
+
+    @property
     def rounds_adapters(self) -> bool:
         """Whether changed weights are packed again, so that some of the change may be rounded away."""
         return self.stays_packed and bool(self.adapters)

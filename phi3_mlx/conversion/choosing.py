@@ -12,7 +12,7 @@ from ..config import read_json
 from ..errors import OptionError
 from .options import ConvertOptions
 from .recipes import Recipe, left_alone
-from .sources import Source, own_dtype
+from .sources import OpenedSource, Source, own_dtype
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def choose(source: Source, options: ConvertOptions) -> Choice:
+def choose(source: OpenedSource, options: ConvertOptions) -> Choice:
     """The choice for a source. OptionError for one that is packed where nothing says what to make of it."""
     notes = _about_packed(source, options)
-    if source.blocks and not (options.names_packing or options.dequantize or options.method == "gptq"):
+    if source.blocks and not (options.names_packing or options.dequantize or options.method != "round"):
         return _kept_blocks(source, options.dtype, notes)
     recipe: Recipe | None = options.uniform | left_alone(source.config)
     name = source.name
@@ -59,7 +59,7 @@ def _about_packed(source: Source, options: ConvertOptions) -> tuple[str, ...]:
     )
 
 
-def _kept_blocks(source: Source, dtype: str | None, notes: tuple[str, ...]) -> Choice:
+def _kept_blocks(source: OpenedSource, dtype: str | None, notes: tuple[str, ...]) -> Choice:
     """The choice that keeps what a source stores in blocks."""
     recipe = _recipe_of_blocks(source)
     but = "" if dtype in (None, "float16", "float32") else f", but for their scales, rounded to {dtype}"
@@ -75,16 +75,15 @@ def _kept_blocks(source: Source, dtype: str | None, notes: tuple[str, ...]) -> C
     return Choice(recipe, source.name, dtype or "float16", notes)
 
 
-def _recipe_of_blocks(source: Source) -> Recipe:
-    """The recipe that keeps what a source stores in blocks; matrices of other packed types get 8 bits."""
+def _recipe_of_blocks(source: OpenedSource) -> Recipe:
+    """The recipe that keeps what a source stores in blocks, and floats; matrices of other packed types get 8 bits."""
     stored = {name: blocks.packing for name, blocks in source.blocks.items()}
     widths = [packing["bits"] for packing in stored.values()]
     every = {"group_size": 32, "bits": max(set(widths), key=widths.count), "mode": "affine"}
     recipe: Recipe = dict(every)
     for name, tensor in source.tensors.items():
-        if len(tensor.shape) == 2 and stored.get(name) != every:
-            # A source spells packed tensors that mlx has no blocks for as float32.
-            other = every | {"bits": 8} if tensor.dtype == "F32" else False
+        if len(tensor.shape) > 1 and stored.get(name) != every:
+            other = every | {"bits": 8} if source.float_type(name) is None else False
             recipe[name.removesuffix(".weight")] = stored.get(name, other)
     return recipe
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ import mlx.core as mx
 from ..config import Config, read_json
 from ..errors import CheckpointError
 from ..models import parse_config, shapes
-from ..places import no_model
+from ..paths import no_model
 from ..store.assembly import assemble
 from ..store.checkpoint import read_array
+from ..store.companions import copy_companions
 from ..store.hub import COMPANIONS
 from ..store.quantization import FLOATS, find_packing
 from ..store.safetensors import Tensor, find_weights, lacks
@@ -71,12 +70,12 @@ class DirectorySource:
         read = lambda part: self._part(part).astype(dtype)  # noqa: E731
         return assemble(self.config, name, self._parts[name], self.tensors[name].shape, read)
 
+    def float_type(self, name: str) -> str | None:
+        """The type of floats that a tensor is stored in; None where it is packed."""
+        return None if any(part in self.packings for part in self._parts[name]) else self.tensors[name].dtype
+
     def write_extras(self, directory: Path) -> None:
-        for file in sorted({file for pattern in _EXTRAS for file in self._directory.glob(pattern)}):
-            if not file.is_dir():
-                copy = directory / file.relative_to(self._directory)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(_own_file(file, self._directory), copy)
+        copy_companions(self._directory, directory, _EXTRAS)
 
     def _part(self, name: str) -> mx.array:
         packing = self.packings.get(name)
@@ -162,26 +161,6 @@ class DirectorySource:
                 f"{self.name}: tie_word_embeddings is true, but {head} differs from {embedding}; set "
                 "tie_word_embeddings to false in config.json"
             )
-
-
-def _own_file(file: Path, directory: Path) -> Path:
-    """The regular file behind a name in a model's directory. CheckpointError if it is not the model's own.
-
-    A link of whoever made the directory could lead to anything that the user can read, and the result may be published.
-    Links may stay inside the directory, or lead from a snapshot of the hub's cache to the blobs of that repository.
-    """
-    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(directory))
-    repository = home.parent.parent
-    places = [home]
-    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
-        places.append(repository / "blobs")
-    if not any(real.is_relative_to(place) for place in places):
-        raise CheckpointError(
-            f"{file} is a link to {real}, outside the model's directory, and is not copied; put the file itself there"
-        )
-    if not real.is_file():
-        raise CheckpointError(f"{file} is not a regular file, or a link to none; remove it or put the file there")
-    return real
 
 
 def _width(path: str, config: Config) -> int:

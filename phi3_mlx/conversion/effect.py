@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..adapters.folder import Adapters, Base
 from ..errors import OptionError
 from ..models.decoder import Model
+from ..models.normalizer import log_normalizer
 from ..store.checkpoint import Checkpoint, read_model
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Effect:
 def _log_probabilities(model: Model, ids: mx.array) -> mx.array:
     """(L, vocab_size) float32."""
     logits = model(ids)[0].astype(mx.float32)
-    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    result = logits - log_normalizer(logits)[:, None]
     mx.eval(result)
     return result
 

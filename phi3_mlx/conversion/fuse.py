@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 
 from .. import values
 from ..adapters.config import adapter_kind
-from ..adapters.folder import base_of, check_base, load_full, make_adapters, read_adapter, trained_on
+from ..adapters.folder import Base, base_of, check_base, load_full, make_adapters, read_adapter, trained_on
 from ..adapters.lora import Adapter
 from ..errors import OptionError
 from ..option import arguments
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
-from ..store.checkpoint import open_checkpoint, outline, read_model
+from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
+from .calibrating import Stored, calibrated, check_grids
 from .directory import DirectorySource
+from .distillation import distilled
 from .effect import Effect
+from .fitted_text import FittedText
+from .gains import Gain
+from .layout import Layout, Rounder
 from .options import FuseOptions
-from .planning import check_fusion
+from .planning import check_fusion, check_own_text, check_training
 from .rounding import rounded
-from .sinks import write_model
+from .sinks import Progress, staged, write_model
+from .texts import bundled
+from .unfinished import unfinished_for
 from .writer import DirectorySink
 
 ENOUGH = 0.9  # of an adapter's effect; below it the merged model is no longer what was trained
@@ -38,12 +46,31 @@ ENOUGH = 0.9  # of an adapter's effect; below it the merged model is no longer w
 @dataclass(frozen=True)
 class Fused:
     """What `fuse` has made. `survived` is the share of the adapter's effect on the text's log-probabilities that the
-    packed model has (1: all; 0: none; less: the noise is larger); None for a model in floats, which has it all."""
+    packed model has (1: all; 0: none; less: the noise is larger); None for a model in floats, which has it all. `seen`:
+    whether that text, or much of it, is also the one that the weights were fitted to. `gain`: what the training of
+    method "distill" gave."""
 
     path: Path
     packed: bool
     layers: int
     survived: float | None
+    seen: bool = False
+    gain: Gain | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter and the model that it changes: LoRA factors by layer path, or whole tensors that replace its own.
+
+    `base` says which weights these are; `nbytes` is what the adapter's tensors take.
+    """
+
+    source: DirectorySource
+    checkpoint: Checkpoint
+    base: Base
+    adapters: Mapping[str, Adapter]
+    replaced: Mapping[str, mx.array]
+    nbytes: int
 
 
 def fuse(
@@ -55,26 +82,123 @@ def fuse(
     dequantize: bool = False,
     dtype: str | None = None,
     bits: int | None = None,
+    method: Literal["round", "gptq", "distill"] = FuseOptions.method,
+    calibration: str | None = None,
+    seed: int | None = None,
     text: str | None = None,
     force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Fused:
     """Write `output`: the model with the adapter's changes in its weights.
 
     `model` is what the adapter was trained on, by default under the name that it was given then.
     A model in floats is written in `dtype` (its own by default). A packed one is packed again as it was, the changed
-    layers in `bits` if given (5, 6 or 8 keep more of the adapter), or written in floats with `dequantize`. `text` is
-    what the measurement reads, a bundled sample by default. A matrix is in memory at a time, and for the measurement
-    the whole model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces what is
-    there, and refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load` raises.
+    layers in `bits` if given (5, 6 or 8 keep more of the adapter), or written in floats with `dequantize`. `method`
+    "gptq" packs the changed layers so that the outputs on `calibration` change least, which keeps more of the adapter:
+    a bundled text by default, better one of the adapter's task, or "self", which the model with the adapter writes with
+    `seed`. "distill" then trains the scales and biases of all layers towards the model in floats, and goes on where the
+    same call was cut. `text` is what the measurement reads, a bundled sample by default. `progress` is called after
+    each tensor, step and part.
+
+    A matrix is in memory at a time, a layer where a text is read, and for the measurement, the training and the model's
+    own text the whole model; what the memory at hand cannot hold is refused before any of it is read. `force` replaces
+    what is there, and refuses nothing for memory. Raises AdapterError, OptionError, MemoryLimitError and what `load`
+    raises.
     """
-    return fuse_as(adapter, output, FuseOptions(**arguments(FuseOptions, locals())))
+    return fuse_as(adapter, output, FuseOptions(**arguments(FuseOptions, locals())), progress)
 
 
-def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fused:
+def fuse_as(
+    adapter: str | Path,
+    output: str | Path,
+    options: FuseOptions,
+    progress: Callable[[Progress], None] | None = None,
+) -> Fused:
     """`fuse`, with all options at once."""
     folder, destination = Path(values.path(adapter, "adapter")).expanduser(), Path(values.path(output, "output"))
+    values.check_function(progress, "progress")
     model, revision, text, force = options.model, options.revision, options.text, options.force
     check_destination(destination, force=force)
+    merge = open_merge(folder, model, revision)
+    source = AdaptedSource(
+        merge.source,
+        dequantize=options.dequantize,
+        dtype=options.dtype,
+        bits=options.bits,
+        adapters=merge.adapters,
+        replaced=merge.replaced,
+    )
+    layout, fitted_to = source.layout(), None
+    if text is not None and not source.rounds_adapters:
+        raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")
+    if options.method != "round":
+        if not source.rounds_adapters:
+            raise OptionError(f"method='{options.method}' has no effect where nothing is packed again; leave it out")
+        layout = _in_model_order(layout, merge.source)
+        check_grids(layout)
+        fitted_to = FittedText(source, options.calibration, options.seed)
+    if not force:
+        _check_memory(folder, merge, source, layout, fitted_to, options)
+    effect = Effect(merge.checkpoint, merge.base, folder, text) if source.rounds_adapters else None
+    gc.collect()
+    mx.clear_cache()
+    with unfinished_for(options.method, destination) as work, new_directory(destination, force=force) as directory:
+        sink = DirectorySink(directory, destination)
+        sink.check_space(layout.nbytes)
+        rounder, gain = _rounder(source, layout, fitted_to, work, force, progress)
+        write_model(sink, source, layout, rounder, progress)
+        survived = None if effect is None else effect.survived(read_model(directory))
+    changed = len(merge.adapters) or len(merge.replaced)
+    seen = fitted_to is not None and fitted_to.holds(bundled("sample") if text is None else text)
+    return Fused(Path(os.path.abspath(destination)), source.stays_packed, changed, survived, seen, gain)
+
+
+def _check_memory(
+    folder: Path,
+    merge: Merge,
+    source: AdaptedSource,
+    layout: Layout,
+    fitted_to: FittedText | None,
+    options: FuseOptions,
+) -> None:
+    """MemoryLimitError for what this machine cannot hold, before any of it is read."""
+    tokens = 0 if fitted_to is None else fitted_to.tokens
+    check_fusion(folder, merge.checkpoint, source, layout, merge.nbytes, tokens)
+    if fitted_to is not None and fitted_to.is_own:
+        check_own_text(source)
+    if options.method == "distill":
+        check_training(source, layout, tokens)
+
+
+def _rounder(
+    source: AdaptedSource,
+    layout: Layout,
+    fitted_to: FittedText | None,
+    work: Path | None,
+    force: bool,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Rounder, Gain | None]:
+    """What packs the changed layers, and with a folder `work` trains all; what training gave."""
+    if fitted_to is None:
+        return rounded(source), None
+    fitted_to.make(work, force=force, progress=staged(progress, "writing a text", "tokens"))
+    stored = Stored(source.blocks, source.before)
+    if work is None:
+        return calibrated(source, layout, fitted_to.ids, stored=stored), None
+    rounder, _, gain = distilled(source, layout, fitted_to.ids, work, stored=stored, force=force, progress=progress)
+    return rounder, gain
+
+
+def _in_model_order(layout: Layout, base: DirectorySource) -> Layout:
+    """The layout in the order in which a text goes through it, whatever that of the base's files is."""
+    entries = {entry.name: entry for entry in layout.entries}
+    if entries.keys() != base.tensors.keys():
+        raise OptionError(f"{base.name} has its projections apart, where only method='round' packs; convert it first")
+    return Layout(tuple(entries[name] for name in base.tensors), layout.recipe)
+
+
+def open_merge(folder: Path, model: str | None, revision: str | None) -> Merge:
+    """The adapter in `folder` and what it was trained on: `model`, or what it names. Raises AdapterError."""
     tensors, config = read_adapter(folder)
     if model is None:
         model, revision = trained_on(folder, config, revision)
@@ -90,24 +214,4 @@ def fuse_as(adapter: str | Path, output: str | Path, options: FuseOptions) -> Fu
         replaced = tensors
     else:
         adapters = make_adapters(folder, tensors, config, shapes)
-    source = AdaptedSource(
-        opened,
-        dequantize=options.dequantize,
-        dtype=options.dtype,
-        bits=options.bits,
-        adapters=adapters,
-        replaced=replaced,
-    )
-    layout = source.layout()
-    if text is not None and not source.rounds_adapters:
-        raise OptionError("text has no effect where nothing is packed, since nothing is measured; leave it out")
-    if not force:
-        check_fusion(folder, checkpoint, source, layout, sum(array.nbytes for array in tensors.values()))
-    effect = Effect(checkpoint, base, folder, text) if source.rounds_adapters else None
-    gc.collect()
-    mx.clear_cache()
-    with new_directory(destination, force=force) as unfinished:
-        write_model(DirectorySink(unfinished, destination), source, layout, rounded(source))
-        survived = None if effect is None else effect.survived(read_model(unfinished))
-    changed = len(adapters) or len(replaced)
-    return Fused(Path(os.path.abspath(destination)), source.stays_packed, changed, survived)
+    return Merge(opened, checkpoint, base, adapters, replaced, sum(array.nbytes for array in tensors.values()))

@@ -1,8 +1,8 @@
 """GPTQ: rounding that makes up for its own error (Frantar et al. 2023, arXiv 2210.17323), in MLX's affine format.
 
 A weight's columns are rounded one after another; what rounding a column does to the layer's outputs on a text is
-compensated by changing the columns that are still to come. The inputs are those that the layer
-will really get: they went through the layers packed before it.
+compensated by changing the columns that are still to come. Then integers, scales and biases are fitted once more
+(`refit`), each to all the others.
 """
 
 from __future__ import annotations
@@ -14,149 +14,129 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError
 from ..store.finite import is_finite
-from .layerwise import EMBEDDING, LayerStream, layer_of, linear
-from .layout import Entry, Layout, Rounder
-from .sources import Source, to_mlx
-from .texts import windows
+from .refit import Rounded, refitted
 
-GPTQ_WINDOW = 256
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
-_ROWS_AT_ONCE = 8192  # of a weight at a time: they do not depend on each other
+SWEEPS = 4  # over the groups of a rounded matrix
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
+ROWS_AT_ONCE = 8192  # of a weight at a time: they do not depend on each other
 _SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
-
-
-def calibrated(source: Source, layout: Layout, ids: Sequence[int], *, window: int = GPTQ_WINDOW) -> Rounder:
-    """The rounder of `source` whose errors change its outputs on a text least.
-
-    `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
-    read, the better. In memory: one layer in float32, the text's activations, and for a layer of n inputs three
-    matrices of n x n. An embedding that is also the head is rounded for both tasks, for which the model in floats runs
-    first. For an embedding that is only looked up, each group gets the grid of least error.
-
-    Raises OptionError for a layout that is not affine throughout, PromptError for a text shorter than one window, and
-    while it runs CheckpointError for weights or activations that are not finite.
-    """
-    mode = next((packing["mode"] for packing in layout.packings.values() if packing["mode"] != "affine"), None)
-    if mode is not None:
-        raise OptionError(f"method gptq rounds to affine grids, not {mode}; leave out one of the two")
-    return _Calibration(LayerStream(source), layout, windows(ids, window))
-
-
-class _Calibration:
-    """Follows the entries through the model. The whole layer is packed when its first tensor is asked for."""
-
-    def __init__(self, stream: LayerStream, layout: Layout, ids: mx.array):
-        self._stream, self._packings, self._ids = stream, layout.packings, ids
-        self._layer = -1
-        self._hidden = mx.array(0.0)  # the text's activations before the next layer
-        self._made: dict[str, list[mx.array]] = {}  # of this layer, not yet asked for
-
-    def __call__(self, entry: Entry) -> list[mx.array]:
-        layer = layer_of(entry.name)
-        if layer is not None and layer != self._layer:
-            self._layer = layer
-            self._pack_layer(layer)
-        parts = self._made.pop(entry.name) if entry.name in self._made else self._outside_layers(entry)
-        if entry.path == EMBEDDING:
-            self._hidden = self._stream.embedded(dequantized_matrix(parts, entry.packing)[self._ids])
-        return parts
-
-    def _outside_layers(self, entry: Entry) -> list[mx.array]:
-        """The arrays of the embedding, of the head, or of a tensor that is not packed."""
-        weight = self._stream.source.read(entry.name)
-        if entry.packing is None:
-            return [weight]
-        if entry.path == EMBEDDING:
-            hessian = _hessian_of_embedding(self._stream, self._ids)
-        else:
-            hessian = _hessian_of_head(self._stream, self._hidden)
-        return gptq(weight, hessian, entry.packing, to_mlx(entry.tensor.dtype))
-
-    def _pack_layer(self, i: int) -> None:
-        """Packs the linear layers of layer `i`, and takes the activations through it."""
-        stream, layer = self._stream, self._stream.layer(i)
-        self._made = {}
-        for path in stream.linears:
-            name = f"model.layers.{i}.{path}.weight"
-            if name not in self._packings:
-                continue
-            packing, dtype = self._packings[name], to_mlx(stream.source.tensors[name].dtype)
-            weight = linear(layer, path).weight
-            hessians = hessians_of(stream.inputs(layer, path, self._hidden))
-            if weight.ndim == 2:
-                made = gptq(weight, hessians[0], packing, dtype)
-            else:
-                # An expert that the text never reaches has a Hessian of zeros, which leaves grids of least error.
-                pieces = [gptq(weight[i], hessian, packing, dtype) for i, hessian in enumerate(hessians)]
-                made = [mx.stack(list(kind)) for kind in zip(*pieces, strict=True)]
-            linear(layer, path).weight = dequantized_matrix(made, packing)
-            self._made[name] = made
-            mx.eval(layer.parameters())
-            mx.clear_cache()
-        self._hidden = stream.run(layer, self._hidden)
+_NOT_FINITE = "the model's weights or activations are not finite, which GPTQ needs; use method='round'"
 
 
 def hessian_of(inputs: Iterable[mx.array]) -> mx.array:
     """The sum of x x^T over inputs (tokens, width), float32 (width, width)."""
-    return hessians_of([part] for part in inputs)[0]
+    total = mx.array(0.0)
+    for part in inputs:
+        floats = part.astype(mx.float32)
+        total = total + floats.T @ floats
+        mx.eval(total)
+    return total
 
 
-def hessians_of(inputs: Iterable[Sequence[mx.array]]) -> list[mx.array]:
-    """`hessian_of` for each of several matrices: every item of `inputs` has one array for each of them."""
-    totals: list[mx.array] = []
-    for parts in inputs:
-        floats = [part.astype(mx.float32) for part in parts]
-        products = [part.T @ part for part in floats]
-        totals = [total + new for total, new in zip(totals, products, strict=True)] if totals else products
-        mx.eval(totals)
-    return totals
-
-
-def _hessian_of_head(stream: LayerStream, hidden: mx.array) -> mx.array:
-    return hessian_of([stream.norm(hidden).flatten(0, -2)])
-
-
-def _hessian_of_embedding(stream: LayerStream, ids: mx.array) -> mx.array:
-    """Rows that are looked up weigh alike. A tied embedding also makes logits, and each task has half the weight."""
-    same = mx.eye(stream.config.hidden_size)
-    if not stream.config.tie_word_embeddings:
-        return same
-    hidden = stream.embed(ids)
-    for i in range(stream.config.num_hidden_layers):
-        hidden = stream.run(stream.layer(i), hidden)
-        mx.clear_cache()
-    hessian = _hessian_of_head(stream, hidden)
-    return hessian + mx.diag(hessian).mean() * same
-
-
-def gptq(weight: mx.array, hessian: mx.array, packing: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:
+def gptq(
+    weight: mx.array,
+    hessian: mx.array,
+    packing: Mapping[str, Any],
+    dtype: mx.Dtype,
+    sweeps: int = SWEEPS,
+    damping: float = DAMPING,
+) -> list[mx.array]:
     """A weight (outputs, inputs) packed for inputs of that `hessian`: weight, scales and biases, these in `dtype`.
 
-    CheckpointError where one of the two is not finite.
+    `sweeps`: how often what was rounded is refitted. `damping`, of the mean of the Hessian's diagonal, is added to that
+    diagonal: the larger, the less errors make up for each other. CheckpointError where weight or hessian is not finite.
     """
-    if not is_finite(weight) or not is_finite(hessian):
-        raise CheckpointError("the model's weights or activations are not finite, which GPTQ needs; use method='round'")
-    factor = _inverse_factor(hessian)
-    group_size, bits = packing["group_size"], packing["bits"]
+    if not is_finite(weight):
+        raise CheckpointError(_NOT_FINITE)
+    factor, group_size, bits = inverse_factor(hessian, damping), packing["group_size"], packing["bits"]
+    pieces = [
+        _parts(_round(weight[rows].astype(mx.float32).T, factor, group_size, bits, dtype)) for rows in _slices(weight)
+    ]
+    return refit(weight, hessian, _joined(pieces), packing, sweeps, damping)
+
+
+def refit(
+    weight: mx.array,
+    hessian: mx.array,
+    parts: Sequence[mx.array],
+    packing: Mapping[str, Any],
+    sweeps: int = SWEEPS,
+    damping: float = DAMPING,
+) -> list[mx.array]:
+    """`parts`, which stand for `weight` (outputs, inputs), after some sweeps: no row loses more than it did."""
+    if not sweeps:
+        return list(parts)
+    damped = _damped(hessian, damping)
     pieces = []
-    for first in range(0, len(weight), _ROWS_AT_ONCE):
-        columns = weight[first : first + _ROWS_AT_ONCE].astype(mx.float32).T
-        codes, scales, biases = _round(columns, factor, group_size, bits, dtype)
-        pieces.append((mx.array(pack_codes(np.array(codes.T), bits)), scales.T, biases.T))
-        mx.eval(pieces[-1])
+    for rows in _slices(weight):
+        start = _as_rounded([part[rows] for part in parts], packing)
+        pieces.append(_parts(refitted(weight[rows].astype(mx.float32).T, damped, start, sweeps)))
+    return _joined(pieces)
+
+
+def better_rows(
+    weight: mx.array,
+    hessian: mx.array,
+    ours: Sequence[mx.array],
+    theirs: Sequence[mx.array],
+    packing: Mapping[str, Any],
+    damping: float = DAMPING,
+) -> list[mx.array]:
+    """Of two that stand for `weight` (outputs, inputs), in each row the one that loses less for these inputs."""
+    damped = _damped(hessian, damping)
+    lost = []
+    for parts in (ours, theirs):
+        left = weight.astype(mx.float32) - dequantized_matrix(parts, packing)
+        lost.append(((left @ damped) * left).sum(axis=1, keepdims=True))
+    result = [mx.where(lost[0] <= lost[1], a, b) for a, b in zip(ours, theirs, strict=True)]
+    mx.eval(result)
+    return result
+
+
+def _slices(weight: mx.array) -> list[slice]:
+    """Rows of a weight, which do not depend on each other, a part at a time."""
+    return [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(weight), ROWS_AT_ONCE)]
+
+
+def _parts(made: Rounded) -> tuple[mx.array, ...]:
+    """Weight, scales and biases as they are stored, evaluated."""
+    codes = mx.array(pack_codes(np.array(made.codes.T), made.bits))
+    parts = codes, made.scales.T.astype(made.dtype), made.biases.T.astype(made.dtype)
+    mx.eval(parts)
+    return parts
+
+
+def _as_rounded(parts: Sequence[mx.array], packing: Mapping[str, Any]) -> Rounded:
+    """What stored parts (outputs, inputs) say. A scale of 0 leaves its codes no meaning: it is 1 with codes of 0."""
+    weight, scales, biases = parts
+    codes = mx.dequantize(weight, mx.ones(scales.shape), mx.zeros(scales.shape), **packing)
+    none = scales == 0
+    codes = mx.where(mx.repeat(none, packing["group_size"], axis=1), 0, codes).astype(mx.uint8)
+    steps = mx.where(none, 1, scales).astype(mx.float32)
+    return Rounded(codes.T, steps.T, biases.astype(mx.float32).T, packing["bits"], scales.dtype)
+
+
+def _joined(pieces: Iterable[Sequence[mx.array]]) -> list[mx.array]:
     return [mx.contiguous(mx.concatenate(list(kind))) for kind in zip(*pieces, strict=True)]
 
 
-def _inverse_factor(hessian: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = (H + damping)^-1."""
+def _damped(hessian: mx.array, damping: float) -> mx.array:
     diagonal = mx.diag(hessian)
-    mean = mx.maximum(diagonal.mean(), 1e-20)
-    damping = _DAMPING
+    return hessian + mx.diag(mx.full(diagonal.shape, damping * mx.maximum(diagonal.mean(), 1e-20)))
+
+
+def inverse_factor(hessian: mx.array, damping: float = DAMPING) -> mx.array:
+    """The upper triangular U with U^T U = (H + damping x the mean of H's diagonal)^-1.
+
+    CheckpointError where H is not finite: no damping would help.
+    """
+    if not is_finite(hessian):
+        raise CheckpointError(_NOT_FINITE)
     while True:
         # Read from its end, H = V V^T with an upper triangular V, whose inverse is U: no inverse of H is needed.
-        backwards = (hessian + mx.diag(mx.full(diagonal.shape, damping * mean)))[::-1, ::-1]
+        backwards = _damped(hessian, damping)[::-1, ::-1]
         lower = mx.linalg.cholesky(mx.contiguous(backwards), stream=mx.cpu)
         if mx.all(mx.diag(lower) > 0).item() and mx.isfinite(lower).all().item():
             break
@@ -164,10 +144,8 @@ def _inverse_factor(hessian: mx.array) -> mx.array:
     return mx.linalg.tri_inv(mx.contiguous(lower[::-1, ::-1]), upper=True, stream=mx.cpu)
 
 
-def _round(
-    rest: mx.array, factor: mx.array, group_size: int, bits: int, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes (inputs, outputs), scales and biases (groups, outputs) for a transposed weight (inputs, outputs)."""
+def _round(rest: mx.array, factor: mx.array, group_size: int, bits: int, dtype: mx.Dtype) -> Rounded:
+    """A transposed weight (inputs, outputs), rounded."""
     codes, scales, biases = [], [], []
     for first in range(0, len(factor), group_size):
         last = first + group_size
@@ -175,35 +153,45 @@ def _round(
         group_factor = factor[first:last, first:last]
         # What an error of a column costs in the end is its square over this diagonal's.
         scale, bias = _grid(group, 1 / mx.diag(group_factor)[:, None] ** 2, bits, dtype)
-        errors = []
+        left, ties = (group - bias) / scale, group_factor / mx.diag(group_factor)[:, None]
+        steps, errors = [], []  # both in units of the scale
         for k in range(group_size):
-            column, group = group[0], group[1:]
-            code = mx.clip(mx.round((column - bias) / scale), 0, 2**bits - 1)
-            error = (column - (code * scale + bias)) / group_factor[k, k]
-            group = group - group_factor[k, k + 1 :, None] * error
-            codes.append(code.astype(mx.uint8))
+            code = mx.clip(mx.round(left[0]), 0, 2**bits - 1)
+            error = left[0] - code
+            left = left[1:] - ties[k, k + 1 :, None] * error
+            steps.append(code)
             errors.append(error)
-        rest = rest - factor[first:last, last:].T @ mx.stack(errors)
-        mx.eval(rest, codes[first:])
-        scales.append(scale.astype(dtype))
-        biases.append(bias.astype(dtype))
-    return mx.stack(codes), mx.stack(scales), mx.stack(biases)
+        codes.append(mx.stack(steps).astype(mx.uint8))
+        rest = rest - (factor[first:last, last:] / mx.diag(group_factor)[:, None]).T @ (mx.stack(errors) * scale)
+        mx.eval(rest, codes[-1])
+        scales.append(scale)
+        biases.append(bias)
+    return Rounded(mx.concatenate(codes), mx.stack(scales), mx.stack(biases), bits, dtype)
 
 
 def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Scale and bias (outputs), float32 values of `dtype`, that round (inputs, outputs) with the least error."""
+    """Scale and bias (outputs), float32 values of `dtype`, that round (inputs, outputs) with little error.
+
+    The ends of a group's range move together first, then the upper one alone, then the lower one.
+    """
     low, high = group.min(axis=0), group.max(axis=0)
     top = 2**bits - 1
     best, scale, bias = mx.full(low.shape, math.inf), mx.ones(low.shape), mx.zeros(low.shape)
-    for shrink in _SHRINKS:
-        step = ((high - low) * (shrink / top)).astype(dtype).astype(mx.float32)
-        step = mx.where(step > 0, step, 1.0)  # a group of one value, which the bias holds
-        start = (low * shrink).astype(dtype).astype(mx.float32)
-        rounded = mx.clip(mx.round((group - start) / step), 0, top) * step + start
-        error = (importance * (group - rounded) ** 2).sum(axis=0)
-        better = error < best
-        best, scale, bias = mx.where(better, error, best), mx.where(better, step, scale), mx.where(better, start, bias)
-    mx.eval(scale, bias)
+    start, end = low, high  # of the best so far
+    for moves in ("both", "upper", "lower"):
+        lower, upper = start, end
+        for shrink in _SHRINKS:
+            first = lower if moves == "upper" else low * shrink
+            last = upper if moves == "lower" else high * shrink
+            step = ((last - first) / top).astype(dtype).astype(mx.float32)
+            step = mx.where(step > 0, step, 1.0)  # a group of one value, which the bias holds
+            offset = first.astype(dtype).astype(mx.float32)
+            rounded = mx.clip(mx.round((group - offset) / step), 0, top) * step + offset
+            error = (importance * (group - rounded) ** 2).sum(axis=0)
+            better = error < best
+            pairs = ((error, best), (step, scale), (offset, bias), (first, start), (last, end))
+            best, scale, bias, start, end = (mx.where(better, new, old) for new, old in pairs)
+        mx.eval(best, scale, bias, start, end)
     return scale, bias
 
 

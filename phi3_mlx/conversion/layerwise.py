@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,15 +14,45 @@ from ..models import build
 from ..models.attention import make_mask
 from ..models.decoder import Model
 from ..models.experts import Groups
+from ..models.hooks import get_layer, replaced
 from ..models.layer import DecoderLayer
 
 if TYPE_CHECKING:
+    from ..evaluation.quality import OutputHead
     from .sources import Source
 
 Traced = dict[str, list[mx.array]]  # by the path of a linear layer: the inputs of each of its matrices
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TOKENS_AT_ONCE = 4096
+_ATTENTION_WRITES, _MLP_WRITES = ("self_attn.o_proj", "self_attn.dense"), ("mlp.down_proj",)
+_SECOND_NORM = "post_attention_layernorm"  # reads the residual stream that the feed-forward part adds to
+
+
+class Inputs(NamedTuple):
+    """What a matrix reads in the source and in the packed model: `source` and `packed` (tokens, inputs).
+
+    `stream`: where its outputs are added to the residual stream, that stream in both before they are
+    (tokens, outputs).
+    """
+
+    source: mx.array
+    packed: mx.array
+    stream: tuple[mx.array, mx.array] | None = None
+
+
+class Passage:
+    """A text on its way through a layer: `hidden` (rows, length, hidden_size) is before it, cut into `parts`.
+
+    `mixed`: of each part, what attention's heads have mixed (rows, length, width), and `outputs`: what is behind the
+    layer. Where they are known for good, later passes begin there.
+    """
+
+    def __init__(self, layer: DecoderLayer, hidden: mx.array):
+        self.layer, self.hidden = layer, hidden
+        self.parts = list(_parts(hidden))
+        self.mixed: list[mx.array] = []
+        self.outputs: list[mx.array] = []
 
 
 class LayerStream:
@@ -65,6 +95,12 @@ class LayerStream:
         mx.eval(layer.parameters())
         return layer
 
+    def twin(self, layer: DecoderLayer, i: int) -> DecoderLayer:
+        """Another decoder layer `i` with the weights of `layer`, which take no memory until they are replaced."""
+        twin = self._model.model.make_layer(i)
+        twin.update(layer.parameters())
+        return twin
+
     def norm(self, hidden: mx.array) -> mx.array:
         """The norm after the last layer."""
         return self._tail.model.last_norm(hidden)
@@ -74,6 +110,10 @@ class LayerStream:
         tail = self._tail
         (tail.model.embed_tokens if self.config.tie_word_embeddings else tail.lm_head).weight = weight
         return tail.logits(hidden)
+
+    def head(self, weight: mx.array) -> OutputHead:
+        """`logits` with this weight."""
+        return lambda hidden, _: self.logits(hidden, weight)
 
     @cached_property
     def _tail(self) -> Model:
@@ -85,11 +125,15 @@ class LayerStream:
 
     def run(self, layer: DecoderLayer, hidden: mx.array) -> mx.array:
         """`hidden` after `layer`, evaluated."""
-        parts = []
-        for part in _parts(hidden):
-            parts.append(self._forward(layer, part))
+        return self.after(Passage(layer, hidden))
+
+    def after(self, passage: Passage) -> mx.array:
+        """A text after the layer that it goes through, evaluated."""
+        parts = passage.outputs
+        for k in range(len(parts), len(passage.parts)):
+            parts.append(self._through(passage, k))
             mx.eval(parts[-1])
-        return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        return mx.concatenate(parts) if parts else passage.hidden
 
     def inputs(self, layer: DecoderLayer, path: str, hidden: mx.array) -> Iterator[list[mx.array]]:
         """The inputs of each matrix of the linear layer `path` of `layer`, in parts (tokens, width).
@@ -100,6 +144,36 @@ class LayerStream:
             for part in _parts(hidden):
                 self._forward(layer, part)  # lazy: only what is asked for is ever computed
                 yield recorders[path].seen()
+
+    def pairs(self, source: Passage, packed: Passage, path: str) -> Iterator[list[Inputs]]:
+        """The inputs of each matrix of `path` in the source's layer, beside those in the packed one.
+
+        In parts, token by token the same: the experts of `source` get the tokens that `packed` sends to them. Experts
+        have no `stream`: what a token gets is a sum of theirs. All that comes before `path` is final, and all of
+        `source` is, so passages keep what was computed once.
+        """
+        router = self.config.router
+        recorded = [path, _SECOND_NORM] if path in _MLP_WRITES else [path]
+        with ExitStack() as stack:
+            if router is not None and router != path:
+                stack.enter_context(_routed_alike(source.layer, packed.layer, router))
+            ours = stack.enter_context(_recording(source.layer, recorded))
+            theirs = stack.enter_context(_recording(packed.layer, recorded))
+            for k, (a, b) in enumerate(zip(source.parts, packed.parts, strict=True)):
+                self._through(packed, k)
+                output, stream = self._through(source, k), None
+                if path == self.linears[-1] and router is None:
+                    mx.eval(output)  # and the inputs of `path` with it
+                    source.outputs.append(output)
+                if path in _ATTENTION_WRITES:
+                    stream = a.flatten(0, -2), b.flatten(0, -2)
+                    for passage, recorders in ((source, ours), (packed, theirs)):
+                        passage.mixed.append(recorders[path].seen()[0].reshape(*a.shape[:2], -1))
+                        mx.eval(passage.mixed[k])
+                elif path in _MLP_WRITES:
+                    stream = ours[_SECOND_NORM].seen()[0], theirs[_SECOND_NORM].seen()[0]
+                seen = zip(ours[path].seen(), theirs[path].seen(), strict=True)
+                yield [Inputs(x, packed_x, stream) for x, packed_x in seen]
 
     def trace(self, layer: DecoderLayer, hidden: mx.array) -> Iterator[tuple[Traced, mx.array]]:
         """In parts: the inputs (tokens, width) of each matrix of each linear layer, and `hidden` after `layer`.
@@ -112,6 +186,12 @@ class LayerStream:
                 seen = {path: recorder.seen() for path, recorder in recorders.items()}
                 mx.eval(after, seen)
                 yield seen, after
+
+    def _through(self, passage: Passage, k: int) -> mx.array:
+        """A part of a text after the layer, not evaluated."""
+        if k < len(passage.mixed):
+            return passage.layer.after_attention(passage.parts[k], passage.mixed[k])
+        return self._forward(passage.layer, passage.parts[k])
 
     def _forward(self, layer: DecoderLayer, hidden: mx.array) -> mx.array:
         length = hidden.shape[1]
@@ -146,24 +226,32 @@ class _Recorder(nn.Module):
 @contextmanager
 def _recording(layer: DecoderLayer, paths: Sequence[str]) -> Iterator[dict[str, _Recorder]]:
     """Recorders in the place of these linear layers, until the block ends."""
-    recorders = {path: _Recorder(linear(layer, path)) for path in paths}
-    for path, recorder in recorders.items():
-        _put(layer, path, recorder)
-    try:
+    recorders = {path: _Recorder(get_layer(layer, path)) for path in paths}
+    with replaced(layer, recorders):
         yield recorders
-    finally:
-        for path, recorder in recorders.items():
-            _put(layer, path, recorder.layer)
 
 
-def linear(layer: DecoderLayer, path: str) -> nn.Module:
-    """The linear layer at `path` ("mlp.down_proj") inside a decoder layer."""
-    return reduce(getattr, path.split("."), layer)
+class _Scores(nn.Module):
+    """Stands for a router and keeps what it last said; or says what another said last."""
+
+    def __init__(self, router: nn.Module | None, last: dict[str, mx.array]):
+        super().__init__()
+        self.router = router
+        self._last = last
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.router is not None:
+            self._last["scores"] = self.router(x)
+        return self._last["scores"]
 
 
-def _put(layer: DecoderLayer, path: str, new: nn.Module) -> None:
-    home, _, name = path.rpartition(".")
-    setattr(linear(layer, home), name, new)
+@contextmanager
+def _routed_alike(source: DecoderLayer, packed: DecoderLayer, router: str) -> Iterator[None]:
+    """Until the block ends, `source` sends its tokens where `packed` sent those that it read last."""
+    last: dict[str, mx.array] = {}
+    says, hears = _Scores(get_layer(packed, router), last), _Scores(None, last)
+    with replaced(source, {router: hears}), replaced(packed, {router: says}):
+        yield
 
 
 def layer_of(name: str) -> int | None:

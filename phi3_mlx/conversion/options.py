@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
 from ..errors import OptionError
-from ..option import DTYPE_NAMES, option, settle
+from ..option import DTYPE_NAMES, Range, option, settle
 from ..sizes import parse_size
 
 if TYPE_CHECKING:
     from .recipes import Recipe
 
-_METHODS = ("round", "gptq")
+_METHODS = ("round", "gptq", "distill")
+_EFFORTS = {"quick": "round", "good": "gptq", "best": "distill"}
 _BITS = (2, 3, 4, 5, 6, 8)
+OWN_TEXT = "self"  # in the place of a calibration text
+_SEED = Range(lambda s: s >= 0, "0 or more")
 _read_dtype = partial(values.choice, choices=DTYPE_NAMES)
 
 
@@ -28,6 +31,15 @@ def _recipe(value: Any, name: str) -> Any:
 def _size(value: Any, name: str) -> int | str:
     parse_size(value)  # refuses what is no size
     return value  # as messages repeat it
+
+
+def _folder(value: Any, name: str) -> str | Path:
+    return values.path(value, name, "the folder of an adapter")
+
+
+def _check_seed(seed: int | None, calibration: str | None) -> None:
+    if seed is not None and calibration != OWN_TEXT:
+        raise OptionError(f"seed has no effect without calibration='{OWN_TEXT}'; leave it out")
 
 
 def _model(value: Any, name: str) -> str:
@@ -60,15 +72,25 @@ class ConvertOptions:
     recipe: str | Path | Mapping[str, Any] | None = option(
         None, "Bits layer by layer as in this file: recipe.json of an earlier run.", read=_recipe, metavar="FILE"
     )
-    method: Literal["round", "gptq"] = option(
+    method: Literal["round", "gptq", "distill"] = option(
         "round",
-        "gptq: round so that the layers' outputs on a text change least; slower, better.",
+        "gptq: round so that the layers' outputs on a text change least; slower, better. distill: then train scales "
+        "and biases towards SRC's outputs.",
         choices=_METHODS,
         read=partial(values.choice, choices=_METHODS),
     )
-    calibration: str | None = option(
-        None, "The text that gptq and --target-… read. Without it: a sample.", metavar="FILE"
+    effort: Literal["quick", "good", "best"] | None = option(
+        None,
+        "The method by what it takes: quick is round, good is gptq, best is distill.",
+        choices=tuple(_EFFORTS),
+        read=partial(values.choice, choices=tuple(_EFFORTS)),
     )
+    calibration: str | None = option(
+        None,
+        "The text that gptq, distill and --target-… read; self: SRC writes it. Without it: a sample.",
+        metavar="FILE|self",
+    )
+    seed: int | None = option(None, "Of the text that SRC writes. Without it: 0.", _SEED)
     text: str | None = option(None, "The text that the report reads. Without it: another sample.", metavar="FILE")
     report: bool | None = option(
         None,
@@ -81,6 +103,10 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.effort is not None:
+            if self.method not in ("round", _EFFORTS[self.effort]):
+                raise OptionError(f"effort={self.effort} is method={_EFFORTS[self.effort]}; leave method out")
+            object.__setattr__(self, "method", _EFFORTS[self.effort])
         self._check_one_decides()
         if self.text is not None and not self.wants_report:
             asks = "; report=True asks for one" if self.report is None else ""
@@ -88,8 +114,10 @@ class ConvertOptions:
         _ = self.uniform  # refuses what mlx does not have
         if self.calibration is not None and not self.reads_text:
             raise OptionError(
-                "calibration has no effect without method='gptq', target_bpw=X or target_size=SIZE; leave it out"
+                "calibration has no effect without method='gptq' or 'distill', target_bpw=X or target_size=SIZE; "
+                "leave it out"
             )
+        _check_seed(self.seed, self.calibration)
 
     @cached_property
     def uniform(self) -> Recipe:
@@ -110,7 +138,19 @@ class ConvertOptions:
     @property
     def reads_text(self) -> bool:
         """Whether bits or rounding are fitted to a text."""
-        return self.method == "gptq" or self.has_target
+        return self.method != "round" or self.has_target
+
+    @property
+    def evaluated(self) -> str | None:
+        """The text that the report reads, if one is made."""
+        from .texts import bundled
+
+        return (bundled("sample") if self.text is None else self.text) if self.wants_report else None
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the source writes that text itself."""
+        return self.calibration == OWN_TEXT
 
     @property
     def names_packing(self) -> bool:
@@ -167,8 +207,97 @@ class FuseOptions:
     bits: int | None = option(
         None, "Quantize the changed layers to this many bits. Without it: as they were.", offered=_BITS
     )
+    method: Literal["round", "gptq", "distill"] = option(
+        "round",
+        "gptq: pack the changed layers so that outputs on a text change least; slower, keeps more of the adapter. "
+        "distill: then train scales and biases of all layers.",
+        choices=_METHODS,
+        read=partial(values.choice, choices=_METHODS),
+    )
+    calibration: str | None = option(
+        None,
+        "The text that gptq and distill read; self: the model with the adapter writes it. Without it: a sample.",
+        metavar="FILE|self",
+    )
+    seed: int | None = option(None, "Of the text that the model writes. Without it: 0.", _SEED)
     text: str | None = option(None, "The text that the measurement reads. Without it: a sample.", metavar="FILE")
     force: bool = option(False, "Go on where DST exists already (it is replaced) or there is too little memory.")
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.calibration is not None and self.method == "round":
+            raise OptionError("calibration has no effect without method='gptq' or 'distill'; leave it out")
+        _check_seed(self.seed, self.calibration)
+
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+              "q4_0", "q3_k_m", "q2_k")  # fmt: skip
+_REGIMES = ("short", "long")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export_gguf` can be told, which explains it. Raises OptionError for a value of the wrong type."""
+
+    adapter: str | Path | None = option(
+        None, "Merge the adapter in this folder on the way.", read=_folder, metavar="DIR"
+    )
+    type: str | None = option(
+        None,
+        f"Type of the weights: {', '.join(GGUF_TYPES)}. Without it: one that holds the model's own.",
+        choices=GGUF_TYPES,
+        metavar="TYPE",
+    )
+    name: str | None = option(
+        None, "general.name, by which llama.cpp strips white space. Without it: one that strips right.", metavar="NAME"
+    )
+    longrope: Literal["short", "long"] = option(
+        "short",
+        "LongRoPE's factors that the file is meant for: of contexts up to the original length, or beyond it.",
+        choices=_REGIMES,
+        read=partial(values.choice, choices=_REGIMES),
+    )
+    modelfile: bool = option(False, "Write ollama's Modelfile beside it.")
+    importance: bool = option(
+        True,
+        "For K types: let errors count by what a text sends through the weights.",
+        flags="--importance/--no-importance",
+    )
+    calibration: str | None = option(None, "That text. Without it: a sample.", metavar="FILE")
+    report: bool | None = option(
+        None,
+        "Compare with the model on a text: KL divergence; done without asking where weights are rounded a second time.",
+        flags="--report/--no-report",
+    )
+    text: str | None = option(None, "Compare on this text. Without it: another sample.", metavar="FILE")
+    split_max_size: int | str | None = option(
+        None, "Write several files of at most this size: 4GB.", read=_size, metavar="SIZE"
+    )
+    revision: str | None = option(None, "A branch, tag or commit of the repository.", metavar="REV")
+    force: bool = option(False, "Go on where the file exists already (it is replaced) or there is too little memory.")
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.calibration is not None and not self.reads_calibration:
+            raise OptionError(
+                "calibration has no effect without a K type, such as type='q4_k_m', and importance; leave it out"
+            )
+        if self.text is not None and self.report is False:
+            raise OptionError("text has no effect where no report is made; leave it out")
+        if self.modelfile and self.split_max_size is not None:
+            size = f"split_max_size={self.split_max_size}"
+            raise OptionError(f"modelfile=True is for ollama, which takes no parts; leave out {size}")
+
+    @property
+    def is_to_report(self) -> bool | None:
+        """Whether the file is compared with the model; None: nobody said. A text to compare on says yes."""
+        return True if self.text is not None else self.report
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether a text says how much errors count."""
+        return self.importance and self.type is not None and "_k" in self.type
+
+    @property
+    def split_bytes(self) -> int | None:
+        return None if self.split_max_size is None else parse_size(self.split_max_size)

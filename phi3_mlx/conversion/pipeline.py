@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +14,31 @@ from ..engine.machine import room
 from ..errors import MemoryLimitError, OptionError, Phi3Error
 from ..evaluation.quality import comparison_markdown
 from ..option import arguments
-from ..places import is_gguf
 from ..sizes import size_text
 from ..store.atomic import check_destination, new_directory
-from ..store.hub import find_alias, repository_of, resolve
+from ..store.hub import repository_of
 from ..threads import refuse_fork
 from .checked import CheckedSource
 from .choosing import choose
+from .fitted_text import FittedText
+from .gains import Gain, gain_markdown
 from .layout import Layout, Rounder
-from .opening import open_source
+from .opening import find_source, open_source
 from .options import ConvertOptions
+from .own_text import own_text_markdown
 from .recipes import Recipe
 from .rounding import rounded
-from .sinks import Progress, write_model
+from .sinks import Progress, staged, write_model
 from .sources import Source, weights_of
+from .unfinished import unfinished_for
 from .writer import DirectorySink, write_json
 
 if TYPE_CHECKING:
+    from .calibrating import MatrixFit
     from .report import Report
 
-RECIPE = "recipe.json"
+RECIPE, OWN_TEXT_ABOUT = "recipe.json", "calibration.json"
+_FITTED_TOKENS = 2048  # of the text that weights were fitted to, for the report
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Conversion:
     `recipe` is None for a model in floats; `bytes` counts the weights, `bits_per_weight` their average, scales and
     biases included. `kept` names the matrices that stay in floats because no group of the recipe divides their width.
     `report` is the comparison with the source, if there was one; `notes` are sentences that the caller should see.
+    `gain` says what the training of method "distill" gave.
     """
 
     path: Path
@@ -53,6 +58,7 @@ class Conversion:
     kept: tuple[str, ...]
     notes: tuple[str, ...]
     report: Report | None = None
+    gain: Gain | None = None
 
     def _repr_markdown_(self) -> str:
         return conversion_markdown(self)
@@ -70,14 +76,17 @@ def convert(
     target_bpw: float | None = None,
     target_size: int | str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
-    method: Literal["round", "gptq"] = ConvertOptions.method,
+    method: Literal["round", "gptq", "distill"] = ConvertOptions.method,
+    effort: Literal["quick", "good", "best"] | None = None,
     calibration: str | None = None,
+    seed: int | None = None,
     text: str | None = None,
     report: bool | None = None,
     force: bool = False,
     allow_nan: bool = False,
     revision: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    measure: Callable[[str, Path], str] | None = None,
 ) -> Conversion:
     """Convert a checkpoint to an MLX model directory, by default to 4 bits in groups of 64.
 
@@ -92,18 +101,22 @@ def convert(
     layers alike. `target_bpw` (bits per weight, scales included) or `target_size` (bytes, or "2.0GB") chooses bits
     layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
     plain floating weights. Those, scales and biases are in `dtype` ("float32", "bfloat16", "float16"; by default
-    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; it and `target_*` read
-    `calibration` (a bundled text by default).
+    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; "distill" then trains
+    scales and biases towards the source's next-token distributions, and goes on where the same call was cut. Both and
+    `target_*` read `calibration` (a bundled text by default). "self" lets the source write that text, at temperature 1
+    from its chat template, before anything is packed; `seed` (0 by default) is that of its draws.
+    `effort` names a method by what it takes: "quick" ("round"), "good" ("gptq") or "best" ("distill").
 
     `report` compares result and source on `text` (another bundled one by default) and writes REPORT.md; by default
     where both fit in memory. `allow_nan` converts weights that are not finite. `progress` is called after every layer
-    measured, tensor written and part compared.
+    measured, tensor written and part compared. `measure(source, destination)` is called when the model is there; the
+    Markdown that it returns, such as what both answer, ends REPORT.md.
 
     Raises OptionError (contradicting options, a quantization mlx does not have), ModelNotFoundError, CheckpointError
     (files missing or damaged, nowhere to write), ConfigError (a model that phi3 cannot compute),
     MemoryLimitError.
     """
-    return convert_as(source, destination, ConvertOptions(**arguments(ConvertOptions, locals())), progress)
+    return convert_as(source, destination, ConvertOptions(**arguments(ConvertOptions, locals())), progress, measure)
 
 
 def convert_as(
@@ -111,26 +124,37 @@ def convert_as(
     destination: str | Path,
     options: ConvertOptions,
     progress: Callable[[Progress], None] | None = None,
+    measure: Callable[[str, Path], str] | None = None,
 ) -> Conversion:
     """`convert`, with all options at once."""
     refuse_fork()
     source = values.path(source, "source", "a model's name, directory or GGUF file")
     destination = Path(values.path(destination, "destination"))
     values.check_function(progress, "progress")
-    path = _resolve(source, options.revision)
+    values.check_function(measure, "measure")
+    path = find_source(source, options.revision)
     _check_places(path, destination, options.force)
     opened = open_source(path)
     opened.name = str(source)
     choice = choose(opened, options)
     checked = CheckedSource(opened, dtype=choice.dtype, allow_nan=options.allow_nan)
-    ids = _calibration_ids(checked, options.calibration) if options.reads_text else []
+    text = FittedText(checked, options.calibration, options.seed) if options.reads_text else None
     layout = Layout.of(checked, choice.recipe, choice.name)
-    if not options.force:
-        from .planning import check_conversion
-
-        check_conversion(opened, checked, layout, ids, measures=options.has_target)
-    layout = _write(checked, destination, layout, ids, options, progress)
-    made, why_none = _report(destination, opened, layout.nbytes, options, progress)
+    _check(opened, checked, layout, text, options)
+    written = _write(checked, destination, layout, text, options, progress)
+    layout, gain = written.layout, written.gain
+    made, why_none = _report(destination, opened, layout.nbytes, text, options, progress)
+    sections = []
+    if text is not None and text.is_own and (made is not None or gain is not None):
+        sections.append(own_text_markdown(text.about(options.evaluated)))
+    if text is not None and made is not None and written.fits:
+        sections.append(_about_fits(destination, opened, written.fits, made, text.ids))
+    if gain is not None:
+        sections.append(gain_markdown(gain))
+    _add_sections(destination, sections)
+    if measure is not None:
+        asked = values.text(measure(str(source), destination), "what measure returns")
+        _add_sections(destination, [asked])
     return Conversion(
         path=Path(os.path.abspath(destination)),
         recipe=layout.recipe,
@@ -139,6 +163,7 @@ def convert_as(
         kept=_kept(layout),
         notes=(*choice.notes, *why_none, *_about_name(destination)),
         report=made,
+        gain=gain,
     )
 
 
@@ -149,25 +174,59 @@ def _about_name(destination: Path) -> tuple[str, ...]:
     return () if meant == name else (f"the name {name} means {meant}; give this directory as ./{name}",)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What became of a layout: another where bits are measured, and what fitting and training gave."""
+
+    layout: Layout
+    fits: Sequence[MatrixFit]
+    gain: Gain | None
+
+
+def _check(opened: Source, checked: Source, layout: Layout, text: FittedText | None, options: ConvertOptions) -> None:
+    """Refuse what cannot be done before anything is read, or written by the source."""
+    from .calibrating import check_grids
+    from .planning import check_conversion, check_own_text, check_training
+
+    rounds = options.method != "round"
+    if rounds and layout.recipe is not None:
+        check_grids(layout)
+    if options.force:
+        return
+    tokens = 0 if text is None else text.tokens
+    check_conversion(opened, checked, layout, tokens, measures=options.has_target, rounds=rounds)
+    if options.writes_text:
+        check_own_text(checked)
+    if options.method == "distill":
+        check_training(opened, layout, tokens)
+
+
 def _write(
     checked: Source,
     destination: Path,
     layout: Layout,
-    ids: Sequence[int],
+    text: FittedText | None,
     options: ConvertOptions,
     progress: Callable[[Progress], None] | None,
-) -> Layout:
-    """Write the model; returns its layout, which is another where bits are chosen by a measurement."""
-    # The place comes first: measuring takes minutes, and a disk that is full or read-only is known now.
-    with new_directory(destination, force=options.force) as folder:
+) -> _Written:
+    """Write the model."""
+    # The places come first: measuring takes minutes, and a disk that is full or read-only is known now.
+    with unfinished_for(options.method, destination) as work, new_directory(destination, force=options.force) as folder:
         sink = DirectorySink(folder, destination)
+        sink.check_space(_target_bytes(checked, options) if options.has_target else layout.nbytes)
+        ids: Sequence[int] = ()
+        if text is not None:
+            text.make(work, force=options.force, progress=staged(progress, "writing a text", "tokens"))
+            ids = text.ids
         if options.has_target:
-            sink.check_space(_target_bytes(checked, options))
             layout = Layout.of(checked, _fitted_recipe(checked, ids, options, progress))
-        write_model(sink, checked, layout, _rounder(checked, layout, ids, options), progress)
+        rounder, fits, gain = _rounder(checked, layout, ids, options, work, progress)
+        write_model(sink, checked, layout, rounder, progress)
         if options.has_target or options.recipe is not None:
             write_json(folder / RECIPE, layout.recipe or {})
-    return layout
+        if text is not None and text.is_own:
+            write_json(folder / OWN_TEXT_ABOUT, text.about(options.evaluated))
+    return _Written(layout, fits, gain)
 
 
 def _kept(layout: Layout) -> tuple[str, ...]:
@@ -197,27 +256,67 @@ def _fitted_recipe(
         target_bytes=options.target_bytes,
         group_size=options.uniform["group_size"],
         ids=ids,
-        progress=_staged(progress, "measuring", "readings of a layer"),
+        progress=staged(progress, "measuring", "readings of a layer"),
     )
 
 
-def _rounder(checked: Source, layout: Layout, ids: Sequence[int], options: ConvertOptions) -> Rounder:
-    """The rounder for the method that the options name."""
-    if layout.recipe is None or options.method == "round":
-        return rounded(checked)
-    from .gptq import calibrated
+def _rounder(
+    checked: Source,
+    layout: Layout,
+    ids: Sequence[int],
+    options: ConvertOptions,
+    work: Path | None,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Rounder, Sequence[MatrixFit], Gain | None]:
+    """The rounder for the method that the options name; what fitting gives, as it is used, and what training gave.
 
-    return calibrated(checked, layout, ids)
+    Training keeps its state in `work`.
+    """
+    if layout.recipe is None or options.method == "round":
+        return rounded(checked), (), None
+    if work is None:
+        from .calibrating import calibrated
+
+        calibration = calibrated(checked, layout, ids)
+        return calibration, calibration.fits, None
+    from .distillation import distilled
+
+    return distilled(checked, layout, ids, work, force=options.force, progress=progress)
+
+
+def _about_fits(directory: Path, source: Source, fits: Sequence[MatrixFit], report: Report, ids: Sequence[int]) -> str:
+    """What fitting gave, and the KL divergence on the beginning of the text that was read."""
+    from ..text.tokenizer import read_tokenizer
+    from .fits import fits_markdown
+    from .report import make_report
+
+    text = read_tokenizer(directory).decode(list(ids[:_FITTED_TOKENS]))
+    seen = make_report(directory, source, text=text, text_name=None, fitted=True, window=report.window, progress=None)
+    return fits_markdown(fits, fitted_kl=seen.comparison.kl, other_kl=report.comparison.kl)
+
+
+def _add_sections(directory: Path, sections: Sequence[str]) -> None:
+    """End the report with these."""
+    if sections:
+        from .report import add_section
+
+        for section in sections:
+            add_section(directory, section)
 
 
 def _report(
-    directory: Path, source: Source, size: int, options: ConvertOptions, progress: Callable[[Progress], None] | None
+    directory: Path,
+    source: Source,
+    size: int,
+    text: FittedText | None,
+    options: ConvertOptions,
+    progress: Callable[[Progress], None] | None,
 ) -> tuple[Report | None, tuple[str, ...]]:
     """The report, or None, with a note that says why a report by default could not be made."""
     if not options.wants_report:
         return None, ()
     try:
-        return _compared(directory, source, size, options, progress), ()
+        return _compared(directory, source, size, text, options, progress), ()
     except (Phi3Error, OSError) as error:  # the model is there, whatever becomes of its report
         if options.report:
             raise
@@ -225,7 +324,12 @@ def _report(
 
 
 def _compared(
-    directory: Path, source: Source, size: int, options: ConvertOptions, progress: Callable[[Progress], None] | None
+    directory: Path,
+    source: Source,
+    size: int,
+    text: FittedText | None,
+    options: ConvertOptions,
+    progress: Callable[[Progress], None] | None,
 ) -> Report:
     from .report import memory_needed, write_report
 
@@ -239,19 +343,9 @@ def _compared(
         directory,
         source,
         text=options.text,
-        fitted=options.text is not None and options.text == options.calibration,
-        progress=_staged(progress, "comparing", "layers"),
+        fitted=text is not None and text.holds(options.evaluated or ""),
+        progress=staged(progress, "comparing", "layers"),
     )
-
-
-def _resolve(source: str | Path, revision: str | None) -> Path:
-    path = Path(os.path.expanduser(source))
-    named = path.suffix.lower() == ".gguf" and (path.is_file() or not path.exists())
-    if named or (find_alias(str(source)) is None and is_gguf(path)):
-        if revision is not None:
-            raise OptionError(f"a revision is for Hugging Face repositories, and {source} is a file; leave it out")
-        return path
-    return resolve(str(source), revision)
 
 
 def _check_places(source: Path, destination: Path, force: bool) -> None:
@@ -259,24 +353,6 @@ def _check_places(source: Path, destination: Path, force: bool) -> None:
     if target == real or target in real.parents:
         raise OptionError(f"{destination} is, or holds, the model that is read; name another directory")
     check_destination(target, force=force)
-
-
-def _calibration_ids(source: Source, text: str | None) -> list[int]:
-    """What bits and weights are fitted to: a text, or a bundled one that reports do not read."""
-    from ..text.tokenizer import read_tokenizer
-    from .texts import bundled
-
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_extras(Path(folder))
-        tokenizer = read_tokenizer(Path(folder))
-    return tokenizer.encode(bundled("calibration") if text is None else text)
-
-
-def _staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) -> Callable[[int, int], None] | None:
-    """A callback for (done, total) that reports them to `progress` as this stage."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(Progress(stage, unit, done, total))
 
 
 def conversion_markdown(made: Conversion) -> str:

@@ -3,52 +3,125 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..engine import plan
+from ..engine import machine, plan
 from ..engine.plan import Workload
+from ..engine.sampler import numbers_drawn
+from ..engine.sampling import Sampling
 from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models.attention import fused_attention
 from ..models.linear import dequantizing_bytes, most_dequantizing_bytes
 from ..sizes import size_text
-from ..store.checkpoint import Checkpoint
+from ..store.checkpoint import Checkpoint, target_dtype
 from ..store.quantization import FLOATS
-from . import gptq, sensitivity
+from . import calibrating, endtoend, sensitivity
 from .adapted import AdaptedSource
 from .effect import EFFECT_LOGITS, EFFECT_TOKENS
+from .gptq import ROWS_AT_ONCE
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .layout import Entry, Layout
+from .own_text import OWN_LENGTH, TEMPERATURE
 from .rounding import quantizing_bytes
-from .sources import Source
+from .sources import Source, to_mlx
+from .teacher import KEPT
 
 # Beside a matrix that an adapter changes: float32 copies of it that are alive at once, as measured.
 _CHANGE, _CHANGE_DORA = 1.0, 3.0  # the product of its factors; and what the length of rows is computed of
+# Matrices of inputs x inputs that GPTQ has at once: the Hessian and the shift of the rows fitted and of those held out,
+# the sum of the Hessians, damped and factored, and a copy of it. Of each expert but one, the first four.
+_MOMENTS = 8
+_MOMENTS_OF_EXPERT = 4
+_OWED = 3  # of outputs x inputs: what outputs owe the residual stream, of the rows fitted, those held out, and all
+# Of the vocabulary x hidden: an embedding twice, with what rounds some of its rows; a head of its own with its target,
+# which is what it lacks on the rows fitted and on those held out, a change and its products.
+_EMBEDDING_COPIES, _ROUNDED_ROWS, _HEAD_ALONE = 2, 6, 8
+# Of distillation: copies of what is trained (it, its best, gradients, two moments, the next), of a layer in
+# floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
+_TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
 _MARGIN = 1.1  # for the factors themselves and what else is small
 
 
-def check_conversion(source: Source, checked: Source, layout: Layout, ids: Sequence[int], *, measures: bool) -> None:
+def check_conversion(
+    source: Source, checked: Source, layout: Layout, tokens: int, *, measures: bool, rounds: bool
+) -> None:
     """MemoryLimitError unless `source`, cast to the dtypes of `checked`, can be written in `layout`.
 
-    `ids`: of the text that bits or rounding are fitted to, empty if neither is; `measures`: it is the bits.
+    `tokens`: of the text that bits or rounding are fitted to, 0 if neither is; `measures`: the bits are, `rounds`: GPTQ
+    rounds.
     """
     tensor = max(_one_tensor(source, checked, entry) for entry in layout.entries)
-    fitting = (_measuring(source, len(ids)) if measures else _gptq(source, len(ids))) if ids else 0
+    fitting = max(_measuring(source, tokens) if measures else 0, _gptq(source, tokens) if rounds else 0)
     parts = {"a tensor at a time": tensor, "a layer and a text": fitting}
     plan.check_room(
         f"converting {source.name}",
         parts,
-        "take method='round', and bits instead of a target" if ids else "close other programs",
+        "take method='round', and bits instead of a target" if tokens else "close other programs",
     )
 
 
-def check_fusion(folder: Path, base: Checkpoint, source: AdaptedSource, layout: Layout, adapter_bytes: int) -> None:
+def check_own_text(source: Source) -> None:
+    """MemoryLimitError unless the model of `source`, in floats, fits beside what one text that it writes takes."""
+    plan.check_room(f"letting {source.name} write a text", _writing(source), "give one: calibration=FILE")
+
+
+def _writing(source: Source) -> dict[str, int]:
+    """What a model takes to write a text, by what for; others wait where there is no room for several."""
+    dtype = target_dtype(None)
+    sizes = [
+        tensor.nbytes if dtype is None else dtype.size * math.prod(tensor.shape) for tensor in source.tensors.values()
+    ]
+    dequantizing = most_dequantizing_bytes(source.quantization, 4) if source.quantization else 0
+    stored = max(int(max(tensor.nbytes, dequantizing * math.prod(tensor.shape))) for tensor in source.tensors.values())
+    drawing = numbers_drawn(Sampling(temperature=TEMPERATURE))
+    workload = Workload.of_release(source.config, sum(sizes), fused_kernel=fused_attention())
+    length = min(OWN_LENGTH, source.config.max_position_embeddings)
+    itemsize = max(to_mlx(tensor.dtype).size for tensor in source.tensors.values()) if dtype is None else dtype.size
+    made = replace(workload, length=length, drawing=drawing, itemsize=itemsize).plan(machine.room())
+    return {"weights": made.weights, "keys and values": made.cache, "work": max(made.workspace, stored)}
+
+
+def check_training(source: Source, layout: Layout, text_tokens: int) -> None:
+    """MemoryLimitError unless the model that `source` becomes in `layout` can be trained on a text of that length."""
+    plan.check_room(
+        f"training all layers of {source.name}", _training(source, layout, text_tokens), "take method='gptq'"
+    )
+
+
+def _training(source: Source, layout: Layout, text_tokens: int) -> dict[str, int]:
+    """What training the packed model on a text takes, by what for."""
+    config = source.config
+    groups = sum(
+        math.prod(entry.stored[f"{entry.path}.scales"].shape) for entry in layout.entries if entry.packing is not None
+    )
+    floats, matrix = _layer(source)
+    vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
+    tokens = endtoend.ROWS * calibrating.GPTQ_WINDOW
+    logits = _LOGITS * tokens * vocab
+    between = _KEPT_BETWEEN * tokens * hidden * config.num_hidden_layers
+    layer = _COPIES_IN_FLOATS * floats + 2 * matrix
+    head = _COPIES_IN_FLOATS * vocab * hidden
+    return {
+        "weights": layout.nbytes,
+        "training": 4 * 2 * groups * _TRAINED_COPIES,
+        "a text's distributions": 8 * text_tokens * min(KEPT, vocab),
+        "activations": 4 * (between + max(layer + _work(source, calibrating.GPTQ_WINDOW, tokens), logits + head)),
+    }
+
+
+def check_fusion(
+    folder: Path, base: Checkpoint, source: AdaptedSource, layout: Layout, adapter_bytes: int, tokens: int
+) -> None:
     """MemoryLimitError unless `source` can be written in `layout`, and the effect that its adapters keep be measured.
 
-    `folder`: the adapter's, whose tensors take `adapter_bytes`; `base`: what it changes.
+    `folder`: the adapter's, whose tensors take `adapter_bytes`; `base`: what it changes; `tokens`: of the text that
+    GPTQ reads, 0 without it.
     """
     writing = {"the adapter": adapter_bytes, "a matrix at a time": _one_matrix(source, layout)}
+    least = size_text(sum(writing.values()))
+    if tokens:
+        writing["a layer and a text"] = _gptq(source, tokens)
     if not source.rounds_adapters:
         plan.check_room(f"fusing {folder}", writing, "free some")
         return
@@ -63,7 +136,6 @@ def check_fusion(folder: Path, base: Checkpoint, source: AdaptedSource, layout: 
         "work": max(workload.workspace(workload.length), int(logits)),
         "the adapter": 2 * adapter_bytes,  # what is written, and what is measured
     }
-    least = size_text(sum(writing.values()))
     plan.check_room(
         f"measuring what is left of {folder}",
         max(measuring, writing, key=lambda parts: sum(parts.values())),
@@ -116,12 +188,19 @@ def _work(source: Source, window: int, tokens: int) -> int:
 
 
 def _gptq(source: Source, tokens: int) -> int:
-    """A layer in float32, the text before and after it, and of a matrix its inputs' Hessian in three forms."""
+    """The source's layer and the packed one in float32, the text before, in and after both, and a matrix's moments."""
     layer, matrix = _layer(source)
     width = max(tensor.shape[-1] for name, tensor in source.tensors.items() if layer_of(name) == 0)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
-    numbers = max(layer + matrix + 3 * width * width, 2 * vocab * hidden) + 2 * tokens * hidden
-    return 4 * numbers + _work(source, gptq.GPTQ_WINDOW, min(tokens, TOKENS_AT_ONCE))
+    others = max(math.prod(tensor.shape[:-2]) for name, tensor in source.tensors.items() if layer_of(name) == 0) - 1
+    fitting = 2 * layer + (1 + _OWED) * matrix + (_MOMENTS + _MOMENTS_OF_EXPERT * others) * width * width
+    config = source.config
+    mixed = 2 * tokens * config.num_attention_heads * config.head_dim  # by attention, in both layers
+    ends = (_EMBEDDING_COPIES * vocab + _ROUNDED_ROWS * min(vocab, ROWS_AT_ONCE)) * hidden
+    if not config.tie_word_embeddings:
+        ends = max(ends, _HEAD_ALONE * vocab * hidden)
+    numbers = max(fitting, ends) + 4 * tokens * hidden + mixed
+    return 4 * numbers + _work(source, calibrating.GPTQ_WINDOW, min(tokens, TOKENS_AT_ONCE))
 
 
 def _measuring(source: Source, tokens: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,14 @@ import mlx.core as mx
 from ..errors import OptionError
 from ..evaluation.quality import LOGITS_AT_ONCE, Comparison, Difference, blocks, chunks
 from ..files import json_text
+from ..models.hooks import get_layer
 from ..models.linear import matrices, plain_weight
-from ..store.atomic import new_files
+from ..store import hub
+from ..store.atomic import new_files, replace_file
 from ..store.checkpoint import read_model
 from ..store.safetensors import Tensor, find_weights
 from ..text.tokenizer import read_tokenizer
-from .layerwise import EMBEDDING, LayerStream, layer_of, linear
+from .layerwise import EMBEDDING, LayerStream, layer_of
 from .opening import open_source
 from .sources import weights_of
 from .texts import bundled
@@ -75,12 +76,14 @@ class Report:
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...] = ()
     result: str | None = None  # its name, where the report does not lie beside it
+    revision: str | None = None  # the source's commit, if it is a repository of the hub
 
     def figures(self) -> dict[str, Any]:
         """What report.json holds."""
         c = self.comparison
         return {
             "source": self.source,
+            "revision": self.revision,
             "text": self.text,
             "window": self.window,
             "tokens": c.a.tokens,
@@ -170,9 +173,11 @@ def make_report(
     total = sum(tensor.nbytes for tensor in stored.values())
     before = sum(tensor.nbytes for tensor in source.tensors.values())
     tensors = tuple(_tensor(path, error, model, stored) for path, error in comparison.errors.items())
+    # Reports are published beside models: where the source lies on this disk is nobody's business.
+    place = Path(source.name)
+    called, revision = hub.snapshot_of(place) or (place.name if place.is_absolute() else source.name, None)
     return Report(
-        # Reports are published beside models: where the source lies on this disk is nobody's business.
-        source=Path(source.name).name if Path(source.name).is_absolute() else source.name,
+        source=called,
         text=name,
         window=window,
         comparison=comparison.difference.result(characters),
@@ -182,6 +187,7 @@ def make_report(
         bits_per_weight=8 * total / weights,
         tensors=tensors,
         notes=tuple(notes),
+        revision=revision,
     )
 
 
@@ -231,7 +237,7 @@ class _Comparison:
         self, name: str, layer: DecoderLayer, packed: DecoderLayer, hidden: Sequence[mx.array]
     ) -> list[mx.array]:
         """The source's activations after a layer; notes the errors of its linear layers."""
-        pairs = {path: (linear(layer, path), linear(packed, path)) for path in self._stream.linears}
+        pairs = {path: (get_layer(layer, path), get_layer(packed, path)) for path in self._stream.linears}
         sums = {path: [0.0, 0.0] for path in pairs}
         result = []
         for block in hidden:
@@ -252,8 +258,7 @@ class _Comparison:
         error = whole = 0.0
         for a, b, targets in zip(ours, theirs, self._targets, strict=True):
             a, b = self._stream.norm(a).flatten(0, 1), self._model.model.last_norm(b).flatten(0, 1)
-            head, packed_head = partial(self._stream.logits, weight=weight), partial(self._stream.logits, weight=packed)
-            self.difference.add(a, head, b, packed_head, targets, len(weight))
+            self.difference.add(a, self._stream.head(weight), b, self._stream.head(packed), targets, len(weight))
             for here in chunks(len(a), len(weight)):
                 error += _square(a[here] @ change.T)
                 whole += _square(a[here] @ weight.T)
@@ -274,6 +279,13 @@ def _tensor(path: str, error: float, model: Model, stored: Mapping[str, Tensor])
         module = module[int(part)] if part.isdigit() else getattr(module, part)
     size = sum(stored[name].nbytes for part in ("weight", "scales", "biases") if (name := f"{path}.{part}") in stored)
     return TensorReport(path, getattr(module, "bits", None), getattr(module, "group_size", None), size, error)
+
+
+def add_section(directory: Path, section: str) -> None:
+    """End REPORT.md with more Markdown; it is made where there is none."""
+    path = directory / REPORT
+    before = path.read_text(encoding="utf-8") if path.exists() else "# What this conversion cost\n"
+    replace_file(path, f"{before}\n{section}".encode())
 
 
 def markdown(report: Report, plot: str | None) -> str:

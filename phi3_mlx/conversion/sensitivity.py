@@ -18,9 +18,10 @@ import numpy as np
 
 from ..errors import CheckpointError, OptionError
 from ..evaluation.quality import chunks, divergence_from, log_softmax
+from ..models.hooks import get_layer
 from ..sizes import size_text
 from .gptq import dequantized_matrix
-from .layerwise import EMBEDDING, LayerStream, linear
+from .layerwise import EMBEDDING, LayerStream
 from .layout import Layout
 from .recipes import Recipe, left_alone, uniform
 from .rounding import pack
@@ -183,7 +184,7 @@ class _Measurement:
             self._moved[name] = self._stream.run(layer, hidden)
         traced = list(self._stream.trace(layer, self._clean))
         for path in self._stream.linears:
-            name, module = f"model.layers.{i}.{path}.weight", linear(layer, path)
+            name, module = f"model.layers.{i}.{path}.weight", get_layer(layer, path)
             if name not in self._packings:
                 continue
             weight = module.weight

@@ -14,7 +14,8 @@ from .sources import Source
 class Progress:
     """How far a conversion is: `done` of `total`, in `unit` ("layers", "tensors" or "tokens").
 
-    `stage` is "measuring", "writing" or "comparing"; only writing counts bytes.
+    `stage` is "writing a text", "measuring", "packing", "distilling", "writing" or "comparing"; packing and writing
+    count bytes.
     """
 
     stage: str
@@ -23,6 +24,13 @@ class Progress:
     total: int
     bytes: int = 0
     all_bytes: int = 0
+
+
+def staged(progress: Callable[[Progress], None] | None, stage: str, unit: str) -> Callable[[int, int], None] | None:
+    """A callback for (done, total) that reports them to `progress` as this stage."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(Progress(stage, unit, done, total))
 
 
 class Sink(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import Config
 from ..errors import Phi3Error
@@ -52,6 +55,13 @@ class Source(Protocol):
         """Write tokenizer, chat template and the like into `directory`. CheckpointError for what is not the model's."""
 
 
+class OpenedSource(Source, Protocol):
+    """A source that says how it is stored: in floats, or packed."""
+
+    def float_type(self, name: str) -> str | None:
+        """The type of floats ("BF16") that a tensor is stored in; None where it is packed."""
+
+
 def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A `Tensor` of that dtype (safetensors' spelling) and shape."""
     return Tensor(dtype, shape, math.prod(shape) * to_mlx(dtype).size)
@@ -60,6 +70,15 @@ def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
 def weights_of(source: Source) -> int:
     """How many weights the model has in floats: bits per weight are counted for each of them."""
     return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+
+
+def source_digest(source: Source, beside: Any) -> str:
+    """Tells sources, and what is asked of them (`beside`, as JSON), apart. All weights are read, which is soon done."""
+    digest = hashlib.sha256(json.dumps(beside).encode())
+    for name, tensor in source.tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.array(source.read(name).reshape(-1).view(mx.uint8)).data)
+    return digest.hexdigest()
 
 
 def own_dtype(config: Config) -> str | None:
