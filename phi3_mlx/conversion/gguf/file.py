@@ -25,6 +25,11 @@ from ...files import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_SPLIT_NUMBER, _SPLIT_COUNT, _SPLIT_TENSORS = (
+    "split.no",
+    "split.count",
+    "split.tensors.count",
+)  # of a model in several files
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -36,12 +41,13 @@ _CHUNK_BYTES = 1 << 20  # dequantized at a time: what fits a processor's cache i
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of the file: `type` in the format's spelling ("Q4_K"), `shape` rows first, `offset` in the file."""
+    """A tensor: `type` in the format's spelling ("Q4_K"), `shape` rows first, `offset` in the file `path`."""
 
     type: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    path: Path
 
     @property
     def dtype(self) -> str:
@@ -50,18 +56,42 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF file's `metadata` (plain Python values) and `tensors`. CheckpointError where it is damaged."""
+    """A GGUF file's `metadata` (plain Python values) and `tensors`.
+
+    `path` may be the first of several parts, whose tensors are those of all. CheckpointError where one is damaged or
+    missing.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        header = self._header(path)
+        self.metadata, self.tensors = header.metadata, dict(header.tensors)
+        count = self.metadata.get(_SPLIT_COUNT, 0)
+        if count in (0, 1):
+            return
+        ending = f"-00001-of-{count:05}.gguf" if isinstance(count, int) else ""
+        if self.metadata.get(_SPLIT_NUMBER) != 0 or not ending or not path.name.endswith(ending):
+            self.fail(f"is one of {count!r} parts; name the first, whose name ends in -00001-of-NNNNN.gguf")
+        for number in range(1, count):
+            part = path.with_name(f"{path.name.removesuffix(ending)}-{number + 1:05}-of-{count:05}.gguf")
+            other = self._header(part)
+            if (other.metadata.get(_SPLIT_NUMBER), other.metadata.get(_SPLIT_COUNT)) != (number, count):
+                self.fail(f"is the first of {count} parts, and {part.name} is no part of it; download them again")
+            if twice := self.tensors.keys() & other.tensors.keys():
+                self.fail(f"has {min(twice)} in two of its parts; download them again")
+            self.tensors |= other.tensors
+        if self.metadata.get(_SPLIT_TENSORS, len(self.tensors)) != len(self.tensors):
+            self.fail(
+                f"should have {self.metadata[_SPLIT_TENSORS]} tensors in its parts, which have {len(self.tensors)}"
+            )
+
+    def _header(self, path: Path) -> _Header:
         try:
             with open_file(path) as file:
                 if path.stat().st_size < 24:
-                    self.fail("is cut short or is no GGUF file")
+                    raise CheckpointError(f"{path} is cut short or is no GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    header = _Header(self, data)
-                    self.metadata = header.metadata
-                    self.tensors = header.tensors
+                    return _Header(path, data)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -95,7 +125,8 @@ class GgufFile:
         block has its first 16 in the low halves of its bytes and its last 16 in the high ones.
         """
         tensor = self.tensors[name]
-        rows, width = tensor.shape
+        *outer, width = tensor.shape
+        rows = math.prod(outer)
         size = tensor.nbytes // (rows * (width // 32))
         blocks = self._bytes(tensor, 0, rows, tensor.nbytes // rows)
         blocks = (blocks if order is None else blocks[order]).reshape(rows, width // 32, size)
@@ -111,17 +142,17 @@ class GgufFile:
                 if tensor.type == "Q4_1":
                     biases = blocks[..., 2:4].copy().view(np.float16)[..., 0]
         packed = np.ascontiguousarray(weight).reshape(rows, -1).view(np.uint32)
-        return [mx.array(packed), mx.array(scales), mx.array(biases)]
+        return [mx.array(array).reshape(*outer, -1) for array in (packed, scales, biases)]
 
     def _bytes(self, tensor: GgufTensor, first: int, last: int, row_bytes: int) -> np.ndarray:
         count, offset = (last - first) * row_bytes, tensor.offset + first * row_bytes
-        return np.fromfile(self.path, np.uint8, count, offset=offset).reshape(last - first, row_bytes)
+        return np.fromfile(tensor.path, np.uint8, count, offset=offset).reshape(last - first, row_bytes)
 
     def _values(self, tensor: GgufTensor, rows: np.ndarray) -> mx.array:
         if tensor.type in _FLOAT_TYPES:
             values = mx.array(rows.view(_FLOAT_TYPES[tensor.type]))
             return values.view(mx.bfloat16) if tensor.type == "BF16" else values
-        gguf = _library(self.path)
+        gguf = library(self.path)
         with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale: whoever checks for NaN will name it
             # As one row, because the library takes 16 rows at a time, however short.
             values = gguf.dequantize(rows.reshape(1, -1), gguf.GGMLQuantizationType[tensor.type])
@@ -131,14 +162,14 @@ class GgufFile:
 class _Header:
     """One pass over a file's header."""
 
-    def __init__(self, owner: GgufFile, data: mmap.mmap):
-        self.owner, self.data, self.position = owner, data, 0
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.position = path, data, 0
         if self.take(4) != _MAGIC:
-            owner.fail("is no GGUF file (it does not begin with GGUF)")
+            self.fail("is no GGUF file (it does not begin with GGUF)")
         version = self.scalar("I")
         if version not in _VERSIONS:
             kind = "is big-endian" if version & 0xFFFF == 0 else f"is of version {version}"
-            owner.fail(f"{kind}; this package reads little-endian GGUF of versions 2 and 3")
+            self.fail(f"{kind}; this package reads little-endian GGUF of versions 2 and 3")
         tensor_count, entry_count = self.scalar("Q"), self.scalar("Q")
         self.metadata: dict[str, Any] = {}
         for _ in range(entry_count):
@@ -152,8 +183,11 @@ class _Header:
         self.begin = -(-self.position // alignment) * alignment
         self.tensors = {name: self.place(name, shape, kind, offset) for name, shape, kind, offset in entries}
 
+    def fail(self, why: str) -> NoReturn:
+        raise CheckpointError(f"{self.path} {why}")
+
     def damaged(self, why: str) -> NoReturn:
-        self.owner.fail(f"is damaged ({shorten(why, quote=False)}); download it again")
+        self.fail(f"is damaged ({shorten(why, quote=False)}); download it again")
 
     def take(self, count: int) -> bytes:
         if self.position + count > len(self.data):
@@ -201,27 +235,28 @@ class _Header:
         nbytes = math.prod(shape) // block * block_bytes
         if self.begin + offset + nbytes > len(self.data):
             self.damaged(f"it ends at byte {len(self.data):,}, {name} at {self.begin + offset + nbytes:,}")
-        return GgufTensor(kind, shape, self.begin + offset, nbytes)
+        return GgufTensor(kind, shape, self.begin + offset, nbytes, self.path)
 
     def kind(self, name: str, number: int) -> tuple[str, int, int]:
         """Name of a tensor type, how many values a block of it has, and how many bytes."""
-        gguf = _library(self.owner.path)
+        gguf = library(self.path)
         try:
             kind = gguf.GGMLQuantizationType(number)
         except ValueError:
-            self.owner.fail(f"stores {name} in the type {number}, which the installed gguf library does not know")
+            self.fail(f"stores {name} in the type {number}, which the installed gguf library does not know")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if kind.name not in _FLOAT_TYPES:
             try:
                 gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
             except NotImplementedError:
-                self.owner.fail(
+                self.fail(
                     f"stores {name} in the type {kind.name}, which the gguf library cannot dequantize; use another file"
                 )
         return kind.name, block, block_bytes
 
 
-def _library(path: Path) -> ModuleType:
+def library(path: Path) -> ModuleType:
+    """The `gguf` library, which `path` needs. CheckpointError where it is not installed."""
     try:
         import gguf
     except ImportError:

@@ -1,7 +1,7 @@
-"""GGUF files as a source: the architectures `phi3` and `llama`, in every type the `gguf` library can dequantize.
+"""GGUF files as a source: the architectures `phi3`, `phimoe` and `llama`, in every type that the library dequantizes.
 
 What llama.cpp's converter does to a checkpoint is undone here: names, the order of Llama's query and key rows,
-LongRoPE's factor lists as tensors. Source: convert_hf_to_gguf.py (Phi3MiniModel, LlamaModel) and gguf's constants.
+LongRoPE's factor lists as tensors. Source: its conversion/phi.py and llama.py, and gguf's constants.
 """
 
 from __future__ import annotations
@@ -22,33 +22,27 @@ from ..sources import Blocks
 from ..split import require
 from ..writer import write_json
 from .file import BLOCKS, GgufFile
+from .metadata import JITTER_KEY, MSCALE_KEYS
+from .tensor_names import LONG_FACTORS, ROUTER, SHORT_FACTORS, llama_cpp_name
 from .tokenizer import tokenizer_files
 
-_ARCHITECTURES = ("phi3", "llama")
+_ARCHITECTURES = ("phi3", "llama", "phimoe")
 # Metadata under the architecture's name that `_Config` reads, and such as says nothing about the numbers.
 _READ = {"context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
          "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length",
          "attention.value_length", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
          "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
          "rope.scaling.original_context_length"}  # fmt: skip
+_READ_OF_EXPERTS = {"expert_count", "expert_used_count", "attention.layer_norm_epsilon"}
 _INERT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
-_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-_NAMES = {
-    "self_attn.o_proj": "attn_output",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+_FACTORS = {"short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+# What multiplies cos and sin in Phi-3.5-MoE, the one release that has experts and LongRoPE.
+_RELEASED_MSCALE = 1.243163121016122
 
 
 class GgufSource:
-    """A GGUF file as the tensors of a Phi-3 checkpoint (the interface `Source`).
+    """A GGUF file as the tensors of a Phi-3 or Phi-3.5-MoE checkpoint (the interface `Source`).
 
     Values packed in blocks are read as float32, exactly what the file says; `config.dtype` is what
     suits the model: "float16" or "float32" for files of such, else "bfloat16", in which Phi-3 was trained.
@@ -62,7 +56,7 @@ class GgufSource:
         self.name = str(path)
         self._file = GgufFile(path)
         reader = _Config(self._file)
-        self.raw_config = reader.phi3()
+        self.raw_config = reader.config()
         self.config = config = parse_config(self.raw_config, self.name)
         stored = {name: tensor.shape for name, tensor in self._file.tensors.items() if name not in _FACTORS.values()}
         wanted = shapes(config)
@@ -73,6 +67,8 @@ class GgufSource:
             for i in range(config.num_hidden_layers):
                 for name, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
                     self._orders[f"blk.{i}.{name}.weight"] = _unpermuted(heads, config.head_dim)
+        title = self._file.metadata.get("general.name")
+        self.metadata_name = title if isinstance(title, str) else None
         self._extras = tokenizer_files(self._file.metadata, self.name)
         if self._extras.tokenizer_size > config.vocab_size:
             self._file.fail(
@@ -106,6 +102,11 @@ class GgufSource:
         whole = parts[0].dtype if len({part.dtype for part in parts}) == 1 else mx.float32
         return mx.concatenate([part.astype(whole) for part in parts])
 
+    def float_type(self, name: str) -> str | None:
+        """The type of floats that a tensor is stored in; None where it is packed."""
+        floats = all(self._file.tensors[part].type in _SIZES for part in self._parts[name])
+        return self.tensors[name].dtype if floats else None
+
     def write_extras(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
         files = {
@@ -129,19 +130,19 @@ class _Config:
         self.file = file
         self.architecture = file.metadata.get("general.architecture")
         if self.architecture not in _ARCHITECTURES:
-            known = " and ".join(_ARCHITECTURES)
-            self.fail(f"is of the architecture {self.architecture!r}; {known} can be converted")
+            known = ", ".join(_ARCHITECTURES)
+            self.fail(f"is of the architecture {self.architecture!r}; those that can be converted are {known}")
+        self.has_experts = self.architecture == "phimoe"
+        self.model_type = "phimoe" if self.has_experts else "phi3"
         kind = file.metadata.get("general.type", "model")
         if kind != "model":
             self.fail(f"holds no model but a part of one (general.type {kind!r}); name the GGUF of the model itself")
-        if file.metadata.get("split.count", 1) not in (0, 1):
-            count = file.metadata["split.count"]
-            self.fail(f"is one of {count} parts; join them first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf")
         prefix = f"{self.architecture}."
         self.values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
+        said = _READ | _INERT | (_READ_OF_EXPERTS if self.has_experts else set())
         for key, value in self.values.items():
-            if key not in _READ | _INERT and value not in (0, "", "none"):
-                self.fail(f"has {prefix}{key} {_shorten(value)}, which is not supported for phi3")
+            if key not in said and value not in (0, "", "none"):
+                self.fail(f"has {prefix}{key} {_shorten(value)}, which is not supported for {self.model_type}")
         if "rope_freqs.weight" in file.tensors:
             self.fail("has rope_freqs.weight: its RoPE is scaled as Llama 3's, which phi3 cannot compute")
 
@@ -149,17 +150,20 @@ class _Config:
         raise ConfigError(f"{self.file.path} {why}")
 
     def number(self, key: str, default: Any = None, kind: type = int) -> Any:
-        value = self.values.get(key, default)
+        """The value of a key of the architecture's."""
+        return self.checked(f"{self.architecture}.{key}", self.values.get(key, default), kind)
+
+    def checked(self, key: str, value: Any, kind: type) -> Any:
         if value is None:
-            self.fail(f"has no {self.architecture}.{key} in its metadata; use a newer GGUF of the model")
+            self.fail(f"has no {key} in its metadata; use a newer GGUF of the model")
         kinds = (int,) if kind is int else (int, float)
         if type(value) not in kinds or not 0 < value < 1e18:  # NaN fails it too
             name = "integer" if kind is int else "number"
-            self.fail(f"has {self.architecture}.{key} {_shorten(value)}, expected a positive {name}")
+            self.fail(f"has {key} {_shorten(value)}, expected a positive {name}")
         # Stored as float32: 1e-05 rather than 9.999999747378752e-06, which is the same float32.
         return value if kind is int else float(str(np.float32(value)))
 
-    def phi3(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         tensors = self.file.tensors
         if "token_embd.weight" not in tensors:
             raise CheckpointError(f"{self.file.path} has no token_embd.weight; use another GGUF of the model")
@@ -174,8 +178,8 @@ class _Config:
         if rotated != head_dim and (self.architecture == "llama" or int(head_dim * (rotated / head_dim)) != rotated):
             self.fail(f"rotates {rotated} of {head_dim} dims, which cannot be brought into phi3's order")
         config = {
-            "architectures": ["Phi3ForCausalLM"],
-            "model_type": "phi3",
+            "architectures": ["PhiMoEForCausalLM" if self.has_experts else "Phi3ForCausalLM"],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": self.number("feed_forward_length"),
@@ -194,7 +198,17 @@ class _Config:
             config["head_dim"] = head_dim
         if rotated != head_dim:
             config["partial_rotary_factor"] = rotated / head_dim
-        return config | self.rope(longest)
+        return config | self.rope(longest) | (self.experts() if self.has_experts else {})
+
+    def experts(self) -> dict[str, Any]:
+        """What only a mixture of experts has. llama.cpp has no place for the router's jitter, our export has."""
+        return {
+            "num_local_experts": self.number("expert_count"),
+            "num_experts_per_tok": self.number("expert_used_count", 2),
+            "router_jitter_noise": self.checked(JITTER_KEY, self.file.metadata.get(JITTER_KEY, 0.01), float),
+            "attention_bias": "blk.0.attn_q.bias" in self.file.tensors,
+            "lm_head_bias": "output.bias" in self.file.tensors,
+        }
 
     def window(self, longest: int) -> int | None:
         if self.values.get("attention.sliding_window") == 0:
@@ -225,32 +239,39 @@ class _Config:
         for key, name in factors.items():
             # As decimals: the shortest that give this float32 again.
             scaling[key] = [float(str(value)) for value in np.array(self.file.read(name).astype(mx.float32))]
-        if "rope.scaling.attn_factor" in self.values and original > 1:
-            given = self.number("rope.scaling.attn_factor", kind=float)
-            usual = math.sqrt(1 + math.log(max(longest, original) / original) / math.log(original))
-            if abs(given - usual) > 1e-6 * usual:
-                scaling["attention_factor"] = given
+        unusual = self.unusual_factor(longest, original)
+        if self.has_experts:
+            # llama.cpp's converter writes the usual factor, whatever the model's own are.
+            for name, key in MSCALE_KEYS.items():
+                given = self.file.metadata.get(key)
+                scaling[name] = (unusual or _RELEASED_MSCALE) if given is None else self.checked(key, given, float)
+        elif unusual is not None:
+            scaling["attention_factor"] = unusual
         return {"rope_scaling": scaling, "original_max_position_embeddings": original}
 
+    def unusual_factor(self, longest: int, original: int) -> float | None:
+        """The attention factor; None for the one that follows from the lengths."""
+        if "rope.scaling.attn_factor" not in self.values or original == 1:
+            return None
+        given: float = self.number("rope.scaling.attn_factor", kind=float)
+        usual = math.sqrt(1 + math.log(max(longest, original) / original) / math.log(original))
+        return None if abs(given - usual) <= 1e-6 * usual else given
+
     def dtype(self) -> str:
-        kinds = {tensor.type for tensor in self.file.tensors.values() if len(tensor.shape) > 1}
+        tensors = self.file.tensors.items()  # routers are in float32 in every file
+        kinds = {tensor.type for name, tensor in tensors if len(tensor.shape) > 1 and not name.endswith(ROUTER)}
         return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(frozenset(kinds), "bfloat16")
 
 
 def _parts(target: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors of a GGUF file whose rows make up `target`."""
-    if target in _TOP:
-        return (_TOP[target],)
-    _, _, layer, name = target.removesuffix(".weight").split(".", 3)
-    names: tuple[str, ...]
-    if name == "self_attn.qkv_proj":
-        names = ("attn_qkv",) if f"blk.{layer}.attn_qkv.weight" in stored else ("attn_q", "attn_k", "attn_v")
-    elif name == "mlp.gate_up_proj":
-        # Phi-3's files call both together ffn_up.
-        names = ("ffn_gate", "ffn_up") if f"blk.{layer}.ffn_gate.weight" in stored else ("ffn_up",)
-    else:
-        names = (_NAMES[name],)
-    return tuple(f"blk.{layer}.{part}.weight" for part in names)
+    whole = llama_cpp_name(target)
+    stem = whole.removesuffix("attn_qkv.weight").removesuffix("ffn_up.weight")
+    if whole.endswith(".attn_qkv.weight") and whole not in stored:
+        return tuple(f"{stem}attn_{part}.weight" for part in "qkv")
+    if whole.endswith(".ffn_up.weight") and f"{stem}ffn_gate.weight" in stored:
+        return (f"{stem}ffn_gate.weight", whole)
+    return (whole,)
 
 
 def _unpermuted(heads: int, dim: int) -> np.ndarray:

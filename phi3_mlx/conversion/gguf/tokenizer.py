@@ -12,58 +12,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ...errors import TokenizerError
+from .words import PRE_TOKENIZERS, WHOLE_WORDS, TokenKind, byte_level
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
-_ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+_ADDED = (TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.USER_DEFINED)
 _PREFIX = "tokenizer.ggml."
 # llama.cpp calls every `<|…|>` a control token; Phi-4-mini's own files do not call these so, and answers show them.
 _TOOL_TOKENS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
-
-# English endings, letters with one sign before them, digits, signs with the line ends after them, white space.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The same, but a word ends where its small letters end, and keeps its English ending.
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _bytes(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-def _words(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return _sequence(split, _bytes(False))
-
-
-_GPT2 = _bytes(True)
-_SINGLE_DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _GPT2)
-
-# tokenizer.ggml.pre -> how text is cut into words. Phi-4 says "dbrx", Phi-4-mini "gpt-4o".
-_PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "olmo": _GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "llama-bpe": _words(_LLAMA3),
-    "dbrx": _words(_LLAMA3),
-    "smaug-bpe": _words(_LLAMA3),
-    "gpt-4o": _words(_O200K),
-}
-# Words that are tokens as they stand are not built by merges; and a prompt begins with BOS unless the file says no.
-_WHOLE_WORDS = {"llama-bpe"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +50,7 @@ class _Reader:
         if len(self.tokens) != len(self.types):
             self.fail(f"has {len(self.tokens):,} tokens but {len(self.types):,} token types")
         # Padding of the embedding ("[PAD32011]") is no vocabulary; further down it holds the place of its id.
-        used = max((i for i, kind in enumerate(self.types) if kind != _UNUSED), default=-1) + 1
+        used = max((i for i, kind in enumerate(self.types) if kind != TokenKind.UNUSED), default=-1) + 1
         self.vocab = {token: i for i, token in enumerate(self.tokens[:used])}
         if len(self.vocab) != used:
             twice = next(token for i, token in enumerate(self.tokens[:used]) if self.vocab[token] != i)
@@ -105,8 +59,8 @@ class _Reader:
         ordinary = [i for i, kind in enumerate(self.types[:used]) if kind not in _ADDED]
         self.size = max(ordinary, default=-1) + 1
         self.pre = "" if self.kind == "llama" else self.get("pre", str)
-        if self.kind == "gpt2" and self.pre not in _PRE_TOKENIZERS:
-            known = ", ".join(_PRE_TOKENIZERS)
+        if self.kind == "gpt2" and self.pre not in PRE_TOKENIZERS:
+            known = ", ".join(PRE_TOKENIZERS)
             self.fail(f"has the pre-tokenizer {self.pre!r}, whose rules this package does not know; known: {known}")
 
     def fail(self, why: str) -> NoReturn:
@@ -134,9 +88,9 @@ class _Reader:
 
     def files(self) -> TokenizerFiles:
         bos, eos, pad, unknown = (self.named(role) for role in ("bos", "eos", "padding", "unknown"))
-        if unknown is None and _UNKNOWN in self.types:
-            unknown = self.types.index(_UNKNOWN)
-        add_bos = self.flag("add_bos_token", self.kind == "llama" or self.pre in _WHOLE_WORDS) and bos is not None
+        if unknown is None and TokenKind.UNKNOWN in self.types:
+            unknown = self.types.index(TokenKind.UNKNOWN)
+        add_bos = self.flag("add_bos_token", self.kind == "llama" or self.pre in WHOLE_WORDS) and bos is not None
         added = self.added_tokens()
         name = lambda number: None if number is None else self.tokens[number]  # noqa: E731
         config = {
@@ -191,7 +145,7 @@ class _Reader:
                 "lstrip": False,
                 "rstrip": phi3 and token not in plain,
                 "normalized": False,
-                "special": self.types[number] != _USER_DEFINED and token not in _TOOL_TOKENS,
+                "special": self.types[number] != TokenKind.USER_DEFINED and token not in _TOOL_TOKENS,
             }
             for token, number in self.vocab.items()
             if self.types[number] in _ADDED and token
@@ -206,9 +160,9 @@ class _Reader:
                 )
         return {
             "normalizer": None,
-            "pre_tokenizer": _PRE_TOKENIZERS[self.pre],
-            "decoder": _bytes(True),
-            "model": self.model(merges, unknown=None, ignore_merges=self.pre in _WHOLE_WORDS),
+            "pre_tokenizer": PRE_TOKENIZERS[self.pre],
+            "decoder": byte_level(True),
+            "model": self.model(merges, unknown=None, ignore_merges=self.pre in WHOLE_WORDS),
         }
 
     def sentencepiece(self, unknown: int | None) -> dict[str, Any]:
@@ -229,7 +183,7 @@ class _Reader:
             "model": self.model(
                 self.merges_of(scores),
                 unknown=None if unknown is None else self.tokens[unknown],
-                byte_fallback=_BYTE in self.types,
+                byte_fallback=TokenKind.BYTE in self.types,
             ),
         }
 
@@ -239,7 +193,7 @@ class _Reader:
         Of several ways to one token the order does not matter, as long as it is one: the one of the ids is
         that of the released files.
         """
-        ordinary = {token: number for token, number in self.vocab.items() if self.types[number] == _NORMAL}
+        ordinary = {token: number for token, number in self.vocab.items() if self.types[number] == TokenKind.NORMAL}
         ranked = []
         for token, number in ordinary.items():
             for cut in range(1, len(token)):
