@@ -1,22 +1,25 @@
 """A model as lm-eval's language model: its numbers, what it reads, what it cuts; lm-eval's own backend beside it."""
 
-import json
 import math
 import sys
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from oracle import make_torch_dequantized
+from oracle import CONFIGS, make_torch_dequantized, slim
 
 from phi3_mlx import generate, load
 from phi3_mlx.engine.batch import Batch
 from phi3_mlx.engine.jobs import Job
+from phi3_mlx.engine.prefill import common_length
 from phi3_mlx.engine.prefixes import PrefixStore
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import ContextLengthError, OptionError, PromptError
-from phi3_mlx.evaluation.answering import harness_request
+from phi3_mlx.evaluation.harness_request import harness_request
+from phi3_mlx.evaluation.tasks import harness_tasks
+from phi3_mlx.models import build, parse_config
 from phi3_mlx.text.chat import SYSTEM_FOLDED, render_chat
 
 pytest.importorskip("lm_eval")
@@ -27,10 +30,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from phi3_mlx.evaluation.lm import HarnessLM
-from phi3_mlx.evaluation.tasks import harness_tasks
 
-# ARC, BLiMP and MMLU with and without examples: of how many tasks the first so many questions.
-LISTS = [("arc_easy", 0, 1, 400), ("blimp", 0, 1, 400), ("mmlu", 0, 50, 3), ("mmlu", 5, 50, 1)]
 TINY = ROOT / "weights" / "tiny"
 SAME = 1e-4  # of a token
 PAIRS = [
@@ -185,6 +185,13 @@ def test_a_question_that_fills_max_length_is_not_cut(tiny):
 def test_max_length_is_within_the_models_context(tiny, length):
     with pytest.raises(OptionError, match=f"max_length {length} is outside its range; give 2 to 4096"):
         HarnessLM(*tiny, max_length=length)
+
+
+def test_a_128k_model_has_all_of_its_context_unless_told(tiny):
+    raw = {**slim(CONFIGS["3.5-mini"]), "max_position_embeddings": 131072}
+    model = build(parse_config({**raw, "original_max_position_embeddings": 4096}))
+    assert HarnessLM(model, tiny[1]).max_length == 131072
+    assert HarnessLM(model, tiny[1], max_length=4096).max_length == 4096
 
 
 def test_what_is_only_read_may_fill_the_context(tiny):
@@ -448,31 +455,19 @@ def test_lm_evals_own_backend_gives_the_same_answers(tiny, backend, length):
     assert lm.generate_until(several) == backend(length).generate_until(several, disable_tqdm=True)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("name", "shots", "tasks", "limit"), LISTS)
-def test_lm_evals_own_backend_scores_real_questions_alike(tiny, backend, shared, name, shots, tasks, limit):
-    if name == "blimp":
-        lines = (shared / "eval" / "blimp.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs = [json.loads(line) for line in lines[:: len(lines) // limit][:limit]]
-        asks = [
-            Instance("loglikelihood", pair, ("", f" {pair[kind]}"), number, ("blimp", number, 1))
-            for number, pair in enumerate(pairs)
-            for kind in ("sentence_good", "sentence_bad")
-        ]
-    else:
-        (made,) = harness_tasks([name], data=shared / "eval", num_fewshot=shots)
-        asks = []
-        for each in [made] if name != "mmlu" else made.get_all_tasks()[:tasks]:
-            each.set_config(key="num_fewshot", value=shots)
-            each.set_fewshot_seed(1234)
-            each.build_all_requests(limit=limit)
-            asks += each.instances
-    ours, theirs = HarnessLM(*tiny).loglikelihood(asks), backend().loglikelihood(asks, disable_tqdm=True)
-    assert_same([ask.args for ask in asks], ours, theirs, tiny[1])
-    sums = {}
-    for ask, (total, _), (expected, _) in zip(asks, ours, theirs, strict=True):
-        sums.setdefault((ask.task_name, ask.doc_id), []).append((total, expected))
-    assert len(sums) == tasks * limit
-    for choices in sums.values():
-        best = max(choices, key=lambda pair: pair[1])
-        assert best[0] > max(total for total, _ in choices) - 1e-3
+def test_the_examples_of_a_subject_are_read_once_for_all_of_its_questions(tiny, shared, read_tokens):
+    (mmlu,) = harness_tasks(["mmlu"], data=shared / "eval", num_fewshot=5)
+    asks = []
+    for task in mmlu.get_all_tasks()[:3]:
+        task.set_config(key="num_fewshot", value=5)
+        task.build_all_requests(limit=6)
+        asks += task.instances
+    lm = HarnessLM(*tiny)
+    prompts = sorted({tuple(lm.tok_encode(ask.args[0])) for ask in asks})
+    least = 0
+    for long in (False, True):  # nothing that is short for LongRoPE serves what is long
+        alike = [[*ids] for ids in prompts if tiny[0].model.is_long(len(ids) + 1) == long]
+        least += sum(len(ids) for ids in alike) - sum(common_length(ids[:-1], after) for ids, after in pairwise(alike))
+    assert len(prompts) == 18
+    lm.loglikelihood(asks)
+    assert least <= read_tokens() < 1.05 * least < 0.6 * sum(map(len, prompts))

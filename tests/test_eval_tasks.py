@@ -5,18 +5,24 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 
 import pytest
+from conftest import ROOT
 
-from phi3_mlx import evaluate, load
+from phi3_mlx import ProgressBar, evaluate, load
 from phi3_mlx.cli import main
 from phi3_mlx.errors import DataError, OptionError
 from phi3_mlx.evaluation.questions import arc_question, mmlu_subjects, own_question, own_questions
 
 pytest.importorskip("lm_eval")
 
-from phi3_mlx.evaluation.harness import figures_of, write_results
+from test_display import Terminal
+
+from phi3_mlx.evaluation.figures import figures_of
+from phi3_mlx.evaluation.paired import compare_results
+from phi3_mlx.evaluation.report import write_results
 from phi3_mlx.evaluation.tasks import harness_tasks
 
 CHOOSING = [
@@ -237,11 +243,61 @@ def test_questions_that_no_network_brings_are_refused_in_a_line(few_tasks, monke
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"the questions of arc_easy are not there \(ConnectionError: no network\)"):
+    said = r"the questions of arc_easy are not there \(ConnectionError: no network\); "
+    with pytest.raises(DataError, match=said + "data=DIR takes those of mmlu, .*, svamp from there$"):
         harness_tasks(["arc_easy"])
 
 
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        (["mmlu_anatomy", "mmlu_stem"], ["mmlu_stem"]),
+        (["mmlu_stem", "gsm8k", "mmlu_anatomy"], ["mmlu_stem", "gsm8k"]),
+        (["mmlu_anatomy", "mmlu_stem", "mmlu"], ["mmlu"]),
+        (["mmlu_stem", "mmlu_world_religions"], ["mmlu_stem", "mmlu_world_religions"]),
+        (["gsm8k", "gsm8k"], ["gsm8k"]),
+        (["{data}/who.jsonl", "{data}/../{folder}/who.jsonl"], ["who"]),
+    ],
+)
+def test_what_is_named_twice_is_asked_once(data, names, asked):
+    write_lines(data / "who.jsonl", CHOOSING)
+    named = [name.format(data=data, folder=data.name) for name in names]
+    made = harness_tasks(named, data=data, num_fewshot=0)
+    assert [getattr(each, "name", None) or each.task_name for each in made] == asked
+
+
+def test_one_name_for_other_questions_is_refused(data):
+    own = str(write_lines(data / "mmlu_anatomy.jsonl", CHOOSING))
+    other = str(write_lines(data / "b" / "mmlu_anatomy.jsonl", CHOOSING))
+    for names, said in (
+        ([own, other], "tasks has mmlu_anatomy twice, with other questions; ask one at a time"),
+        ([own, "mmlu_stem"], "tasks has mmlu_anatomy twice, in mmlu_anatomy and in mmlu_stem; ask one at a time"),
+        (["mmlu_three_ways", "mmlu"], "tasks has mmlu_anatomy twice, with other questions; ask one at a time"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            harness_tasks(names, data=data, apply_chat_template=lambda messages: "")
+        assert str(caught.value) == said
+
+
 # ------------------------------------------------------------------------------------------ evaluate
+
+
+def test_the_union_of_tasks_has_each_question_once(tiny, data, capsys):
+    results = evaluate(*tiny, ["mmlu_anatomy", "mmlu_stem"], data=data, num_fewshot=0)
+    assert {name: len(samples) for name, samples in results["samples"].items()} == {
+        "mmlu_anatomy": 3,
+        "mmlu_astronomy": 3,
+    }
+    assert {"mmlu_stem", "mmlu_anatomy"} <= {figure.task for figure in figures_of(results)}
+    assert capsys.readouterr().err == ""  # no bars of lm-eval's own
+
+
+def test_a_bar_follows_an_evaluation(tiny, data, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    evaluate(*tiny, "mmlu_anatomy", data=data, num_fewshot=0, progress=ProgressBar("evaluating"))
+    assert terminal.getvalue().endswith("] evaluating 3 of 3\033[K\n")
+    assert "it/s" not in terminal.getvalue()
 
 
 def test_evaluate_asks_tasks_and_files_and_counts_what_was_cut(tiny, data):
@@ -264,8 +320,15 @@ def test_evaluate_asks_tasks_and_files_and_counts_what_was_cut(tiny, data):
     assert figures["mmlu", "acc"].questions == 6
     samples = [sample for name in results["samples"] if name.startswith("mmlu") for sample in results["samples"][name]]
     assert figures["mmlu", "acc"].value == pytest.approx(sum(sample["acc"] for sample in samples) / 6)
+    pairs = compare_results(results, results)
+    counted = {pair.task: pair.questions for pair in pairs if pair.metric == "acc"}
+    assert (pairs[0].task, counted["mmlu"], counted["mmlu_stem"], counted["mmlu_anatomy"]) == ("mmlu", 6, 4, 2)
+    grouped = {**results["groups"]["mmlu"], "acc,none": 0.123}  # as if its tasks counted alike, whatever their sizes
+    weighted = {**results, "groups": {**results["groups"], "mmlu": grouped}}
+    assert "mmlu" not in {pair.task for pair in compare_results(results, weighted)}
     assert figures["who", "acc"].shots == 1
-    assert figures["who", "acc"].interval == pytest.approx(1.96 * results["results"]["who"]["acc_stderr,none"])
+    assert figures["who", "acc"].interval is None  # of two questions none was right
+    assert figures["mmlu", "acc"].interval == pytest.approx(1.96 * results["groups"]["mmlu"]["acc_stderr,none"])
     assert {("say", "exact_match"), ("say", "contains")} <= {*figures}
     assert results["phi3_mlx"]["cut_prompts"] > 0
     folder = data / "out"
@@ -325,16 +388,29 @@ def test_the_command_prints_a_table_and_writes_the_results(data, capsys):
     head, first, *_ = table.splitlines()
     assert head.split() == ["task", "metric", "answer", "by", "shots", "questions", "value", "95", "%"]
     assert first.split()[:3] == ["mmlu", "acc", "9"]
-    assert "prompts were longer than --max-length and lost their beginning" in notes
+    assert "prompts were longer than the context (max_length), and cut at the beginning" in notes
     told = json.loads((out / "results.json").read_text())
     assert told["config"]["model"] == "tiny"
     assert told["config"]["limit"] is None
     assert (out / "samples.jsonl").exists()
     code, _, notes = run(capsys, "--tasks", own, "-o", out)
-    assert (code, notes) == (1, f"phi3-mlx: {out} exists already; name another directory\n")
+    assert code == 1
+    assert f"phi3-mlx: {out} holds an evaluation whose tasks was '[" in notes
     code, text, _ = run(capsys, "--tasks", own, "--json", "--limit", 1)
     assert code == 0
     assert json.loads(text)["results"]["who"]["sample_len"] == 1
+
+
+def test_results_name_the_revision_of_a_model_out_of_the_hubs_cache(tmp_path, capsys):
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(ROOT / "weights" / "tiny", snapshot)
+    own = write_lines(tmp_path / "who.jsonl", CHOOSING)
+    code, text, _ = run(capsys, "-m", snapshot, "--tasks", own, "--limit", 1, "--num-fewshot", 1, "--json")
+    assert code == 0
+    told = json.loads(text)
+    assert told["config"]["model_args"]["revision"] == "0123abc"
+    assert told["n-shot"]["who"] == 1
+    assert len(told["phi3_mlx"]["prompt_hashes"]["who"]) == 64
 
 
 def test_the_command_names_its_own_options_in_what_it_refuses(data, capsys):

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..engine.identity import model_fingerprint
 from ..errors import OptionError
 from ..models.decoder import Model
 from ..option import arguments
-from ..values import optional, texts
+from ..values import check_function, optional, refusal, texts
 from ..values import path as as_path
+from .harness_request import harness_request
+from .journal import check_output, opened
 from .options import EvalOptions
-from .tasks import harness_tasks
+from .paired import compare_results, document_error
+from .quiet import quiet
+from .report import write_results
+from .tasks import check_chat, harness_tasks
+from .three_ways import NOTES, THREE_WAYS
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
+    from .lm import HarnessLM
 
+_NO_TASKS = "tasks is empty; name some, such as mmlu, or a .jsonl file of questions"
 _SEEDS = (0, 1234)  # of Python and of numpy
 _RESAMPLES = 1000  # for the error of a figure that has no formula for it
 
@@ -35,11 +46,16 @@ def evaluate(
     tasks: str | Sequence[str],
     *,
     data: str | os.PathLike[str] | None = None,
+    include_path: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    against: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
     limit: int | None = EvalOptions.limit,
     num_fewshot: int | None = EvalOptions.num_fewshot,
     chat: bool = EvalOptions.chat,
     fewshot_as_multiturn: bool = EvalOptions.fewshot_as_multiturn,
     system: str | None = EvalOptions.system,
+    gen_kwargs: Mapping[str, Any] | str | None = EvalOptions.gen_kwargs,
     max_length: int | None = EvalOptions.max_length,
     seed: int = EvalOptions.seed,
     allow_code: bool = EvalOptions.allow_code,
@@ -49,26 +65,51 @@ def evaluate(
 ) -> dict[str, Any]:
     """How well a model answers the tasks of lm-eval (extra `eval`): what `lm_eval.evaluate` returns.
 
-        results = evaluate(*load("phi-3.5-mini-4bit"), ["mmlu", "my_questions.jsonl"], data="eval", limit=100)
+        before = evaluate(*load("phi-3.5-mini"), ["mmlu", "my_questions.jsonl"], data="eval", limit=100)
+        results = evaluate(*load("mini-4bit"), ["mmlu", "my_questions.jsonl"], data="eval", limit=100, against=before)
         results["results"]["my_questions"]["acc,none"]
 
-    `tasks`: names of lm-eval's tasks and groups, and `.jsonl` files of your own questions, a line {"question",
-    "choices", "answer"} or {"question", "answer"} each. `data`: a directory that has the questions of MMLU (its own
-    CSV files), ARC or GSM8K (JSON lines); those of other tasks come from the hub.
+    `tasks`: names of lm-eval's tasks and groups, `.jsonl` files of your own questions, a line {"question", "choices",
+    "answer"} or {"question", "answer"} each, and texts whose perplexity is measured: `.txt` files, or `.jsonl` with a
+    line {"text"} each. `data`: a directory that has the questions of MMLU, ARC, GSM8K, WinoGrande, HellaSwag,
+    BLiMP, BBH or SVAMP (docs/evaluation.md has the files); those of other tasks come from the hub. `include_path`: a
+    directory of YAML files that define more tasks. `mmlu_three_ways` is MMLU as the report lays it out, as lm-eval
+    does, and in the chat.
 
     Prompts are lm-eval's own. With `chat` they are put into the model's template, `system` as its system message, and
-    with `fewshot_as_multiturn` the examples are turns of their own. `results["phi3_mlx"]` counts what was cut:
-    `cut_prompts` lost their beginning, since they were longer than `max_length`, and `cut_answers` reached their
-    longest. `progress(done, total)` counts what was read or answered, `notify` gets sentences for the user.
+    with `fewshot_as_multiturn` the examples are turns of their own. `gen_kwargs` change how answers are generated.
+    `results["phi3_mlx"]` counts what was cut: `cut_prompts` lost their beginning, since they were longer than
+    `max_length`, and `cut_answers` reached their longest. `progress(done, total)` counts what was read or answered; a
+    `ProgressBar` shows it. `notify` gets sentences for the user.
+
+    `output`: a directory that gets each answer as it comes, and in the end results.json, samples.jsonl and report.md. A
+    run that was interrupted goes on there if all that matters is as it was, and is refused if not. `against`: what
+    this function returned of a model to compare with, asked the same; then `results["against"]` has for each metric
+    the difference, its interval, McNemar's test and the questions that flipped. `model_args`: what the results are to
+    say of the model, such as {"pretrained": its name, "revision": ...}.
 
     Raises OptionError for an unknown task and for one that runs code, unless `allow_code`; DataError for questions that
-    are not there or faulty; and what `generate` raises.
+    are not there or faulty, and for an output that cannot be written or holds something else; and what `generate`
+    raises.
     """
     options = EvalOptions(**arguments(EvalOptions, locals()))
     names = texts([tasks] if isinstance(tasks, str) else tasks, "tasks")
     if not names:
-        raise OptionError("tasks is empty; name some, such as mmlu, or a .jsonl file of questions")
-    directory = optional(as_path, data, "data")
+        raise OptionError(_NO_TASKS)
+    if THREE_WAYS in names and (options.chat or options.fewshot_as_multiturn):
+        raise OptionError(f"{THREE_WAYS} asks in a chat and without one; leave chat and fewshot_as_multiturn out")
+    data_path, include, folder = (
+        None if (given := optional(as_path, value, name)) is None else Path(given).expanduser()
+        for value, name in ((data, "data"), (include_path, "include_path"), (output, "output"))
+    )
+    check_function(progress, "progress")
+    check_function(notify, "notify")
+    if against is not None and not (isinstance(against, Mapping) and "samples" in against):
+        raise refusal(against, "against", "what evaluate returned of another model")
+    if options.generation:
+        harness_request(options.generation, max_tokens=1)  # refuses what has no meaning
+    if folder is not None:
+        check_output(folder)
     from .lm import HarnessLM  # first: it says where lm-eval is not installed
 
     lm = HarnessLM(
@@ -80,39 +121,98 @@ def evaluate(
         progress=progress,
         notify=notify,
     )
+    started = time.time()
+    with _as_lm_eval_runs(), ExitStack() as stack:
+        made = harness_tasks(
+            names,
+            data=data_path,
+            include_path=include,
+            num_fewshot=options.num_fewshot,
+            allow_code=options.allow_code,
+            count_tokens=lm.count_tokens,
+            apply_chat_template=lm.apply_chat_template,
+        )
+        notes = [NOTES[name] for name in (getattr(each, "name", None) for each in made) if name in NOTES]
+        if notify is not None:
+            for note in notes:
+                notify(note)
+        if folder is not None:
+            lm.journal = stack.enter_context(opened(folder, _identity(model, names, options)))
+            if lm.journal.earlier and notify is not None:
+                notify(f"{folder} has answers of an earlier run, which goes on from there")
+        results = _asked(lm, made, options)
+        said = {} if model_args is None else dict(model_args)
+        results["config"] = {"model": said.get("pretrained", "phi3_mlx"), "model_args": said, **asdict(options)}
+        results |= {"date": started, "lm_eval_version": version("lm_eval"), "phi3_mlx_version": version("phi3-mlx")}
+        results["phi3_mlx"] = {
+            "cut_prompts": lm.cut_prompts,
+            "cut_answers": lm.cut_answers,
+            "seconds": round(time.time() - started, 1),
+            "prompt_hashes": {task: _prompts_hash(samples) for task, samples in results["samples"].items()},
+            "notes": notes,
+        }
+        if against is not None:
+            results["against"] = compare_results(against, results)
+        if folder is not None:
+            write_results(results, folder, before=against)
+    return results
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """What `evaluate` raises for tasks that cannot be asked; where they are to be asked later."""
+    if not names:
+        raise OptionError(_NO_TASKS)
+    from . import lm  # noqa: F401 - says where lm-eval is not installed
+
+    with _as_lm_eval_runs():
+        harness_tasks(names)
+
+
+def _identity(model: Model, names: Sequence[str], options: EvalOptions) -> dict[str, Any]:
+    """What must be the same where an evaluation goes on; the questions themselves are looked at as they are asked."""
+    settings = {name: value for name, value in asdict(options).items() if name not in ("force", "allow_code")}
+    return {"model": model_fingerprint(model), "tasks": [*names], "lm_eval": version("lm_eval"), **settings}
+
+
+def _asked(lm: HarnessLM, made: Sequence[Any], options: EvalOptions) -> dict[str, Any]:
+    """lm-eval's results."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    started = time.time()
-    with _as_lm_eval_runs():
-        loaded = TaskManager(include_defaults=False).load(
-            harness_tasks(
-                names,
-                data=None if directory is None else Path(directory).expanduser(),
-                num_fewshot=options.num_fewshot,
-                allow_code=options.allow_code,
-            )
-        )
-        for task in loaded["tasks"].values():
-            _set_shots(task, options)
-        results: dict[str, Any] = evaluator.evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=options.limit,
-            system_instruction=options.system,
-            apply_chat_template=options.chat or options.fewshot_as_multiturn,
-            fewshot_as_multiturn=options.fewshot_as_multiturn,
-            confirm_run_unsafe_code=options.allow_code,
-            bootstrap_iters=_RESAMPLES,
-        )
-    results["config"] = {"model": "phi3_mlx", **asdict(options)}
-    results |= {"date": started, "lm_eval_version": version("lm_eval"), "phi3_mlx_version": version("phi3-mlx")}
-    results["phi3_mlx"] = {
-        "cut_prompts": lm.cut_prompts,
-        "cut_answers": lm.cut_answers,
-        "seconds": round(time.time() - started, 1),
-    }
+    loaded = TaskManager(include_defaults=False).load([*made])
+    if options.chat or options.fewshot_as_multiturn:
+        check_chat([*loaded["tasks"].values()])
+    for task in loaded["tasks"].values():
+        _set_shots(task, options)
+        if options.generation and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=options.generation, update=True)
+    results: dict[str, Any] = evaluator.evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=options.limit,
+        system_instruction=options.system,
+        apply_chat_template=options.chat or options.fewshot_as_multiturn,
+        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        confirm_run_unsafe_code=options.allow_code,
+        bootstrap_iters=_RESAMPLES,
+    )
+    _add_document_errors(results)
     return results
+
+
+def _prompts_hash(samples: Sequence[Mapping[str, Any]]) -> str:
+    """What two runs of a task have in common if, and only if, they asked the same texts in the same order."""
+    return sha256("".join(sample["prompt_hash"] for sample in samples).encode()).hexdigest()
+
+
+def _add_document_errors(results: Mapping[str, Any]) -> None:
+    """The standard error of figures of documents, for which lm-eval has none: over draws of documents."""
+    for task, samples in results["samples"].items():
+        for metric in samples[0]["metrics"] if len(samples) > 1 else ():
+            rows = [sample[metric] for sample in samples]
+            if all(isinstance(row, list | tuple) and len(row) == 2 for row in rows):
+                key = f"{metric}_stderr,{samples[0]['filter']}"
+                results["results"][task][key] = document_error(np.array(rows, dtype=float), metric)
 
 
 def _set_shots(task: Any, options: EvalOptions) -> None:
@@ -124,88 +224,34 @@ def _set_shots(task: Any, options: EvalOptions) -> None:
     task.set_fewshot_seed(seed=options.seed)
 
 
-class Figure(NamedTuple):
-    """A metric of a task or a group. `filtered`: how answers are taken from texts; `error`: standard, if known."""
-
-    task: str
-    metric: str
-    filtered: str
-    shots: int | None
-    questions: int
-    value: float
-    error: float | None
-
-    @property
-    def interval(self) -> float | None:
-        """Half of the 95 % confidence interval."""
-        return None if self.error is None else 1.96 * self.error
-
-
-def figures_of(results: Mapping[str, Any]) -> list[Figure]:
-    """The metrics in what `evaluate` returned: groups first, then tasks, in lm-eval's order."""
-    groups = results.get("groups") or {}
-    order = [*reversed([*groups]), *(name for name in results["results"] if name not in groups)]
-    figures = []
-    for name in order:
-        told = groups[name] if name in groups else results["results"][name]
-        for key, value in told.items():
-            metric, comma, filtered = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            error = told.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, int | float) and math.isfinite(error)
-            figures.append(
-                Figure(
-                    name,
-                    metric,
-                    filtered,
-                    results["n-shot"].get(name),
-                    int(told["sample_len"]),
-                    float(value),
-                    float(error) if known else None,
-                )
-            )
-    return figures
-
-
-def write_results(results: Mapping[str, Any], directory: Path) -> None:
-    """`results.json`, as lm-eval lays it out, and `samples.jsonl`: a line for each question and way to read its answer.
-
-    A line has lm-eval's keys (doc, arguments, resps, prompt_hash, the metrics) and its `task`.
-    """
-    from lm_eval.utils import handle_non_serializable
-
-    def write(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=False, default=handle_non_serializable)
-
-    told = {key: value for key, value in results.items() if key != "samples"}
-    (directory / "results.json").write_text(write(told, indent=2) + "\n", encoding="utf-8")
-    with open(directory / "samples.jsonl", "w", encoding="utf-8") as file:
-        for task, samples in results["samples"].items():
-            file.writelines(write({"task": task, **sample}) + "\n" for sample in samples)
-
-
 @contextlib.contextmanager
 def _as_lm_eval_runs() -> Iterator[None]:
-    """With the seeds of lm-eval, for tasks that draw, and without its log.
+    """With the seeds of lm-eval, for tasks that draw, and without its log and the hub's, which tells of each try.
 
-    And without its processes, which would be forks of one that has MLX.
+    And without its processes, which would be forks of one that has MLX, and without the bars of datasets and of its
+    tasks, one each, beside which `progress` would not be seen.
     """
     import random
 
-    import numpy as np
+    import datasets
+    from lm_eval.api import task
 
-    log, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
-    level, before = log.level, os.environ.get(key)
+    key = "DISABLE_MULTIPROC"
+    before = os.environ.get(key)
     states = random.getstate(), np.random.get_state()
-    log.setLevel(logging.ERROR)
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    own_bar, task.tqdm = task.tqdm, partial(task.tqdm, disable=True)
     os.environ[key] = "1"
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
     try:
-        yield
+        with quiet("lm_eval", "huggingface_hub"):
+            yield
     finally:
-        log.setLevel(level)
+        task.tqdm = own_bar
+        if bars:
+            datasets.enable_progress_bars()
         random.setstate(states[0])
         np.random.set_state(states[1])
         os.environ.pop(key)

@@ -11,19 +11,21 @@ Importing this module needs lm-eval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..engine.continuations import Continued, score_together
+from ..engine.continuations import Continued, score_each
 from ..engine.prefill import common_length
 from ..engine.prefixes import LEAST, PrefixStore
 from ..errors import OptionError, PromptError
+from ..generation.answering import answer_each
 from ..generation.loading import check_loaded, check_tokenizer
 from ..generation.request import Request
 from ..models.decoder import Model
 from ..text.chat import chat_text, template_source
-from .answering import answer_each, harness_request
+from .harness_request import harness_request
 
 try:
     from lm_eval.api.model import LM
@@ -33,11 +35,14 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
+    from .journal import Journal
 
 _GENERATED = 256  # tokens of an answer at most, where the task does not say: lm-eval's default
-_CONTEXTS_AT_ONCE = 256  # contexts: a few seconds' work, after which what was found is told
+_CONTEXTS_AT_ONCE = 256  # contexts of which is seen whether a store pays
 
 Pair = tuple[list[int], list[int]]  # context and continuation
+_Result = TypeVar("_Result")
+_Finding = Generator[tuple[int, _Result], None, None]  # places, and what was found of each
 
 
 class HarnessLM(LM):
@@ -47,8 +52,9 @@ class HarnessLM(LM):
     beginning, and `cut_prompts` counts how many did; `cut_answers` counts answers that their budget ended.
     `prefix_token_id`: what stands before a text that has nothing before it; None: BOS, else EOS. `kv_bits` and
     `kv_group_size` pack the cache, as `generate`'s. `prefixes` keeps what questions begin with; None: a store of its
-    own. `seed`: of tasks that draw answers. `progress(done, total)` counts the contexts that were read, or the answers.
-    `notify` gets a sentence that the user should know.
+    own. `seed`: of tasks that draw answers. `journal` has the answers of a run that was interrupted, and gets each that
+    comes. `progress(done, total)` counts the contexts that were read, or the answers. `notify` gets a sentence that the
+    user should know.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class HarnessLM(LM):
         prefixes: PrefixStore | None = None,
         seed: int = 1234,
         force: bool = False,
+        journal: Journal | None = None,
         progress: Callable[[int, int], None] | None = None,
         notify: Callable[[str], None] | None = None,
     ):
@@ -78,6 +85,7 @@ class HarnessLM(LM):
         self._cache = Request(kv_bits=kv_bits, kv_group_size=kv_group_size, force=force)
         self._given, self._store = prefixes, PrefixStore() if prefixes is None else prefixes
         self._prefix, self._seed, self._progress, self._notify = prefix_token_id, seed, progress, notify
+        self.journal = journal
         self._said: set[str] = set()
 
     # What lm-eval asks of a model.
@@ -119,9 +127,12 @@ class HarnessLM(LM):
     def tok_encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids, with a BOS if the tokenizer adds one, or as `add_special_tokens` says; never with a second."""
         ids = self._tokenizer.encode(text, special=True)
-        bos = self._tokenizer.bos_token_id
         wanted = self._tokenizer.add_bos_token if add_special_tokens is None else add_special_tokens
-        return [bos, *ids] if wanted and bos is not None and ids[:1] != [bos] else ids
+        return self._tokenizer.with_bos(ids) if wanted else ids
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens of a text `loglikelihood_rolling` scores."""
+        return len(self._text_ids(text))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation) the log-probability of the continuation, and whether it is the greedy one.
@@ -129,11 +140,12 @@ class HarnessLM(LM):
         White space at the end of a context counts with the continuation. An empty context is `prefix_token_id`.
         Raises PromptError for a continuation without tokens, or with more than `max_length`.
         """
-        asked = [request.args for request in requests]
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        for place, result in self._scored([self._fitted(*pair) for pair in self._pairs(asked)]):
-            results[place] = result
-            self.cache_hook.add_partial("loglikelihood", asked[place], result)
+        whole = [*self._pairs(request.args for request in requests)]
+        pairs = [self._fitted(*pair) for pair in whole]
+        self.cut_prompts += len({tuple(all_of[0]) for all_of, pair in zip(whole, pairs, strict=True) if all_of != pair})
+        results = self._answered("loglikelihood", pairs, self._scored)
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -148,8 +160,9 @@ class HarnessLM(LM):
                 pairs.append(pair)
                 owners.append(number)
         parts: list[list[float]] = [[] for _ in requests]
-        for place, (logprob, _) in self._scored(pairs):
-            parts[owners[place]].append(logprob)
+        scored = self._answered("loglikelihood_rolling", pairs, self._scored)
+        for owner, (logprob, _) in zip(owners, scored, strict=True):
+            parts[owner].append(logprob)
         totals = [math.fsum(part) for part in parts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -162,21 +175,13 @@ class HarnessLM(LM):
         have no meaning here, and for an answer that may be as long as the context.
         """
         asked = [self._asked(place, *request.args) for place, request in enumerate(requests)]
-        order = sorted(range(len(asked)), key=lambda place: asked[place][0])  # prompts that begin alike together
-        answers = answer_each(
-            self._model,
-            self._tokenizer,
-            [asked[place] for place in order],
-            prefixes=self._store_for([prompt for prompt, _ in (asked[place] for place in order)]),
-            force=self._cache.force,
-            progress=self._progress,
-        )
-        texts = [""] * len(asked)
-        for number, answer in answers:
-            place = order[number]
-            texts[place] = answer.text
-            self.cut_answers += answer.finish_reason == "length"
-            self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
+        texts = []
+        for request, (text, reason) in zip(
+            requests, self._answered("generate_until", asked, self._generated), strict=True
+        ):
+            texts.append(text)
+            self.cut_answers += reason == "length"
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     # How texts become token ids.
@@ -205,13 +210,16 @@ class HarnessLM(LM):
         if len(continuation) > self.max_length:
             raise PromptError(f"a choice has {len(continuation):,} tokens, and max_length is {self.max_length:,}")
         over = len(context) + len(continuation) - (self.max_length + 1)
-        self.cut_prompts += over > 0
         return context[max(over, 0) :], continuation
 
     def _windows(self, text: str) -> Iterator[Pair]:
-        prefix, ids = self.prefix_token_id, self._tokenizer.encode(text, special=True)
-        ids = ids[1:] if ids[:1] == [prefix] else ids
-        return map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
+        windows = get_rolling_token_windows(self._text_ids(text), self.prefix_token_id, self.max_length, 1)
+        return map(make_disjoint_window, windows)
+
+    def _text_ids(self, text: str) -> list[int]:
+        """The ids of a text, without the prefix that it may begin with."""
+        ids = self._tokenizer.encode(text, special=True)
+        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
 
     def _asked(self, place: int, context: str, options: dict[str, Any]) -> tuple[list[int], Request]:
         """A prompt's ids, as many as leave room for the answer, and how it is to be answered."""
@@ -228,36 +236,68 @@ class HarnessLM(LM):
 
     # How they are read.
 
-    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    def _answered(self, kind: str, asked: Sequence[Any], answer: Callable[..., _Finding[Any]]) -> list[Any]:
+        """What was found of each that is asked, without asking again what the journal has.
+
+        `answer(asked, left)` gives the place of each that is `left`, and what was found, as it comes.
+        """
+        known = {} if self.journal is None else self.journal.begin(kind, asked)
+        with closing(answer(asked, [place for place in range(len(asked)) if place not in known])) as results:
+            for place, result in results:
+                known[place] = result
+                if self.journal is not None:
+                    self.journal.add(kind, place, result)
+        return [tuple(known[place]) for place in range(len(asked))]
+
+    def _scored(self, pairs: Sequence[Pair], left: Sequence[int]) -> _Finding[tuple[float, bool]]:
         """The scores of pairs, each with its place, as they come. Contexts that begin alike are read in turn."""
         by_context: dict[tuple[int, ...], list[int]] = {}
-        for place, (context, _) in enumerate(pairs):
-            by_context.setdefault(tuple(context), []).append(place)
-        contexts = sorted(by_context)
+        for place in left:
+            by_context.setdefault(tuple(pairs[place][0]), []).append(place)
+        contexts, count = sorted(by_context), len({tuple(context) for context, _ in pairs})
+        done = count - len(contexts)
         for first in range(0, len(contexts), _CONTEXTS_AT_ONCE):
             some = contexts[first : first + _CONTEXTS_AT_ONCE]
-            prompts = [[Continued((*ids, *pairs[at][1]), len(ids)) for at in by_context[ids]] for ids in some]
-            scored = score_together(
+            scores = score_each(
                 self._model,
-                prompts,
+                [[Continued((*ids, *pairs[at][1]), len(ids)) for at in by_context[ids]] for ids in some],
                 kv_bits=self._cache.cache_bits(),
                 force=self._cache.force,
                 prefixes=self._store_for(some),
-                progress=self._progress_from(first, len(contexts)),
             )
-            for ids, of_context in zip(some, scored, strict=True):
-                for place, tokens in zip(by_context[ids], of_context, strict=True):
-                    total = math.fsum(token.logprob for token in tokens)
-                    yield place, (total, all(token.is_likeliest for token in tokens))
+            with closing(scores):
+                for ids, of_context in zip(some, scores, strict=True):
+                    for place, tokens in zip(by_context[ids], of_context, strict=True):
+                        total = math.fsum(token.logprob for token in tokens)
+                        yield place, (total, all(token.is_likeliest for token in tokens))
+                    done += 1
+                    self._tell(done, count)
+
+    def _generated(self, asked: Sequence[tuple[list[int], Request]], left: Sequence[int]) -> _Finding[tuple[str, str]]:
+        """The answers to prompts, each with its place and why it ended. Prompts that begin alike are read in turn."""
+        order = sorted(left, key=lambda place: asked[place][0])
+        done = len(asked) - len(order)
+        answers = answer_each(
+            self._model,
+            self._tokenizer,
+            [asked[place] for place in order],
+            prefixes=self._store_for([asked[place][0] for place in order]),
+            force=self._cache.force,
+        )
+        with closing(answers):
+            for number, answer in answers:
+                yield order[number], (answer.text, answer.finish_reason)
+                done += 1
+                self._tell(done, len(asked))
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(done, total)
 
     def _store_for(self, contexts: Sequence[list[int] | tuple[int, ...]]) -> PrefixStore | None:
         """What keeps their beginnings; none of its own where no two neighbours begin alike: to keep takes a while."""
         alike = any(common_length([*ids], [*after]) >= LEAST for ids, after in pairwise(contexts))
         return self._store if alike or self._given is not None else None
-
-    def _progress_from(self, first: int, total: int) -> Callable[[int, int], None] | None:
-        progress = self._progress
-        return None if progress is None else lambda done, _: progress(first + done, total)
 
     def _say_once(self, sentence: str) -> None:
         if self._notify is not None and sentence not in self._said:

@@ -136,6 +136,10 @@ def _check_work(what: str, window: Workload) -> None:
     plan.check_room(what, parts, "take models of fewer bits")
 
 
+# Hidden states of some tokens of a pass (n, hidden_size), and which these are -> logits (n, vocab_size).
+OutputHead = Callable[[mx.array, Sequence[int]], mx.array]
+
+
 class Difference:
     """Sums over positions; `result` makes a Comparison of them."""
 
@@ -147,16 +151,17 @@ class Difference:
     def add(
         self,
         hidden_a: mx.array,
-        head_a: Callable[[mx.array], mx.array],
+        head_a: OutputHead,
         hidden_b: mx.array,
-        head_b: Callable[[mx.array], mx.array],
+        head_b: OutputHead,
         targets: mx.array,
         vocab_size: int,
     ) -> None:
         """Add the positions of `hidden_*` (B, L, hidden_size), whose next tokens are `targets` (B * L)."""
         hidden_a, hidden_b = hidden_a.flatten(0, -2), hidden_b.flatten(0, -2)
         for here in chunks(len(targets), vocab_size):
-            log_a, log_b = log_softmax(head_a(hidden_a[here])), log_softmax(head_b(hidden_b[here]))
+            places = range(len(targets))[here]
+            log_a, log_b = log_softmax(head_a(hidden_a[here], places)), log_softmax(head_b(hidden_b[here], places))
             next_ids = np.array(targets[here])[:, None]
             self._nats_a -= _sum(np.take_along_axis(log_a, next_ids, axis=-1))
             self._nats_b -= _sum(np.take_along_axis(log_b, next_ids, axis=-1))
@@ -241,7 +246,7 @@ def _alone(model: Model, tokenizer: Tokenizer, text: str, ids: Sequence[int], wi
         with turn():
             hidden, targets = model.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
             for here in chunks(len(targets), model.config.vocab_size):
-                logs = log_softmax(model.logits(hidden[here]))
+                logs = log_softmax(model.logits(hidden[here], range(len(targets))[here]))
                 nats -= _sum(np.take_along_axis(logs, np.array(targets[here])[:, None], axis=-1))
     return Quality(_predicted(tokenizer, ids), _characters(tokenizer, text, ids), nats)
 

@@ -39,7 +39,7 @@ def mmlu_subjects(directory: Path) -> dict[str, dict[str, list[Question]]]:
 
 def _mmlu_file(path: Path) -> list[Question]:
     questions = []
-    for number, row in enumerate(csv.reader(io.StringIO(_text_of(path), newline="")), 1):
+    for number, row in enumerate(csv.reader(io.StringIO(text_of(path), newline="")), 1):
         if len(row) != _MMLU_COLUMNS or row[-1].strip() not in [*"ABCD"]:
             raise DataError(
                 f"{path}: row {number} is {shorten(row)}; expected a question, four choices and A, B, C or D"
@@ -51,16 +51,20 @@ def _mmlu_file(path: Path) -> list[Question]:
 def task_splits(directory: Path, task: str, read: Callable[[Question, str], Question]) -> dict[str, list[Question]]:
     """The splits of a task whose questions are lines of JSON: `TASK_test.jsonl` or `TASK/test.jsonl`, and the like.
 
-    Raises DataError where there is no test split, and for a line that is no question of the task.
+    Raises DataError where there is neither a test nor a validation split, and for a line that is no question of the
+    task.
     """
-    splits = {}
+    splits: dict[str, list[Question]] = {}
     for split, names in _SPLITS.items():
         for name in names:
             for path in (directory / f"{task}_{name}.jsonl", directory / task / f"{name}.jsonl"):
                 if split not in splits and path.exists():
-                    splits[split] = [read(line, source) for line, source in _lines(path)]
-    if not splits.get("test"):
-        raise DataError(f"{directory} has no {task}: looked for {task}_test.jsonl and {task}/test.jsonl")
+                    splits[split] = [read(line, source) for line, source in lines_of(path)]
+    if not splits.get("test") and not splits.get("validation"):
+        raise DataError(
+            f"{directory} has no {task}: looked for {task}_test.jsonl and {task}/test.jsonl, and the same with "
+            "validation, dev or val"
+        )
     return splits
 
 
@@ -104,7 +108,7 @@ def own_questions(path: Path) -> list[Question]:
     With choices `answer` becomes the place of the right one, and `letters` has a letter for each. Raises DataError,
     which names the line.
     """
-    questions = [own_question(line, source) for line, source in _lines(path)]
+    questions = [own_question(line, source) for line, source in lines_of(path)]
     if not questions:
         raise DataError(f"{path} holds no questions; write one JSON object a line")
     choosing = ["letters" in question for question in questions]
@@ -149,9 +153,9 @@ def _place(answer: Any, choices: list[str], letters: list[str], source: str) -> 
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[Question, str]]:
+def lines_of(path: Path) -> Iterator[tuple[Question, str]]:
     """The objects of a file of JSON lines, each with what messages call its place."""
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
@@ -164,7 +168,7 @@ def _lines(path: Path) -> Iterator[tuple[Question, str]]:
         yield value, source
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         return read_text(path)
     except UnicodeDecodeError as error:

@@ -1,129 +1,106 @@
-"""Tasks of lm-eval: its own by name, its own with questions that are on disk, and a user's file of questions."""
+"""Tasks of lm-eval: its own by name, and a user's file of questions. `disk.py` makes those whose data is on disk."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError
-from .questions import Question, arc_question, mmlu_subjects, own_questions, task_splits, worded_question
+from .disk import NAMES_ON_DISK, mean_of, task_with, tasks_on_disk
+from .passages import TEXT_ENDINGS, passages_config, read_passages
+from .questions import Question, own_questions
+from .three_ways import THREE_WAYS, mmlu_three_ways
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
-# Tasks whose questions `data` may hold: the folder of lm-eval that defines them, how their files are called, and what
-# reads a line. MMLU's files are CSV.
-_ON_DISK: dict[str, tuple[str, str, Callable[[Question, str], Question]]] = {
-    "arc_easy": ("arc", "arc_easy", arc_question),
-    "arc_challenge": ("arc", "arc_challenge", arc_question),
-    "gsm8k": ("gsm8k", "gsm8k", worded_question),
-    "gsm8k_cot": ("gsm8k", "gsm8k", worded_question),
-}
-_MMLU = "mmlu"
-_SPLIT_OF = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 _LONGEST_ANSWER = 64  # tokens to a user's question without choices
 
 
 def harness_tasks(
-    names: Sequence[str], *, data: Path | None = None, num_fewshot: int | None = None, allow_code: bool = False
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    allow_code: bool = False,
+    count_tokens: Callable[[str], int] = len,
+    apply_chat_template: Callable[..., str] | None = None,
 ) -> list[Task | Group]:
-    """The tasks that lm-eval is to ask: names of its own tasks or groups, or `.jsonl` files of questions.
+    """The tasks that lm-eval is to ask: names of its own tasks or groups, or files of questions or texts.
 
-    `data`: a directory that has the questions of MMLU, ARC or GSM8K; those of other tasks come from the hub.
+    `data`: a directory that has the questions of the tasks of `NAMES_ON_DISK`; those of others come from the hub.
+    `include_path`: a directory with the definitions of more tasks, lm-eval's YAML. `count_tokens`: how many tokens of a
+    text a model predicts. `apply_chat_template(messages)`: for `mmlu_three_ways`, which asks in a chat too.
     Raises OptionError for a name that is neither, and for a task that runs code which the model writes unless
     `allow_code`; DataError for questions that are faulty, not there, or lack the examples that are to precede them.
+    What is named twice, by itself and in a group or in two groups one of which is in the other, is asked once.
     """
-    made: list[Task | Group] = []
+    made: list[tuple[Task | Group, str]] = []  # each with what its questions come from
     named = []
     for name in names:
-        if name.endswith((".jsonl", ".json")):
-            made.append(_own_task(Path(name).expanduser(), num_fewshot or 0))
-        elif data is not None and name == _MMLU:
-            made.append(_mmlu(data, num_fewshot))
-        elif data is not None and name in _ON_DISK:
-            made.append(_task_on_disk(name, data, num_fewshot))
+        if name.endswith((".jsonl", ".json", *TEXT_ENDINGS)):
+            path = Path(name).expanduser()
+            made.append((_own_task(path, num_fewshot or 0, count_tokens), os.path.realpath(path)))
+        elif name == THREE_WAYS:
+            made += [(each, THREE_WAYS) for each in mmlu_three_ways(data, num_fewshot, apply_chat_template)]
+        elif data is not None and (on_disk := tasks_on_disk(name, data, num_fewshot)):
+            made += [(each, "data") for each in on_disk]
         else:
             named.append(name)
-    return made + (_by_name(named, data, allow_code) if named else [])
+    made += [(each, "lm-eval") for each in _by_name(named, data, include_path, allow_code)] if named else []
+    return _each_once(made)
 
 
-# On disk.
+def _each_once(made: Sequence[tuple[Task | Group, str]]) -> list[Task | Group]:
+    """The tasks and groups that are in no other one: of mmlu_anatomy and mmlu_stem the group, which has both.
+
+    OptionError where two tasks of one name are left, since lm-eval knows tasks by name (a file's is that of its stem).
+    """
+    kept: list[tuple[Task | Group, str]] = []
+    for item, source in made:
+        if any(source == other and _own_name(item) in _names_in(each) for each, other in kept):
+            continue
+        kept = [(each, other) for each, other in kept if source != other or _own_name(each) not in _names_in(item)]
+        kept.append((item, source))
+    owners: dict[str, str] = {}
+    for item, _ in kept:
+        for name in (task.task_name for task in _tasks_in(item)):
+            if name in owners:
+                first, second = owners[name], _own_name(item)
+                where = "with other questions" if first == second else f"in {first} and in {second}"
+                raise OptionError(f"tasks has {name} twice, {where}; ask one at a time")
+            owners[name] = _own_name(item)
+    return [item for item, _ in kept]
 
 
-def _mmlu(data: Path, num_fewshot: int | None) -> Task | Group:
-    subjects = mmlu_subjects(data)
-    index = _definitions("mmlu/default")
-    tasks = {}
-    for subject, splits in subjects.items():
-        entry = index.get(f"mmlu_{subject}")
-        if entry is None:
-            raise DataError(f"{data} has a subject {subject!r}, which MMLU does not have; take its file away")
-        tasks[entry.name] = _with_data(entry.cfg, splits, {"test": "test_split"}, num_fewshot, data)
-    (group,) = _inside(_MMLU, index, tasks)
-    return group
+def _own_name(item: Task | Group) -> str:
+    return item.name if hasattr(item, "get_all_tasks") else item.task_name
 
 
-def _inside(name: str, index: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[Task | Group]:
-    """What lm-eval knows by a name, of the tasks that there are: one, all with a tag, or a group of them."""
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import GroupConfig
-
-    if name in tasks:
-        return [tasks[name]]
-    entry = index[name]
-    if not entry.cfg:
-        return [each for member in sorted(entry.tags) for each in _inside(member, index, tasks)]
-    if "group" not in entry.cfg:
-        return []
-    group = Group.from_config(GroupConfig(**entry.cfg))
-    for each in (each for member in entry.cfg["task"] for each in _inside(member, index, tasks)):
-        group.add(each)
-    return [group] if len(group) else []
+def _tasks_in(item: Task | Group) -> list[Task]:
+    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
 
 
-def _task_on_disk(name: str, data: Path, num_fewshot: int | None) -> Task:
-    folder, stem, read = _ON_DISK[name]
-    splits = task_splits(data, stem, read)
-    return _with_data(_definitions(folder)[name].cfg, splits, _SPLIT_OF, num_fewshot, data)
+def _names_in(item: Task | Group) -> set[str]:
+    """Its own name, and those of the tasks and groups in it."""
+    groups = item.get_all_groups() if hasattr(item, "get_all_tasks") else []
+    return {_own_name(item), *(task.task_name for task in _tasks_in(item)), *(group.name for group in groups)}
 
 
-def _definitions(folder: str) -> Mapping[str, Any]:
-    """lm-eval's definitions in a folder of its tasks: all of them take ten seconds to read."""
-    import lm_eval.tasks
-
-    where = Path(lm_eval.tasks.__file__).parent / folder
-    index: Mapping[str, Any] = lm_eval.tasks.TaskManager(include_path=str(where), include_defaults=False).task_index
-    return index
+# A user's file.
 
 
-def _with_data(
-    definition: Mapping[str, Any],
-    splits: Mapping[str, list[Question]],
-    split_of: Mapping[str, str],
-    num_fewshot: int | None,
-    data: Path,
-) -> Task:
-    """A task as lm-eval defines it, with these questions."""
-    config = {key: value for key, value in definition.items() if key not in ("tag", "group", "task_list")}
-    for split, key in split_of.items():
-        config[key] = split if split in splits else None
-    shots = config.get("num_fewshot") or 0 if num_fewshot is None else num_fewshot
-    known = {"train"} if config.get("fewshot_split") is None else {config["fewshot_split"]}
-    if not known & {*splits}:
-        if shots:
-            raise DataError(
-                f"{config['task']} begins with {shots} examples, and {data} has no split {min(known)!r} of it to take "
-                "them from; give num_fewshot=0"
-            )
-        config["fewshot_split"] = None
-    return _made(config, splits)
-
-
-def _own_task(path: Path, num_fewshot: int) -> Task:
-    """A user's questions: with choices the letter of the right one is scored, else the answer is generated."""
+def _own_task(path: Path, num_fewshot: int, count_tokens: Callable[[str], int]) -> Task:
+    """A user's texts or questions: with choices the letter of the right one is scored, else the answer is generated."""
+    if (texts := read_passages(path)) is not None:
+        definition, passages = passages_config(texts, count_tokens)
+        return task_with({"task": path.stem, **definition}, {"test": passages})
     questions = own_questions(path)
     if num_fewshot >= len(questions):
         raise DataError(f"{path} has {len(questions)} questions; num_fewshot must be less, and is {num_fewshot}")
@@ -140,7 +117,7 @@ def _own_task(path: Path, num_fewshot: int) -> Task:
             "doc_to_text": "{{ question.strip() }}\n" + listed + "Answer:",
             "doc_to_choice": "letters",
             "doc_to_target": "answer",
-            "metric_list": [_mean("acc")],
+            "metric_list": [mean_of("acc")],
         }
     else:
         config |= {
@@ -149,13 +126,9 @@ def _own_task(path: Path, num_fewshot: int) -> Task:
             "doc_to_target": "answer",
             "generation_kwargs": {"until": ["\n\n", "Question:"], "max_gen_toks": _LONGEST_ANSWER, "do_sample": False},
             "process_results": _right,
-            "metric_list": [_mean("exact_match"), _mean("contains")],
+            "metric_list": [mean_of("exact_match"), mean_of("contains")],
         }
-    return _made(config, {"test": questions})
-
-
-def _mean(metric: str) -> dict[str, Any]:
-    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+    return task_with(config, {"test": questions})
 
 
 def _right(question: Question, answers: Sequence[str]) -> dict[str, float]:
@@ -170,26 +143,19 @@ def _words(text: str) -> Iterator[str]:
     return (match[0] for match in re.finditer(r"\w+", text.casefold()))
 
 
-def _made(config: Mapping[str, Any], splits: Mapping[str, list[Question]]) -> Task:
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-
-    tables = {split: datasets.Dataset.from_list(questions) for split, questions in splits.items()}
-    return ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables})
-
-
 # By name.
 
 
-def _by_name(names: Sequence[str], data: Path | None, allow_code: bool) -> list[Task | Group]:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+def _by_name(
+    names: Sequence[str], data: Path | None, include_path: Path | None, allow_code: bool
+) -> list[Task | Group]:
+    manager = _manager(names, include_path)
     for name in names:
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*manager.task_index, *_ON_DISK], n=1)
-            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those that there are"
-            raise OptionError(f"task {name!r} is unknown: {hint} A file of questions ends in .jsonl")
+            near = difflib.get_close_matches(name, [*manager.task_index, *NAMES_ON_DISK, THREE_WAYS], n=1)
+            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those that there are."
+            where = "" if include_path is None else f" No YAML file in {include_path} defines it, or it is faulty."
+            raise OptionError(f"task {name!r} is unknown: {hint}{where} A file of questions ends in .jsonl")
         if not allow_code and (unsafe := next(_running_code(name, manager.task_index), None)):
             raise OptionError(f"task {unsafe} runs code that the model writes on this machine; allow_code=True lets it")
     made: list[Task | Group] = []
@@ -197,15 +163,31 @@ def _by_name(names: Sequence[str], data: Path | None, allow_code: bool) -> list[
         try:
             loaded = manager.load([name])
         except Exception as error:  # of datasets, its file systems, the hub or the network, whichever comes first
-            where = "" if data is None else f" {data} may hold those of {', '.join([_MMLU, *_ON_DISK])} alone."
+            known = ", ".join(NAMES_ON_DISK)
+            where = f"{data} may hold those of {known} alone" if data else f"data=DIR takes those of {known} from there"
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                f"the questions of {name} are not there ({type(error).__name__}: {reason}).{where}"
+                f"the questions of {name} are not there ({type(error).__name__}: {reason}); {where}"
             ) from error
         inside = {task for group in loaded.get("groups", {}).values() for task in group.get_all_tasks()}
         tops = [group for group in loaded.get("groups", {}).values() if group.name == name]
         made += tops or [task for task in loaded["tasks"].values() if task not in inside]
     return made
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """What knows lm-eval's tasks and those of `include_path`; those alone where no other is named."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is None:
+        return TaskManager()
+    if not include_path.is_dir():
+        raise OptionError(f"include_path {include_path} is no directory; name one that holds YAML files of tasks")
+    users = TaskManager(include_path=str(include_path), include_defaults=False)
+    tasks = [users.task_index.get(name) for name in names]
+    if all(task is not None and task.cfg and "group" not in task.cfg for task in tasks):
+        return users
+    return TaskManager(include_path=str(include_path))
 
 
 def _running_code(name: str, index: Mapping[str, Any]) -> Iterator[str]:
@@ -221,3 +203,13 @@ def _running_code(name: str, index: Mapping[str, Any]) -> Iterator[str]:
         inner = member if isinstance(member, str) else member.get("task") or member.get("group")
         if isinstance(inner, str) and inner != name:
             yield from _running_code(inner, index)
+
+
+def check_chat(tasks: Sequence[Task]) -> None:
+    """OptionError for a task that scores whole sentences, which mean nothing behind a chat template."""
+    for task in tasks:
+        if getattr(task, "multiple_input", 0) or task.get_config("doc_to_text") == "":
+            raise OptionError(
+                f"{task.task_name} scores whole sentences, which are no answers in a chat; leave chat and "
+                "fewshot_as_multiturn out"
+            )
