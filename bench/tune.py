@@ -25,21 +25,15 @@ import numpy as np
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.targets import find_targets
 from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.tuning.events import Listener, StepReport
 from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.settings import Settings
-from phi3_mlx.tuning.trainer import Listener, StepReport, Trainer
+from phi3_mlx.tuning.trainer import Trainer
 
 from . import record
-from .models import DTYPE, LAYERS, make_checkpoint
+from .models import DTYPE, LAYERS, RANK, SMALL, make_checkpoint
 
-RANK, LONGEST = 8, 1024
-_SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 4032,
-}
+LONGEST = 1024
 _WARM = 2  # steps that are not timed
 
 
@@ -141,7 +135,7 @@ def main(layers: int, small: bool, bits: int, batch: int, steps: int, runs: int)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "model")
-        make_checkpoint(directory, layers, DTYPE, bits, **(_SMALL if small else {}))
+        make_checkpoint(directory, layers, DTYPE, bits, **(SMALL if small else {}))
         vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
         data = make_examples(batch * (steps + _WARM) * 2, vocab)
         for _ in range(runs):

@@ -18,7 +18,11 @@ from phi3_mlx.adapters.folder import Adapters, adapter_files, base_of, fingerpri
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.conversion import fuse as fusing
+from phi3_mlx.conversion import own_text
 from phi3_mlx.conversion.fuse import fuse
+from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.engine import plan
 from phi3_mlx.errors import AdapterError, OptionError
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.store.safetensors import find_weights
@@ -411,6 +415,70 @@ def test_fused_into_4_bits_says_what_is_left(packed, tmp_path):
     assert json.loads((tmp_path / "eight" / "config.json").read_text())["quantization"]["bits"] == 4
 
 
+@pytest.mark.parametrize("strength", [0.01, 0.05])
+def test_gptq_keeps_what_rounding_loses_of_an_adapter(packed, tmp_path, strength):
+    """At the same bits, on a text that it did not read; and what the adapter leaves alone stays to the bit."""
+    adapted = make_adapter(packed, tmp_path / "a", strength=strength)
+    rounded = fuse(tmp_path / "a", tmp_path / "rounded")
+    fitted = fuse(tmp_path / "a", tmp_path / "fitted", method="gptq", calibration=bundled("calibration")[:4000])
+    assert rounded.survived < -0.5
+    # A start from the codes of the base loses no more than the adapter itself, but for what the text does not show.
+    assert fitted.survived > max(-0.15, rounded.survived + 0.4)
+    lost = [np.square(logits(read_model(tmp_path / name)) - adapted).sum() for name in ("rounded", "fitted")]
+    assert lost[1] < 0.85 * lost[0]
+    assert (tmp_path / "fitted" / "config.json").read_bytes() == (tmp_path / "rounded" / "config.json").read_bytes()
+    before, after = (mx.load(str(path / "model.safetensors")) for path in (packed, tmp_path / "fitted"))
+    assert before.keys() == after.keys()
+    changed = {name.rsplit(".", 1)[0] for name in before if not mx.array_equal(before[name], after[name])}
+    assert changed
+    assert changed <= {name.rsplit(".", 1)[0] for name in mx.load(str(tmp_path / "a" / "adapters.safetensors"))}
+
+
+def test_distilling_a_fusion_goes_on_where_it_was_cut(packed, tmp_path, monkeypatch):
+    """With a text that the model with the adapter writes; every layer is trained, and the best state is kept."""
+    monkeypatch.setattr(own_text, "OWN_TOKENS", 1024)
+    make_adapter(packed, tmp_path / "a", strength=0.05)
+
+    def cut(now):
+        if (now.stage, now.done) == ("distilling", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fuse(tmp_path / "a", tmp_path / "m", method="distill", calibration="self", progress=cut)
+    assert (tmp_path / "m.unfinished" / "packed").is_dir()
+    stages = []
+    made = fuse(
+        tmp_path / "a",
+        tmp_path / "m",
+        method="distill",
+        calibration="self",
+        progress=lambda now: stages.append(now.stage),
+    )
+    assert {*stages} == {"distilling", "writing"}
+    assert not (tmp_path / "m.unfinished").exists()
+    assert made.gain.held_after <= made.gain.held_before
+    assert not made.seen
+    assert made.survived > fuse(tmp_path / "a", tmp_path / "n").survived
+
+
+def test_a_fusion_that_takes_a_text_is_planned(packed, tmp_path, monkeypatch):
+    make_adapter(packed, tmp_path / "a")
+    rooms = []
+    monkeypatch.setattr(plan, "check_room", lambda what, parts, way: rooms.append(what.split()[0]))
+    monkeypatch.setattr(fusing, "Effect", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        fuse(tmp_path / "a", tmp_path / "m", method="distill", calibration="self")
+    assert rooms == ["measuring", "letting", "training"]
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_fusion_says_where_its_measure_is_its_text(packed, tmp_path):
+    make_adapter(packed, tmp_path / "a", targets=("o_proj",))
+    text = bundled("calibration")[:3000]
+    assert fuse(tmp_path / "a", tmp_path / "m", method="gptq", calibration=text, text=text[500:900]).seen
+    assert not fuse(tmp_path / "a", tmp_path / "n", text=text).seen
+
+
 def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
     make_adapter(base, tmp_path / "a", targets=("o_proj",))
     with pytest.raises(AdapterError, match="was trained on"):
@@ -419,6 +487,12 @@ def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
         fuse(tmp_path / "a", tmp_path / "m", bits=8)
     with pytest.raises(OptionError, match="text has no effect where nothing is packed"):
         fuse(tmp_path / "a", tmp_path / "m", text="a text")
+    with pytest.raises(OptionError, match="method='gptq' has no effect where nothing is packed"):
+        fuse(tmp_path / "a", tmp_path / "m", method="gptq")
+    with pytest.raises(OptionError, match="calibration has no effect without method='gptq'"):
+        fuse(tmp_path / "a", tmp_path / "m", calibration="text")
+    with pytest.raises(OptionError, match="'awq' is unknown"):
+        fuse(tmp_path / "a", tmp_path / "m", method="awq")
     make_adapter(packed, tmp_path / "b", targets=("o_proj",))
     with pytest.raises(OptionError, match="dequantize=True"):
         fuse(tmp_path / "b", tmp_path / "m", dtype="bfloat16")

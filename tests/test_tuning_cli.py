@@ -14,12 +14,13 @@ import pytest
 from conftest import ROOT
 from tuning_models import facts, make_directory, write_jsonl
 
-from phi3_mlx.cli import main, tune
+from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
+from phi3_mlx.cli.training import summarize
 from phi3_mlx.errors import OptionError
+from phi3_mlx.tuning.execution import Result
 from phi3_mlx.tuning.log import read_metrics
-from phi3_mlx.tuning.run import Result
-from phi3_mlx.tuning.settings import read_settings
+from phi3_mlx.tuning.settings_file import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +158,9 @@ def test_settings_file(packed, data, tmp_path, capsys):
 
 def test_the_speed_in_a_summary_is_that_of_this_command_and_not_of_the_steps_before_it_was_resumed(tmp_path, capsys):
     result = Result(tmp_path, True, False, 100, None, None, tokens=10**6, seconds=2.0)
-    tune._summary(result, 500)
+    summarize(result, 500, "tune")
     assert capsys.readouterr().err == f"100 steps, 250 tok/s; the adapter is in {tmp_path}\n"
-    tune._summary(dataclasses.replace(result, step=1), 0)
+    summarize(dataclasses.replace(result, step=1), 0, "tune")
     assert capsys.readouterr().err == f"1 step; the adapter is in {tmp_path}\n"
 
 
@@ -187,7 +188,8 @@ def test_watchdog_is_relaxed_before_mlx_starts():
     """On macOS, unless the user has set it; nowhere else."""
     script = (
         "import os, sys; sys.platform = {platform!r}\n"
-        "from phi3_mlx.cli.tune import tune, relax_watchdog\n"
+        "from phi3_mlx.cli.training import relax_watchdog\n"
+        "from phi3_mlx.cli.tune import tune\n"
         "assert 'mlx' not in sys.modules and 'mlx.core' not in sys.modules\n"
         "print(relax_watchdog(), os.environ.get('AGX_RELAX_CDM_CTXSTORE_TIMEOUT'))"
     )

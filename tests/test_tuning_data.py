@@ -11,8 +11,9 @@ from tuning_models import facts, write_jsonl
 from phi3_mlx.errors import ChatError, DataError, OptionError
 from phi3_mlx.text.chat import render_chat, render_training_chat
 from phi3_mlx.text.tokenizer import read_tokenizer
-from phi3_mlx.tuning.data import Record, hold_out, read_data
+from phi3_mlx.tuning.data import hold_out, read_data
 from phi3_mlx.tuning.examples import encode_records, histogram
+from phi3_mlx.tuning.rows import Record
 
 TALK = [
     {"role": "user", "content": "Hello, who are you?"},

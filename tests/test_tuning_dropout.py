@@ -15,8 +15,9 @@ from phi3_mlx.models.dropout import Draws, dropped, token_keys
 from phi3_mlx.tuning import Settings, loss, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.batches import make_part
+from phi3_mlx.tuning.events import Listener
 from phi3_mlx.tuning.loss import part_loss
-from phi3_mlx.tuning.trainer import Listener, Trainer
+from phi3_mlx.tuning.trainer import Trainer
 
 LENGTHS = (7, 2, ORIGINAL + 9, 23)
 
@@ -216,7 +217,7 @@ def test_ranks_hide_what_one_process_hides(base, data, tmp_path, monkeypatch):
         trainer = Trainer(
             model, prepared.train.examples, [], prepared.settings, tmp_path, {}, Listener(), Rank(rank, size)
         )
-        value, found = trainer.gradients(1)
+        value, found, _ = trainer.gradients(1)
         return value, dict(tree_flatten(found))
 
     whole, expected = summed(0, 1)

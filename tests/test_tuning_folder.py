@@ -77,7 +77,7 @@ def same(one, other):
 def losses_of_validation(*losses):
     coming = iter(losses)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "validation_loss", lambda trainer: next(coming))
+        patch.setattr(Trainer, "_validation", lambda trainer: (next(coming), {}))
         yield
 
 
@@ -628,7 +628,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(base, data, tmp_p
     """A process that may write no file longer than a few kilobytes stands in for a full disk."""
     program = (
         "import resource, sys; from phi3_mlx.cli import main\n"
-        "import phi3_mlx.tuning.run as run; start = run.RunFolder.step\n"
+        "import phi3_mlx.tuning.execution as run; start = run.RunFolder.step\n"
         "def step(folder, report):\n"
         "    if report.step == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))\n"
         "    start(folder, report)\n"

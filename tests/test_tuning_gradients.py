@@ -12,11 +12,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from oracle import CONFIGS, ORIGINAL, slim
 from tuning_models import examples, randomize
 
-from phi3_mlx.adapters.lora import AdaptedLinear, attach, set_layer
+from phi3_mlx.adapters.lora import AdaptedLinear, attach
 from phi3_mlx.adapters.targets import find_targets, names_of
 from phi3_mlx.errors import OptionError
 from phi3_mlx.models.decoder import Model
 from phi3_mlx.models.end_to_end import EndToEnd
+from phi3_mlx.models.hooks import set_layer
 from phi3_mlx.tuning.batches import Schedule, make_part, split_parts
 from phi3_mlx.tuning.loss import part_loss
 from phi3_mlx.tuning.optimizers import make_optimizer

@@ -29,7 +29,7 @@ def models(tmp_path_factory):
 
 
 def planned_over_peak(monkeypatch, work):
-    """What the first plan of `work(attempt)` counts, over what it takes at most in three attempts."""
+    """What the first plan of `work(attempt)` counts, over what it takes at most in four attempts."""
     planned, check_room = [], plan.check_room
 
     def watch(what, parts, way_out):
@@ -38,7 +38,7 @@ def planned_over_peak(monkeypatch, work):
 
     monkeypatch.setattr(plan, "check_room", watch)
     # How far MLX's threads are ahead of each other is chance, and other tests' garbage may go meanwhile.
-    peak = max(peak_of(lambda attempt=attempt: work(attempt)) for attempt in range(3))
+    peak = max(peak_of(lambda attempt=attempt: work(attempt)) for attempt in range(4))
     return planned[0] / peak
 
 
@@ -74,12 +74,16 @@ def test_a_fusion_is_planned_as_it_turns_out(base, options, adapter, models, tmp
 @pytest.mark.parametrize("targets", [("qkv_proj",), ("gate_up_proj", "down_proj")], ids=["small", "large"])
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
 def test_what_is_quantized_again_is_planned_without_the_measurement_too(mode, targets, models, tmp_path, monkeypatch):
-    """In which the model's memory hides that of a matrix, and slices in other modes than affine that of a small one."""
+    """In which the model's memory hides that of a matrix, and slices in other modes than affine that of a small one.
+
+    Half of a small matrix's memory are slices on their way, which a thread that keeps up never holds at once.
+    """
     base = tmp_path / "base"
     convert(models[None], base, mode=mode, report=False)
     make_adapter(base, tmp_path / "a", targets=targets)
     monkeypatch.setattr(AdaptedSource, "rounds_adapters", False)
-    assert 0.95 < planned_over_peak(monkeypatch, lambda i: fuse(tmp_path / "a", tmp_path / f"m{i}")) < 1.4
+    planned = planned_over_peak(monkeypatch, lambda i: fuse(tmp_path / "a", tmp_path / f"m{i}"))
+    assert 0.95 < planned < (1.4 if "down_proj" in targets else 2.2)
 
 
 def test_a_fusion_that_does_not_fit_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):

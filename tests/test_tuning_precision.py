@@ -60,15 +60,15 @@ def test_a_large_batch_has_float32s_gradients_in_float16(base):
 def test_gradients_beyond_float16_are_computed_again_smaller(base):
     """A sum over tokens that float16 cannot hold; a loss that is not finite is left to the trainer."""
     part = make_part(examples([150], trained=1.0))
-    _, expected = Gradients(make(base, "float32", strength=1e3)[0]).of(part)
+    _, expected, _ = Gradients(make(base, "float32", strength=1e3)[0]).of(part)
     model, _ = make(base, "float16", strength=1e3)
     _, overflown = nn.value_and_grad(model, lambda: part_loss(model, part))()
     assert not all(np.isfinite(array).all() for array in flat(overflown).values())
-    loss, found = Gradients(model).of(part)
+    loss, found, _ = Gradients(model).of(part)
     assert off(flat(found), flat(expected)) < 0.05
     assert loss == pytest.approx(float(part_loss(model, part).item()), rel=1e-5)
     model.model.norm.weight = model.model.norm.weight * float("nan")
-    loss, found = Gradients(model).of(part)
+    loss, found, _ = Gradients(model).of(part)
     assert np.isnan(loss)
 
 
@@ -78,7 +78,7 @@ def test_parts_add_up_in_float32(dtype, base):
     model, _ = make(base, dtype, method="full")
     large, small = examples([60], trained=1.0), examples([4] * 12, seed=1)
     gradients = Gradients(model)
-    _, whole = gradients.of_parts((make_part([one]), None) for one in (*large, *small))
+    _, whole, _ = gradients.of_parts((make_part([one]), None) for one in (*large, *small))
     exact = flat(gradients.of(make_part(large))[1])
     for one in small:
         exact = {name: exact[name] + array for name, array in flat(gradients.of(make_part([one]))[1]).items()}

@@ -22,9 +22,11 @@ from phi3_mlx.errors import DataError, MemoryLimitError, OptionError, TrainingEr
 from phi3_mlx.store import atomic
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
+from phi3_mlx.tuning.batches import within
 from phi3_mlx.tuning.checkpoints import newest_checkpoint, read_checkpoint, save_checkpoint
+from phi3_mlx.tuning.events import Listener
 from phi3_mlx.tuning.log import read_metrics
-from phi3_mlx.tuning.trainer import Listener, Trainer, _within
+from phi3_mlx.tuning.trainer import Trainer
 
 SMALL = {"rank": 2, "batch_size": 4, "learning_rate": 1e-2, "holdout": 0.1}
 
@@ -104,7 +106,7 @@ def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch, capsy
     """With losses that fall and rise the last is not the best; patience ends the run, for good."""
     losses = [3.0, 2.0, 2.5, 1.0, 1.7, 1.5, 0.5]
     coming = iter(losses)
-    monkeypatch.setattr(Trainer, "validation_loss", lambda trainer: next(coming))
+    monkeypatch.setattr(Trainer, "_validation", lambda trainer: (next(coming), {}))
     seen, kept = [], {}
 
     def validated(step, loss, best):
@@ -126,7 +128,7 @@ def test_the_best_and_the_last_are_kept(base, data, tmp_path, monkeypatch, capsy
         main(["tune", "--resume", "-o", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert "12 steps, best validation loss 1.0000 at step 8" in err
-    assert "because the validation loss no longer improved (--patience)" in err
+    assert "because validation no longer improved (--patience)" in err
     assert same(weights(tmp_path / "out" / "last"), last)
 
 
@@ -387,6 +389,7 @@ def test_the_function_has_the_settings_of_the_command():
         "notify",
         "on_step",
         "on_validation",
+        "measure",
     }
 
 
@@ -414,7 +417,7 @@ def test_gradient_checkpointing_and_every_optimizer_run(base, data, tmp_path):
 
 
 def test_examples_without_gradients_are_read_in_groups_that_fit():
-    assert _within(range(5), dict(enumerate([4, 5, 2, 30, 9])), 10) == [[0, 1], [2], [3], [4]]
+    assert within(range(5), dict(enumerate([4, 5, 2, 30, 9])), 10) == [[0, 1], [2], [3], [4]]
 
 
 def test_a_steps_seconds_are_those_it_took(base, data, tmp_path):

@@ -14,7 +14,8 @@ from phi3_mlx.errors import MemoryLimitError, OptionError, TrainingError
 from phi3_mlx.tuning import Settings, tune
 from phi3_mlx.tuning import run as runs
 from phi3_mlx.tuning.checkpoints import newest_checkpoint
-from phi3_mlx.tuning.settings import changed, from_stored, read_settings
+from phi3_mlx.tuning.settings import from_stored
+from phi3_mlx.tuning.settings_file import read_settings
 
 SMALL = {"batch_size": 4, "steps": 1, "rank": 1}
 
@@ -162,6 +163,8 @@ IDLE = [
     ({"method": "full", "layers": "0"}, "layers '0' has no effect"),
     ({"optimizer": "adam", "weight_decay": 0.01}, "weight_decay 0.01 has no effect with optimizer='adam'"),
     ({"optimizer": "adafactor", "weight_decay": 0.1}, "weight_decay 0.1 has no effect"),
+    ({"muon_rate": 0.02}, "muon_rate 0.02 has no effect with optimizer='adamw'"),
+    ({"optimizer": "muon", "muon_rate": 0.02}, "muon_rate 0.02 has no effect with method='lora'"),
     ({"steps": 5, "epochs": 3.0}, "epochs 3.0 has no effect with steps=5"),
     ({"sample_tokens": 64}, "sample_tokens 64 has no effect without a prompt in samples"),
     ({"valid": "v.jsonl", "holdout": 0.05}, "holdout 0.05 has no effect where valid data are given"),
@@ -296,18 +299,20 @@ def test_a_run_of_the_first_version_that_was_told_what_does_nothing_can_be_resum
 def test_settings_that_did_nothing_do_not_keep_a_run_from_going_on():
     """Before they were refused, they were written down."""
     before = Settings(data="a", output="b", method="full", rank=4, steps=5, epochs=2).as_dict()
-    now = Settings(data="a", output="b", method="full", steps=5).as_dict()
-    assert changed(before, now, "state.json") is None
-    assert changed(before, now | {"clip": 2.0}, "state.json") == "setting (clip was 1.0)"
+    settings = Settings(data="a", output="b", method="full", steps=5)
+    now = settings.as_dict()
+    assert settings.changed(before, now, "state.json") is None
+    assert settings.changed(before, now | {"clip": 2.0}, "state.json") == "setting (clip was 1.0)"
 
 
 def test_the_setting_that_changed_is_named():
-    before = Settings(data="a", output="b", rank=4).as_dict()
-    assert changed(before, dict(before), "state.json") is None
-    assert changed(before, before | {"rank": 8}, "state.json") == "setting (rank was 4)"
+    settings = Settings(data="a", output="b", rank=4)
+    before = settings.as_dict()
+    assert settings.changed(before, dict(before), "state.json") is None
+    assert settings.changed(before, before | {"rank": 8}, "state.json") == "setting (rank was 4)"
     del before["patience"]  # unknown to the version that wrote it
-    assert changed(before, before | {"patience": None}, "state.json") is None
-    assert changed(before, before | {"patience": 2}, "state.json") == "setting (patience was None)"
+    assert settings.changed(before, before | {"patience": None}, "state.json") is None
+    assert settings.changed(before, before | {"patience": 2}, "state.json") == "setting (patience was None)"
 
 
 def test_yaml_reads_numbers_as_people_write_them(tmp_path):

@@ -19,8 +19,8 @@ from .settings import Settings
 from .signals import pass_on
 
 if TYPE_CHECKING:
-    from .run import Result
-    from .trainer import StepReport
+    from .events import StepReport
+    from .execution import Result
 
 __all__ = ["Settings", "tune"]
 
@@ -33,6 +33,14 @@ def tune(
     revision: str | None = None,
     valid: str | Path | None = None,
     holdout: float | None = None,
+    objective: str = Settings.objective,
+    beta: float | None = None,
+    dpo_loss: str | None = None,
+    label_smoothing: float | None = None,
+    simpo_gamma: float | None = None,
+    desirable_weight: float | None = None,
+    undesirable_weight: float | None = None,
+    best_by: str | None = None,
     method: str | None = None,
     from_adapter: str | Path | None = None,
     rank: int | None = None,
@@ -41,7 +49,7 @@ def tune(
     dropout: float | None = None,
     targets: str | Iterable[str] | None = None,
     layers: int | str | None = None,
-    train_on: str = Settings.train_on,
+    train_on: str | None = None,
     max_length: int | None = None,
     overflow: str = Settings.overflow,
     batch_size: int = Settings.batch_size,
@@ -50,7 +58,8 @@ def tune(
     epochs: float | None = None,
     steps: int | None = None,
     optimizer: str = Settings.optimizer,
-    learning_rate: float = Settings.learning_rate,
+    learning_rate: float | None = None,
+    muon_rate: float | None = None,
     schedule: str = Settings.schedule,
     warmup: int | None = None,
     weight_decay: float | None = None,
@@ -70,6 +79,7 @@ def tune(
     notify: Callable[[str], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_validation: Callable[[int, float, bool], None] | None = None,
+    measure: Callable[[Result], None] | None = None,
 ) -> Result:
     """Fine-tune `model` on `data` (a .jsonl file, or a directory with train.jsonl and valid.jsonl) into `output`.
 
@@ -83,7 +93,8 @@ def tune(
     `resume` goes on with the interrupted run in `output`, which ends with the weights of one that was never
     interrupted. `force` tries a run that does not fit in memory. `notify` gets sentences about the data, which
     `Result.notes` keeps; without it those about examples that were left out or cut are Python warnings. `on_step` gets
-    a report of every step, `on_validation` (step, loss, is it the best).
+    a report of every step, `on_validation` (step, loss, is it the best). `measure` gets the Result before it is
+    returned, unless the run was interrupted: the best adapter is in `output` then, and its model out of memory.
 
     Everything is checked before the first step. Raises DataError (the file, line and key), OptionError,
     MemoryLimitError (numbers, and arguments that would fit), TrainingError (NaN; another run's checkpoint or
@@ -92,7 +103,12 @@ def tune(
     program handles them.
     """
     settings = Settings.of(arguments(Settings, locals()))
-    for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
+    for name, call in (
+        ("notify", notify),
+        ("on_step", on_step),
+        ("on_validation", on_validation),
+        ("measure", measure),
+    ):
         check_function(call, name)
     result = run.start(
         settings,
@@ -100,7 +116,8 @@ def tune(
         force=flag(force, "force"),
         notify=notify,
         on_step=on_step,
-        on_validation=on_validation,
+        measure=measure,
+        on_validation=None if on_validation is None else lambda step, loss, best, _: on_validation(step, loss, best),
     )
     pass_on(result.signal)
     return result

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from .examples import Example
 if TYPE_CHECKING:
     from .settings import Settings
 
+Lengths = Sequence[int] | np.ndarray  # of examples
 _POOL = 32  # batches that "bucket" sorts by length together: enough to be even, few enough to stay random
 
 
@@ -25,15 +27,51 @@ class PartSize(NamedTuple):
     trained: int
 
 
+class CountedExamples(Sequence[Any]):
+    """Examples whose sizes are known without reading any: those of a store that is larger than memory."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Of each, the tokens that the model reads (n,)."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> np.ndarray:
+        """Of each, the tokens that are trained (n,)."""
+
+
+class Batches(Protocol):
+    """The batches of a whole run, each known by its step alone."""
+
+    steps: int
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> list[int]:
+        """Indexes of the examples of a step, counted from 0."""
+
+    def read(self) -> set[int]:
+        """Indexes of all examples that the run reads."""
+
+
 class Schedule:
-    """The batches of a whole run. The step's number and the seed give its examples, so nothing else need be stored.
+    """The batches of a run over every example in turn.
+
+    The step's number and the seed give its examples, so nothing else need be stored.
 
     `order`: "shuffle" shuffles every epoch; "bucket" does too, but puts examples of about one length into a batch.
     Every epoch reads every example once; its last batch may be smaller.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, steps: int | None, epochs: float, order: str, seed: int
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        *,
+        steps: int | None,
+        epochs: float,
+        order: str,
+        seed: int,
     ):
         self._lengths, self._batch_size, self._order, self._seed = np.array(lengths), batch_size, order, seed
         self.steps_per_epoch = -(-len(lengths) // batch_size)
@@ -41,7 +79,7 @@ class Schedule:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     @classmethod
-    def of(cls, lengths: Sequence[int], settings: Settings) -> Schedule:
+    def of(cls, lengths: Lengths, settings: Settings) -> Schedule:
         """The batches of a run with these settings over examples of these lengths."""
         return cls(
             lengths,
@@ -59,6 +97,11 @@ class Schedule:
             self._epoch = (epoch, self._batches(epoch))
         return self._epoch[1][n]
 
+    def read(self) -> set[int]:
+        """Indexes of all examples that the run reads."""
+        steps = range(min(self.steps, self.steps_per_epoch))  # an epoch reads every example
+        return {i for step in steps for i in self.batch(step)}
+
     def _batches(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self._seed, epoch])
         order, size = rng.permutation(len(self._lengths)), self._batch_size
@@ -70,21 +113,23 @@ class Schedule:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 
-    def largest_part(self, parts: int, trained: Sequence[int]) -> PartSize:
+    def largest_part(self, parts: int, trained: Sequence[int], scores: Sequence[int] | None = None) -> PartSize:
         """The most that any part of a batch has of everything; at most three epochs are looked at.
 
-        `trained`: how many tokens of each example are.
+        `trained`: how many tokens of each example are; `scores`: a head's attention scores of each, if it is more than
+        one sequence.
         """
-        tokens = scores = targets = 0
+        each = [int(n) ** 2 for n in self._lengths] if scores is None else scores
+        tokens = most = targets = 0
         for step in range(min(self.steps, 3 * self.steps_per_epoch)):
             for part in split_parts(self.batch(step), self._lengths, parts):
                 lengths = [int(self._lengths[i]) for i in part]
-                tokens, scores = max(tokens, sum(lengths)), max(scores, sum(n * n for n in lengths))
+                tokens, most = max(tokens, sum(lengths)), max(most, sum(each[i] for i in part))
                 targets = max(targets, sum(trained[i] for i in part))
-        return PartSize(tokens, scores, targets)
+        return PartSize(tokens, most, targets)
 
 
-def split_parts(batch: Sequence[int], lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+def split_parts(batch: Sequence[int], lengths: Lengths, parts: int) -> list[list[int]]:
     """A batch in `parts` parts of about the same number of tokens, of one example each if there are fewer examples."""
     parts = min(parts, len(batch))
     split: list[list[int]] = [[] for _ in range(parts)]
@@ -94,6 +139,34 @@ def split_parts(batch: Sequence[int], lengths: Sequence[int] | np.ndarray, parts
         split[smallest].append(i)
         sizes[smallest] += int(lengths[i])
     return split
+
+
+def within(
+    members: Iterable[int], lengths: Mapping[int, int] | Sequence[int] | np.ndarray, limit: int
+) -> list[list[int]]:
+    """Members in groups of at most `limit` tokens, or of one member."""
+    groups: list[list[int]] = []
+    size = 0
+    for i in members:
+        if not groups or size + lengths[i] > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += int(lengths[i])
+    return groups
+
+
+def counts(examples: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each example, the tokens that the model reads (n,) and those that are trained (n,)."""
+    if isinstance(examples, CountedExamples):
+        return examples.lengths, examples.trained
+    trained = [sum(int(sequence.trained.sum()) for sequence in example.sequences) for example in examples]
+    return np.array([*map(tokens_read, examples)], np.int64), np.array(trained, np.int64)
+
+
+def tokens_read(example: Any) -> int:
+    """How many tokens of an example the model reads; the last one of a sequence is read by nobody."""
+    return sum(len(sequence) - 1 for sequence in example.sequences)
 
 
 @dataclass(frozen=True)

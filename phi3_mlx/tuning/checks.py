@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..adapters.folder import WEIGHTS
 from ..errors import OptionError, Phi3Error
 from .data import Splits, hold_out
-from .settings import HOLDOUT, Settings, no_effect
+from .run_settings import no_effect
+from .settings import HOLDOUT, Settings
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from ..fields import shorten
 from ..files import as_utf8, not_unicode, read_bytes
-from .rows import Record, read_row
+from .rows import read_row
 
 _LISTED = 20  # faults shown; a file of the wrong form has one a line
 
@@ -19,15 +20,19 @@ _LISTED = 20  # faults shown; a file of the wrong form has one a line
 class Splits:
     """What to train on, what to validate on, and sentences about what was done to the data."""
 
-    train: list[Record]
-    valid: list[Record]
+    train: list[Any]  # `rows.Record`, or what the objective reads
+    valid: list[Any]
     notes: tuple[str, ...] = ()
 
 
-def read_data(data: str | Path, valid: str | Path | None = None) -> Splits:
+ReadRow = Callable[[Any, str, dict[str, str]], Any]
+
+
+def read_data(data: str | Path, valid: str | Path | None = None, read: ReadRow = read_row) -> Splits:
     """Records of a `.jsonl` file, or of a directory with train.jsonl and perhaps valid.jsonl.
 
-    `valid` names a file to validate on instead of the directory's. Raises DataError, one line that names the file, the
+    `valid` names a file to validate on instead of the directory's. `read` makes a record of a line's value, as
+    `rows.read_row` does. Raises DataError, one line that names the file, the
     line, the key and what was expected, of up to 20 faulty lines.
     """
     path = Path(data).expanduser()
@@ -40,8 +45,8 @@ def read_data(data: str | Path, valid: str | Path | None = None) -> Splits:
         path = path / "train.jsonl"
     faults: list[str] = []
     unused: dict[str, str] = {}
-    train = _read(path, faults, unused)
-    held = [] if valid_path is None else _read(valid_path, faults, unused)
+    train = _read(path, read, faults, unused)
+    held = [] if valid_path is None else _read(valid_path, read, faults, unused)
     if faults:
         more = f"; and {len(faults) - _LISTED:,} more" if len(faults) > _LISTED else ""
         raise DataError("; ".join(faults[:_LISTED]) + more)
@@ -53,7 +58,7 @@ def read_data(data: str | Path, valid: str | Path | None = None) -> Splits:
     return Splits(train, held, (note,) if listed else ())
 
 
-def _read(path: Path, faults: list[str], unused: dict[str, str]) -> list[Record]:
+def _read(path: Path, read: ReadRow, faults: list[str], unused: dict[str, str]) -> list[Any]:
     try:
         data = read_bytes(path, most=None)
         lines = as_utf8(data).split(b"\n")
@@ -78,13 +83,13 @@ def _read(path: Path, faults: list[str], unused: dict[str, str]) -> list[Record]
             faults.append(f"{source}: is not JSON ({error}); expected one JSON object a line")
         else:
             try:
-                records.append(read_row(value, source, unused))
+                records.append(read(value, source, unused))
             except DataError as error:
                 faults.append(f"{source}: {error}")
     return records
 
 
-def hold_out(records: Sequence[Record], share: float, seed: int) -> Splits:
+def hold_out(records: Sequence[Any], share: float, seed: int) -> Splits:
     """Keep a share of the examples (drawn with `seed`) for validation, and at least one to train on.
 
     Of ten or more at least one is kept; of fewer the share is rounded down, so that the usual one keeps none.

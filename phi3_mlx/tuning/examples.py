@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -35,29 +35,46 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What is read of it; an example of a preference has more."""
+        return (self,)
+
 
 @dataclass
 class Encoded:
     """The examples, and what was left out or cut and why."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)  # `Example`, or what the objective has in its place
     lengths: list[int] = field(default_factory=list)  # of all records, in tokens, before anything was cut
     dropped: list[str] = field(default_factory=list)  # sources: too long, or nothing left to learn after a cut
     truncated: list[str] = field(default_factory=list)
     split: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    _noted: dict[str, str] = field(default_factory=dict)  # sentences, and the source that each is about first
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the data."""
+        return [f"{note} (first in {source})" for note, source in self._noted.items()]
+
+    def note(self, sentence: str, source: str) -> None:
+        """Keep a sentence about a record, once."""
+        self._noted.setdefault(sentence, source)
 
     @property
     def trained_tokens(self) -> int:
-        return sum(int(example.trained.sum()) for example in self.examples)
+        return sum(int(sequence.trained.sum()) for example in self.examples for sequence in example.sequences)
 
     def fingerprint(self) -> str:
         """A hash of ids and masks: equal data after equal treatment."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(len(example).to_bytes(8, "little"))
-            digest.update(example.ids.tobytes())
-            digest.update(example.trained.tobytes())
+            for sequence in example.sequences:
+                digest.update(len(sequence).to_bytes(8, "little"))
+                digest.update(sequence.ids.tobytes())
+                digest.update(sequence.trained.tobytes())
+            if (label := getattr(example, "desirable", None)) is not None:
+                digest.update(bytes([label]))
         return digest.hexdigest()[:32]
 
 
@@ -81,20 +98,15 @@ def encode_records(
     if overflow not in get_args(Overflow):
         raise OptionError(f"overflow {overflow!r} is unknown; choose {', '.join(get_args(Overflow))}")
     encoded = Encoded()
-    notes: dict[str, str] = {}  # and the source that each is about first
-
-    def notify(note: str, source: str) -> None:
-        notes.setdefault(note, source)
-
     for record in records:
-        whole = _encode(record, tokenizer, train_on, partial(notify, source=record.source))
+        whole = encode_record(record, tokenizer, train_on, partial(encoded.note, source=record.source))
         encoded.lengths.append(len(whole))
         if len(whole) <= max_length:
             pieces = [whole]
         elif overflow == "drop":
             pieces = []
         elif overflow == "truncate":
-            pieces = [_cut(whole, 0, max_length)]
+            pieces = [truncated(whole, max_length)]
         else:
             step = max_length - 1
             pieces = [_cut(whole, first, first + max_length) for first in range(0, len(whole) - 1, step)]
@@ -104,16 +116,16 @@ def encode_records(
             encoded.dropped.append(record.source)
         elif len(whole) > max_length:
             (encoded.truncated if overflow == "truncate" else encoded.split).append(record.source)
-    encoded.notes = [f"{note} (first in {source})" for note, source in notes.items()]
     return encoded
 
 
-def _encode(record: Record, tokenizer: Tokenizer, train_on: TrainOn, notify: Callable[[str], None]) -> Example:
+def encode_record(record: Record, tokenizer: Tokenizer, train_on: TrainOn, notify: Callable[[str], None]) -> Example:
+    """The ids of a record and what of them is trained, of whatever length; see `encode_records`."""
     if record.messages is None:
         ids = tokenizer.encode(record.text or "", special=True)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if tokenizer.add_bos_token and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
+        if tokenizer.add_bos_token:
+            ids = tokenizer.with_bos(ids)
+        eos = tokenizer.eos_token_id
         # A text teaches where it ends too, unless it says so itself.
         if eos is not None and ids[-1] not in tokenizer.stop_ids:
             ids.append(eos)
@@ -132,6 +144,11 @@ def _encode(record: Record, tokenizer: Tokenizer, train_on: TrainOn, notify: Cal
         trained &= turn == turn.max()
     trained &= ~np.isin(turn, [*record.unlearnt])
     return _trim(Example(np.array(ids, np.int32), trained, record.source))
+
+
+def truncated(example: Example, max_length: int) -> Example:
+    """Its first tokens, at most `max_length`; empty if none of them is trained."""
+    return _trim(_cut(example, 0, max_length))
 
 
 def _cut(example: Example, first: int, end: int) -> Example:

@@ -12,28 +12,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.folder import adapter_files, write_adapter
 from ..config import read_json
 from ..errors import CheckpointError, TrainingError
 from ..files import json_text
 from ..store.atomic import FINDER, hold, is_partial, replace_file
 from .checkpoints import newest_checkpoint
 from .log import METRICS, SAMPLES, Log, StepLines, plot_losses
+from .run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..adapters.folder import Base
-    from ..adapters.lora import Adapter
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
-    from .settings import Settings
-    from .trainer import StepReport, Trainer
+    from .events import StepReport, Validated
+    from .trainer import Trainer
 
+Write = Callable[[Path, int], None]  # a run's product, after this many steps, into a directory
 RUN, CHECKPOINTS, LAST = "run.json", "checkpoints", "last"
 
 
@@ -127,24 +126,25 @@ class RunFolder:
     """What the first process of a run writes while the trainer works; the others write nothing."""
 
     output: Path
-    settings: Settings
-    base: Base
+    settings: RunSettings
+    facts: Mapping[str, Any]  # of run.json, beside the settings
     tokenizer: Tokenizer
     model: Model
-    adapters: dict[str, Adapter]
+    write: Write
     trainer: Trainer
     on_step: Callable[[StepReport], None] | None = None
-    on_validation: Callable[[int, float, bool], None] | None = None
+    on_validation: Validated | None = None
     on_sample: Callable[[str, str], None] | None = None
     notify: Callable[[str], None] | None = None
+    valid_figures: Callable[[float], dict[str, float]] | None = None
     notes: list[str] = field(default_factory=list)  # of what happened while it ran
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The files of the run, open; at the end, however it comes, the last adapter and the plot are written."""
+        """The files of the run, open; at the end, however it comes, the last product and the plot are written."""
         step = self.trainer.progress.step
         with _explained(self.output, _GO_ON if step else "fix that and start over"):
-            facts = {"settings": self.settings.as_dict(), "base_model": dataclasses.asdict(self.base)}
+            facts = {"settings": self.settings.as_dict(), **self.facts}
             replace_file(self.output / RUN, f"{json_text(facts, indent=2)}\n".encode())
             self.trainer.save()  # so that even a run killed in its first steps can be resumed
             self._log = Log(self.output, step, self.settings.tensorboard)
@@ -188,45 +188,26 @@ class RunFolder:
     def step(self, report: StepReport) -> None:
         figures = dataclasses.asdict(report)
         del figures["step"], figures["steps"]
+        figures |= figures.pop("figures")
         with _explained(self.output, _GO_ON):
             self._log.add("train", report.step, **figures)
         if self.on_step:
             self.on_step(report)
 
-    def validated(self, step: int, loss: float, best: bool) -> None:
+    def validated(self, step: int, loss: float, best: bool, figures: Mapping[str, float]) -> None:
+        if self.valid_figures:
+            figures = {**figures, **self.valid_figures(loss)}
         with _explained(self.output, _GO_ON):
-            self._log.add("valid", step, loss=loss)
+            self._log.add("valid", step, loss=loss, **figures)
             if best:
                 self._write(self.output)
         if self.on_validation:
-            self.on_validation(step, loss, best)
+            self.on_validation(step, loss, best, figures)
         if self._samples is not None:
             self._answer(self._samples, step)
 
     def _write(self, directory: Path) -> None:
-        settings = self.settings
-        facts = {
-            "phi3_mlx": {
-                "alpha": settings.alpha,
-                "rank": settings.rank,
-                "rslora": settings.rslora,
-                "step": self.trainer.progress.step,
-            }
-        }
-        layers = self.model.config.num_hidden_layers
-        if self.adapters:
-            tensors, config = adapter_files(self.adapters, layers, self.base, **facts)
-        else:
-            tensors = self.trainer.weights()
-            config = {
-                "fine_tune_type": "full",
-                "num_layers": layers,
-                "lora_parameters": {},
-                **facts,
-                "base_model": dataclasses.asdict(self.base),
-            }
-        config["model"] = self.base.name
-        write_adapter(directory, tensors, config)
+        self.write(directory, self.trainer.progress.step)
 
     def _answer(self, lines: StepLines, step: int) -> None:
         from ..generation.answers import generate

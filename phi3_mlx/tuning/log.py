@@ -6,12 +6,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..fields import parse
 from ..files import json_text
 from ..store.atomic import new_file, replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS, SAMPLES, LOSS_PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _FAR_APART = 100  # losses so far apart are drawn on a logarithmic axis
@@ -116,8 +119,9 @@ def plot_losses(directory: Path) -> bool:
         return False
     if not train:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    with_rewards = any("reward_chosen" in line for line in lines)
+    figure = Figure(figsize=(7, 7 if with_rewards else 4), layout="constrained")
+    axes, *below = figure.subplots(2 if with_rewards else 1, sharex=True, squeeze=False)[:, 0]
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training")
     if valid:
         step, best = min(valid, key=lambda point: point[1])
@@ -127,15 +131,34 @@ def plot_losses(directory: Path) -> bool:
     losses = [loss for _, loss in train + valid]
     if min(losses) > 0 and max(losses) > _FAR_APART * min(losses):
         axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss a token (nats)")
+    axes.set_ylabel("loss" if with_rewards else "loss a token (nats)")
     axes.legend()
+    for rewards in below:
+        _plot_rewards(rewards, lines)
+    (below[-1] if below else axes).set_xlabel("step")
     with new_file(directory / LOSS_PLOT) as file:
         figure.savefig(file, format="png", dpi=120)
     return True
 
 
-def _points(lines: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
-    """(step, loss) of the lines of a kind whose loss was a number."""
-    pairs = [(line["step"], line.get("loss")) for line in lines if line["kind"] == kind]
-    return [(step, loss) for step, loss in pairs if isinstance(loss, (int, float)) and math.isfinite(loss)]
+def _plot_rewards(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Rewards of chosen and rejected answers, thin in training; how many pairs are right, on an axis of its own."""
+    for name, color in (("chosen", "#2a9d8f"), ("rejected", "#8d5a97")):
+        for kind, style in (("train", {"linewidth": 0.6, "alpha": 0.5}), ("valid", {"marker": "o", "markersize": 3})):
+            if points := _points(lines, kind, f"reward_{name}"):
+                label = name if kind == "valid" or not _points(lines, "valid", f"reward_{name}") else None
+                axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
+    axes.set_ylabel("reward")
+    if points := _points(lines, "valid", "accuracy") or _points(lines, "train", "accuracy"):
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), color="#555555", linestyle=":", label="pairs right")
+        right.set_ylim(0, 1.02)
+        right.set_ylabel("share of the pairs that are right")
+        axes.plot([], [], color="#555555", linestyle=":", label="pairs right")
+    axes.legend()
+
+
+def _points(lines: Sequence[Mapping[str, Any]], kind: str, name: str = "loss") -> list[tuple[int, float]]:
+    """(step, value) of the lines of a kind in which it was a number."""
+    pairs = [(line["step"], line.get(name)) for line in lines if line["kind"] == kind]
+    return [(step, value) for step, value in pairs if isinstance(value, (int, float)) and math.isfinite(value)]

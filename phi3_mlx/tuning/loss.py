@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.decoder import Model
 from ..models.dropout import Draws
+from ..models.normalizer import log_normalizer, softmax_with
 from .batches import Part
 
 CHUNK_LOGITS = 1 << 22  # entries, 16 MB; MLX's CPU backend allocates some pieces ahead, so that there are several
@@ -74,16 +75,81 @@ def summed_loss(model: Model, hidden: mx.array, targets: mx.array, keys: mx.arra
     return total
 
 
+def log_probs(model: Model, part: Part, *, checkpoint: bool = False, keys: mx.array | None = None) -> mx.array:
+    """log p of each of the part's trained tokens, float32 (N,); `checkpoint` and `keys`: see `Decoder.end_to_end`."""
+    hidden = model.model.end_to_end(part.ids, part.lengths, checkpoint=checkpoint, keys=keys)[0]
+    return _log_probs(model, hidden[part.places], part.targets)
+
+
+def _log_probs(model: Model, hidden: mx.array, targets: mx.array) -> mx.array:
+    """log p of `targets` (N,) after hidden states (N, hidden_size), float32 (N,).
+
+    As in `summed_loss` the gradients by hidden states are taken while the logits are there. What each weighs is known
+    in the backward pass alone, so those of an output layer that is trained cost computing its logits again.
+    """
+    step = places_at_once(model.config.vocab_size)
+    pieces = [slice(i, i + step) for i in range(0, targets.size, step)]
+    head: nn.Module = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    learnt: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))
+
+    def logits_of(rows: mx.array, *parameters: mx.array) -> mx.array:
+        head.update(tree_unflatten(list(zip(learnt, parameters, strict=True))))
+        return model.logits(rows)
+
+    @mx.custom_function
+    def scores(hidden: mx.array, *parameters: mx.array) -> tuple[mx.array, mx.array]:
+        values: list[mx.array] = []
+        slopes: list[mx.array] = []
+        for span in pieces:
+            before = slopes[-1:] if model.training else values[-1:]
+            (rows,) = mx.depends([hidden[span]], before) if before else (hidden[span],)
+            value, gradients = _piece(lambda r: logits_of(r, *parameters), [rows], targets[span], by_place=True)
+            values.append(-value)
+            slopes.append(-gradients[0])
+        return mx.concatenate(values), mx.concatenate(slopes)
+
+    @scores.vjp
+    def scores_vjp(given: Any, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        rows, *parameters = given if isinstance(given, (tuple, list)) else (given,)
+        weights = cotangents[0]
+        sums = [mx.zeros(parameter.shape) for parameter in parameters]
+        for span in pieces if parameters else ():
+            (some,) = mx.depends([rows[span]], sums)
+            _, gradients = _piece(logits_of, [some, *parameters], targets[span], weights=-weights[span])
+            sums = [sum_ + more for sum_, more in zip(sums, gradients[1:], strict=True)]
+        slopes = (outputs[1] * weights[:, None]).astype(rows.dtype)
+        return slopes, *(sum_.astype(a.dtype) for sum_, a in zip(sums, parameters, strict=True))
+
+    outputs: Any = scores(hidden, *learnt.values())
+    values: mx.array = outputs[0]
+    head.update(tree_unflatten(list(learnt.items())))
+    return values
+
+
 def places_at_once(vocab_size: int) -> int:
     """How many places the output layer treats at a time."""
     return max(_ROWS, CHUNK_LOGITS // vocab_size)
 
 
-def _piece(logits_of: Callable[..., mx.array], inputs: list[mx.array], targets: mx.array) -> Any:
-    """(sum of -log p, its gradients by `inputs`: rows and parameters)"""
+def _piece(
+    logits_of: Callable[..., mx.array],
+    inputs: list[mx.array],
+    targets: mx.array,
+    *,
+    by_place: bool = False,
+    weights: mx.array | None = None,
+) -> Any:
+    """(sum of -log p, or each of them, gradients of the sum by `inputs`: rows and parameters)
+
+    `weights` (N,): what each weighs in the sum whose gradients these are.
+    """
     computed = logits_of(*inputs)
     logits, places = computed.astype(mx.float32), mx.arange(targets.size)
-    loss = mx.sum(mx.logsumexp(logits, axis=-1) - logits[places, targets])
+    normalizer = log_normalizer(logits)
+    loss = normalizer - logits[places, targets]
+    loss = loss if by_place else mx.sum(loss)
     (logits,) = mx.depends([logits], [loss])
-    slopes = mx.softmax(logits, axis=-1).at[places, targets].add(-1.0)
+    slopes = softmax_with(logits, normalizer).at[places, targets].add(-1.0)
+    if weights is not None:
+        slopes = slopes * weights[:, None]
     return loss, mx.vjp(logits_of, inputs, [slopes.astype(computed.dtype)])[1]

@@ -19,12 +19,13 @@ import numpy as np
 
 from ..adapters.config import CONFIG, adapter_kind, is_rslora, scale_in
 from ..adapters.folder import WEIGHTS, Base, check_base, load_full, make_adapters, read_adapter, read_config_of
-from ..adapters.lora import AdaptedLinear, Adapter, get_layer, scale_of, set_layer
+from ..adapters.lora import AdaptedLinear, Adapter, scale_of
 from ..adapters.targets import find_targets
 from ..config import Config
 from ..errors import AdapterError, OptionError
 from ..fields import Fields
 from ..models.decoder import Model
+from ..models.hooks import get_layer, set_layer
 from ..store.safetensors import read_header
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..adapters.targets import Target, find_targets
 from ..config import Config
@@ -15,8 +16,9 @@ from ..models.blocksparse import TILE
 from ..models.linear import SLICE, dequantizing_pays
 from ..sizes import parse_size, size_text
 from ..store.checkpoint import ModelSize
-from .batches import PartSize, Schedule
+from .batches import Lengths, PartSize, Schedule
 from .loss import places_at_once
+from .run_settings import RunSettings, S
 from .settings import Settings
 
 # How many copies of an array are alive at once. They are fitted to the peaks of runs on the CPU; behind each stands the
@@ -41,6 +43,9 @@ _UPDATE = 1.25  # new parameters and what they are computed from, beside gradien
 # its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again, more.
 _QUERIES, _KEYS, _INNER = 19, 10, 14  # "wide attention"; "wide inside"
 _QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21  # the same, checkpointed
+# Arrays of a weight's size that each optimizer keeps.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}
+_SMALLER = "take a 4-bit base or a smaller model"
 _NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take: "16 bits, checkpointed"
 
 
@@ -71,37 +76,54 @@ def adapter_numbers(config: Config, settings: Settings) -> int:
 def plan_memory(
     size: ModelSize,
     settings: Settings,
-    lengths: Sequence[int],
+    lengths: Lengths,
     trained: Sequence[int],
-    ranks: int = 1,
+    scores: Sequence[int] | None = None,
     *,
+    ranks: int = 1,
     numbers: int | None = None,
 ) -> TrainingPlan:
     """The plan of a run over examples of these lengths (tokens read of each), of which `trained` are trained.
 
+    `scores`: a head's attention scores of each example, if it is more than one sequence.
     `size`: of the model in `training_dtype(settings)`. `numbers`: how many numbers of the model or an adapter are
     trained, if `settings` do not say so.
     """
     if numbers is None:
         numbers = size.numbers if settings.method == "full" else adapter_numbers(size.config, settings)
+    part = Schedule.of(lengths, settings).largest_part(settings.accumulate * ranks, trained, scores)
+    return plan_part(size, settings, part, numbers)
+
+
+def plan_part(size: ModelSize, settings: RunSettings, part: PartSize, numbers: int) -> TrainingPlan:
+    """The plan of a run whose largest part this is, and which trains this many `numbers`."""
     weights = numbers * (size.itemsize if settings.method == "full" else 4)
-    part = Schedule.of(lengths, settings).largest_part(settings.accumulate * ranks, trained)
     in_work, logits = _layer_in_work(size, settings, part), _output_layer(size.config, part)
     # The backward pass begins at the output layer, when all layers keep what they need.
     work = max(in_work, logits) + _OVERLAP * min(in_work, logits)
     activations = int(max(_kept_by_layers(size, settings, part) + work, _UPDATE * weights))
-    return TrainingPlan(size.weights, _training(settings, numbers, weights), activations, part.tokens)
+    return TrainingPlan(size.weights, _training(size, settings, numbers, weights), activations, part.tokens)
 
 
-def _training(settings: Settings, numbers: int, weights: int) -> int:
+def _training(size: ModelSize, settings: RunSettings, numbers: int, weights: int) -> int:
     """Bytes of the trained `weights`, `numbers` in all, with the optimizer's state and gradients in float32."""
-    state = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}[settings.optimizer]
+    state = weights * _STATES[settings.optimizer]
     gradients = 4 * numbers * (2 if settings.accumulate > 1 else 1)  # of a part, and the sum of those before
-    # Full fine-tuning trains the weights themselves, which are counted already.
-    return weights * (state if settings.method == "full" else 1 + state) + gradients
+    if settings.method != "full":
+        return weights + state + gradients
+    if settings.optimizer == "muon":
+        state += _adamws(size.config, numbers) * size.itemsize
+    return state + gradients  # the weights themselves are counted already
 
 
-def _kept_by_layers(size: ModelSize, settings: Settings, part: PartSize) -> int:
+def _adamws(config: Config, numbers: int) -> int:
+    """How many of the weights AdamW has where Muon has the others: norms, which are few, are left out."""
+    if config.experts_per_token > 1:
+        return numbers  # nearly all are in stacks of experts
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def _kept_by_layers(size: ModelSize, settings: RunSettings, part: PartSize) -> int:
     """Bytes that all layers keep from the forward pass for the backward pass."""
     config = size.config
     kept = config.num_hidden_layers * _BETWEEN * size.itemsize * part.tokens * config.hidden_size
@@ -114,7 +136,7 @@ def _kept_by_layers(size: ModelSize, settings: Settings, part: PartSize) -> int:
     return kept + (config.num_hidden_layers - dense) * (layer + sparse_scores)
 
 
-def _layer_in_work(size: ModelSize, settings: Settings, part: PartSize) -> float:
+def _layer_in_work(size: ModelSize, settings: RunSettings, part: PartSize) -> float:
     """Bytes of the layer that the backward pass is in, beside what it keeps."""
     config, recomputes = size.config, settings.gradient_checkpointing
     mixture = config.experts_per_token > 1
@@ -137,7 +159,7 @@ def _dequantized(size: ModelSize, part: PartSize) -> int:
     config = size.config
     stack = max(math.prod(shape) for shape in config.linears.values())
     rows = part.tokens * config.experts_per_token * config.largest_linear // stack  # of an expert on average
-    if config.quantization is None or rows < dequantizing_pays(size.itemsize):
+    if config.quantization is None or rows < dequantizing_pays(size.itemsize, config.largest_linear):
         return 0
     if config.experts_per_token > 1:
         return size.itemsize * _DEQUANTIZED_MIXTURE * stack
@@ -155,7 +177,7 @@ def _scores(size: ModelSize, part: PartSize) -> int:
     return size.itemsize * part.scores * size.config.num_attention_heads
 
 
-def _widest_part(config: Config, settings: Settings) -> int:
+def _widest_part(config: Config, settings: RunSettings) -> int:
     """Numbers of a token while attention, or the feed-forward part, of a layer is in work on the CPU."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     if settings.gradient_checkpointing:
@@ -173,7 +195,7 @@ def _sparse_scores(config: Config, part: PartSize) -> int:
     return min(part.scores, part.tokens * (pattern.reach + TILE + length // pattern.stride))
 
 
-def _layer_numbers(config: Config, settings: Settings) -> int:
+def _layer_numbers(config: Config, settings: RunSettings) -> int:
     """Activations of one decoder layer for one token that the backward pass needs."""
     hidden, inner = config.hidden_size, config.mlp_width
     heads = config.num_attention_heads * config.head_dim
@@ -191,14 +213,14 @@ def _layer_numbers(config: Config, settings: Settings) -> int:
     return numbers
 
 
-def training_dtype(settings: Settings) -> str | None:
+def training_dtype(settings: RunSettings) -> str | None:
     """The dtype that the run's model is loaded in."""
     if settings.dtype is None and settings.method == "full":
         return "float32"  # updates of a full fine-tuning are smaller than the steps of 16-bit numbers
     return settings.dtype
 
 
-def allowed_bytes(settings: Settings, available: int) -> int:
+def allowed_bytes(settings: RunSettings, available: int) -> int:
     """Bytes that a run may use: what is `available`, or less if its settings say so."""
     return available if settings.memory is None else min(available, parse_size(settings.memory))
 
@@ -213,10 +235,10 @@ def does_not_fit(needed: TrainingPlan, limit: int, way_out: str) -> MemoryLimitE
     )
 
 
-def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], TrainingPlan]) -> str:
+def find_way_out(settings: S, limit: int, replan: Callable[[S], TrainingPlan], *, last: str = _SMALLER) -> str:
     """The arguments of the first milder settings that fit; how far they get where none does.
 
-    `replan` gives the plan of changed settings.
+    `replan` gives the plan of changed settings; `last` is what to do where nothing fits.
     """
     now = settings
     ways: dict[str, str] = {}
@@ -235,9 +257,13 @@ def find_way_out(settings: Settings, limit: int, replan: Callable[[Settings], Tr
     length = now.max_length or 0
     while length > 64:
         length //= 2
-        shorter = dataclasses.replace(now, max_length=length)
-        if replan(shorter).total <= limit:
+        if replan(_cut_to(now, length)).total <= limit:
             return f"it would fit with {' and '.join([*ways.values(), f'max_length={length}'])}"
-    least = replan(dataclasses.replace(now, max_length=64))
+    least = replan(_cut_to(now, 64))
     with_what = " and ".join(ways.values()) or "short examples"
-    return f"even with {with_what} it needs {size_text(least.total)}; take a 4-bit base or a smaller model"
+    return f"even with {with_what} it needs {size_text(least.total)}; {last}"
+
+
+def _cut_to(settings: S, length: int) -> S:
+    changed: dict[str, Any] = {"max_length": length}
+    return dataclasses.replace(settings, **changed)

@@ -35,12 +35,14 @@ _NOT_HONOURED = (
 # Other names of what "train" says of a message.
 _NOT_TRAIN = ("training", "train_detail", "loss", "loss_weight", "mask")
 # ShareGPT's names for who speaks.
-_SPEAKERS = {
+SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
     "model": "assistant", "observation": "tool", "function_response": "tool", **{role: role for role in ROLES},
 }  # fmt: skip
 # What others call a prompt, and its completion.
 _PROMPTS, _COMPLETIONS = ("instruction", "question", "query", "input"), ("output", "response", "answer", "chosen")
+# What lines for an objective other than the usual one have.
+_OF_OBJECTIVES = {("chosen", "rejected"): "dpo", ("completion", "label"): "kto"}
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,21 @@ def read_row(value: Any, source: str, unused: dict[str, str]) -> Record:
     return record
 
 
+def for_another_objective(row: Mapping[str, Any]) -> str:
+    """What a line that does not fit is for, as the end of a sentence; else ""."""
+    for keys, objective in _OF_OBJECTIVES.items():
+        if row.keys() >= set(keys):
+            return f"; {' and '.join(map(repr, keys))} are for objective={objective!r}"
+    return ""
+
+
 def _no_form(value: dict[str, Any]) -> str:
     if not value:
         return f"is an empty object; {_EXPECTED}"
     more = f" and {len(value) - _SHOWN_KEYS:,} more" if len(value) > _SHOWN_KEYS else ""
     fault = f"has only the keys {', '.join(map(shorten, [*value][:_SHOWN_KEYS]))}{more}; {_EXPECTED}"
+    if elsewhere := for_another_objective(value):
+        return fault + elsewhere
     prompt = next((key for key in _PROMPTS if key in value), None)
     completion = next((key for key in _COMPLETIONS if key in value), None)
     if prompt and completion:
@@ -119,6 +131,7 @@ def _of_conversation(row: dict[str, Any], forms: list[str], source: str) -> Reco
         elif messages[0]["content"] != row["system"]:
             raise DataError("has both 'system' and a system message that says something else; leave one of them out")
     learnt = [message.pop("train") for message in messages if message["role"] == "assistant"]
+    name = "completion" if "completion" in forms else name
     if not learnt:
         raise DataError(f"{name!r} has no assistant turn; expected at least one, it is what is learnt")
     if not any(learnt):
@@ -130,6 +143,8 @@ def _of_conversation(row: dict[str, Any], forms: list[str], source: str) -> Reco
 def _prompt_and_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
     for key in ("prompt", "completion"):
         if key not in row:
+            if elsewhere := for_another_objective(row):
+                raise DataError(f"{key!r} is missing; {_EXPECTED}{elsewhere}")
             other = next((name for name in _COMPLETIONS if name in row), None) if key == "completion" else None
             raise DataError(f"{key!r} is missing; {_EXPECTED}" + (f": rename {other!r} to {key!r}" if other else ""))
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
@@ -162,7 +177,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     message = {key: part for key, part in given.items() if part is not None}
     if "role" not in message and "from" in message and "value" in message:
         speaker = message.pop("from")
-        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise DataError(f"{where} 'from' is {shorten(speaker)}; expected human, gpt, system or tool")
         message = {"role": role, "content": message.pop("value"), **message}

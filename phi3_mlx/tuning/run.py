@@ -2,69 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import os
-import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from ..adapters.folder import Base, base_of
+from ..adapters.folder import Base, adapter_files, base_of, write_adapter
 from ..adapters.lora import Adapter, attach
 from ..adapters.targets import find_targets
-from ..engine.machine import bounded_run, room
+from ..engine.machine import room
+from ..paths import absolute_path
 from ..store import hub
 from ..store.checkpoint import Checkpoint, model_size, open_checkpoint
 from ..threads import refuse_fork
-from .checkpoints import newest_checkpoint
 from .checks import check_examples, check_is_model, check_method, check_samples, with_length, with_validation
-from .data import Splits, read_data
-from .examples import Encoded, encode_records
-from .folder import CHECKPOINTS, RunFolder, check_folder, taken
+from .data import read_data
+from .events import StepReport, Validated
+from .examples import Encoded
+from .execution import Notify, Result, TrainingJob, execute
+from .folder import Write, check_folder
 from .log import check_tensorboard
 from .onward import Start, attach_start, read_start
 from .plan import TrainingPlan, allowed_bytes, does_not_fit, find_way_out, plan_memory, training_dtype
+from .preferences import make_objective
 from .settings import Settings
-from .signals import stop_on_signal
 from .stored import absolute, at_its_commit, check_paths
-from .trainer import Listener, StepReport, Trainer
 
 if TYPE_CHECKING:
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
 
-Notify = Callable[[str], None]
 _LOST_UPDATES = (
     "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for float32",
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: `finished` is False if it was stopped before its last step; losses are validation's.
-
-    `notes` are sentences about the data (what was held out, left out or cut) and of what went wrong on the way.
-    """
-
-    output: Path
-    finished: bool
-    interrupted: bool
-    step: int
-    best_step: int | None
-    best_loss: float | None
-    tokens: int
-    seconds: float
-    first_rank: bool = True  # False in the other processes of a distributed run, which write and print nothing
-    notes: tuple[str, ...] = ()
-    signal: int | None = field(default=None, repr=False)  # that it was told to stop by: Ctrl-C's or another
-
-    def _repr_markdown_(self) -> str:
-        return result_markdown(self)
 
 
 @dataclass(frozen=True)
@@ -119,7 +95,8 @@ def prepare(
     settings = absolute(settings.check())
     if settings.tensorboard:
         check_tensorboard()
-    splits = read_data(settings.data, settings.valid)  # first: no download for a fault in the data
+    objective = make_objective(settings)
+    splits = read_data(settings.data, settings.valid, objective.read)  # first: no download for a fault in the data
     directory = hub.resolve(settings.model, settings.revision)
     check_is_model(settings, directory)
     checkpoint = open_checkpoint(directory)
@@ -134,14 +111,14 @@ def prepare(
         start = read_start(begun, config, base, targets=settings.targets, layers=settings.layers)
     splits = with_validation(splits, settings, resume=resume)
     vocabulary = tokenizer.read_tokenizer(directory)
-    train, valid = _encode(splits, vocabulary, settings)
+    train, valid = (objective.encode(records, vocabulary, settings) for records in (splits.train, splits.valid))
     check_examples(settings, train, valid, resume=resume)
     check_samples(settings, vocabulary, config)
     numbers = None if start is None else start.numbers
     size = model_size(checkpoint, training_dtype(settings))
 
     def replan(changed: Settings) -> TrainingPlan:
-        return plan_memory(size, changed, *sizes(train, changed), ranks, numbers=numbers)
+        return plan_memory(size, changed, *sizes(train, changed), ranks=ranks, numbers=numbers)
 
     gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
@@ -165,20 +142,16 @@ def prepare(
     return prepared
 
 
-def _encode(splits: Splits, tokenizer: Tokenizer, settings: Settings) -> tuple[Encoded, Encoded]:
-    options: dict[str, Any] = {
-        "max_length": settings.max_length,
-        "overflow": settings.overflow,
-        "train_on": settings.train_on,
-    }
-    return encode_records(splits.train, tokenizer, **options), encode_records(splits.valid, tokenizer, **options)
-
-
-def sizes(encoded: Encoded, settings: Settings) -> tuple[list[int], list[int]]:
-    """Of every example, cut as `settings` say: the tokens read, and those trained."""
+def sizes(encoded: Encoded, settings: Settings) -> tuple[list[int], list[int], list[int]]:
+    """Of every example, cut as `settings` say: the tokens read, those trained, and a head's attention scores."""
     cut = settings.max_length
-    lengths = [len(example.ids[:cut]) - 1 for example in encoded.examples]
-    return lengths, [int(example.trained[:cut].sum()) for example in encoded.examples]
+    lengths, trained, scores = [], [], []
+    for example in encoded.examples:
+        each = [len(sequence.ids[:cut]) - 1 for sequence in example.sequences]
+        lengths.append(sum(each))
+        trained.append(sum(int(sequence.trained[:cut].sum()) for sequence in example.sequences))
+        scores.append(sum(n * n for n in each))
+    return lengths, trained, scores
 
 
 def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
@@ -231,14 +204,16 @@ def start(
     force: bool = False,
     notify: Notify | None = None,
     on_step: Callable[[StepReport], None] | None = None,
-    on_validation: Callable[[int, float, bool], None] | None = None,
+    on_validation: Validated | None = None,
     on_sample: Callable[[str, str], None] | None = None,
+    measure: Callable[[Result], None] | None = None,
+    on_reference: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Run to the end, or to Ctrl-C, which saves and stops. See `tune`."""
     refuse_fork()
     group = mx.distributed.init()
     first = group.rank() == 0
-    output = Path(os.path.abspath(os.path.expanduser(settings.output)))
+    output = Path(absolute_path(settings.output))
     if settings.output and first:
         check_folder(output, resume)
     if resume:
@@ -248,66 +223,68 @@ def start(
     if notify is None and first:
         for note in prepared.warnings:
             warnings.warn(note, stacklevel=3)
-    settings = prepared.settings
-    with taken(output, resume) if first else nullcontext():
-        checkpoint = newest_checkpoint(output / CHECKPOINTS) if resume else None
-        model, adapters = load_for_training(prepared)
-        listener = Listener()
-        trainer = Trainer(
-            model,
-            prepared.train.examples,
-            prepared.valid.examples,
-            settings,
-            output / CHECKPOINTS,
-            prepared.identity,
-            listener,
-            group,
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        folder = RunFolder(
-            output,
-            settings,
-            prepared.base,
-            prepared.tokenizer,
-            model,
-            adapters,
-            trainer,
-            on_step,
-            on_validation,
-            on_sample,
-            notify,
-        )
-        started = time.perf_counter()
-        with stop_on_signal() as stop, folder.writing() if first else nullcontext(), bounded_run():
-            listener.stop = stop.is_set
-            if first:
-                listener.step, listener.validated, listener.noted = folder.step, folder.validated, folder.note
-            finished = trainer.run()
+    result = execute(
+        _job(prepared, output),
+        resume=resume,
+        notify=notify,
+        on_step=on_step,
+        on_validation=on_validation,
+        on_sample=on_sample,
+        on_reference=on_reference,
+    )
     if notify is None:
-        for note in folder.notes:
+        for note in result.notes[len(prepared.notes) :]:
             warnings.warn(note, stacklevel=3)
-    progress = trainer.progress
-    return Result(
+    if measure is not None and first and not result.interrupted:
+        gc.collect()  # the run's memory is the measurement's
+        mx.clear_cache()
+        measure(result)
+    return result
+
+
+def _job(prepared: Prepared, output: Path) -> TrainingJob:
+    settings = prepared.settings
+
+    def load() -> tuple[Model, Write]:
+        model, adapters = load_for_training(prepared)
+
+        def write(directory: Path, step: int) -> None:
+            """Write the adapter of a step into a folder."""
+            facts = {"alpha": settings.alpha, "rank": settings.rank, "rslora": settings.rslora, "step": step}
+            write_trained(directory, model, adapters, prepared.base, phi3_mlx=facts)
+
+        return model, write
+
+    return TrainingJob(
+        settings,
         output,
-        finished,
-        stop.is_set() and not finished,
-        progress.step,
-        progress.best_step,
-        progress.best_loss,
-        progress.tokens,
-        time.perf_counter() - started,
-        first,
-        (*prepared.notes, *folder.notes),
-        stop.signal,
+        prepared.tokenizer,
+        prepared.train.examples,
+        prepared.valid.examples,
+        prepared.identity,
+        {"base_model": dataclasses.asdict(prepared.base)},
+        prepared.notes,
+        load,
+        settings.objective,
+        "adapter",
     )
 
 
-def result_markdown(result: Result) -> str:
-    """How a fine-tuning run ended."""
-    end = "stopped by Ctrl-C; `resume=True` goes on" if result.interrupted else "finished"
-    best = ""
-    if result.best_loss is not None:
-        best = f", best validation loss {result.best_loss:.4f} nats a token at step {result.best_step:,}"
-    head = f"**{result.step:,} steps**, {end}{best}; the adapter is in `{result.output.name}`"
-    return "\n\n".join([head, *(f"*{note}*" for note in result.notes)])
+def write_trained(
+    directory: Path, model: Model, adapters: Mapping[str, Adapter], base: Base, *, phi3_mlx: Mapping[str, Any]
+) -> None:
+    """Write adapters, or without any the model's trained weights, as an adapter's folder; `phi3_mlx` is our own key."""
+    layers = model.config.num_hidden_layers
+    if adapters:
+        tensors, config = adapter_files(adapters, layers, base, phi3_mlx=phi3_mlx)
+    else:
+        tensors = dict(tree_flatten(model.trainable_parameters()))
+        config = {
+            "fine_tune_type": "full",
+            "num_layers": layers,
+            "lora_parameters": {},
+            "phi3_mlx": phi3_mlx,
+            "base_model": dataclasses.asdict(base),
+        }
+    config["model"] = base.name
+    write_adapter(directory, tensors, config)

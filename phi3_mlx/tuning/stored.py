@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import read_json
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError, OptionError, TrainingError
 from ..fields import Fields
+from ..paths import absolute_path
 from ..store import hub
+from ..values import shown
 from .folder import RUN
+from .run_settings import S
 from .settings import Settings, from_stored
 
 
 def stored_settings(output: Path) -> Settings:
-    """The settings of the run in a folder. Raises TrainingError."""
+    """The settings of the fine-tuning in a folder. Raises TrainingError."""
+    return read_stored(output, from_stored)
+
+
+def read_stored(output: Path, read: Callable[[Mapping[str, Any], str], S]) -> S:
+    """The settings of the run in a folder, by what `read` makes of those in run.json. Raises TrainingError."""
     try:
         stored = Fields(read_json(output / RUN), output / RUN, TrainingError)
-        return from_stored(stored.fields("settings").raw, str(output / RUN))
+        return read(stored.fields("settings").raw, str(output / RUN))
     except CheckpointError as error:
         why = f" ({error})" if (output / RUN).is_file() else ""
         raise TrainingError(f"{output} holds no run to go on with{why}; begin one without resume=True") from error
@@ -46,17 +55,26 @@ def at_its_commit(settings: Settings, output: Path) -> Settings:
 
 def absolute(settings: Settings) -> Settings:
     """Paths made independent of the working folder, so that a run can be resumed from another."""
-    paths = {
-        name: os.path.abspath(os.path.expanduser(v))
-        for name in ("data", "valid", "output", "from_adapter")
-        if (v := getattr(settings, name))
+    paths: dict[str, Any] = {
+        name: absolute_path(v) for name in ("data", "valid", "output", "from_adapter") if (v := getattr(settings, name))
     }
     model = settings.model
     if os.path.isdir(os.path.expanduser(model)) and model.lower() != "tiny" and not hub.is_repository(model):
-        paths["model"] = os.path.abspath(os.path.expanduser(settings.model))
+        paths["model"] = absolute_path(settings.model)
     return dataclasses.replace(settings, **paths)
 
 
-def comparable(settings: Settings, name: str) -> Any:
-    """A setting in the form in which run.json keeps it."""
-    return getattr(absolute(settings), name)
+def continued(stored: S, given: Mapping[str, Any], may_differ: Collection[str], absolute: Callable[[S], S]) -> S:
+    """The settings `stored` of a run that goes on; `given` may say where things are now, and nothing else anew.
+
+    `absolute` gives paths the form in which run.json has them. Raises OptionError.
+    """
+    settings = dataclasses.replace(stored, **given)
+    before, now = absolute(stored), absolute(settings)
+    changed = next((n for n in given if n not in may_differ and getattr(now, n) != getattr(before, n)), None)
+    if changed is not None:
+        raise OptionError(
+            f"--resume uses the settings of the run, and {changed} was {shown(getattr(stored, changed))}; leave it "
+            "out, or start over with another -o"
+        )
+    return settings
