@@ -1,0 +1,170 @@
+"""A classifier that learns from rated or labelled texts which are good, and what it is worth on others."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..fields import kind_of, shorten
+from ..files import json_text
+from .area import area_interval, area_under_curve
+from .classifier import CLASSIFIER_FILE, TextClassifier, features_of
+from .formats import DATA_REPORT
+from .options import ReadOptions, TrainFilterOptions, WriteOptions
+from .records import DataPath, DataRecord, OnAdvance, Records
+from .step import new_folder, report_head
+
+_FEWEST = 10  # of good and of bad texts, among those that are learnt and those that are held out
+_STRENGTH = 10.0  # scikit-learn's C: rows have length 1, so that little regularization is enough
+_BOUNDS_TOLD = [part / 20 for part in range(1, 20)]
+_SHARE_DIGITS = 4  # digits of a share in the report
+
+
+def train_filter(
+    inputs: DataPath | Sequence[DataPath],
+    output: DataPath,
+    *,
+    label: str = TrainFilterOptions.label,
+    threshold: float | None = TrainFilterOptions.threshold,
+    top: float | None = TrainFilterOptions.top,
+    good: Sequence[str] = TrainFilterOptions.good,
+    held_out: float = TrainFilterOptions.held_out,
+    examples: int = TrainFilterOptions.examples,
+    seed: int = TrainFilterOptions.seed,
+    field: str | None = ReadOptions.field,
+    lines: bool = ReadOptions.lines,
+    skip_broken: bool = ReadOptions.skip_broken,
+    force: bool = WriteOptions.force,
+    progress: OnAdvance | None = None,
+) -> dict[str, Any]:
+    """Fit a classifier (hashed n-grams, logistic regression) to the texts' ratings or labels; the report.
+
+    The folder `output` gets classifier.safetensors, for `filter_data(classifier=...)`, and report.json: the area under
+    the ROC curve on texts that were held out, with its 95 % interval, and for each bound `at_least` what share of them
+    it keeps, how many of these are good, and how many of the good ones are kept. Probabilities are calibrated on the
+    held-out texts (Platt).
+
+    `label` is the key of a record's label: true, false, 1 or 0; a rating, good from `threshold` on, or if it is among
+    the highest, the share `top`; a text, good if it is among `good`. A text's side depends on the text alone, so equal
+    ones are never on both. `examples` are drawn where there are more; memory grows by up to 40 KB for each. Raises
+    DataError, OptionError.
+    """
+    options = TrainFilterOptions(label, threshold, top, tuple(good), held_out, examples, seed)
+    records = Records(inputs, ReadOptions(field, lines, skip_broken), "reading", progress)
+    with new_folder(output, [records], WriteOptions(force=force)) as folder:
+        drawn = _Drawn(records, options)
+        is_good, least = _goodness(drawn.labels, options)
+        classifier, facts = _fitted(drawn, is_good)
+        classifier.write(folder / CLASSIFIER_FILE)
+        report = report_head("train-filter", [records], asdict(options)) | {"threshold": least} | facts
+        (folder / DATA_REPORT).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+class _Drawn:
+    """Labelled texts, each as likely where there are more than are wanted: their features, labels and sides."""
+
+    def __init__(self, records: Records, options: TrainFilterOptions):
+        draw = random.Random(options.seed)
+        self.rows: list[Any] = []  # sparse, (1, features) each
+        self.labels: list[float | str] = []
+        self.held_out: list[bool] = []
+        for count, record in enumerate(records):
+            label = _label(record, options.label)
+            place = count if count < options.examples else draw.randrange(count + 1)
+            if place < options.examples:
+                self.rows[place : place + 1] = [features_of([record.text])]
+                self.labels[place : place + 1] = [label]
+                self.held_out[place : place + 1] = [_side_of(record.text) < options.held_out]
+
+
+def _label(record: DataRecord, key: str) -> float | str:
+    if key not in record.value:
+        raise DataError(f"{record.source}: has no key {shorten(key)}; name the label's with label='other'")
+    value = record.value[key]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)) and math.isfinite(value):
+        return float(value)
+    raise DataError(f"{record.source}: {shorten(key)} is {kind_of(value)}; expected a number, true, false or a text")
+
+
+def _side_of(text: str) -> float:
+    """Where a text lies from 0 to 1: as good as random, and always the same."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _goodness(labels: Sequence[float | str], options: TrainFilterOptions) -> tuple[np.ndarray, float | None]:
+    """Which texts are good, and from which rating on. Raises DataError for labels that do not say it."""
+    said = {label for label in labels if isinstance(label, str)}
+    if options.good:
+        if missing := set(options.good) - said:
+            raise DataError(f"no record has the label {sorted(missing)[0]!r}; there are {_listed(said)}")
+        return np.array([label in options.good for label in labels]), None
+    if said:
+        raise DataError(f"labels are texts, {_listed(said)}; say with good= which of them are good")
+    numbers = np.array(labels, np.float64)
+    if options.top is not None:
+        least = float(np.quantile(numbers, 1 - options.top, method="higher"))
+    elif options.threshold is not None:
+        least = options.threshold
+    elif set(labels) <= {0.0, 1.0}:
+        least = 1.0
+    else:
+        raise DataError("labels are ratings; say from which threshold on a text is good, or which top=0.2 of them are")
+    return numbers >= least, least
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(map(shorten, sorted(names)[:5])) or "none that are texts"
+
+
+def _fitted(drawn: _Drawn, good: np.ndarray) -> tuple[TextClassifier, dict[str, Any]]:
+    from scipy.sparse import vstack
+    from sklearn.linear_model import LogisticRegression
+
+    held_out = np.array(drawn.held_out)
+    for which, side in (("learnt", good[~held_out]), ("held out", good[held_out])):
+        for kind, count in (("good", int(side.sum())), ("bad", len(side) - int(side.sum()))):
+            if count < _FEWEST:
+                raise DataError(f"{count:,} {kind} texts are {which}; give records with {_FEWEST} or more")
+    rows = vstack(drawn.rows, format="csr")
+    learnt = LogisticRegression(C=_STRENGTH, max_iter=1000).fit(rows[~held_out], good[~held_out])
+    scores, truth = learnt.decision_function(rows[held_out]).astype(np.float64), good[held_out]
+    platt = LogisticRegression(max_iter=1000).fit(scores[:, None], truth)
+    slope, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    weights, bias = learnt.coef_[0].astype(np.float32), float(learnt.intercept_[0])
+    area = area_under_curve(scores, truth)
+    low, high = area_interval(area, int(truth.sum()), int((~truth).sum()))
+    facts = {
+        "learnt": {"good": int(good[~held_out].sum()), "bad": int((~good[~held_out]).sum())},
+        "held_out": {"good": int(truth.sum()), "bad": int((~truth).sum())},
+        "auc": area,
+        "auc_95": [low, high],
+        "bounds": _bounds_table(1 / (1 + np.exp(-(slope * scores + shift))), truth),
+    }
+    return TextClassifier(weights, bias, slope, shift), facts
+
+
+def _bounds_table(probabilities: np.ndarray, good: np.ndarray) -> list[dict[str, float | None]]:
+    """For each bound what it keeps of texts that were not learnt."""
+    table = []
+    for bound in _BOUNDS_TOLD:
+        kept = probabilities >= bound
+        table.append(
+            {
+                "at_least": bound,
+                "kept": round(float(kept.mean()), _SHARE_DIGITS),
+                "good_of_kept": round(float(good[kept].mean()), _SHARE_DIGITS) if kept.any() else None,
+                "kept_of_good": round(float(kept[good].mean()), _SHARE_DIGITS),
+            }
+        )
+    return table
