@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from phi3_mlx.config import BlockPattern
 from phi3_mlx.models import blocksparse
-from phi3_mlx.models.attention import fused_attention, make_mask
+from phi3_mlx.models.attention import fetched, fused_attention, make_mask
 from phi3_mlx.models.cache import KVCache
 
 from . import record
@@ -52,7 +52,7 @@ def attentions(queries: int, tokens: int, dense: bool) -> dict[str, Callable[[],
     def sparse() -> mx.array:
         cache.trim(queries)
         mask = make_mask(queries, None, cache)
-        return blocksparse.attend_in_blocks(q, new_k, new_v, cache, SCALE, mask, PATTERN)
+        return blocksparse.attend_in_blocks(q, fetched(new_k, new_v, cache), cache, SCALE, mask, PATTERN)
 
     def masked() -> mx.array:
         seen = [array[:, :, :tokens] for array in cache.state]

@@ -55,6 +55,14 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 10,
     },
 }
+SMALL = {  # the bundled model's widths
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 4032,
+}
+RANK = 8  # of adapters
 CASES = ("bfloat16", "float32", *OTHERS, "tiny")
 # By default; of the unpacked weights two models must fit.
 LAYERS = 2 if not record.on_gpu() else 32 if room() > 40e9 else 8

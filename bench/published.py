@@ -47,7 +47,7 @@ def sources(results: list[dict[str, Any]]) -> str:
         newest: dict[str, str] = {}
         for result in here:
             newest |= result["versions"]
-        commands = ", ".join(f"`{result['command']}` ({result['date']})" for result in here)
+        commands = ", ".join(dict.fromkeys(f"`{result['command']}` ({result['date']})" for result in here))
         lines.append(f"{machine}; {', '.join(f'{name} {number}' for name, number in newest.items())}. {commands}.")
     return " ".join(lines)
 

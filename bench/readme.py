@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from . import agreement, published, tables
+from . import agreement, arms, exported, methods, published, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -193,8 +193,10 @@ BLOCKS = {
     **{
         table.__name__: table
         for table in (
-            tables.quantization,
+            methods.quantization,
+            methods.methods,
             tables.finetune,
+            tables.preferences,
             tables.parity,
             tables.speed,
             tables.batch,
@@ -209,6 +211,13 @@ BLOCKS = {
             tables.longcontext,
             tables.document,
             tables.blocksparse,
+            exported.exported_types,
+            exported.exported_longrope,
+            exported.exported_experts,
+            arms.betterdata_arms,
+            arms.betterdata_said,
+            arms.betterdata_contrasts,
+            arms.betterdata_pools,
         )
     },
 }

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from phi3_mlx.models.attention import attend, fused_attention, make_mask
+from phi3_mlx.models.attention import attend, fetched, fused_attention, make_mask
 from phi3_mlx.models.cache import KVCache, SequenceState
 from phi3_mlx.models.slots import SETTLED, units_of
 
@@ -63,14 +63,14 @@ def contenders_of(heads: tuple[int, int, int], lengths: Sequence[int], layers: i
         places = [mx.array([*unit.rows]) for unit in units]
         parts = [(q[place], k[place], v[place]) for place in places]
         return [
-            attend(*part, cache=unit.layers[layer], scale=scale, mask=unit.mask)
+            attend(queries, fetched(keys, values, unit.layers[layer]), unit.layers[layer], scale, unit.mask)
             for layer in range(layers)
-            for unit, part in zip(units, parts, strict=True)
+            for unit, (queries, keys, values) in zip(units, parts, strict=True)
         ]
 
     def in_one() -> list[mx.array]:
         mask = make_mask(1, None, padded[0])
-        return [attend(q, k, v, layer, scale, mask) for layer in padded]
+        return [attend(q, fetched(k, v, layer), layer, scale, mask) for layer in padded]
 
     return {"own": lambda: attended(alone), "shared": lambda: attended(alike), "padded": in_one}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from . import agreement
@@ -140,31 +139,32 @@ def traffic() -> str:
         lengths = "whole" if ours["shorter"] == 1 else f"1/{ours['shorter']}"
         table.append(f"| {ours['model']} | {lengths} | {' | '.join([*speeds, *ratios])} | {first} | {peak} |")
     lines = [*table, "", f"{result['requests']} requests; the last two columns are phi3-mlx and mlx-lm."]
-    if result["newcomers"]:
-        tokens = result["newcomers"][0]["tokens"]
-        lines += [
-            "",
-            f"| a newcomer of {tokens:,} tokens | its first token alone | beside an answer | ratio "
-            "| that answer waits | longest step with a chunk | step without |",
-            "|---|--:|--:|--:|--:|--:|--:|",
-        ]
-        for row in result["newcomers"]:
-            seconds = [f"{row[figure]['median']:.3g} s" for figure in ("alone", "beside", "gap", "chunk", "step")]
-            seconds.insert(2, f"{row['late']['median']:.2f}×")
-            lines.append(f"| {row['package']} | {' | '.join(seconds)} |")
-    return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
+    newcomers = read("newcomer")
+    lines += [
+        "",
+        f"| a newcomer of {newcomers['rows'][0]['tokens']:,} tokens | its first token alone | beside an answer | ratio "
+        "| that answer waits | longest step with a chunk | step without |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in newcomers["rows"]:
+        seconds = [f"{row[figure]['median']:.3g} s" for figure in ("alone", "beside", "gap", "chunk", "step")]
+        seconds.insert(2, f"{row['late']['median']:.2f}×")
+        lines.append(f"| {row['package']} | {' | '.join(seconds)} |")
+    return "\n".join([*lines, "", f"Medians (least to most); {sources([result, newcomers])}"])
 
 
 def serve() -> str:
     """The server beside mlx-lm's."""
     result = read("serve")
     table = [
-        "| weights | clients | requests a second, phi3-mlx | mlx-lm | ratio | first token, phi3-mlx | mlx-lm | ratio "
-        "| peak |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| weights | clients | answer | requests a second, phi3-mlx | mlx-lm | ratio | first token, phi3-mlx | mlx-lm "
+        "| ratio | peak |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
-    for case, clients in dict.fromkeys((row["case"], row["clients"]) for row in result["rows"]):
-        sides = {row["package"]: row for row in result["rows"] if (row["case"], row["clients"]) == (case, clients)}
+    rows = [{"answer": result.get("answer"), "shared": result.get("shared"), **row} for row in result["rows"]]
+    for model, clients, answer in dict.fromkeys((row["model"], row["clients"], row["answer"]) for row in rows):
+        alike = [row for row in rows if (row["model"], row["clients"], row["answer"]) == (model, clients, answer)]
+        sides = {row["package"]: row for row in alike}
         pair = [sides["phi3-mlx"], sides["mlx-lm"]]
         cells = []
         for figure, unit in (("requests_per_second", ""), ("first_token", "s")):
@@ -172,10 +172,13 @@ def serve() -> str:
             cells.append(f"{pair[0][figure]['median'] / pair[1][figure]['median']:.2f}×")
         peaks = [side["peak_memory"] for side in pair]
         cells.append(" and ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks if peak is not None))
-        table.append(f"| {pair[0]['model']} | {clients} | {' | '.join(cells)} |")
+        table.append(f"| {model} | {clients} | {answer} | {' | '.join(cells)} |")
+    longest = max(row["shared"] for row in rows)
+    shorter = {row["model"]: row["shared"] for row in rows if row["shared"] < longest}
     facts = (
-        f"{result['requests']} requests, answers of {result['answer']} tokens, one system message of "
-        f"{result['shared']:,}; {result['layers']} layers. The peak is the whole process'."
+        f"Every client asks once or more, in all {result['requests']} times at least. The system message has "
+        f"{longest:,} tokens{''.join(f', {shared:,} with {model}' for model, shared in shorter.items())}; "
+        f"{result['layers']} layers. The peak is the whole process'."
     )
     return "\n".join([*table, "", facts, f"Medians (least to most); {sources([result])}"])
 
@@ -351,26 +354,16 @@ def blocksparse() -> str:
     return "\n".join([*lines, "", f"Medians (least to most); {sources([result])}"])
 
 
-def quantization() -> str:
-    """KL divergence by method at the sizes of uniform 3 and 4 bits, for every model."""
-    results = read_all("quantization")
-    methods = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
-    widths = {
-        result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
-        for result in results
-    }
-    columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
-    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
-    for method in methods:
-        cells = []
-        for result in results:
-            for width in widths[result["model"]]:
-                found = [(abs(r["bits_per_weight"] - width), r["kl"]) for r in result["rows"] if r["method"] == method]
-                off, kl = min(found, default=(math.inf, 0.0))
-                cells.append(f"{kl:.4f}" if off < 0.01 else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    pictures = [f"![KL against bits](../bench/results/quantization-{result['model']}.png)" for result in results]
-    return "\n".join([*lines, "", *pictures, "", sources(results)])
+def preferences() -> str:
+    """Memory of DPO, and questions answered right before and after it."""
+    memory, answers = read("preferences"), read("preference-answers")
+    lines = ["| package | peak | beside the weights, of them |", "|---|--:|--:|"]
+    for row in memory["rows"]:
+        share = (row["peak_memory"] - row["weights"]) / row["weights"]
+        lines.append(f"| {row['package']} | {row['peak_memory'] / 1e9:.2f} GB | {share:.2f} |")
+    lines += ["", f"| model | right, of {answers['questions']} |", "|---|--:|"]
+    lines += [f"| {row['model']} | {row['right']:.1%} ± {1.96 * row['error']:.1%} |" for row in answers["rows"]]
+    return "\n".join([*lines, "", sources([memory, answers])])
 
 
 def finetune() -> str:

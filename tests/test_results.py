@@ -3,6 +3,7 @@
 import pytest
 
 from bench import record
+from bench.betterdata import statistics
 
 RESULTS = record.read(record.PUBLISHED)
 
@@ -27,6 +28,13 @@ def test_mixed_bits_and_gptq_beat_uniform_rounding_at_every_size_they_share(name
         assert curves["mixed"][largest] < curves["uniform"][size]
     for size, kl in curves["gptq"].items():
         assert kl < 0.6 * curves["uniform"][size]
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.077), (3, 0.365)])
+def test_few_bits_lose_little(bits, most):
+    kl = {row["method"]: row["kl"] for row in rows(f"quantization-SmolLM2-{bits}bit")}
+    assert kl["gptq"] <= most
+    assert kl["gptq"] < 0.2 * kl["uniform"]
 
 
 def test_conversion_takes_half_the_memory_and_no_more_time():
@@ -111,3 +119,65 @@ def test_the_numbers_are_the_references():
     for row in measured:
         assert row.get("max_difference", 0) < 1e-4
         assert row.get("greedy_agreement", 1.0) == 1.0
+
+
+def test_llama_cpp_computes_what_is_computed_here_and_differs_where_the_page_says():
+    kl = {row["type"]: row["kl"] for row in rows("export")}
+    assert kl["f32"] < 1e-9
+    assert rows("export", type="f32")[0]["largest_difference"] < 1e-3
+    smaller = [kl[kind] for kind in ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q2_k")]
+    assert smaller == sorted(smaller)
+    greedy = RESULTS["export-longrope"]["greedy"]
+    near, far, crossing, beyond = rows("export-longrope")
+    for same in (near, beyond):
+        assert same["kl"] < 1e-8
+        assert same["alike"] == greedy
+    for other in (far, crossing):
+        assert other["kl"] > 0.05
+        assert other["alike"] < greedy
+    apart = {row["what"]: row["kl"] for row in rows("export-moe")}
+    assert apart["llama.cpp, from both"] < 1e-9  # no third error
+    assert min(apart["its norms alone"], apart["its routing weights alone"]) > 0.01
+
+
+def test_the_contrasts_of_better_data_follow_from_the_figures_of_each_seed():
+    result = RESULTS["betterdata"]
+    figures = {(row["measure"], row["arm"]): row["seeds"] for row in result["rows"] if "hypothesis" not in row}
+    contrasts = [row for row in result["rows"] if "hypothesis" in row]
+    assert ("picture books", "H1") in {(row["measure"], row["hypothesis"]) for row in contrasts}
+    for row in contrasts:
+        one, other = (figures[row["measure"], row[arm]] for arm in ("arm", "against"))
+        assert len(one) == len(other) == len(result["seeds"]) == 3
+        differences = [a - b for a, b in zip(one, other, strict=True)]
+        assert row["difference"] == pytest.approx(sum(differences) / 3)
+        assert row["by_seeds"] == pytest.approx(statistics.by_seeds(differences))
+        # What "held" and "contradicted" say, both intervals must say.
+        if row["verdict"] in ("held", "contradicted") and row["hypothesis"] != "H4":
+            assert {statistics.side(row[key]) for key in ("by_seeds", "by_texts")} in ({-1}, {1})
+        elif row["verdict"] == "undecided":
+            assert 0 in {statistics.side(row[key]) for key in ("by_seeds", "by_texts")}
+    assert result["filter"]["labels"] == ("the rater's" if result["filter"]["rater_auc"] >= 0.6 else "the editors'")
+
+
+def test_a_step_costs_the_host_less_than_mlx_lms():
+    for row in rows("host", package="phi3-mlx"):
+        assert row["ratios"]["host"] <= 0.6
+        assert row["ratios"]["step"] <= 0.85
+
+
+def test_places_that_nobody_looks_into_cost_nothing():
+    for row in rows("inside"):
+        assert row["off"]["median"] <= 1.03
+
+
+def test_a_long_newcomer_holds_nobody_up():
+    (ours,) = rows("newcomer", package="phi3-mlx")
+    median = {name: figure["median"] for name, figure in ours.items() if isinstance(figure, dict)}
+    assert median["gap"] <= median["chunk"] + 2 * median["step"]
+    assert median["late"] <= 1.5
+
+
+@pytest.mark.parametrize(("case", "least"), [("unpacked", 1.0), ("float32", 1.1), ("bfloat16", 6)])
+def test_requests_that_arrive_one_after_another_are_answered_faster(case, least):
+    ours, theirs = (rows("traffic", case=case, package=package)[0] for package in ("phi3-mlx", "mlx-lm"))
+    assert ours["tokens_per_second"]["median"] >= least * theirs["tokens_per_second"]["median"]
