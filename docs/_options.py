@@ -37,12 +37,12 @@ _FAR = re.compile(r"^(\d+) to (?:[\d,]{10,}|2\*\*64 - 1)")
 def doors() -> dict[type, Callable[..., Any]]:
     """The dataclasses of options that pages have tables of, and the functions whose arguments they are."""
     import phi3_mlx
-    from phi3_mlx.conversion.options import ConvertOptions, FuseOptions
+    from phi3_mlx.conversion.options import ConvertOptions, ExportOptions, FuseOptions
     from phi3_mlx.generation.request import Request
     from phi3_mlx.tuning.settings import Settings
 
-    functions = phi3_mlx.generate, phi3_mlx.convert, phi3_mlx.fuse, phi3_mlx.tune
-    return dict(zip((Request, ConvertOptions, FuseOptions, Settings), functions, strict=True))
+    functions = phi3_mlx.generate, phi3_mlx.convert, phi3_mlx.fuse, phi3_mlx.export_gguf, phi3_mlx.tune
+    return dict(zip((Request, ConvertOptions, FuseOptions, ExportOptions, Settings), functions, strict=True))
 
 
 def table(kind: type, function: Callable[..., Any]) -> str:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _PAGES = {  # file of the repository -> page of the site
     "weights/tiny/README.md": "tiny.md",
     "weights/tiny/REPORT.md": "tiny-report.md",
+    "bench/betterdata/README.md": "better-data-plan.md",
     "CHANGELOG.md": "changelog.md",
     **{f"notebooks/{path.stem}.ipynb": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")},
 }

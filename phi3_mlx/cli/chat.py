@@ -26,6 +26,7 @@ from .options import (
     prefixes_option,
 )
 from .reading import check_text, decode_text
+from .steering import read_steering_options, steer_layers_option, steer_option, steered
 from .terminal import answer_writer, note, say, show
 from .tools import say_call, tool_turn, tools_option, yes_option
 
@@ -48,6 +49,8 @@ _HELP = """\
 @answering_model_options
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @prefixes_option
+@steer_option
+@steer_layers_option
 @answer_options
 @tools_option
 @yes_option
@@ -56,6 +59,8 @@ def chat(
     source: ModelOptions,
     system: str | None,
     prefixes: str | None,
+    steer: tuple[str, ...],
+    steer_layers: str | None,
     request: Request,
     tools: str | None,
     yes: bool,
@@ -67,16 +72,20 @@ def chat(
     -m mlx-lm:OWNER/REPO is a model of another family; exactness is promised for the Phi family alone.
     """
     note_idle(request)
+    if steer and prefixes:
+        raise click.UsageError("--prefixes was read without --steer; leave out one of the two")
     from ..generation.conversation import Conversation
 
     system = check_text(system, "--system") if system else None
-    place = source.find_answering(request, prefixes=prefixes)
+    place = source.find_answering(request, prefixes=prefixes, steer=steer)
+    steering = read_steering_options(steer, steer_layers, place)
     store = open_prefixes(prefixes)
     tokenizer = source.load_tokenizer(place)
     turn = tool_turn(tools, yes, tokenizer, request)
     drafting = source.find_draft(tokenizer)
     model = source.load_model(place, 1, request, draft=drafting)
     draft = source.load_draft(drafting)
+    click.get_current_context().with_resource(steered(model, steering))
     conversation = Conversation(
         model,
         tokenizer,

@@ -26,10 +26,11 @@ from .options import (
 )
 from .progress import PrefillProgress
 from .reading import check_text, read_input
+from .steering import read_steering_options, steer_layers_option, steer_option, steered
 from .terminal import answer_writer, note, say, show, show_json
 
 if TYPE_CHECKING:
-    from ..generation.answers import Chunk
+    from ..generation.chunks import Chunk
     from ..generation.request import Request
 
 
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 @prefixes_option
 @click.option("--system", metavar="TEXT", help="A system message: how the model should behave.")
 @option_of(REQUEST_FIELDS["raw"])
+@steer_option
+@steer_layers_option
 @answer_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens with log-probabilities, figures.")
@@ -63,6 +66,8 @@ def generate(
     cache: str | None,
     prefixes: str | None,
     system: str | None,
+    steer: tuple[str, ...],
+    steer_layers: str | None,
     request: Request,
     stats: bool,
     as_json: bool,
@@ -81,6 +86,9 @@ def generate(
     raw = request.raw
     if cache is not None and prefixes is not None:
         raise click.UsageError("--prefixes has no effect beside --cache; leave out one of the two")
+    if steer and (cache or prefixes):
+        read = "--cache" if cache else "--prefixes"
+        raise click.UsageError(f"{read} was read without --steer; leave out one of the two")
     if raw and (system or cache):
         raise click.UsageError("--raw sends no template, so it has no place for --system or --cache")
     if cache is not None:
@@ -103,7 +111,8 @@ def generate(
         text = _prompt(prompt, files, raw)
     from ..generation.answers import Answers, encode_prompt
 
-    place = source.find_answering(request, cache=cache, prefixes=prefixes)
+    place = source.find_answering(request, cache=cache, prefixes=prefixes, steer=steer)
+    steering = read_steering_options(steer, steer_layers, place)
     store = open_prefixes(prefixes, 1)  # one prompt takes nothing from memory
     tokenizer = source.load_tokenizer(place)
     messages = [{"role": "system", "content": check_text(system, "--system")}] if system else []
@@ -116,7 +125,7 @@ def generate(
     if cache is not None:
         prompt_cache = PromptCache.load(cache, model)
         prompt_cache.check_prefix(ids, cache)
-    with PrefillProgress(len(ids)) as progress:
+    with steered(model, steering), PrefillProgress(len(ids)) as progress:
         answer = Answers(
             model,
             tokenizer,

@@ -23,7 +23,7 @@ from .terminal import note
 
 if TYPE_CHECKING:
     from ..engine.prefixes import PrefixStore
-    from ..generation.answers import Chunk
+    from ..generation.chunks import Chunk
     from ..models.decoder import LongRopeRule, Model
     from ..store.checkpoint import Checkpoint
     from ..store.other import Place
@@ -73,12 +73,14 @@ class ModelOptions:
 
         return Place(resolve(self.model, self.revision), False)
 
-    def find_answering(self, request: Request, *, cache: str | None = None, prefixes: str | None = None) -> Place:
+    def find_answering(
+        self, request: Request, *, cache: str | None = None, prefixes: str | None = None, steer: Sequence[str] = ()
+    ) -> Place:
         """Where the model is, perhaps of another family. OptionError for what that cannot take."""
         from ..store.other import find
 
         given = {name: getattr(self, name) for name in ("adapter", "longrope", "draft_model")}
-        given |= {"kv_bits": request.kv_bits, "cache": cache, "prefixes": prefixes}
+        given |= {"kv_bits": request.kv_bits, "cache": cache, "prefixes": prefixes, "steer": steer}
         place = find(self.model, self.revision, given)
         if place.is_other:
             note(f"{self.model} runs with mlx-lm's code: exactness is promised for the Phi family alone")

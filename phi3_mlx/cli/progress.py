@@ -6,10 +6,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from ..display import duration_text
 from .terminal import escape, progress_bar, say
 
 if TYPE_CHECKING:
     from ..conversion.sinks import Progress
+    from ..data.records import Advance
 
 _Work = TypeVar("_Work", bound="LongWork")
 _LONG_PROMPT = 2048  # tokens; a shorter one is read before a bar would be seen
@@ -51,9 +53,10 @@ class LongWork:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.close()
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Take the bar away, for what is to be said."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -80,6 +83,38 @@ class ReadingProgress(LongWork):
         self._show(self._label, done, total, count, f"read {count}")
 
 
+class LeftProgress(LongWork):
+    """How much is done, and in a log about how long the rest takes.
+
+    What an earlier run had done is there at once, and says nothing of the speed.
+    """
+
+    def __init__(self, label: str):
+        super().__init__(label)
+        self._counted = label
+        self._last = self._began = time.monotonic()
+        self._before: int | None = None  # what was done then
+
+    def count(self, label: str, unit: str, done: int, total: int) -> None:
+        if self._before is None or done <= self._before or label != self._counted:  # the first, perhaps of another kind
+            self._began, self._before, self._counted = self._last, done - 1, label
+        self._last = time.monotonic()
+        left = (total - done) * (self._last - self._began) / (done - self._before)
+        count = f"{done:,} of {total:,} {unit}"
+        self._show(label, done, total, count, f"{label}: {count}, about {duration_text(left)} left")
+
+
+class QuestionProgress(LeftProgress):
+    """How many of a task's questions, or other `unit`, were read or answered."""
+
+    def __init__(self, label: str, unit: str = "questions"):
+        super().__init__(label)
+        self._unit = unit
+
+    def update(self, done: int, total: int) -> None:
+        self.count(self._label, self._unit, done, total)
+
+
 class PrefillProgress(ReadingProgress):
     """How many tokens of a long prompt were read; the bar goes before the answer begins."""
 
@@ -90,14 +125,15 @@ class PrefillProgress(ReadingProgress):
         if done < total:
             super().update(done, total)
         else:
-            self._stop()
+            self.close()
 
 
 class ConversionProgress(LongWork):
-    """Which stage a conversion is in, and how far that is."""
+    """Which stage a conversion is in, how far that is, and about how long the rest of it takes."""
 
     def __init__(self) -> None:
         super().__init__("loading")
+        self._stage, self._began, self._first = "", 0.0, 0
 
     def update(self, now: Progress) -> None:
         from ..sizes import size_text
@@ -106,4 +142,30 @@ class ConversionProgress(LongWork):
         if now.all_bytes:
             count += f", {size_text(now.bytes)} of {size_text(now.all_bytes)}"
         done, total = (now.bytes, now.all_bytes) if now.all_bytes else (now.done, now.total)
+        if now.stage != self._stage:
+            self._stage, self._began, self._first = now.stage, time.monotonic(), done
+        elif self._first < done < total:
+            left = (total - done) * (time.monotonic() - self._began) / (done - self._first)
+            count += f", about {duration_text(left)} left"
         self._show(now.stage, done, total, count, f"{now.stage}: {count}")
+
+
+class DataProgress(LongWork):
+    """How far a step over files of records is, and in about what time it is done, where its length is known."""
+
+    _SOON = 10.0  # seconds of a stage, before which its speed is a guess
+
+    def __init__(self, label: str) -> None:
+        super().__init__(label)
+        self._stage, self._began, self._before = "", 0.0, 0
+
+    def update(self, now: Advance) -> None:
+        if now.stage != self._stage:
+            self._stage, self._began, self._before = now.stage, time.monotonic(), now.done
+        count = f"{now.records:,} records"
+        took, done = time.monotonic() - self._began, now.done - self._before
+        left = ""
+        if took >= self._SOON and done > 0 and now.total > now.done:
+            left = f", about {duration_text((now.total - now.done) * took / done)} left"
+        share = f", {now.done / now.total:.0%}" if now.total else ""
+        self._show(now.stage, now.done, now.total, f"{count}{left}", f"{now.stage}: {count}{share}{left}")

@@ -6,6 +6,7 @@ import os
 import sys
 
 from .. import files
+from ..conversion.options import OWN_TEXT
 from ..errors import PromptError
 
 
@@ -17,6 +18,11 @@ def read_input(path: str) -> str:
     except OSError as error:
         raise PromptError(f"{name} cannot be read: {error.strerror}; give a readable text file") from error
     return decode_text(data, name)
+
+
+def read_calibration(given: str) -> str:
+    """The text of a file, or "self": the model writes one. A file of that name is ./self."""
+    return given if given == OWN_TEXT else read_input(given)
 
 
 def check_text(text: str, name: str) -> str:
