@@ -1,7 +1,8 @@
 # Everything runs in its own virtual environment, made on first use.
 #   make demo    set up and let the bundled model tell a story and find a fact (offline)
 #   make test    set up and run the tests, in two processes
-#   make test-live    compare with PyTorch, transformers and PEFT: installs them, and runs the tests that can use them
+#   make test-live    compare with PyTorch, transformers, PEFT and TRL, and try the page in Chromium: installs all but that
+#   make llama-cpp    install llama.cpp and vocabularies of Phi-4's (by npm) in .llama-cpp, for tests that compare with them
 #   make test-long    the tests that take too long for every day, alone; the result goes into tests/long.json
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
@@ -19,7 +20,7 @@ BACKEND ?= cpu
 endif
 comma := ,
 
-.PHONY: demo test test-live test-long check docs dist bench clean
+.PHONY: demo test test-live llama-cpp test-long check docs dist bench clean
 
 demo: $(VENV)/.package
 	@echo 'The bundled model has 5 million parameters. It was trained for little stories and for finding facts; it is not Phi-3.'
@@ -32,6 +33,13 @@ test: $(VENV)/.test
 
 test-live: $(VENV)/.live
 	$(PYTEST) -m live
+
+# Prebuilt, for this machine alone; without --ignore-scripts npm would run its installer.
+LLAMA_CPP := 3.21.1
+LLAMA_CPP_BUILD := $(if $(filter Darwin,$(shell uname -s)),mac-arm64-metal,linux-$(if $(filter x86_64,$(shell uname -m)),x64,arm64))
+llama-cpp:
+	npm install --prefix .llama-cpp --no-audit --no-fund --ignore-scripts --omit=optional \
+		node-llama-cpp@$(LLAMA_CPP) @node-llama-cpp/$(LLAMA_CPP_BUILD)@$(LLAMA_CPP) js-tiktoken@1.0.21
 
 test-long: $(VENV)/.live
 	PHI3_MLX_TEST_LONG=1 $(PYTEST) -m long
@@ -67,7 +75,7 @@ $(VENV)/.test: $(VENV)/.package
 	touch $@
 
 $(VENV)/.live: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) 'transformers>=5.20' 'peft>=0.15'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) 'transformers>=5.20' 'peft>=0.15' 'trl>=1.16' 'playwright>=1.49'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.package

@@ -43,7 +43,10 @@ LONG = os.environ.get("PHI3_MLX_TEST_LONG") == "1"
 _STARTED = time.monotonic()
 
 
-_ORACLES = re.compile(r"""importorskip\("(torch|transf|peft|trl)|make_torch|reference_steps|import (torch|peft)""")
+_ORACLES = re.compile(
+    r"""importorskip\("(torch|transf|peft|trl|playwright)|make_torch|reference_steps"""
+    r"""|import (torch|peft|llama_cpp)|which\("go"""
+)
 
 
 @functools.cache

@@ -43,7 +43,8 @@ def json_values(value):
         result = copy.deepcopy(value)
         for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
             way = draw(st.sampled_from(ways))
-            kind, odd = draw(st.sampled_from(["set", "set", "set", "out", "in"])), draw(st.sampled_from(VALUES))
+            kind = draw(st.sampled_from(["set", "set", "set", "out", "in"]))
+            odd = copy.deepcopy(draw(st.sampled_from(VALUES)))  # the second change may be within the first
             try:
                 inner = result
                 for key in way[:-1]:

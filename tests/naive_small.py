@@ -69,8 +69,13 @@ def gegelu(x: np.ndarray, limit: float | None) -> np.ndarray:
         return gate / (1 + np.exp(-1.702 * gate)) * (linear + 1)
 
 
-def logits(raw: dict, weights: Weights, ids: np.ndarray, total: int | None = None) -> np.ndarray:
-    """Logits (L, V) of one sequence `ids` (L,); `total` is its length for the LongRoPE rule, L if not given."""
+def logits(
+    raw: dict, weights: Weights, ids: np.ndarray, total: int | None = None, inside: dict | None = None
+) -> np.ndarray:
+    """Logits (L, V) of one sequence `ids` (L,); `total` is its length for the LongRoPE rule, L if not given.
+
+    `inside` takes the stream after each layer, ("resid_post", layer), and the weights of its heads, ("pattern", layer).
+    """
     heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
     dim, group, eps = raw["hidden_size"] // heads, heads // kv_heads, raw["layer_norm_epsilon"]
     length = len(ids)
@@ -96,9 +101,14 @@ def logits(raw: dict, weights: Weights, ids: np.ndarray, total: int | None = Non
             q, k, v = (own[:, n * dim : (n + 1) * dim] for n in (j, group, group + 1))
             mask = np.tri(length, dtype=bool) if is_dense(raw, layer) else visible(raw, head, length)
             seen.append(attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, scale))
+            if inside is not None:  # of values that are one for each key, the mix is the weights
+                each = attention(rotate(q, cos, sin), rotate(k, cos, sin), np.eye(length), mask, scale)
+                inside.setdefault(("pattern", layer), []).append(each)
         x = x + linear(np.concatenate(seen, axis=1), f"{prefix}.self_attn.dense")
         up = linear(norm(x, f"{prefix}.post_attention_layernorm"), f"{prefix}.mlp.up_proj")
         x = x + linear(gegelu(up, raw["gegelu_limit"]), f"{prefix}.mlp.down_proj")
+        if inside is not None:
+            inside["resid_post", layer] = x
     out = norm(x, "model.final_layernorm") @ weights["model.embed_tokens.weight"].T / (raw["mup_width_multiplier"] or 1)
     out[:, [n for n in DUMMY if n < raw["vocab_size"]]] = np.finfo(np.float32).min
     return out

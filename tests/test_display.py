@@ -14,7 +14,7 @@ from phi3_mlx.conversion.pipeline import Conversion
 from phi3_mlx.conversion.sinks import Progress
 from phi3_mlx.evaluation.quality import Comparison, Quality
 from phi3_mlx.generation.conversation import Conversation
-from phi3_mlx.tuning.run import Result
+from phi3_mlx.tuning.execution import Result
 
 
 class Terminal(io.StringIO):
@@ -95,10 +95,33 @@ def test_a_bar_in_a_notebook_is_one_output_that_changes(notebook, monkeypatch):
     assert "reading &lt;1&gt;" in notebook.shown[-1]["text/html"]
 
 
-def test_it_takes_the_reports_of_convert_and_tune(notebook):
+def test_a_bar_says_how_long_the_rest_takes_once_the_speed_is_known(notebook, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    bar = ProgressBar("evaluating")
+    for passed, done, left in (
+        (0, 50, ""),  # of an earlier run
+        (4, 54, ""),  # too soon to tell
+        (6, 60, ", about 40 seconds left"),
+        (120, 90, ", about 32 seconds left"),
+        (1, 100, ""),
+        (1, 3, ""),  # other work begins
+        (6, 4, ", about 10 minutes left"),
+    ):
+        now[0] += passed
+        bar(done, 100)
+        assert notebook.shown[-1]["text/plain"] == f"evaluating {done} of 100{left}"
+
+
+def test_it_takes_the_reports_of_convert_tune_and_mt_bench(notebook):
     ProgressBar()(Progress("writing", "tensors", 3, 3))
     ProgressBar("training")(SimpleNamespace(step=5, steps=5, loss=0.5))
-    assert [data["text/plain"] for data in notebook.shown] == ["writing 3 of 3 tensors", "training 5 of 5, loss 0.500"]
+    ProgressBar()("judging", 2, 2)
+    assert [data["text/plain"] for data in notebook.shown] == [
+        "writing 3 of 3 tensors",
+        "training 5 of 5, loss 0.500",
+        "judging 2 of 2",
+    ]
 
 
 def test_on_a_terminal_it_is_one_line_and_in_a_pipe_nothing(monkeypatch):

@@ -11,10 +11,13 @@ import sys
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import ROOT
 
 import phi3_mlx
 from phi3_mlx.cli import cli
+from phi3_mlx.engine.capacity import family_rows
+from phi3_mlx.store.family import MEMBERS, june_text
 
 sys.path.insert(0, str(ROOT / "docs"))
 from _commands import help_pages, with_help
@@ -25,6 +28,7 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glo
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Of pip, mlx.launch, Docker, systemd and lm-evaluation-harness.
 OTHERS_OPTIONS = {"--force-reinstall", "--backend", "--add-host", "--user", "--now", "--tasks"}
+OTHERS_OPTIONS |= {"--control-vector", "--control-vector-layer-range"}
 
 
 def lines(language):
@@ -265,3 +269,22 @@ def test_a_forbidden_phrase_would_be_found():
     assert forbidden("# as\n    # far as it goes") == ["as far as"]
     assert forbidden('f"it was read "\n    "again; Reckoned"') == ["read again", "Reckoned"]
     assert forbidden("a pyramid of many numbers, recomputed") == []
+
+
+def test_figures_of_two_releases_of_one_name_never_stand_together_unsaid():
+    replaced = {name: member for name, member in MEMBERS.items() if member.mmlu_june is not None}
+    assert replaced
+    note = june_text()
+    for name, member in replaced.items():
+        assert member.mmlu != member.mmlu_june
+        assert f"{member.mmlu_june} ({name})" in note
+    assert note in " ".join(CliRunner().invoke(cli, ["models"]).output.split())
+    assert note in PAGES["memory.md"]
+    for row in family_rows():
+        if row.name in replaced:  # the card of April beside the report of April
+            assert f"{row.mmlu_june}" not in row.cells()
+    newer = re.compile("|".join(rf"(?<![\d.]){member.mmlu_june}(?![\d.])" for member in replaced.values()))
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if newer.search(line) and "MMLU" in line:
+                assert "June" in line, f"{path.name}: {line}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from phi3_mlx.cli import tune
+from phi3_mlx.cli import training
 from phi3_mlx.doctor import checks, facts
 from phi3_mlx.doctor.checks import examine
 from phi3_mlx.doctor.facts import Machine
@@ -210,12 +210,13 @@ def test_an_extra_that_lacks_several_packages_is_one_note(mac):
 
 def test_extras_named_here_are_those_of_the_package():
     listed = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    for extra in (*checks.EXTRAS, "cpu", "cuda"):
-        assert f"\n{extra} = [" in listed
+    extras = set(re.findall(r"^(\w+) = \[", listed, re.M))
+    assert extras - {*checks.EXTRAS} == {*"cpu cuda docs notebooks parity tensorboard test".split()}
+    assert {*checks.EXTRAS} < extras
 
 
 def test_the_watchdog_is_that_of_tune(mac):
-    assert checks.WATCHDOG == tune.WATCHDOG
+    assert checks.WATCHDOG == training.WATCHDOG
     assert found(mac, "tune")[0] == "note"
     assert found(replace(mac, environment={checks.WATCHDOG: "1"}), "tune")[0] == "ok"
 

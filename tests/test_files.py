@@ -19,7 +19,7 @@ from phi3_mlx.errors import CacheError, CheckpointError, DataError, OptionError,
 from phi3_mlx.files import LARGEST, as_utf8, decode, json_text, not_unicode, open_file, read_bytes
 from phi3_mlx.store.checkpoint import read_model
 from phi3_mlx.tuning.data import read_data
-from phi3_mlx.tuning.settings import read_settings
+from phi3_mlx.tuning.settings_file import read_settings
 
 WINDOWS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
 LINE = {"prompt": "naïve “日本” 🐶", "completion": "yes \u2028 yes"}

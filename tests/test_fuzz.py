@@ -5,36 +5,47 @@ many more than every day's tests do.
 """
 
 import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import signal
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, given, seed, settings
 from mutants import byte_files, json_files, json_values, safetensors_files
+from safetensors.numpy import load_file, save
 from tokenizer_samples import tiktoken_ranks
 from tuning_models import make_directory, randomize, write_jsonl
 
-from phi3_mlx import PromptCache, convert, generate, load
+from phi3_mlx import PromptCache, convert, generate, load, load_steering, save_steering, tokenize_data
 from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.data.classifier import TextClassifier, read_classifier
+from phi3_mlx.data.score_journal import ScoreJournal
 from phi3_mlx.engine.cache_file import Document, read_facts
 from phi3_mlx.errors import CheckpointError, Phi3Error
+from phi3_mlx.evaluation.journal import ANSWERS, opened
 from phi3_mlx.generation.prompt_cache import check_writable, document_ids, read_document
+from phi3_mlx.pretraining.rows import Rows
+from phi3_mlx.pretraining.shards import HEADER, TokenShards
 from phi3_mlx.store.checkpoint import read_model
+from phi3_mlx.store.safetensors import read_metadata
 from phi3_mlx.text.chat import render_chat, render_training_chat
 from phi3_mlx.text.tokenizer import read_tokenizer
 from phi3_mlx.tuning.checkpoints import read_checkpoint, save_checkpoint
 from phi3_mlx.tuning.data import read_data
 from phi3_mlx.tuning.examples import encode_records
 from phi3_mlx.tuning.log import METRICS, plot_losses, read_metrics
-from phi3_mlx.tuning.settings import Settings, read_settings
+from phi3_mlx.tuning.settings import Settings
+from phi3_mlx.tuning.settings_file import read_settings
 from phi3_mlx.tuning.stored import stored_settings
 from phi3_mlx.tuning.trainer import TrainingProgress
 
@@ -84,6 +95,13 @@ def words(directory):
 def put(file, content):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return file.read_bytes()
+
+
+def _changed_lines(lines):
+    """Of a JSON lines file."""
+    return json_values(lines).map(
+        lambda changed: "\n".join(map(json.dumps, changed if isinstance(changed, list) else [changed])).encode()
+    )
 
 
 # Each makes small files in a folder and gives: the file that is changed, its changes, and what reads it.
@@ -260,10 +278,7 @@ def examples(folder):
         for overflow, trained in (("drop", "answers"), ("split", "all"), ("truncate", "last")):
             encode_records(splits.train, tokenizer, max_length=16, overflow=overflow, train_on=trained)
 
-    whole = json_values(lines).map(
-        lambda changed: "\n".join(map(json.dumps, changed if isinstance(changed, list) else [changed])).encode()
-    )
-    return file, whole | byte_files(file.read_bytes()), read
+    return file, _changed_lines(lines) | byte_files(file.read_bytes()), read
 
 
 def recipe(folder):
@@ -281,6 +296,35 @@ def recipe(folder):
         finite(read_model(folder / "out"))
 
     return folder / "recipe.json", json_files(put(folder / "recipe.json", json.dumps(content))), read
+
+
+def steering_vectors(folder):
+    file = save_steering({1: mx.ones(16), 2: mx.zeros(16)}, folder / "x.safetensors")
+    return file, safetensors_files(file.read_bytes()), lambda: finite_arrays(load_steering(file))
+
+
+def steering_gguf(folder):
+    pytest.importorskip("gguf")
+    file = save_steering({1: mx.ones(16), 2: mx.zeros(16)}, folder / "x.gguf")
+    return file, byte_files(file.read_bytes()), lambda: finite_arrays(load_steering(file))
+
+
+def text_classifier(folder):
+    file = folder / "classifier.safetensors"
+    TextClassifier(np.linspace(-1, 1, 2**18, dtype=np.float32), 0.5, 2.0, -0.25).write(file)
+    content, arrays = file.read_bytes(), load_file(file)
+    head = json.loads(read_metadata(file)["phi3_mlx_classifier"])
+    heads = json_values(head).map(lambda changed: save(arrays, {"phi3_mlx_classifier": json.dumps(changed)}))
+
+    def read():
+        for text in ("", "A text of words.", "\0 \ud800"):
+            assert 0 <= read_classifier(folder).probability(text) <= 1
+
+    return file, safetensors_files(content) | heads, read
+
+
+def finite_arrays(vectors):
+    assert all(mx.isfinite(vector).all() for vector in vectors.values())
 
 
 def gguf_file(folder):
@@ -323,10 +367,7 @@ def metrics(folder):
         assert all(type(line["step"]) is int and "kind" in line for line in read_metrics(folder))
         plot_losses(folder)
 
-    whole = json_values(lines).map(
-        lambda changed: "\n".join(map(json.dumps, changed if isinstance(changed, list) else [changed])).encode()
-    )
-    return file, whole | byte_files(file.read_bytes()), read
+    return file, _changed_lines(lines) | byte_files(file.read_bytes()), read
 
 
 def _checkpoint(folder, name, changes):
@@ -351,6 +392,58 @@ def checkpoint_arrays(folder):
     return _checkpoint(folder, "weights.safetensors", safetensors_files)
 
 
+def answers_of_an_evaluation(folder):
+    lines = [
+        {"phi3_mlx": "answers", "format": 1, "model": "abc", "limit": 3},
+        {"kind": "loglikelihood", "questions": 2, "digest": hashlib.sha256(b"[1, 2]").hexdigest()},
+        {"kind": "loglikelihood", "place": 1, "result": [-2.5, True]},
+        {"kind": "generate_until", "questions": 1, "digest": hashlib.sha256(b"[3]").hexdigest()},
+        {"kind": "generate_until", "place": 0, "result": ["a text", "stop"]},
+    ]
+    file = write_jsonl(folder / ANSWERS, lines)
+
+    def read():
+        with opened(folder, {"model": "abc", "limit": 3}) as journal:
+            for kind, asked in (("loglikelihood", [1, 2]), ("generate_until", [3])):
+                for place, (first, second) in journal.begin(kind, asked).items():
+                    assert 0 <= place < len(asked)
+                    assert type(first) is (str if kind == "generate_until" else float)
+                    assert type(second) is (str if kind == "generate_until" else bool)
+
+    return file, _changed_lines(lines) | byte_files(file.read_bytes()), read
+
+
+def token_header(folder):
+    texts = write_jsonl(folder / "texts.jsonl", [{"text": f"The frog number {n}."} for n in range(5)])
+    tokenize_data(texts, folder / "shards", read_tokenizer(TINY))
+    file = folder / "shards" / HEADER
+
+    def read():
+        shards = TokenShards(folder / "shards")
+        rows = Rows(shards, np.arange(len(shards), dtype=np.int32), 8, 0, 4032)
+        assert sum(len(sequence) - 1 for row in rows for sequence in row.sequences) == rows.lengths.sum()
+
+    return file, json_files(file.read_bytes()), read
+
+
+def kept_scores(folder):
+    lines = [
+        {"phi3_mlx": "scores", "format": 1, "model": "abc"},
+        {"text": "12ab", "score": {"rating": 2.5, "cut": False}},
+        {"text": "34cd", "score": {"rating": None, "cut": True}},
+    ]
+    file = write_jsonl(folder / "scores.jsonl", lines)
+
+    def read():
+        with file.open("r+b") as opened_file:
+            journal = ScoreJournal(file, opened_file, {"model": "abc"}, ["rating", "cut"])
+            for digest in ("12ab", "34cd"):
+                score = journal.known(digest)
+                assert score is None or all(math.isfinite(value or 0) for value in score.values())
+
+    return file, _changed_lines(lines) | byte_files(file.read_bytes()), read
+
+
 # How many files are tried: every day, and in the long run.
 READERS = {
     weights: 30,
@@ -373,11 +466,17 @@ READERS = {
     examples: 40,
     recipe: 15,
     gguf_file: 30,
+    steering_vectors: 40,
+    steering_gguf: 40,
+    text_classifier: 40,
     run_yaml: 40,
     run_json: 60,
     metrics: 5,
+    answers_of_an_evaluation: 40,
+    kept_scores: 40,
     checkpoint_state: 40,
     checkpoint_arrays: 40,
+    token_header: 40,
 }
 
 

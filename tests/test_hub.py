@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -258,6 +259,26 @@ def test_asks_for_what_is_needed(cache, monkeypatch):
     assert asked == [("microsoft/Phi-4-mini-instruct", "v2")]
     assert resolve("phi-4-mini", "v2") == first
     assert len(asked) == 1
+
+
+def test_a_shape_and_a_tokenizer_cost_no_download_of_weights(cache, monkeypatch):
+    asked = []
+
+    def download(repo_id, revision, allow_patterns):
+        asked.append(allow_patterns)
+        shutil.rmtree(cache, ignore_errors=True)
+        whole = "model*.safetensors" in allow_patterns
+        files = {name: text for name, text in FILES.items() if whole or not name.endswith(".safetensors")}
+        return str(put(cache, repo_id, files))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    first = resolve("phi-4-mini", weights=False)
+    assert "config.json" in asked[0]
+    assert not any("safetensors" in pattern for pattern in asked[0])
+    assert resolve("phi-4-mini", weights=False) == first
+    assert len(asked) == 1
+    assert resolve("phi-4-mini") == first
+    assert "model*.safetensors" in asked[1]
 
 
 def http_error(kind, status=404):

@@ -12,11 +12,29 @@ from conftest import ROOT
 from bench.notebooks import VARIES, alike, differences, run
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"quickstart", "longrope", "quantization", "fine_tuning", "long_documents"}
+NAMES = {
+    "quickstart",
+    "longrope",
+    "quantization",
+    "evaluation",
+    "fine_tuning",
+    "long_documents",
+    "structured_answers",
+    "better_data",
+    "steering",
+    "circuits",
+}
+NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
 def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == NAMES
+
+
+def test_the_readme_counts_them_and_the_docs_list_each():
+    assert f"**A notebook.** {NUMBERS[len(NAMES)]} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(NAMES) if f"| [{name}](../notebooks/{name}.ipynb) |" not in listed] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

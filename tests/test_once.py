@@ -161,7 +161,7 @@ def test_a_workload_is_made_where_plans_are():
     assert len(code) > 150
     home = code.pop("phi3_mlx/engine/plan.py")
     assert {name for name, lines in code.items() if constructs(lines, "Workload")} == set()
-    assert home.count("return cls(") + home.count("return kind(") == 3
+    assert home.count("return cls(") + home.count("workload = kind(") == 3
     assert constructs("from phi3_mlx.engine import plan\nplan.Workload(config, 0, 1)", "Workload")
     assert not constructs("Workload.of_model(model, 1)", "Workload")
 

@@ -19,8 +19,8 @@ import phi3_mlx
 from phi3_mlx.cli import cli
 from phi3_mlx.cli.declare import options_of
 from phi3_mlx.cli.options import ModelOptions
-from phi3_mlx.conversion import fuse, pipeline
-from phi3_mlx.conversion.options import ConvertOptions, FuseOptions
+from phi3_mlx.conversion import export, fuse, pipeline
+from phi3_mlx.conversion.options import ConvertOptions, ExportOptions, FuseOptions
 from phi3_mlx.errors import OptionError
 from phi3_mlx.evaluation import quality
 from phi3_mlx.evaluation.options import CompareOptions, EvalOptions
@@ -37,6 +37,7 @@ FUNCTIONS = {
     phi3_mlx.convert: ConvertOptions,
     phi3_mlx.fuse: FuseOptions,
     phi3_mlx.compare: CompareOptions,
+    phi3_mlx.export_gguf: ExportOptions,
     phi3_mlx.evaluate: EvalOptions,
 }
 
@@ -61,6 +62,7 @@ def reached(monkeypatch):
 
     monkeypatch.setattr(pipeline, "convert_as", work)
     monkeypatch.setattr(fuse, "fuse_as", work)
+    monkeypatch.setattr(export, "export_as", work)
 
     def options_of_call(call):
         with pytest.raises(InterruptedError):
@@ -80,7 +82,13 @@ CONVERT = {  # a value other than the default, what must stand beside it, and ho
     "target_size": ("2MB", {}, ["--target-size", "2MB"]),
     "recipe": ("r.json", {}, ["--recipe", "r.json"]),
     "method": ("gptq", {}, ["--method", "gptq"]),
+    "effort": ("best", {}, ["--effort", "best"]),
     "calibration": ("Some text.", {"method": "gptq"}, ["--method", "gptq", "--calibration", "a.txt"]),
+    "seed": (
+        3,
+        {"method": "gptq", "calibration": "self"},
+        ["--method", "gptq", "--calibration", "self", "--seed", "3"],
+    ),
     "text": ("Some text.", {}, ["--text", "a.txt"]),
     "report": (False, {}, ["--no-report"]),
     "force": (True, {}, ["--force"]),
@@ -93,7 +101,28 @@ FUSE = {
     "dequantize": (True, {}, ["--dequantize"]),
     "dtype": ("float16", {}, ["--dtype", "float16"]),
     "bits": (8, {}, ["--bits", "8"]),
+    "method": ("gptq", {}, ["--method", "gptq"]),
+    "calibration": ("Some text.", {"method": "gptq"}, ["--method", "gptq", "--calibration", "a.txt"]),
+    "seed": (
+        3,
+        {"method": "gptq", "calibration": "self"},
+        ["--method", "gptq", "--calibration", "self", "--seed", "3"],
+    ),
     "text": ("Some text.", {}, ["--text", "a.txt"]),
+    "force": (True, {}, ["--force"]),
+}
+EXPORT = {
+    "adapter": ("a", {}, ["--adapter", "a"]),
+    "type": ("q8_0", {}, ["--type", "q8_0"]),
+    "name": ("Phi-3 mine", {}, ["--name", "Phi-3 mine"]),
+    "longrope": ("long", {}, ["--longrope", "long"]),
+    "modelfile": (True, {}, ["--modelfile"]),
+    "importance": (False, {}, ["--no-importance"]),
+    "calibration": ("Some text.", {"type": "q6_k"}, ["--type", "q6_k", "--calibration", "a.txt"]),
+    "report": (True, {}, ["--report"]),
+    "text": ("Some text.", {}, ["--text", "a.txt"]),
+    "split_max_size": ("4GB", {}, ["--split-max-size", "4GB"]),
+    "revision": ("main", {}, ["--revision", "main"]),
     "force": (True, {}, ["--force"]),
 }
 
@@ -113,14 +142,26 @@ def test_every_option_of_convert_reaches_the_work(name, reached, tmp_path, monke
 def test_every_option_of_fuse_reaches_the_work(name, reached, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("Some text.")
-    value, _, typed = FUSE[name]
-    right = FuseOptions(**{name: value})
-    assert reached(lambda: phi3_mlx.fuse("a", "b", **{name: value})) == right
+    value, beside, typed = FUSE[name]
+    right = FuseOptions(**{name: value}, **beside)
+    assert reached(lambda: phi3_mlx.fuse("a", "b", **{name: value}, **beside)) == right
     assert reached(lambda: cli.main(["fuse", "--adapter", "a", "-o", "b", *typed], standalone_mode=False)) == right
     assert getattr(right, name) != getattr(FuseOptions(), name)
 
 
-def test_no_option_of_convert_or_fuse_is_forgotten_above():
+@pytest.mark.parametrize("name", EXPORT)
+def test_every_option_of_export_reaches_the_work(name, reached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Some text.")
+    value, beside, typed = EXPORT[name]
+    right = ExportOptions(**{name: value}, **beside)
+    assert reached(lambda: phi3_mlx.export_gguf("a", "b.gguf", **{name: value}, **beside)) == right
+    assert reached(lambda: cli.main(["export", "-m", "a", "-o", "b.gguf", *typed], standalone_mode=False)) == right
+    assert getattr(right, name) != getattr(ExportOptions(), name)
+
+
+def test_no_option_of_convert_fuse_or_export_is_forgotten_above():
+    assert [*EXPORT] == [field.name for field in fields(ExportOptions)]
     assert [*CONVERT] == [field.name for field in fields(ConvertOptions)]
     assert [*FUSE] == [field.name for field in fields(FuseOptions)]
 
@@ -380,7 +421,7 @@ def test_an_option_that_is_added_to_a_dataclass_is_in_its_table():
     class More(FuseOptions):
         gusto: int | None = option(None, "How much gusto.", Range(lambda n: n >= 0, "0 or more"))
 
-    def function(*, model, revision, gusto, dequantize, dtype, bits, text, force):
+    def function(*, model, revision, gusto, dequantize, dtype, bits, method, calibration, seed, text, force):
         pass
 
     rows, before = (table(kind, function).splitlines() for kind in (More, FuseOptions))

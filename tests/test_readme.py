@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import pytest
 from conftest import ROOT
 from tuning_models import make_directory
 
 from bench.readme import BLOCKS, PAGES, filled, shown_in
 from bench.terminal import PICTURE, draw
+from phi3_mlx import save_steering
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS["README.md"]
@@ -61,7 +63,7 @@ def checkpoint(tmp_path_factory):
 
 
 def write_questions(folder):
-    """What the commands of docs/evaluation.md ask: a file of one's own, and a directory with MMLU, ARC and GSM8K."""
+    """What the commands of docs/evaluation.md ask: own questions and texts, and a directory with MMLU and more."""
     question = {"question": "Who ran?", "choices": ["a dog", "a cat", "an owl", "a hen"], "answer": 0}
     for split in ("dev", "test"):
         (folder / "eval" / split).mkdir(parents=True)
@@ -69,6 +71,33 @@ def write_questions(folder):
     for file in ("questions.jsonl", "eval/arc_challenge_test.jsonl"):
         (folder / file).write_text(f"{json.dumps(question)}\n")
     (folder / "eval" / "gsm8k_test.jsonl").write_text('{"question": "How many ran?", "answer": "One.\\n#### 1"}\n')
+    (folder / "test.jsonl").write_text('{"question": "Which of the animals in the story ran to the river first?"}\n')
+    (folder / "book.txt").write_text("The dog ran.")
+    (folder / "pages.jsonl").write_text('{"text": "The dog ran to the river. It saw a cat there."}\n')
+    chat = {"messages": [{"role": role, "content": "Mail me at a@b.org."} for role in ("user", "assistant")]}
+    (folder / "chats.jsonl").write_text(f"{json.dumps(chat)}\n")
+    (folder / "articles.jsonl").write_text('{"text": "The dog ran."}\n{"text": "The cat sat."}\n')
+
+
+def write_texts(folder):
+    """What the commands of docs/data.md read: texts and a rubric."""
+    (folder / "facts.txt").write_text("Does it say how something works? Text: {text}\nAnswer no or yes.")
+    (folder / "pool.jsonl").write_text('{"text": "The dog ran."}\n{"text": "Grass is green."}\n')
+
+
+def make_before(words, folder, run):
+    """What other commands make for this one, made small."""
+    if "judge" in words:
+        texts = [("Water boils for", 4), ("Buy it from", 1)]
+        lines = [{"text": f"{text} {number}.", "rating": rating} for text, rating in texts for number in range(200)]
+        (folder / "rated").mkdir()
+        (folder / "rated" / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if "--classifier" in words:
+            check(run(["data", "train-filter", "rated", "-o", "judge", "--top", "0.5"]))
+
+
+def check(done):
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,9 +105,12 @@ def test_commands_run(command, checkpoint, tmp_path):
     for part in ("notebooks", "weights"):  # of the clone
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text("The dog ran.")
+    (tmp_path / "topics.txt").write_text("a dog\nthe moon\n")
     (tmp_path / "my_tools.py").write_text('def now() -> str:\n    """The time of day."""\n    return "12:00"\n')
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
     write_questions(tmp_path)
+    write_texts(tmp_path)
+    save_steering({2: mx.ones(256)}, tmp_path / "feeling.safetensors")
     given, _, command = command.rpartition("phi3-mlx ")
     words, given = shlex.split(command), f"{shlex.split(given)[1]}\n" if given else ""
     home = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "hub")}
@@ -87,24 +119,33 @@ def test_commands_run(command, checkpoint, tmp_path):
     def run(words):
         return subprocess.run([*program, *words], capture_output=True, text=True, cwd=tmp_path, env=home, input=given)
 
+    make_before(words, tmp_path, run)
     if "--cache" in words:  # another line makes it
         (build,) = [line for line in COMMANDS if line.startswith("phi3-mlx cache build")]
         assert run(shlex.split(build)[1:]).returncode == 0
+    if words[:3] == ["eval", "-m", "./mini-4bit"]:  # what another command has made
+        words[2] = str(checkpoint)
     if words[0] in ("convert", "compare") and words[1].startswith("phi-"):  # for those of the hub
         words[1] = str(checkpoint)
         words[2] = "tiny" if words[0] == "compare" else words[2]
+    if words[0] == "publish":  # what another command has written
+        shutil.copytree(checkpoint, tmp_path / words[1])
+    if words[:2] == ["data", "synthesize"]:  # as many records as that would take hours here
+        words.append("--dry-run")
     if words[0] == "serve":  # until it is told to stop
         check_served([*program, "serve", "-m", "tiny", "--port", "0"], home)
     done = run(words)
-    if "-m" in words and words[0] != "plan":  # a real model: without the network its name is known, and what is missing
+    if (
+        "-m" in words and words[0] != "plan" and words[words.index("-m") + 1] != "tiny"
+    ):  # a real model: without the network its name is known, and what is missing
         assert done.returncode == 1
         assert "HF_HUB_OFFLINE" in done.stderr
         # The same command with the bundled model instead.
         words[words.index("-m") + 1] = "tiny"
         if words[0] == "serve":
             return
-        if "--draft-model" in words:
-            words[words.index("--draft-model") + 1] = "tiny"
+        for option in {"--draft-model", "--against"}.intersection(words):
+            words[words.index(option) + 1] = "tiny"
         done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
@@ -133,9 +174,9 @@ def test_the_walk_through_fine_tuning(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         said[line] = done.stdout + done.stderr
-        if line == "python -m bench.feelings task":
+        if "bench.feelings" in line and "-m tiny" not in line:
             for split, size in {"train": 48, "valid": 4, "test": 4}.items():
-                file = tmp_path / "task" / f"{split}.jsonl"
+                file = tmp_path / words[3] / f"{split}.jsonl"
                 file.write_text("".join(file.read_text().splitlines(keepends=True)[:size]))
     dry = next(text for line, text in said.items() if line.endswith("--dry-run"))
     for label in re.search(r"A part of its output:\n\n```\n(.*?)```", FINE_TUNING, re.S)[1].splitlines():

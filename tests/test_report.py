@@ -2,14 +2,17 @@
 
 import io
 import json
+import shutil
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ROOT
 from quality_models import stories, trained, write_model
 
 from phi3_mlx import load
+from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import uniform
 from phi3_mlx.conversion.report import memory_needed, table, write_report
 from phi3_mlx.conversion.rounding import rounded
@@ -133,3 +136,14 @@ def test_the_memory_it_says_it_needs_is_about_right(converted):
     mx.reset_peak_memory()
     write_report(directory, source, text=TEXT)
     assert mx.get_peak_memory() < needed
+
+
+def test_a_report_names_a_downloaded_source_by_its_repository_and_revision(tmp_path):
+    tiny, snapshot = ROOT / "weights" / "tiny", tmp_path / "models--me--mine" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny, snapshot)
+    shutil.copytree(tiny, tmp_path / "made")
+    write_report(tmp_path / "made", open_source(snapshot), text="Once upon a time there was a duck.")
+    figures = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert (figures["source"], figures["revision"]) == ("me/mine", "a" * 40)
+    report = write_report(tmp_path / "made", open_source(tiny), text="Once upon a time there was a duck.")
+    assert (report.source, report.revision) == ("tiny", None)

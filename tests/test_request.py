@@ -154,26 +154,63 @@ def test_commands_have_the_fields_with_their_defaults_and_help(name):
 
 
 # Options that mean something of their own in one command, and those that only say it in other words.
+_DATA = {
+    "data stats",
+    "data split",
+    "data mix",
+    "data dedupe",
+    "data decontaminate",
+    "data filter",
+    "data score",
+    "data train-filter",
+}
 THEIR_OWN = {
-    "adapter": {"fuse"},
+    "against": {"data decontaminate"},
+    "adapter": {"fuse", "export"},
     "bits": {"convert", "fuse"},
+    "calibration": {"export", "fuse"},
     "dequantize": {"convert", "fuse"},
     "dtype": {"convert", "fuse", "tune"},
-    "force": {"convert", "fuse"},  # replaces DST too
-    "as_json": {"generate", "eval"},
+    "force": {"convert", "fuse", "export", "data synthesize", *_DATA},  # replaces DST too
+    "as_json": {"generate", "eval", "data stats"},
     "data": {"eval"},
     "draft_model": {"plan"},
-    "max_length": {"eval"},
+    "dry_run": {"publish", "data synthesize"},
+    "longrope": {"export"},
+    "max_length": {"eval", "data score"},
     "memory": {"plan"},
     "method": {"convert", "tune"},
-    "model": {"tune", "fuse", "adapter export", "adapter import", "plan"},
-    "output": {"convert", "compare", "tune", "fuse", "adapter export", "adapter import", "cache build"},
-    "seed": {"tune", "eval"},
+    "model": {"tune", "fuse", "export", "adapter export", "adapter import", "plan", "data stats"},
+    "output": {
+        *("convert", "compare", "tune", "fuse", "export", "eval"),
+        *("adapter export", "adapter import", "cache build"),
+        "data synthesize",
+        *_DATA,
+    },
+    "name": {"data score"},
+    "raw": {"data score"},
+    "report": {"export"},
+    "rules": {"data filter"},
+    "seed": {"convert", "fuse", "tune", "eval", "data mix", "data split", "data train-filter", "data synthesize"},
     "stats": {"generate", "chat"},
     "system": {"cache build", "eval"},
+    "tasks": {"eval"},
     "text": {"convert", "compare", "fuse"},
+    "epochs": {"data mix"},
     "file": {"cache build"},
+    "ngram": {"data dedupe", "data synthesize"},
+    "threshold": {"data synthesize", "data train-filter"},
+    **{name: {"data synthesize"} for name in ("temperature", "top_p", "max_tokens", "prompt", "records")},
+    **{name: {"data synthesize"} for name in ("max_characters", "min_words", "max_words")},
 }
+# Pretraining has settings of its own under the names that others have for theirs.
+for _name in (
+    *("data", "valid", "holdout", "max_length", "batch_size", "epochs", "tokens", "optimizer", "learning_rate"),
+    *("muon_rate", "schedule", "warmup", "weight_decay", "dropout", "resume", "dtype", "seed", "output"),
+):
+    THEIR_OWN[_name] = {*THEIR_OWN.get(_name, ()), "pretrain"}
+for _name in ("model", "force", "output"):
+    THEIR_OWN[_name] = {*THEIR_OWN[_name], "data tokenize"}
 
 
 def test_an_option_means_the_same_in_every_command():

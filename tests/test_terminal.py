@@ -13,11 +13,11 @@ import pytest
 
 import phi3_mlx.cli
 from phi3_mlx.cli import main, terminal
-from phi3_mlx.cli.progress import ConversionProgress, PrefillProgress, Pulse, ReadingProgress
+from phi3_mlx.cli.progress import ConversionProgress, PrefillProgress, Pulse, QuestionProgress, ReadingProgress
 from phi3_mlx.cli.reading import check_text
 from phi3_mlx.conversion.sinks import Progress
 from phi3_mlx.errors import PromptError
-from phi3_mlx.generation.answers import Chunk
+from phi3_mlx.generation.chunks import Chunk
 
 TITLE = "\x1b]0;PWNED\x07\x1b[31mX"
 SPELLED = r"\x1b]0;PWNED\x07\x1b[31mX"
@@ -201,6 +201,7 @@ def of_stage(stage: str, done: int) -> Progress:
 KINDS = [
     (ReadingProgress, [(1024, 2048), (2048, 2048)], ["reading", "1,024 of 2,048 tokens", "2,048 of 2,048 tokens"]),
     (lambda: ReadingProgress("layers"), [(1, 8)], ["1 of 8 layers"]),
+    (lambda: QuestionProgress("asking", "texts"), [(1, 8), (2, 8)], ["asking", "1 of 8 texts", "2 of 8 texts"]),
     (lambda: PrefillProgress(4096), [(512, 4096), (4096, 4096)], ["reading the prompt", "512 of 4,096 tokens"]),
     (
         ConversionProgress,
@@ -210,7 +211,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "reports", "shown"), KINDS, ids=["tokens", "layers", "prompt", "conversion"])
+@pytest.mark.parametrize(("kind", "reports", "shown"), KINDS, ids=["tokens", "layers", "texts", "prompt", "conversion"])
 def test_long_work_has_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, kind, reports, shown):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(Pulse, "SECONDS", 0.0)
@@ -230,7 +231,8 @@ def test_long_work_has_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch: pytes
     assert progress._bar is None
     assert lines
     assert all(
-        re.fullmatch(r"(read|packing:|com\x1bparing:) [\d,]+ of [\d,]+ (tokens|layers|tensors.*)", x) for x in lines
+        re.fullmatch(r"(read|asking:|packing:|com\x1bparing:) [\d,]+ of [\d,]+ (tokens|layers|texts.*|tensors.*)", x)
+        for x in lines
     )
 
 

@@ -35,7 +35,7 @@ DOES = {
         "conversion/writer": "_bytes",
     },
     "tune": {
-        "tuning/settings": "of",
+        "tuning/settings": "check",
         "tuning/data": "read_data",
         "store/hub": "resolve",
         "text/chat": "render_training_chat",
@@ -112,7 +112,7 @@ def test_a_way_is_gone_as_it_is_drawn(tmp_path, name, drawing):
 ALSO = {
     "generate": {},
     "convert": {"conversion/opening": "open_source", "conversion/sinks": "write_model"},
-    "tune": {"tuning/rows": "read_row", "tuning/examples": "_encode", "tuning/folder": "_write"},
+    "tune": {"tuning/rows": "read_row", "tuning/examples": "encode_record", "tuning/folder": "_write"},
 }
 
 
