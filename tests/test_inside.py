@@ -446,7 +446,8 @@ def test_a_generation_keeps_what_a_pass_over_its_text_does(tiny):
 def test_a_batch_keeps_each_prompts_rows(tiny):
     model, tokenizer = tiny
     prompts = ["A duck", "Tell me of a frog and an owl who had a cake", "Why"]
-    keep = [Keep("resid_post", layers=1), "logits"]
+    odd = {"layers": 1, "positions": slice(1, None, 2)}
+    keep = [Keep("resid_post", layers=1), Keep("head_out", **odd), Keep("pattern", **odd), "logits"]
     with trace(model, keep=keep) as inside:
         texts = batch_generate(model, tokenizer, prompts, max_tokens=20)
     assert inside.rows == 3
@@ -454,7 +455,8 @@ def test_a_batch_keeps_each_prompts_rows(tiny):
         with trace(model, keep=keep) as alone:
             assert generate(model, tokenizer, prompt, max_tokens=20) == texts[row]
         assert inside.positions("resid_post", 1, row) == alone.positions("resid_post", 1)
-        assert off(inside["resid_post", 1, row], alone["resid_post", 1]) < 1e-3
+        for place in ("resid_post", "head_out", "pattern"):
+            assert off(inside[place, 1, row], alone[place, 1]) < 1e-3
         assert off(inside["logits", None, row], alone["logits"]) < 1e-3
 
 

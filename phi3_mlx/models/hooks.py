@@ -149,13 +149,20 @@ class WatchedPass:
             return x
         return mx.concatenate([part.flatten(0, 1) for part in after]).reshape(x.shape)
 
-    def beside(self, place: str, compute: Computed) -> mx.array | None:
+    def beside(self, place: str, compute: Computed, rows: int) -> mx.array | None:
         if any(watcher.reaches(place, self.layer, self.segments) for watcher in self.watchers):
             before = compute(None, None)
             after = self.at(place, before)
             return None if after is before else after - before
+        first = 0
         for row, segment in enumerate(self.segments):
-            self._keep(place, compute if len(self.segments) == 1 else _of_row(compute, row), segment)
+            if len(self.segments) == 1:
+                self._keep(place, compute, segment)
+            elif len(self.segments) == rows:
+                self._keep(place, _of_row(compute, row), segment)
+            else:  # side by side in one row
+                self._keep(place, _of_tokens(compute, first, segment.length), segment)
+            first += segment.length
         return None
 
     def _apart(self, x: mx.array) -> list[mx.array]:
@@ -192,6 +199,13 @@ def _of_row(compute: Computed, row: int) -> Computed:
     return lambda heads, places: compute(heads, places)[row : row + 1]
 
 
+def _of_tokens(compute: Computed, first: int, length: int) -> Computed:
+    def part(heads: Sequence[int] | None, places: Sequence[int] | None) -> mx.array:
+        return compute(heads, [first + place for place in (range(length) if places is None else places)])
+
+    return part
+
+
 _watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers", default=())
 _pass: ContextVar[WatchedPass | None] = ContextVar("pass", default=None)
 
@@ -221,13 +235,13 @@ def at_flat(place: str, x: mx.array) -> mx.array:
     return x if current is None else current.at(place, x[None])[0]
 
 
-def beside(place: str, compute: Computed) -> mx.array | None:
+def beside(place: str, compute: Computed, rows: int) -> mx.array | None:
     """What to add to a value (rows, length, heads, ...) that the model does not compute itself, None for nothing.
 
     What was computed without it stays as it is, bit for bit, where a change gives what was there.
     """
     current = _pass.get()
-    return None if current is None else current.beside(place, compute)
+    return None if current is None else current.beside(place, compute, rows)
 
 
 def wanted(*places: str) -> bool:

@@ -90,7 +90,7 @@ class Attention(nn.Module):
             visible = self.visible(mask, q.shape[2], keys, padding)
             return probabilities(q, seen, bits, self._rope.scale, visible, heads, places).swapaxes(1, 2)
 
-        change = beside("pattern", pattern)
+        change = beside("pattern", pattern, len(q))
         if change is not None:
             added = weighed(change.swapaxes(1, 2).astype(q.dtype), seen, bits)  # (B, H, L, D)
             mixed = mixed + added.swapaxes(1, 2).reshape(mixed.shape)
@@ -112,7 +112,7 @@ class Attention(nn.Module):
                 each.append(self.output(alone.reshape(*z.shape[:2], -1)) - nothing)
             return mx.stack(each, axis=2)  # (B, L, H, hidden_size)
 
-        change = beside("head_out", contributions)
+        change = beside("head_out", contributions, len(mixed))
         return output if change is None else output + change.sum(axis=2)
 
     def attend_each(self, q: mx.array, k: mx.array, v: mx.array, units: Sequence[Unit], index: int) -> list[mx.array]:
