@@ -1,5 +1,6 @@
 """What clients do to a server that should not fall over: slow, gone, huge, malformed and forbidden requests."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -12,7 +13,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import uvicorn
 from served import FakeEngine, all_of, chat_body, error_in, events, raw, serving, token, wait_until
+from uvicorn.server import ServerState
 
 from phi3_mlx.errors import (
     ChatError,
@@ -23,6 +26,7 @@ from phi3_mlx.errors import (
     PromptError,
     QueueFullError,
 )
+from phi3_mlx.server.connections import connections_within
 from phi3_mlx.server.limits import Limits
 from phi3_mlx.server.work import Begun, Ended, Piece, Reading
 
@@ -198,6 +202,37 @@ def test_a_client_that_does_not_read_loses_its_request_and_holds_up_nobody(limit
             if "unread_bytes" not in limit:  # the connection is given up too
                 wait_until(lambda: not served.server.server_state.connections)
         wait_until(lambda: not served.server.server_state.tasks)
+
+
+def test_a_connection_that_was_refused_ends_though_its_client_reads_on_at_last():
+    class Transport(asyncio.Transport):
+        aborted = False
+
+        def write(self, data): ...
+
+        def write_eof(self): ...
+
+        def is_closing(self):
+            return False
+
+        def abort(self):
+            self.aborted = True
+
+    async def ended():
+        connection = connections_within(replace(QUICK, stuck_seconds=0.01))(
+            config=uvicorn.Config(lambda scope, receive, send: None, log_config=None),
+            server_state=ServerState(),
+            app_state={},
+        )
+        transport = Transport()
+        connection.connection_made(transport)
+        connection.pause_writing()
+        connection.send_400_response("no HTTP")
+        connection.resume_writing()
+        await asyncio.sleep(0.05)
+        return transport.aborted
+
+    assert asyncio.run(ended())
 
 
 def test_a_prompt_that_is_read_for_long_gives_comments():

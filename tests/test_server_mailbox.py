@@ -47,6 +47,19 @@ def test_what_several_threads_tell_arrives_whole_and_in_each_ones_order():
     assert asyncio.run(told()) == [[*range(2_000)]] * 4
 
 
+def test_a_call_that_fails_holds_up_no_other():
+    async def told():
+        faults, heard = [], []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(str(context["exception"])))
+        mailbox = Mailbox()
+        mailbox.put(lambda: [].pop())
+        mailbox.put(lambda: heard.append(1))
+        await asyncio.sleep(0)
+        return faults, heard
+
+    assert asyncio.run(told()) == (["pop from empty list"], [1])
+
+
 def test_a_loop_that_has_ended_is_told_of_each_time():
     async def made():
         return Mailbox()

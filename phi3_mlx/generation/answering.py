@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engine.machine import bounded_run
 from ..engine.prefixes import PrefixStore
 from ..engine.rows import Row, raise_first
 from ..engine.scheduler import Scheduler
-from ..engine.tokens import FinishReason
+from ..engine.tokens import FinishReason, Token
 from ..models.decoder import Model
 from .answer import Answer, begin_answers
 from .request import Request
@@ -80,7 +80,7 @@ class _Begun:
         self._tokens = 0
         self._reason: FinishReason | None = None
 
-    def take(self, token: Any) -> bool:
+    def take(self, token: Token) -> bool:
         """Add a token; whether it was the last."""
         self._tokens += 1
         text, self._reason = self._answer.take(token)

@@ -66,7 +66,7 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if not self.transport.is_closing():
+        if not (self._parting or self.transport.is_closing()):
             self._reading.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:

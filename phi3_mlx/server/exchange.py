@@ -60,7 +60,11 @@ class Mailbox:
     def _deliver(self) -> None:
         self._woken = False  # before, so that what comes meanwhile is either seen here or wakes again
         while self._calls:
-            self._calls.popleft()()
+            try:
+                self._calls.popleft()()
+            except Exception as error:  # of one request: what others are told must not wait behind it
+                told = {"message": "a listener of the engine failed", "exception": error}
+                self._loop.call_exception_handler(told)
 
 
 class Exchange:
