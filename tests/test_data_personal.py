@@ -55,6 +55,14 @@ def test_what_is_nothing_of_the_kind_stays(name, given):
         assert masked(text, [name], Counter()) == text
 
 
+def test_accounts_behind_each_other_are_found_one_by_one():
+    """A space is also what stands within a number, so the first that looks like one reaches into the next."""
+    one, other = "DE89370400440532013000", "DE75 5121 0800 1245 1261 99"
+    for text, left in ((f"{one} {other}", "<IBAN> <IBAN>"), (f"{other} {one} {one}", "<IBAN> <IBAN> <IBAN>"),
+                       (f"XX12 {one}", "XX12 <IBAN>"), (f"KTO00 {other}", "KTO00 <IBAN>")):  # fmt: skip
+        assert masked(text, ["iban"], Counter()) == left
+
+
 def test_a_single_check_digit_is_right():
     for end in ("", "0", "12", "987"):
         cards = [f"411111111111{end}{digit}" for digit in range(10)]

@@ -1,5 +1,6 @@
 """phi3-mlx data score: what a model says of each text, read together, kept as it comes."""
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 from phi3_mlx import load, score, score_data, tune
 from phi3_mlx.cli import main
-from phi3_mlx.data import rating
+from phi3_mlx.data import rating, step
 from phi3_mlx.data.rubric import EDUCATIONAL, make_rubric
 from phi3_mlx.errors import DataError, OptionError
 from phi3_mlx.models import decoder
@@ -204,6 +205,33 @@ def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(tmp_path, tiny,
     for name in ("data.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl", "whole"]
+
+
+def test_scores_outlive_a_disk_that_is_full_when_the_report_is_written(tmp_path, tiny, stories, monkeypatch):
+    """Hours of a model's work go when the folder is in its place, and not before."""
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(step, "report_head", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            scored(tiny, stories, tmp_path / "out")
+    assert len((tmp_path / "out.unfinished" / "scores.jsonl").read_text().splitlines()) == 1 + len(TEXTS)
+    monkeypatch.setattr(rating, "batch_score", lambda *given, **more: pytest.fail("was asked again"))
+    assert scored(tiny, stories, tmp_path / "out")["kept"] == len(TEXTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl"]
+
+
+def test_where_nothing_can_be_written_is_said_before_a_text_is_scored(tmp_path, tiny, stories, monkeypatch):
+    monkeypatch.setattr(rating, "batch_score", lambda *given, **more: pytest.fail("was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").touch()
+    for output, said in ((".", "is the directory you are in"), ("/", "disk is mounted"), ("there", "exists already")):
+        with pytest.raises(DataError, match=said):
+            scored(tiny, stories, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stories.jsonl", "there"]
 
 
 def test_other_records_are_not_taken_for_those_that_were_scored(tmp_path, tiny, stories, monkeypatch):

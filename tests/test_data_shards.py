@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tokenizer_samples import TINY, blind, tiktoken_ranks
 
-from phi3_mlx import decontaminate_data, filter_data, load_tokenizer, split_data, tokenize_data
+from phi3_mlx import data_stats, decontaminate_data, filter_data, load_tokenizer, split_data, tokenize_data
 from phi3_mlx.data import shards
 from phi3_mlx.data.options import ReadOptions, WriteOptions
 from phi3_mlx.data.records import DataRecord, Records
 from phi3_mlx.data.shards import ShardStep, run_shards
 from phi3_mlx.data.step import Samples
 from phi3_mlx.errors import DataError, OptionError
+from phi3_mlx.store.atomic import hold
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 NAMES = [f"part{n}.jsonl" for n in range(6)]
 
@@ -312,6 +316,53 @@ def test_a_folder_of_somebodys_is_not_taken_for_shards(pages, tmp_path, name):
         split_data(pages, tmp_path / "out", skip_broken=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.shards", "pages"]
     assert [path.name for path in (tmp_path / "out.shards").iterdir()] == [name]
+
+
+def test_what_was_finished_goes_while_its_run_still_holds_it(pages, tmp_path, monkeypatch):
+    """Else it might be what another run, which began in between, has finished."""
+    usual, held = shutil.rmtree, []
+
+    def watched(place, **more):
+        if Path(place) == tmp_path / "out.shards":
+            with hold(place) as mine:
+                held.append(not mine)
+            assert (tmp_path / "out" / "report.json").is_file()
+        usual(place, **more)
+
+    monkeypatch.setattr(shards.shutil, "rmtree", watched)
+    split_data(pages, tmp_path / "out", skip_broken=True)
+    assert held == [True]
+    assert not (tmp_path / "out.shards").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told(pages):
+    with pytest.raises(DataError, match="is where a disk is mounted"):
+        split_data(pages, "/", skip_broken=True)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_other_vocabularies_go_to_other_processes(pages, tmp_path, kind):
+    place = TINY if kind == "sentencepiece" else tiktoken_ranks(tmp_path / "ranks")
+    tokenizer = read_tokenizer(place, backend=kind)
+    one, two = (tokenize_data(pages, tmp_path / f"{n}", tokenizer, skip_broken=True, processes=n) for n in (1, 2))
+    assert one == two
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert one["outputs"]["tokens"]["tokens"] > 1000
+
+
+def test_texts_of_which_the_tokenizer_makes_nothing_are_counted(tmp_path):
+    tokenizer = read_tokenizer(blind(tmp_path / "blind"))
+    texts = ["the rabbit", "\u200b\u200b", "", "the end"]
+    for name, some in (("a", texts), ("b", ["\u200b"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    report = tokenize_data([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", tokenizer)
+    assert (report["kept"], report["removed"]) == (2, 3)
+    assert {reason: removed["records"] for reason, removed in report["reasons"].items()} == {"empty": 1, "no tokens": 2}
+    sources = [sample["source"] for sample in report["reasons"]["no tokens"]["samples"]]
+    assert sources == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1"]
+    with pytest.raises(DataError, match="no text in these records, of which no tokens come"):
+        tokenize_data(tmp_path / "b.jsonl", tmp_path / "none", tokenizer)
+    assert data_stats(tmp_path / "a.jsonl", tokenizer=tokenizer)["tokens"]["shortest"] == 0
 
 
 def test_two_runs_do_not_share_shards(pages, tmp_path):

@@ -1,6 +1,7 @@
 """Every vocabulary against the library that defines it: `tokenizers` for tokenizer.json, tiktoken for ranks."""
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -274,6 +275,20 @@ def test_tiktoken_ids_decode_as_in_tiktoken(ranks):
 
     check()
     assert ours.decode([280, 104, -1, 999, 105]) == "hi"  # ids without meaning are passed over
+
+
+@pytest.mark.parametrize("backend", ["tokenizers", "sentencepiece", "tiktoken"])
+def test_a_pickled_tokenizer_makes_the_same_ids(tmp_path: Path, backend: str):
+    """As another process gets it, also of one that was used before."""
+    tokenizer = read_tokenizer(tiktoken_ranks(tmp_path) if backend == "tiktoken" else TINY, backend=backend)
+    for text in ODD_TEXTS:
+        tokenizer.encode(text)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for text in ODD_TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
+        assert again.split_special(text) == tokenizer.split_special(text)
+    assert (again.stop_ids, again.chat_template) == (tokenizer.stop_ids, tokenizer.chat_template)
 
 
 def test_tiktoken_lookups(ranks):

@@ -96,3 +96,13 @@ def tiktoken_ranks(directory: Path, **config: object) -> Path:
     tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "added_tokens_decoder": declared}
     write_json(directory / "tokenizer_config.json", tokens | config)
     return directory
+
+
+def blind(directory: Path) -> Path:
+    """A byte-level tokenizer that sees no zero-width spaces: a text of them alone has no ids."""
+    byte_level(directory, ["<|endoftext|>"], strip=False)
+    path = directory / "tokenizer.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["normalizer"] = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
+    write_json(path, description)
+    return directory

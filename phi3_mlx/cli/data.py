@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,9 +23,6 @@ from .steps import files_argument, output_option, reading_options, run_step, wor
 from .synthesize import synthesize
 from .tables import print_table
 from .terminal import note, show, show_json
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()

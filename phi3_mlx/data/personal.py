@@ -78,7 +78,9 @@ def _is_public(matched: str) -> bool:
 
 def _ibans(text: str) -> Iterator[PatternMatch]:
     """Of an account's number as much as its country has, in groups or not, if its check digits are right."""
-    for match in _IBAN.finditer(text):
+    place = 0
+    while match := _IBAN.search(text, place):
+        place = match.start() + 1  # what looks like one may hold the beginning of one
         length = _IBAN_LENGTHS.get(match.group()[:2], 0)
         places = [place for place in range(*match.span()) if text[place] != " "][:length]
         if not length or len(places) < length:
@@ -87,6 +89,7 @@ def _ibans(text: str) -> Iterator[PatternMatch]:
         number = "".join(text[place] for place in places)
         digits = "".join(str(int(character, 36)) for character in number[4:] + number[:4])
         if int(digits) % 97 == 1 and not text[end : end + 1].isalnum():
+            place = end
             yield PatternMatch(match.start(), end)
 
 

@@ -24,7 +24,7 @@ from .records import DataPath, DataRecord, OnAdvance, Records
 from .rubric import EDUCATIONAL, TextRubric, make_rubric
 from .score_journal import ScoreJournal, score_journal
 from .statistics import text_digest
-from .step import Samples, new_step
+from .step import Samples, check_output_folder, new_step
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -79,10 +79,12 @@ def score_data(
     asked = asdict(options) | {"rubric": rubric}
     identity = {"model": model_fingerprint(model), **asked}
     del identity["name"]
-    summary = _Summary(rater)
+    summary, write = _Summary(rater), WriteOptions(compress, force)
+    check_output_folder(output, [records], write)
+    # The journal is outside: its scores go when the folder is in its place, not before the last byte is written.
     with (
-        new_step("score", output, [records], WriteOptions(compress, force), asked) as step,
         score_journal(Path(output).expanduser(), identity, rater.keys) as journal,
+        new_step("score", output, [records], write, asked) as step,
     ):
         for record, score in _scored(records, rater, journal):
             summary.add(record, score)

@@ -32,7 +32,7 @@ from ..store.line_file import alone_in, disk_faults
 from .formats import DATA_REPORT, DataFile
 from .options import ReadOptions, WriteOptions
 from .records import Advance, Broken, DataPath, DataRecord, OnAdvance, Records
-from .step import new_folder, output_place, report_head, step_files
+from .step import check_output_folder, new_folder, report_head, step_files
 
 _SHARD_FILE, _UNFINISHED = "shard.json", ".shards"
 _SMALL_BYTES = 4 * 2**20  # small files share a shard until they have this many
@@ -101,10 +101,10 @@ def run_shards(
     """
     records = Records(inputs, step.read, step.stage, None)
     everything = [records, *also_read]
-    place = output_place(output, everything)
+    place = check_output_folder(output, everything, write)
     kept = place.with_name(place.name + _UNFINISHED)
     shards = [_Shard(files, kept / _key(step, files, also_read)) for files in _shared(records.files)]
-    with new_folder(output, everything, write) as folder, _kept(kept):
+    with _kept(kept), new_folder(output, everything, write) as folder:
         told = _Told(step.stage, sum(file.size for file in records.files), progress)
         for shard in shards:
             if shard.is_finished:
@@ -119,14 +119,12 @@ def run_shards(
         report = report_head(step.name, everything, asdict(step.options))
         report |= whole.outcome() | step.facts(whole.counts) | whole.facts
         (folder / DATA_REPORT).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
-    with disk_faults(kept):
-        shutil.rmtree(kept, ignore_errors=True)
     return report
 
 
 @contextmanager
 def _kept(place: Path) -> Iterator[None]:
-    """The folder of finished shards, for this run alone; one that holds none goes in the end.
+    """The folder of finished shards, for this run alone; it goes in the end, or after an error if it holds none.
 
     DataError for a folder that holds anything else, which would go with them.
     """
@@ -135,9 +133,11 @@ def _kept(place: Path) -> Iterator[None]:
     with alone_in(place):
         try:
             yield
-        finally:
+        except BaseException:
             if not any((folder / _SHARD_FILE).exists() for folder in place.iterdir()):
                 shutil.rmtree(place, ignore_errors=True)
+            raise
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _is_ours(path: Path) -> bool:

@@ -189,9 +189,11 @@ def output_place(output: str | os.PathLike[str], records: Sequence[Records]) -> 
     return place
 
 
-def check_output_folder(output: str | os.PathLike[str], records: Sequence[Records], write: WriteOptions) -> None:
-    """Raise what `new_folder` would, before long work."""
-    check_destination(output_place(output, records), force=write.force, mark=DATA_REPORT, fault=DataError)
+def check_output_folder(output: str | os.PathLike[str], records: Sequence[Records], write: WriteOptions) -> Path:
+    """Where `new_folder` writes; raises what that would, before long work."""
+    place = output_place(output, records)
+    check_destination(place, force=write.force, mark=DATA_REPORT, fault=DataError)
+    return place
 
 
 def report_head(name: str, records: Sequence[Records], options: Mapping[str, Any]) -> dict[str, Any]:

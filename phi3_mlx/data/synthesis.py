@@ -102,7 +102,7 @@ def synthesize_data(
     inputs = [made_of.records, *([] if others is None else [others])]
     place = output_place(output, inputs)
     anew = flag(force, "force")
-    _check_place(place, output, anew)
+    _check_place(place, output)
     with tempfile.TemporaryFile() as file, alone_in(place):
         near = NearTexts(options.threshold, options.ngram, file, "")
         others_digest = hashlib.sha256()
@@ -288,7 +288,7 @@ class _Synthesis:
         step.keep(DataRecord(source, value, attempt.text, json_text(value).encode()))
 
 
-def _check_place(place: Path, output: DataPath, force: bool) -> None:
+def _check_place(place: Path, output: DataPath) -> None:
     """DataError for a folder that holds something else than a synthesis."""
     if not place.exists() or (place / JOURNAL_FILE).is_file():
         return

@@ -36,9 +36,9 @@ def tokenize_data(
 ) -> dict[str, Any]:
     """Write records as token shards into the folder `output`, for `pretrain`; the report.
 
-    A record is a document: the text as `tune` learns {"text": ...}, with its end. Empty texts are left out. A process
-    has one record in memory at a time. What a run that was stopped had finished is not done again. Raises DataError,
-    OptionError.
+    A record is a document: the text as `tune` learns {"text": ...}, with its end. Texts that are empty, or of which the
+    tokenizer makes nothing, are left out. A process has one record in memory at a time. What a run that was stopped had
+    finished is not done again. Raises DataError, OptionError.
     """
     if tokenizer.eos_token_id is None:
         raise OptionError("this tokenizer has no token that ends a text (eos_token); name one in tokenizer_config.json")
@@ -72,10 +72,10 @@ class _Tokenize(ShardStep):
     def work(self, records: Iterable[DataRecord], step: TokenFiles) -> None:
         assert self.tokenizer is not None
         for record in records:
-            if not record.text:
-                step.empty.add(record)
-                continue
             example = encode_record(Record(record.source, None, record.text), self.tokenizer, "all", lambda _: None)
+            if not len(example):
+                step.removed["no tokens" if record.text else "empty"].add(record)
+                continue
             step.writer.add(example.ids, len(record.text))
             step.samples.add(record)
 
@@ -84,26 +84,29 @@ class TokenFiles:
     """Token shards that are written, and what the report says of them."""
 
     def __init__(self, writer: ShardWriter):
-        self.writer, self.samples, self.empty = writer, Samples(), Samples()
+        self.writer, self.samples = writer, Samples()
+        self.removed = {"empty": Samples(), "no tokens": Samples()}
         self.counts: Counter[str] = Counter()
         self.facts: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        return {"shards": self.writer.shards, "kept": self.samples.state(), "empty": self.empty.state()}
+        removed = {reason: samples.state() for reason, samples in self.removed.items()}
+        return {"shards": self.writer.shards, "kept": self.samples.state(), "removed": removed}
 
     def take(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.writer.take(folder, state["shards"])
         self.samples.take(state["kept"])
-        self.empty.take(state["empty"])
+        for reason, samples in state["removed"].items():
+            self.removed[reason].take(samples)
 
     def outcome(self) -> dict[str, Any]:
-        empty, writer = self.empty, self.writer
+        writer, removed = self.writer, {reason: some for reason, some in self.removed.items() if some.count}
         if not writer.documents:
-            raise DataError("there is no text in these records, which are empty; give some")
+            raise DataError("there is no text in these records, of which no tokens come; give some")
         return {
             "kept": writer.documents,
-            "removed": empty.count,
-            "reasons": {"empty": {"records": empty.count, "samples": empty.shown}} if empty.count else {},
+            "removed": sum(samples.count for samples in removed.values()),
+            "reasons": {reason: {"records": some.count, "samples": some.shown} for reason, some in removed.items()},
             "outputs": {
                 "tokens": {
                     "records": writer.documents,

@@ -10,6 +10,7 @@ SentencePiece vocabulary each piece gets its own leading `▁`. Which of them a 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 from ..errors import PromptError, TokenizerError
 from ..values import shown, token_ids
@@ -57,6 +58,12 @@ class Tokenizer(ABC):
     def _written_by(self, *writers: Writer) -> AddedTokens:
         roles = {self.bos_token_id, self.eos_token_id, self.pad_token_id, *self.stop_ids}
         return AddedTokens(token for token in self.added_tokens.values() if token.writer(roles) in writers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: all but what is made at the first use, of which a pickle loses a part."""
+        made = {name for kind in type(self).__mro__ for name, each in vars(kind).items()
+                if isinstance(each, cached_property)}  # fmt: skip
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     # Made at the first use: by then `read_tokenizer` has set which tokens have a role.
 
