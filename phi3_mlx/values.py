@@ -119,6 +119,12 @@ def check_function(value: Any, name: str) -> None:
         raise refusal(value, name, "a function")
 
 
+def check_functions(**given: Any) -> None:
+    """The same of several, by their names."""
+    for name, value in given.items():
+        check_function(value, name)
+
+
 def optional(read: Callable[[Any, str], T], value: Any, name: str) -> T | None:
     """What `read` makes of the value; None is let be."""
     return None if value is None else read(value, name)

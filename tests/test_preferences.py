@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from mlx.utils import tree_flatten
+from tokenizer_samples import blind
 from tuning_models import make_directory, write_jsonl
 
 from phi3_mlx import tune
@@ -346,6 +347,19 @@ def test_answers_that_are_the_same_tokens_are_told_by_line(tokenizer, monkeypatc
     monkeypatch.setattr(pairs, "encode_record", without_blanks)  # as some templates write messages
     with pytest.raises(DataError, match="f:1: 'chosen' and 'rejected' are the same, once they are tokens"):
         encode_pairs([pair_of({**ROW, "rejected": "Moo. "})], tokenizer, max_length=99)
+
+
+def test_answers_without_tokens_are_told_by_line_or_left_out(tmp_path):
+    """Where the template writes no end behind an answer, one that the tokenizer does not see has nothing to learn."""
+    words = read_tokenizer(blind(tmp_path))
+    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    unseen = {"prompt": "the rabbit", "chosen": "\u200b", "rejected": "the end"}
+    for row in (unseen, {**unseen, "chosen": "the end", "rejected": "\u200b"}):
+        with pytest.raises(DataError, match="f:1: an answer has no tokens to learn"):
+            encode_pairs([pair_of(row)], words, max_length=99)
+    rows = [{"prompt": "the rabbit", "completion": text, "label": True} for text in ("\u200b", "the end")]
+    made = encode_labelled([read_labelled(row, "f:1", {}) for row in rows], words, max_length=99, batch_size=2)
+    assert (len(made.examples), made.empty, made.dropped) == (1, ["f:1"], [])
 
 
 def test_long_pairs_are_left_out_or_cut(tokenizer):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,8 +30,9 @@ from phi3_mlx.pretraining.optimizer import make_pretraining_optimizer, rate_of
 from phi3_mlx.pretraining.rows import Rows, Sources
 from phi3_mlx.pretraining.run import prepare_pretraining
 from phi3_mlx.pretraining.settings import PretrainSettings, shares
-from phi3_mlx.pretraining.shards import TokenShards
+from phi3_mlx.pretraining.shards import ShardWriter, TokenShards, tokenizer_fingerprint
 from phi3_mlx.pretraining.weights import fresh_model
+from phi3_mlx.text.tokenizer import read_tokenizer
 from phi3_mlx.tuning.course import Course
 from phi3_mlx.tuning.gradients import Gradients
 from phi3_mlx.tuning.log import read_metrics
@@ -146,6 +148,34 @@ def test_ids_of_several_inputs_are_the_bytes_of_one(texts, tokenizer, tmp_path, 
     other = write_jsonl(tmp_path / "other.jsonl", [*lines[:3], {"text": f"{lines[3]['text']} So."}, *lines[4:]])
     tokenize_data(other, tmp_path / "other", tokenizer)
     assert TokenShards(tmp_path / "other").fingerprint != opened.fingerprint
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_of_large_vocabularies_are_wide_enough(tmp_path, size, dtype):
+    documents = [np.array([1, size - 1, 2]), np.array([size - 1])]
+    with ExitStack() as files:
+        writer = ShardWriter(tmp_path, size, files)
+        for ids in documents:
+            writer.add(ids, 5)
+    writer.finish("made here")
+    header = json.loads((tmp_path / "tokens.json").read_text())
+    assert (header["dtype"], header["characters"]) == (dtype, 10)
+    opened = TokenShards(tmp_path)
+    assert [opened.read(n, 0, len(ids)).tolist() for n, ids in enumerate(documents)] == [
+        *map(np.ndarray.tolist, documents)
+    ]
+
+
+def test_a_tokenizer_that_makes_other_ids_has_another_fingerprint(tmp_path):
+    prints = {tokenizer_fingerprint(load_tokenizer("tiny")), tokenizer_fingerprint(load_tokenizer(TINY))}
+    assert len(prints) == 1
+    for n, changed in enumerate(({"add_bos_token": True}, {"eos_token": "<|end|>"})):
+        (tmp_path / f"{n}").mkdir()
+        shutil.copy(TINY / "tokenizer.json", tmp_path / f"{n}")
+        given = json.loads((TINY / "tokenizer_config.json").read_text())
+        (tmp_path / f"{n}" / "tokenizer_config.json").write_text(json.dumps({**given, **changed}))
+        prints.add(tokenizer_fingerprint(read_tokenizer(tmp_path / f"{n}")))
+    assert len(prints) == 3
 
 
 def damaged(shards, to, change):
@@ -321,6 +351,13 @@ def test_weights_are_drawn_by_seed_and_name_and_as_wide_as_is_said():
         assert np.array_equal(drawn, np.array(deeper[name])) == (std == 0.05)
 
 
+def test_biases_begin_at_zero_and_norms_at_one():
+    raw = {**MEMBERS["phi3small"], "vocab_size": 4032}
+    for name, array in tree_flatten(fresh_model(parse_config(raw), 0).parameters()):
+        if array.ndim < 2:
+            assert (np.array(array) == (0.0 if name.endswith("bias") else 1.0)).all(), name
+
+
 # Runs
 
 
@@ -457,6 +494,31 @@ def test_a_models_other_chat_templates_go_along_every_time_it_is_written(model, 
     with pytest.raises(CheckpointError, match="outside the model's directory"):
         pretrain(base, shards, tmp_path / "again", **SMALL, steps=2)
     assert not (tmp_path / "again").exists()
+
+
+def test_a_packed_models_shape_is_taken_without_its_packing(model, shards, tmp_path):
+    """Its config says how its weights are packed, and in which type they are."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    raw = json.loads((base / "config.json").read_text())
+    packed = {name: {"group_size": 32, "bits": 4} for name in ("quantization", "quantization_config")}
+    (base / "config.json").write_text(json.dumps({**raw, **packed, "dtype": "bfloat16"}))
+    pretrain(base, shards, tmp_path / "out", **SMALL, steps=1, notify=lambda _: None)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {*packed, "dtype"} & written.keys()
+    assert written["torch_dtype"] == "float32"
+    assert load(tmp_path / "out")[0].config.quantization is None
+
+
+def test_dropout_is_that_of_the_settings(model, shards, tmp_path):
+    def first_loss(name, dropout):
+        reports = []
+        options = {**SMALL, "steps": 1, "dropout": dropout, "init_std": 0.2}
+        pretrain(model, shards, tmp_path / name, **options, on_step=reports.append, notify=lambda _: None)
+        return reports[0].loss
+
+    without = first_loss("without", 0.0)
+    assert first_loss("again", 0.0) == without
+    assert abs(first_loss("with", 0.5) - without) > 1e-3 * without
 
 
 def test_weights_in_sixteen_bits_are_written_as_such(model, shards, tmp_path):
@@ -687,6 +749,27 @@ def test_shares_may_be_numbers_of_numpy(model, shards, tmp_path):
     assert result.finished
 
 
+def test_what_has_nothing_to_validate_on_is_refused(model, shards, tokenizer, tmp_path):
+    write_jsonl(tmp_path / "end.jsonl", [{"text": "<|endoftext|>"}])
+    tokenize_data(tmp_path / "end.jsonl", tmp_path / "end", tokenizer)
+    with pytest.raises(DataError, match="end has no document to validate on of two tokens or more"):
+        pretrain(model, shards, tmp_path / "out", **{**SMALL, "holdout": None}, valid=tmp_path / "end", steps=3)
+
+
+def test_python_warns_of_what_goes_wrong_on_the_way(model, shards, tmp_path, monkeypatch):
+    def broken(folder):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", broken)
+    with pytest.warns(UserWarning, match="no loss.png: no ink") as caught:
+        pretrain(model, shards, tmp_path / "out", **SMALL, steps=1)
+    assert [warning.filename for warning in caught] == [__file__]
+    notes = []
+    result = pretrain(model, shards, tmp_path / "again", **SMALL, steps=1, notify=notes.append)
+    assert tuple(notes) == result.notes
+    assert len(notes) == 2
+
+
 def test_what_a_model_made_is_pretrained_on(model, tokenizer, tmp_path):
     """Passages as `data synthesize` writes them: texts, with where they come from."""
     made = {"text": "The frog\n\nA frog ran to the moon.", "provenance": {"kind": "passages", "seed": 1}}
@@ -703,6 +786,8 @@ def test_what_a_model_made_is_pretrained_on(model, tokenizer, tmp_path):
         ({"phase2_rate": 1e-3, "phase2_from": 0.1}, "phase2_from 0.1 of 3 steps leaves"),
         ({"holdout": 0.0, "patience": 2}, "patience 2 .*nothing is held out"),
         ({"holdout": 0.0, "samples": ("Once",)}, "samples .*nothing is held out"),
+        ({"holdout": 0.001, "patience": 2}, "patience 2 .*without validation: too few documents to hold out"),
+        ({"holdout": 0.001, "samples": ("Once",)}, "samples .*without validation: too few documents"),
     ],
 )
 def test_a_setting_that_would_never_count_is_refused(model, shards, tmp_path, options, said):

@@ -208,16 +208,30 @@ def test_watchdog_is_relaxed_before_mlx_starts():
         assert done.stdout.strip() == expected, done.stderr
 
 
-def test_two_processes_give_the_losses_of_one(packed, data, tmp_path):
+def rows_for(objective):
+    """Facts as the objective takes them."""
+    if objective == "sft":
+        return facts(40)
+    lines = [(fact["prompt"], fact["completion"], "Nobody has it, I think.") for fact in facts(40)]
+    if objective == "dpo":
+        return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in lines]
+    return [
+        {"prompt": prompt, "completion": bad if n % 3 == 0 else good, "label": n % 3 != 0}
+        for n, (prompt, good, bad) in enumerate(lines)
+    ]
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_two_processes_give_the_losses_of_one(packed, tmp_path, objective):
     """`mlx.launch -n 2`, ring backend: the same global batches; rank 0 alone writes and prints."""
     launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if launch is None or not mx.distributed.is_available():
         pytest.skip("MLX's launcher is not here")
     program = tmp_path / "phi3.py"
     program.write_text("from phi3_mlx.cli import main\nmain()\n")
-    words = (
-        f"tune -m {packed} -d {data} --rank 2 --steps 5 --batch-size 5 --learning-rate 1e-2 --validate-every 2".split()
-    )
+    data = write_jsonl(tmp_path / "data.jsonl", rows_for(objective))
+    words = f"tune -m {packed} -d {data} --rank 2 --steps 5 --batch-size 5 --learning-rate 1e-2 --validate-every 2"
+    words = [*words.split(), "--objective", objective]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     one = [sys.executable, str(program), *words, "-o", str(tmp_path / "one")]
     assert subprocess.run(one, env=environment, capture_output=True).returncode == 0
@@ -226,8 +240,12 @@ def test_two_processes_give_the_losses_of_one(packed, data, tmp_path):
     done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("the adapter is in") == 1
-    losses = [[(m["kind"], m["step"], m["loss"]) for m in read_metrics(tmp_path / name)] for name in ("one", "two")]
-    assert [line[:2] for line in losses[0]] == [line[:2] for line in losses[1]]
-    assert np.allclose([line[2] for line in losses[0]], [line[2] for line in losses[1]], atol=1e-4)
+    alone, together = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [(line["kind"], line["step"]) for line in alone] == [(line["kind"], line["step"]) for line in together]
+    told = {"sft": (), "dpo": ("margin", "kl", "accuracy"), "kto": ("reward_chosen", "reward_rejected", "kl")}
+    for figure in ("loss", *told[objective]):
+        values = [[line[figure] for line in lines if figure in line] for lines in (alone, together)]
+        assert np.allclose(*values, atol=1e-4 if figure == "loss" else 1e-3), figure
+        assert len(values[0]) > 5, figure
     weights = [mx.load(str(tmp_path / name / "last" / "adapters.safetensors")) for name in ("one", "two")]
     assert all(mx.allclose(weights[0][name], weights[1][name], atol=2e-3) for name in weights[0])

@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 from test_chat import APRIL, JUNE, MEDIUM, NO_STRIP, STRIP_BUT_ASSISTANT, VISION
-from tokenizer_samples import TINY, copy_of
+from tokenizer_samples import TINY, blind, copy_of
 from tuning_models import facts, write_jsonl
 
 from phi3_mlx.errors import ChatError, DataError, OptionError
 from phi3_mlx.text.chat import render_chat, render_training_chat
 from phi3_mlx.text.tokenizer import read_tokenizer
+from phi3_mlx.tuning import run as runs
+from phi3_mlx.tuning.checks import check_examples
 from phi3_mlx.tuning.data import hold_out, read_data
-from phi3_mlx.tuning.examples import encode_records, histogram
+from phi3_mlx.tuning.examples import Encoded, encode_records, histogram
 from phi3_mlx.tuning.rows import Record
+from phi3_mlx.tuning.settings import Settings
 
 TALK = [
     {"role": "user", "content": "Hello, who are you?"},
@@ -205,6 +208,22 @@ def test_texts_are_learnt_whole_with_their_end(tokenizer):
     rendered = "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>"
     example = encode_records([record(text=rendered)], tokenizer, max_length=99).examples[0]
     assert example.ids.tolist() == tokenizer.encode(rendered, special=True)
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_left_out_and_said(tmp_path):
+    words = read_tokenizer(blind(tmp_path / "blind"))
+    made = encode_records([record(text="\u200b"), record(text="the end")], words, max_length=99)
+    assert [example.ids.tolist() for example in made.examples] == [
+        [*words.encode("the end", special=True), words.eos_token_id]
+    ]
+    assert (made.empty, made.dropped, made.lengths[0]) == (["data.jsonl:7"], [], 0)
+    settings = Settings(data="d", output="o", max_length=99)
+    assert runs._losses(made, "training", settings) == [
+        "1 training examples have nothing to learn and were left out: data.jsonl:7"
+    ]
+    nothing = encode_records([record(text="\u200b")], words, max_length=99)
+    with pytest.raises(OptionError, match=r"0 are longer than max_length 99, 1 have nothing to learn; give others$"):
+        check_examples(settings, nothing, Encoded(), resume=False)
 
 
 # Long examples

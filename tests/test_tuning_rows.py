@@ -165,7 +165,7 @@ def test_turns_of_weight_0_are_read_and_not_learnt(tmp_path: Path):
     tokenizer = with_template(JUNE)
     made = encode_records(read(tmp_path, row).train, tokenizer, max_length=99, train_on="last")
     assert made.examples == []
-    assert made.dropped == [f"{tmp_path}/my.jsonl:1"]
+    assert (made.empty, made.dropped) == ([f"{tmp_path}/my.jsonl:1"], [])
 
 
 def test_an_answer_that_ends_in_its_own_control_token_is_noted(tmp_path: Path):

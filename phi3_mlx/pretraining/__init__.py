@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..option import arguments
+from ..tuning.events import without_figures
 from ..tuning.signals import pass_on
-from ..values import check_function, flag, number, path
+from ..values import check_functions, flag, number, path
 from . import run
 from .settings import PretrainSettings
 
@@ -93,15 +94,14 @@ def pretrain(
     if phase2_data is not None:
         given["phase2_data"] = mix_texts(phase2_data)
     settings = PretrainSettings.of(given)
-    for name, call in (("notify", notify), ("on_step", on_step), ("on_validation", on_validation)):
-        check_function(call, name)
+    check_functions(notify=notify, on_step=on_step, on_validation=on_validation)
     result = run.start_pretraining(
         settings,
         resume=flag(resume, "resume"),
         force=flag(force, "force"),
         notify=notify,
         on_step=on_step,
-        on_validation=None if on_validation is None else lambda step, loss, best, _: on_validation(step, loss, best),
+        on_validation=without_figures(on_validation),
     )
     pass_on(result.signal)
     return result

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, OptionError
+from ..tuning.run_settings import no_effect
 from .mixture import MixedBatches, Phase, tokens_a_row
 from .rows import Rows, Sources
 from .settings import PretrainSettings, shares
@@ -65,6 +66,8 @@ def read_corpus(settings: PretrainSettings, config: Config, tokenizer: Tokenizer
         notes = (f"{count:,} of {total:,} documents were held out to validate on",)
     elif settings.holdout:
         notes = (f"too few documents to hold out {settings.holdout:.1%}: nothing is validated",)
+    if not any(map(len, held)):
+        _check_unvalidated(settings)
     train = Sources(rows)
     identity = {
         "shards": [opened[folder].fingerprint for folder in folders],
@@ -81,6 +84,15 @@ def read_corpus(settings: PretrainSettings, config: Config, tokenizer: Tokenizer
         float(held_counts[0] / held_counts[1]) if held_counts[1] else 0.0,
         notes,
     )
+
+
+def _check_unvalidated(settings: PretrainSettings) -> None:
+    """DataError or OptionError if a run that has no rows to validate on was to have some."""
+    if settings.valid is not None:
+        raise DataError(f"{settings.valid} has no document to validate on of two tokens or more; give more text")
+    for name in ("patience", "samples"):
+        if value := getattr(settings, name):
+            raise no_effect(name, value, "without validation: too few documents to hold out, so give valid=DIR")
 
 
 def _nothing(shards: TokenShards, config: Config) -> Sources:

@@ -7,7 +7,6 @@ import functools
 import gc
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..store.companions import find_companions
 from ..store.family import parameter_count
 from ..threads import refuse_fork
 from ..tuning.batches import PartSize
+from ..tuning.checks import with_length
 from ..tuning.course import Course
 from ..tuning.events import StepReport, Validated
 from ..tuning.execution import Notify, Result, TrainingJob, execute
@@ -83,7 +83,7 @@ def prepare_pretraining(settings: PretrainSettings, ranks: int = 1, *, fits: boo
     if settings.tensorboard:
         check_tensorboard()
     raw, config, place = _read_config(settings)
-    settings = _with_length(settings, config)
+    settings = with_length(settings, config, MAX_LENGTH)
     if settings.init_std is None:
         std = raw.get("initializer_range", STD)
         if not isinstance(std, (int, float)) or isinstance(std, bool) or not 0 < std < 1:
@@ -145,15 +145,6 @@ def _read_config(settings: PretrainSettings) -> tuple[dict[str, Any], Config, Pa
     return raw, parse_config(raw, str(file)), place
 
 
-def _with_length(settings: PretrainSettings, config: Config) -> PretrainSettings:
-    longest = config.max_position_embeddings
-    if settings.max_length is None:
-        return dataclasses.replace(settings, max_length=min(MAX_LENGTH, longest))
-    if settings.max_length > longest:
-        raise OptionError(f"max_length {settings.max_length:,} is more than the model's context, {longest:,}; lower it")
-    return settings
-
-
 def start_pretraining(
     settings: PretrainSettings,
     *,
@@ -175,7 +166,7 @@ def start_pretraining(
     for note in prepared.corpus.notes:
         if notify and first:
             notify(note)
-    result = execute(
+    return execute(
         _job(prepared, output),
         resume=resume,
         notify=notify,
@@ -183,10 +174,6 @@ def start_pretraining(
         on_validation=on_validation,
         on_sample=on_sample,
     )
-    if notify is None:
-        for note in result.notes[len(prepared.corpus.notes) :]:
-            warnings.warn(note, stacklevel=3)
-    return result
 
 
 def load_fresh(prepared: PreparedPretraining) -> Model:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..option import arguments
-from ..values import check_function, flag
+from ..values import check_functions, flag
 from . import run
+from .events import without_figures
 from .settings import Settings
 from .signals import pass_on
 
@@ -103,13 +104,7 @@ def tune(
     program handles them.
     """
     settings = Settings.of(arguments(Settings, locals()))
-    for name, call in (
-        ("notify", notify),
-        ("on_step", on_step),
-        ("on_validation", on_validation),
-        ("measure", measure),
-    ):
-        check_function(call, name)
+    check_functions(notify=notify, on_step=on_step, on_validation=on_validation, measure=measure)
     result = run.start(
         settings,
         resume=flag(resume, "resume"),
@@ -117,7 +112,7 @@ def tune(
         notify=notify,
         on_step=on_step,
         measure=measure,
-        on_validation=None if on_validation is None else lambda step, loss, best, _: on_validation(step, loss, best),
+        on_validation=without_figures(on_validation),
     )
     pass_on(result.signal)
     return result

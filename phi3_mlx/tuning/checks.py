@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.folder import WEIGHTS
 from ..errors import OptionError, Phi3Error
 from .data import Splits, hold_out
-from .run_settings import no_effect
+from .run_settings import S, no_effect
 from .settings import HOLDOUT, Settings
 
 if TYPE_CHECKING:
@@ -45,13 +45,16 @@ def check_method(settings: Settings, config: Config) -> None:
         )
 
 
-def with_length(settings: Settings, config: Config) -> Settings:
-    """Settings whose `max_length` is a number. Raises OptionError for one that the model cannot read."""
+def with_length(settings: S, config: Config, usual: int = _MAX_LENGTH) -> S:
+    """Settings whose `max_length` is a number, by default `usual`. OptionError for one that the model cannot read."""
     context = config.max_position_embeddings
     if settings.max_length is None:
-        return dataclasses.replace(settings, max_length=min(_MAX_LENGTH, context))
+        changed: dict[str, Any] = {"max_length": min(usual, context)}
+        return dataclasses.replace(settings, **changed)
     if settings.max_length > context:
-        raise OptionError(f"max_length {settings.max_length} is beyond this model's {context} tokens")
+        raise OptionError(
+            f"max_length {settings.max_length:,} is more than the model's context, {context:,} tokens; lower it"
+        )
     return settings
 
 
@@ -68,10 +71,12 @@ def with_validation(splits: Splits, settings: Settings, *, resume: bool) -> Spli
 def check_examples(settings: Settings, train: Encoded, valid: Encoded, *, resume: bool) -> None:
     """OptionError where no example is left to train on, or none for what validation is asked for."""
     if not train.examples:
+        longest = max(train.lengths)
+        cut = longest > settings.max_length  # type: ignore[operator]
+        way_out = f"give max_length={longest} or overflow='truncate'" if cut else "give others"
         raise OptionError(
             f"no example of {settings.data} is left to train on: {len(train.dropped):,} are longer than max_length "
-            f"{settings.max_length} or have nothing to learn; give max_length={max(train.lengths)} or "
-            "overflow='truncate'"
+            f"{settings.max_length}, {len(train.empty):,} have nothing to learn; {way_out}"
         )
     if not valid.examples and not resume:
         for name in ("patience", "samples"):

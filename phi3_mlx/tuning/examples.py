@@ -48,6 +48,7 @@ class Encoded:
     examples: list[Any] = field(default_factory=list)  # `Example`, or what the objective has in its place
     lengths: list[int] = field(default_factory=list)  # of all records, in tokens, before anything was cut
     dropped: list[str] = field(default_factory=list)  # sources: too long, or nothing left to learn after a cut
+    empty: list[str] = field(default_factory=list)  # of what has nothing to learn, however short
     truncated: list[str] = field(default_factory=list)
     split: list[str] = field(default_factory=list)
     _noted: dict[str, str] = field(default_factory=dict)  # sentences, and the source that each is about first
@@ -113,16 +114,21 @@ def encode_records(
         learnt = [piece for piece in map(_trim, pieces) if len(piece)]
         encoded.examples += learnt
         if not learnt:
-            encoded.dropped.append(record.source)
+            (encoded.dropped if len(whole) > max_length else encoded.empty).append(record.source)
         elif len(whole) > max_length:
             (encoded.truncated if overflow == "truncate" else encoded.split).append(record.source)
     return encoded
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, train_on: TrainOn, notify: Callable[[str], None]) -> Example:
-    """The ids of a record and what of them is trained, of whatever length; see `encode_records`."""
+    """The ids of a record and what of them is trained, of whatever length; see `encode_records`.
+
+    Of a text in which the tokenizer sees nothing, such as zero-width spaces, there are none.
+    """
     if record.messages is None:
         ids = tokenizer.encode(record.text or "", special=True)
+        if not ids:
+            return Example(np.zeros(0, np.int32), np.zeros(0, bool), record.source)
         if tokenizer.add_bos_token:
             ids = tokenizer.with_bos(ids)
         eos = tokenizer.eos_token_id

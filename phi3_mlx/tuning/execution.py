@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -87,7 +88,10 @@ def execute(
     on_sample: Callable[[str, str], None] | None,
     on_reference: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Run to the end, or to a signal, which saves and stops. Raises TrainingError."""
+    """Run to the end, or to a signal, which saves and stops. Raises TrainingError.
+
+    Without `notify` what went wrong on the way is a Python warning.
+    """
     group = mx.distributed.init()
     first, output = group.rank() == 0, job.output
     with taken(output, resume) if first else nullcontext():
@@ -128,6 +132,8 @@ def execute(
                 listener.step, listener.validated, listener.noted = folder.step, folder.validated, folder.note
                 listener.scored = on_reference or listener.scored
             finished = trainer.run()
+    for note in folder.notes if notify is None else ():
+        warnings.warn(note, stacklevel=4)  # at the call of `tune` or `pretrain`
     progress = trainer.progress
     return Result(
         output,

@@ -262,7 +262,7 @@ def _take(
     encoded.lengths.append(longest)
     cut = longest > max_length
     if made is None or (cut and overflow == "drop"):
-        encoded.dropped.append(source)
+        (encoded.dropped if cut else encoded.empty).append(source)
         return
     encoded.examples.append(made)
     if cut:
@@ -270,7 +270,11 @@ def _take(
 
 
 def _first_trained(example: Example) -> int:
-    return int(np.flatnonzero(example.trained)[0])
+    """The place of the first token that is learnt. DataError for an answer of which the tokenizer makes none."""
+    places = np.flatnonzero(example.trained)
+    if not len(places):
+        raise DataError(f"{example.source}: an answer has no tokens to learn; give one with text")
+    return int(places[0])
 
 
 def _answered(question: Example, answer: Example, max_length: int) -> Example:

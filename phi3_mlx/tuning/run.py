@@ -155,19 +155,17 @@ def sizes(encoded: Encoded, settings: Settings) -> tuple[list[int], list[int], l
 
 
 def _losses(encoded: Encoded, kind: str, settings: Settings) -> list[str]:
-    """Sentences about examples that were too long."""
-    said = []
+    """Sentences about examples that are not trained on as they stand."""
+    said, longer = [], f"are longer than {settings.max_length:,} tokens and were"
     for sources, what in (
-        (encoded.dropped, "left out"),
-        (encoded.truncated, "cut at the end"),
-        (encoded.split, "split into pieces"),
+        (encoded.empty, "have nothing to learn and were left out"),
+        (encoded.dropped, f"{longer} left out"),
+        (encoded.truncated, f"{longer} cut at the end"),
+        (encoded.split, f"{longer} split into pieces"),
     ):
         if sources:
             named = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
-            said.append(
-                f"{len(sources):,} {kind} examples are longer than {settings.max_length:,} tokens and were {what}: "
-                f"{named}"
-            )
+            said.append(f"{len(sources):,} {kind} examples {what}: {named}")
     return said
 
 
@@ -232,9 +230,6 @@ def start(
         on_sample=on_sample,
         on_reference=on_reference,
     )
-    if notify is None:
-        for note in result.notes[len(prepared.notes) :]:
-            warnings.warn(note, stacklevel=3)
     if measure is not None and first and not result.interrupted:
         gc.collect()  # the run's memory is the measurement's
         mx.clear_cache()
