@@ -522,7 +522,10 @@ def test_dropout_is_that_of_the_settings(model, shards, tmp_path):
 
 
 def test_weights_in_sixteen_bits_are_written_as_such(model, shards, tmp_path):
-    pretrain(model, shards, tmp_path / "out", **SMALL, steps=1, dtype="bfloat16", notify=lambda _: None)
+    with pytest.warns(UserWarning, match="bfloat16, which loses updates") as caught:
+        result = pretrain(model, shards, tmp_path / "out", **SMALL, steps=1, dtype="bfloat16")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert any("loses updates" in note for note in result.notes)
     assert {array.dtype for array in mx.load(str(tmp_path / "out" / "model.safetensors")).values()} == {mx.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -647,6 +650,7 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(model, shards, tmp_p
         (tmp_path / "d" / "config.json").write_text(json.dumps({**RAW, "initializer_range": value}))
         refused(ConfigError, "initializer_range", config=tmp_path / "d", tokenizer=str(TINY))
     refused(OptionError, "learning_rate inf is not a number to train with", learning_rate=float("inf"))
+    refused(OptionError, "dtype float16 cannot train whole weights: .*; leave dtype out", dtype="float16")
     write_jsonl(tmp_path / "e.jsonl", [{"text": ""}])
     with pytest.raises(DataError, match="no text"):
         tokenize_data(tmp_path / "e.jsonl", tmp_path / "e", tokenizer)

@@ -35,7 +35,7 @@ def describe_pretraining(prepared: PreparedPretraining, *, measure: bool = True,
         *_data_lines(corpus.train, settings.max_length or 0),
         f"          {sum(rows.documents for rows in corpus.valid.sources):,} documents to validate on, in "
         f"{len(corpus.valid):,} rows",
-        *(f"          {note}" for note in corpus.notes),
+        *(f"          {note}" for note in prepared.notes),
         "",
         f"Steps     {corpus.batches.steps:,} of {settings.batch_size:,} rows, about {read / corpus.batches.steps:,.0f} "
         f"tokens each: {read:,.0f} tokens, {read / int(corpus.train.lengths.sum()):.2f} times those that there are",

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..store.companions import find_companions
 from ..store.family import parameter_count
 from ..threads import refuse_fork
 from ..tuning.batches import PartSize
-from ..tuning.checks import with_length
+from ..tuning.checks import check_dtype_of_all, lost_updates, with_length
 from ..tuning.course import Course
 from ..tuning.events import StepReport, Validated
 from ..tuning.execution import Notify, Result, TrainingJob, execute
@@ -63,6 +64,11 @@ class PreparedPretraining:
     way_out: str
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the data, and about the type of the weights."""
+        return (*self.corpus.notes, *lost_updates(self.settings))
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
         return {
@@ -80,6 +86,7 @@ def prepare_pretraining(settings: PretrainSettings, ranks: int = 1, *, fits: boo
     from ..text.tokenizer import read_tokenizer
 
     settings = with_full_paths(settings.check())
+    check_dtype_of_all(settings)
     if settings.tensorboard:
         check_tensorboard()
     raw, config, place = _read_config(settings)
@@ -163,9 +170,12 @@ def start_pretraining(
     if first:
         check_folder(output, resume)
     prepared = prepare_pretraining(settings, group.size(), fits=not force)
-    for note in prepared.corpus.notes:
-        if notify and first:
+    if first and notify:
+        for note in prepared.notes:
             notify(note)
+    elif first:
+        for note in lost_updates(settings):
+            warnings.warn(note, stacklevel=3)
     return execute(
         _job(prepared, output),
         resume=resume,
@@ -217,7 +227,7 @@ def _job(prepared: PreparedPretraining, output: Path) -> TrainingJob:
         corpus.valid,
         prepared.identity,
         {"config": prepared.raw_config},
-        corpus.notes,
+        prepared.notes,
         load,
         "pretrain",
         "model",

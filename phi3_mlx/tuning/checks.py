@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.folder import WEIGHTS
 from ..errors import OptionError, Phi3Error
 from .data import Splits, hold_out
-from .run_settings import S, no_effect
+from .run_settings import RunSettings, S, no_effect
 from .settings import HOLDOUT, Settings
 
 if TYPE_CHECKING:
@@ -38,11 +38,26 @@ def check_method(settings: Settings, config: Config) -> None:
             f"{settings.model} is quantized, and packed weights cannot be trained; take method='lora', or "
             "dequantize it first with phi3-mlx convert --dequantize"
         )
+    check_dtype_of_all(settings)
+
+
+def check_dtype_of_all(settings: RunSettings) -> None:
+    """OptionError for a type that whole weights cannot be trained in."""
     if settings.dtype == "float16":
         raise OptionError(
             "dtype float16 cannot train whole weights: squares of their gradients are below what it holds, and "
             "optimizers divide by them; leave dtype out, which trains in float32"
         )
+
+
+def lost_updates(settings: RunSettings) -> tuple[str, ...]:
+    """A sentence about whole weights in a type that loses a part of what they learn."""
+    if settings.method != "full" or settings.dtype != "bfloat16":
+        return ()
+    return (
+        "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for "
+        "float32",
+    )
 
 
 def with_length(settings: S, config: Config, usual: int = _MAX_LENGTH) -> S:

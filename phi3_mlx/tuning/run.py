@@ -21,7 +21,15 @@ from ..paths import absolute_path
 from ..store import hub
 from ..store.checkpoint import Checkpoint, model_size, open_checkpoint
 from ..threads import refuse_fork
-from .checks import check_examples, check_is_model, check_method, check_samples, with_length, with_validation
+from .checks import (
+    check_examples,
+    check_is_model,
+    check_method,
+    check_samples,
+    lost_updates,
+    with_length,
+    with_validation,
+)
 from .data import read_data
 from .events import StepReport, Validated
 from .examples import Encoded
@@ -37,10 +45,6 @@ from .stored import absolute, at_its_commit, check_paths
 if TYPE_CHECKING:
     from ..models.decoder import Model
     from ..text.tokenizer import Tokenizer
-
-_LOST_UPDATES = (
-    "whole weights are trained in bfloat16, which loses updates below 1/256 of a weight; leave dtype out for float32",
-)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def prepare(
     gc.collect()  # an earlier run's model, in circles of references
     plan, available = replan(settings), room()
     warned = (
-        *(_LOST_UPDATES if settings.method == "full" and settings.dtype == "bfloat16" else ()),
+        *lost_updates(settings),
         *dict.fromkeys([*train.notes, *valid.notes]),
         *_losses(train, "training", settings),
         *_losses(valid, "validation", settings),
