@@ -129,7 +129,7 @@ def _kept_by_layers(size: ModelSize, settings: RunSettings, part: PartSize) -> i
     kept = config.num_hidden_layers * _BETWEEN * size.itemsize * part.tokens * config.hidden_size
     if settings.gradient_checkpointing:
         return kept
-    layer = size.itemsize * part.tokens * _layer_numbers(config, settings)
+    layer = part.tokens * _layer_bytes(size, settings)
     dense = sum(map(config.is_dense, range(config.num_hidden_layers)))
     sparse_scores = size.itemsize * _sparse_scores(config, part) * config.num_attention_heads
     kept += dense * (layer + _scores(size, part))
@@ -140,7 +140,7 @@ def _layer_in_work(size: ModelSize, settings: RunSettings, part: PartSize) -> fl
     """Bytes of the layer that the backward pass is in, beside what it keeps."""
     config, recomputes = size.config, settings.gradient_checkpointing
     mixture = config.experts_per_token > 1
-    layer, scores = size.itemsize * part.tokens * _layer_numbers(config, settings), _scores(size, part)
+    layer, scores = part.tokens * _layer_bytes(size, settings), _scores(size, part)
     in_work: float = _LAYER * layer
     if recomputes:
         in_work += (_RECOMPUTED_MIXTURE if mixture else _RECOMPUTED) * layer
@@ -195,8 +195,9 @@ def _sparse_scores(config: Config, part: PartSize) -> int:
     return min(part.scores, part.tokens * (pattern.reach + TILE + length // pattern.stride))
 
 
-def _layer_numbers(config: Config, settings: RunSettings) -> int:
-    """Activations of one decoder layer for one token that the backward pass needs."""
+def _layer_bytes(size: ModelSize, settings: RunSettings) -> int:
+    """Bytes of one decoder layer for one token that the backward pass needs."""
+    config = size.config
     hidden, inner = config.hidden_size, config.mlp_width
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
@@ -205,12 +206,19 @@ def _layer_numbers(config: Config, settings: RunSettings) -> int:
     if config.experts_per_token > 1:
         # Measured: padded blocks on one side, hidden states that are not kept on the other.
         numbers += inner - 2 * hidden
-    adapted = config.adaptable.values()
-    if settings.dropout:
-        numbers += sum(columns for _, columns in adapted)  # the projections' inputs as the adapters see them
     if settings.method == "dora":
-        numbers += sum(rows for rows, _ in adapted)  # the projections' outputs before they are scaled
-    return numbers
+        numbers += sum(rows for rows, _ in config.adaptable.values())  # the projections' outputs before they are scaled
+    return size.itemsize * numbers + (_dropped(config, settings) if settings.dropout else 0)
+
+
+def _dropped(config: Config, settings: RunSettings) -> int:
+    """How many numbers of a token are drawn in a layer, to be kept or dropped: a byte each.
+
+    What is left of a projection's input is kept in the place of all of it.
+    """
+    if settings.method == "full":
+        return 2 * config.hidden_size  # of what attention and feed-forward part add
+    return sum(columns for _, columns in config.adaptable.values())
 
 
 def training_dtype(settings: RunSettings) -> str | None:
