@@ -228,7 +228,7 @@ def test_where_nothing_can_be_written_is_said_before_a_text_is_scored(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "a").touch()
-    for output, said in ((".", "is the directory you are in"), ("/", "disk is mounted"), ("there", "exists already")):
+    for output, said in ((".", "which is read"), ("/", "which is read"), ("there", "exists already")):
         with pytest.raises(DataError, match=said):
             scored(tiny, stories, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stories.jsonl", "there"]

@@ -43,8 +43,8 @@ _UPDATE = 1.25  # new parameters and what they are computed from, beside gradien
 # its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again, more.
 _QUERIES, _KEYS, _INNER = 19, 10, 14  # "wide attention"; "wide inside"
 _QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21  # the same, checkpointed
-# Arrays of a weight's size that each optimizer keeps.
-_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 1}
+# Arrays of a weight's size that each optimizer keeps; adafactor's are a row and a column of each matrix.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
 _SMALLER = "take a 4-bit base or a smaller model"
 _NORMS = 10  # hidden states in 16 bits, whose room the norms' copies in float32 take: "16 bits, checkpointed"
 
