@@ -128,7 +128,8 @@ def test_the_example_whose_loss_is_no_number_is_named(base, data, tmp_path):
         tmp_path / "valid.jsonl", [facts(1)[0], {"prompt": "zebra xylophone?", "completion": "Mia has the ball."}]
     )
     options = {name: value for name, value in SMALL.items() if name != "holdout"}
-    with pytest.warns(UserWarning, match=r"validation loss at step 2 is not finite for .*valid\.jsonl:2; it does not") as told:
+    said = r"validation loss at step 2 is not finite for .*valid\.jsonl:2; it does not"
+    with pytest.warns(UserWarning, match=said) as told:
         result = tune(str(broken), data, tmp_path / "out", valid=valid, **options, steps=2)
     assert [warning.filename for warning in told] == [__file__]
     assert (result.finished, result.best_step, result.best_loss) == (True, None, None)
