@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from . import agreement, arms, exported, methods, published, tables
+from . import agreement, arms, exported, methods, published, spared, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -206,6 +206,7 @@ BLOCKS = {
             tables.prefix,
             tables.host,
             tables.lookup,
+            spared.schema,
             tables.gpu,
             tables.kvquality,
             tables.longcontext,

@@ -86,6 +86,15 @@ def test_prompts_that_begin_alike_are_read_once():
     assert conversations["read_tokens"] <= conversations["least_tokens"]
 
 
+def test_an_object_of_20_fields_takes_half_the_steps_at_most_and_masks_are_known_before_their_logits():
+    for row in RESULTS["schema"]["rows"]:
+        if "steps" in row:
+            assert row["steps"]["together"] <= 0.5 * row["steps"]["masks alone"]
+        if "paid" in row:
+            assert row["hidden"] > 0.9
+    assert {row["vocabulary"] for row in RESULTS["schema"]["rows"] if "paid" in row} == {32064, 200064}
+
+
 def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
     for name in ("decode", "prefill"):
         for ours in rows(name, package="phi3-mlx"):
