@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,6 +168,39 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
     np.testing.assert_allclose(np.array(sum(told for _, told in pieces)), np.array(figures), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
+def test_figures_are_means_over_the_answers_that_they_are_of(name):
+    _, given, examples, references = case(name)
+    model, made = model_of(), make_objective(given)
+    shared = made.shared(examples, references, lambda sequences: sequence_scores(model, sequences, limit=64))
+    _, told = made.loss(model, made.part(examples, references, shared))
+    means = dict(zip(made.figures, (told[0] / told[1]).tolist(), strict=True))
+    if name == "kto":
+        kinds = [
+            [(e.answer, r[0]) for e, r in zip(examples, references, strict=True) if e.desirable is kind]
+            for kind in (True, False)
+        ]
+        firsts = [[int(np.flatnonzero(answer.trained)[0]) for answer, _ in of_kind] for of_kind in kinds]
+    else:
+        kinds = [[(pair.sequences[k], r[k]) for pair, r in zip(examples, references, strict=True)] for k in range(2)]
+        firsts = [[pair.prompt for pair in examples]] * 2
+    expected = {}
+    for kind, of_kind, starts in zip(("chosen", "rejected"), kinds, firsts, strict=True):
+        sizes = np.array([len(answer) - start for (answer, _), start in zip(of_kind, starts, strict=True)])
+        sums = np.array([float(naive_sums(model, answer, n)) for (answer, _), n in zip(of_kind, starts, strict=True)])
+        of_each = sums / sizes if name == "orpo" else sums - np.array([reference for _, reference in of_kind])
+        expected |= {f"reward_{kind}": of_each * 0.1, f"tokens_{kind}": sizes}
+    for figure, values in expected.items():
+        assert means[figure] == pytest.approx(values.mean(), rel=1e-3), figure
+    if name != "kto":
+        margins = expected["reward_chosen"] - expected["reward_rejected"]
+        assert means["margin"] == pytest.approx(margins.mean(), rel=1e-3)
+        assert means["accuracy"] == pytest.approx((margins > 0).mean())
+    if name == "dpo":
+        ratios = np.concatenate([expected["reward_chosen"], expected["reward_rejected"]]) / 0.1
+        assert means["kl"] == pytest.approx((ratios**2).mean() / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("given", "first"),
     [({"objective": "dpo"}, np.log(2)), ({"objective": "dpo", "dpo_loss": "ipo", "beta": 0.25}, 4.0),
@@ -182,6 +216,17 @@ def test_the_first_loss_is_the_one_of_a_model_that_is_its_reference(tmp_path, gi
     assert trainer.run()
     assert reports[0].loss == pytest.approx(first, rel=1e-5)
     assert reports[0].figures["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_odds_of_an_answer_that_is_nearly_certain_are_right_and_of_a_certain_one_finite():
+    orpo, part = make_objective(settings(objective="orpo")), SimpleNamespace(sizes=mx.array([2.0, 2.0]))
+
+    def loss(chosen):
+        return float(orpo.pair_losses(mx.array([[chosen, -6.0]]), part)[1])
+
+    odds = [mean - np.log(-np.expm1(mean)) for mean in (-0.005, -3.0)]
+    assert loss(-0.01) == pytest.approx(0.1 * np.log1p(np.exp(odds[1] - odds[0])), rel=1e-3)
+    assert 0 < loss(0.0) < loss(-0.01)
 
 
 def test_scores_do_not_depend_on_how_many_are_read_at_once():

@@ -242,7 +242,8 @@ def test_two_processes_give_the_losses_of_one(packed, tmp_path, objective):
     assert (done.stdout + done.stderr).count("the adapter is in") == 1
     alone, together = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert [(line["kind"], line["step"]) for line in alone] == [(line["kind"], line["step"]) for line in together]
-    told = {"sft": (), "dpo": ("margin", "kl", "accuracy"), "kto": ("reward_chosen", "reward_rejected", "kl")}
+    # Not how many pairs are right: at the first step, where the model is its reference, rounding says that.
+    told = {"sft": (), "dpo": ("margin", "kl"), "kto": ("reward_chosen", "reward_rejected", "kl")}
     for figure in ("loss", *told[objective]):
         values = [[line[figure] for line in lines if figure in line] for lines in (alone, together)]
         assert np.allclose(*values, atol=1e-4 if figure == "loss" else 1e-3), figure
