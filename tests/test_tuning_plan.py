@@ -83,7 +83,7 @@ def test_dropout_is_planned_without_its_inputs_a_second_time(tmp_path):
 def test_a_plan_counts_what_an_optimizer_keeps(optimizer, tmp_path):
     """A row and a column of each matrix, or its momentum; what it computes on the way comes beside them."""
     changes, lengths, trained, options = GRID["wide, full"]
-    assert 0.88 < ratio(tmp_path, changes, lengths, trained, {**options, "optimizer": optimizer}) < 1.2
+    assert 0.92 < ratio(tmp_path, changes, lengths, trained, {**options, "optimizer": optimizer}) < 1.2
 
 
 ATTENTION = {"num_attention_heads": 16, "head_dim": 64, "num_key_value_heads": 2, "intermediate_size": 256}

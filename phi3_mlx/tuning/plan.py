@@ -38,7 +38,8 @@ _DEQUANTIZED, _SLICES = 3, 4  # of a matrix, but no more than slices of it: "4 b
 # Stacks of experts, which are dequantized whole, as far ahead as MLX allocates: "4 bits, checkpointed" of
 # tests/test_phi_moe_tools.py.
 _DEQUANTIZED_MIXTURE = 4
-_UPDATE = 1.25  # new parameters and what they are computed from, beside gradients and state: "wide, full"
+# New parameters and what they are computed from, beside gradients and state: "wide, full". Muon multiplies matrices.
+_UPDATE, _UPDATE_BY_MUON = 1.25, 1.75
 # Numbers of a token in the layer in work on the CPU, where one part of it is much wider than the others: for each of
 # its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again, more.
 _QUERIES, _KEYS, _INNER = 19, 10, 14  # "wide attention"; "wide inside"
@@ -101,7 +102,8 @@ def plan_part(size: ModelSize, settings: RunSettings, part: PartSize, numbers: i
     in_work, logits = _layer_in_work(size, settings, part), _output_layer(size.config, part)
     # The backward pass begins at the output layer, when all layers keep what they need.
     work = max(in_work, logits) + _OVERLAP * min(in_work, logits)
-    activations = int(max(_kept_by_layers(size, settings, part) + work, _UPDATE * weights))
+    update = weights * (_UPDATE_BY_MUON if settings.optimizer == "muon" else _UPDATE)
+    activations = int(max(_kept_by_layers(size, settings, part) + work, update))
     return TrainingPlan(size.weights, _training(size, settings, numbers, weights), activations, part.tokens)
 
 
