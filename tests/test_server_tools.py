@@ -188,6 +188,23 @@ def test_a_response_has_calls_as_items_and_takes_their_results(client, served):
     assert served.engine.tickets[-1].work.tool_choice == "now"
 
 
+def test_a_text_behind_a_responses_calls_does_not_part_them_from_their_results(client, served):
+    call = {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"}
+    client.responses.create(
+        model="echo",
+        tools=[{"type": "function", "name": "now", "parameters": None, "strict": False}],
+        input=[
+            {"role": "user", "content": "How late is it?"},
+            call,
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+            {"type": "function_call_output", "call_id": "a", "output": "noon"},
+        ],
+    )
+    _, assistant, result = served.engine.tickets[-1].work.prompt
+    assert (assistant["content"], assistant["tool_calls"][0]["id"]) == ("I look.", "a")
+    assert result == {"role": "tool", "tool_call_id": "a", "content": "noon"}
+
+
 def test_openai_streams_the_calls_of_a_response(client):
     tools = [{"type": "function", "name": "now", "parameters": None, "strict": False}]
     with client.responses.stream(model="echo", input="How is it?", tools=tools) as stream:

@@ -19,7 +19,7 @@ _RESULT_ITEM = table_of(*_NOTED, honoured("call_id", text, ""), honoured("output
 
 
 def read_items(value: Any, name: str) -> list[dict[str, Any]]:
-    """The messages that the input is. Calls in a row are of one message of the assistant."""
+    """The messages that the input is. Calls in a row, and a text behind them, are of one message of the assistant."""
     if isinstance(value, str):
         return [{"role": "user", "content": text(value, name)}]
     messages: list[dict[str, Any]] = []
@@ -27,7 +27,11 @@ def read_items(value: Any, name: str) -> list[dict[str, Any]]:
         within = f"{name}[{number}]."
         kind = item.get("type", "message")
         if kind == "message":
-            messages.append(read_message({key: item[key] for key in item if key not in _ITEM_ALONE}, within))
+            message = read_message({key: item[key] for key in item if key not in _ITEM_ALONE}, within)
+            if message["role"] == "assistant" and messages and messages[-1].get("tool_calls"):
+                messages[-1]["content"] += message["content"]  # or the calls would be over before their results come
+            else:
+                messages.append(message)
         elif kind == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
