@@ -76,6 +76,14 @@ def test_a_file_of_cache_build_is_used_and_never_removed(tmp_path):
     assert files_in(tmp_path) == [tmp_path / "text.cache"]
 
 
+def test_what_is_in_memory_is_not_read_from_its_file(tmp_path, monkeypatch):
+    prefixes = PrefixStore(directory=tmp_path)
+    answers(PLAIN, QUESTIONS[:1], prefixes)
+    assert files_in(tmp_path)
+    monkeypatch.setattr(prefix_files, "read_layers", None)
+    assert answers(PLAIN, [QUESTIONS[1]], prefixes)[1] == 6
+
+
 def test_a_short_text_is_not_worth_a_file(tmp_path):
     answers(PLAIN, [ids_of(40, 0)], PrefixStore(directory=tmp_path))
     assert files_in(tmp_path) == []
