@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 METHODS = ("uniform", "gptq", "awq", "dynamic", "dwq")
 _WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -79,8 +80,8 @@ def _awq(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[str,
 
 
 def _dynamic(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[str, Any]]:
-    """Bits above and below by sensitivity, whose mean is the size."""
-    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+    """Bits above and below by sensitivity, with as many layers above as bring the model nearest to the size."""
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities
     from mlx_lm.utils import quantize_model
 
     at = _WIDTHS.index(task.bits)
@@ -89,12 +90,28 @@ def _dynamic(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[
     low, high = ({"bits": bits, "group_size": task.group_size} for bits in (_WIDTHS[at - 1], _WIDTHS[at + 1]))
     ends = (low["bits"], task.group_size, high["bits"], task.group_size)
     sensitivities = dict(estimate_sensitivities(model, task.rows, *ends, batch_size=_AT_ONCE))
-    threshold = estimate_threshold(model, sensitivities, task.bits_per_weight, *ends)
+    above = _most_sensitive(model, sensitivities, task, low["bits"], high["bits"])
 
     def width(path: str, module: Any) -> bool | dict[str, int]:
-        return dict(high) if sensitivities[path] > threshold else True
+        return dict(high) if path in above else True
 
     return quantize_model(model, config, **low, quant_predicate=width)
+
+
+def _most_sensitive(model: Any, sensitivities: dict[str, float], task: Task, low: int, high: int) -> set[str]:
+    """The layers that get `high` bits; the others get `low`.
+
+    Not by mlx-lm's `estimate_threshold`: it counts scales as wide as the model computes, in float32 twice what is
+    stored, and ends on either side of the layer that passes the size, which in a small model is half of the weights.
+    """
+    modules = dict(model.named_modules())
+    weights = {path: modules[path].weight.size for path in sensitivities}
+    total = sum(array.size for _, array in tree_flatten(model.parameters()))
+    stored = 8 * task.dtype.size
+    size = stored * (total - sum(weights.values())) + (low + 2 * stored / task.group_size) * sum(weights.values())
+    above = sorted(sensitivities, key=sensitivities.__getitem__, reverse=True)
+    sizes = np.cumsum([size, *((high - low) * weights[path] for path in above)])
+    return set(above[: np.abs(sizes - task.bits_per_weight * total).argmin()])
 
 
 def _dwq(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[str, Any]]:
