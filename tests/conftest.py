@@ -1,23 +1,39 @@
 """What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
 
-import functools
 import json
 import os
 import platform
-import re
+import random
 import signal
+import tempfile
 import time
+import zlib
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import settings
+from live import SKIPPED, is_live
 
 import phi3_mlx  # noqa: F401  (before any test imports MLX, which then multiplies with a fast BLAS)
 
 # In the background of some shells Ctrl-C is ignored, under nohup the end of the terminal, by what tests start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# What a user's shell says of colours, widths, keys and proxies is not for the tests, nor which models are in a cache.
+_SHELLS = """
+COLUMNS LINES NO_COLOR FORCE_COLOR CLICOLOR CLICOLOR_FORCE PHI3_MLX_DEBUG PHI3_MLX_API_KEY TQDM_DISABLE
+OPENAI_API_KEY OPENAI_BASE_URL HF_TOKEN HF_HUB_CACHE HF_HUB_OFFLINE
+http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
+"""
+for _name in _SHELLS.split():
+    os.environ.pop(_name, None)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose processes inherit it
+    _HUB = tempfile.TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
+    os.environ["HF_HOME"] = _HUB.name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,26 +56,50 @@ def sharing_at_once():
 
 
 LONG = os.environ.get("PHI3_MLX_TEST_LONG") == "1"
+SEED = os.environ.get("PHI3_MLX_TEST_SEED", "0")  # another draws other models, adapters and examples
 _STARTED = time.monotonic()
 
-
-_ORACLES = re.compile(
-    r"""importorskip\("(torch|transf|peft|trl|playwright)|make_torch|reference_steps"""
-    r"""|import (torch|peft|llama_cpp)|which\("go"""
-)
-
-
-@functools.cache
-def _is_live(path):
-    return _ORACLES.search(path.read_text(encoding="utf-8")) is not None
+settings.register_profile("every day", derandomize=True)
+if SEED == "0" and not LONG:
+    settings.load_profile("every day")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _is_live(item.path):
+        if is_live(item.path, [item.originalname, *item.fixturenames]):
             item.add_marker("live")
         if item.get_closest_marker("long") and not LONG:
             item.add_marker(pytest.mark.skip(reason="takes long; `make test-long` runs it"))
+
+
+def _draw_anew(*names):
+    """MLX's own seed is the time: what is drawn without a key would be another in each run."""
+    import mlx.core as mx
+
+    seed = zlib.crc32(" ".join([SEED, *map(str, names)]).encode())
+    mx.random.seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    """Wherever else it is used, and whatever drew before it."""
+    _draw_anew(request.node.nodeid, fixturedef.argname, getattr(request, "param_index", 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    _draw_anew(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A test that is skipped without a reference, and that `make test-live` would not run either, fails."""
+    report = yield
+    if report.skipped and SKIPPED.search(str(report.longrepr)) and not item.get_closest_marker("live"):
+        report.outcome, report.longrepr = "failed", f"nothing runs this test; see tests/live.py: {report.longrepr}"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):
