@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 
+import uvicorn.server
+
 from phi3_mlx.errors import ModelNotFoundError
 from phi3_mlx.generation.request import Request
 from phi3_mlx.server.app import create_app
@@ -19,6 +21,21 @@ from phi3_mlx.server.work import Alternative, Begun, Ended, Failed, Figures, Mod
 
 CARD = ModelCard("echo", 1_700_000_000, 4096, "says what it is told")
 USUAL = Limits()
+PATIENCE = 120  # seconds, more than anything here takes on a machine that is busy
+
+
+class Impatient:
+    """asyncio for uvicorn, which looks ten times a second whether it is to end: tests wait for it each time."""
+
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds):
+        await asyncio.sleep(seconds / 10)
+
+
+uvicorn.server.asyncio = Impatient()
 
 
 class Ticket:
@@ -104,7 +121,7 @@ class Served:
         self.port, self.engine, self.service, self.server, self.log = port, engine, service, server, log
         self.url = f"http://127.0.0.1:{port}"
 
-    def request(self, method, path, body=None, headers=(), raw=None, seconds=20):
+    def request(self, method, path, body=None, headers=(), raw=None, seconds=PATIENCE):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         with contextlib.closing(connection):
             data = raw if raw is not None else None if body is None else json.dumps(body)
@@ -129,7 +146,7 @@ def events(text):
     return [json.loads(line) if line != "[DONE]" else line for line in data], [x for x in lines if x.startswith(":")]
 
 
-def raw(served, data=b"", seconds=5):
+def raw(served, data=b"", seconds=PATIENCE):
     """A connection on which `data` was sent."""
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=seconds)
     connection.sendall(data)
@@ -180,13 +197,13 @@ def serving(
         yield Served(port, engine, service, server, log)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         service.close()
         listening.close()
         assert not thread.is_alive(), "the server did not end"
 
 
-def wait_until(true, seconds=10):
+def wait_until(true, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to be"

@@ -611,6 +611,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path):
 def test_a_killed_export_leaves_no_file_of_that_name_and_the_next_one_sweeps(tmp_path: Path):
     directory = model(tmp_path)
     code = f"""
+import time
 from phi3_mlx import export_gguf
 def wait(now):
     if now.done == 3:

@@ -278,10 +278,10 @@ def test_a_judgment_that_is_not_given_is_counted_and_asked_for_by_the_next_run(t
 
 def test_a_judge_that_takes_too_long_is_given_up(tiny, bench, tmp_path, out):
     def script(number, body):
-        return slow(1.0) if "duck 0" in body["messages"][-1]["content"] else "[[6]]"
+        return slow(60) if "duck 0" in body["messages"][-1]["content"] else "[[6]]"
 
     with judging(script) as server:
-        results = judged(tiny, out, bench, server, judge_timeout=0.2, judge_retries=0)
+        results = judged(tiny, out, bench, server, judge_timeout=2, judge_retries=0)
     assert results["failed"] == ["it took too long"] * 2
     assert results["score"]["all"]["judgments"] == 4
 
@@ -580,10 +580,10 @@ def test_a_run_that_is_interrupted_keeps_its_answers_and_does_not_wait_for_the_j
             started.append(time.monotonic())
             raise KeyboardInterrupt
 
-    with judging(lambda number, body: "[[6]]" if number < 2 else slow(4)) as server:
+    with judging(lambda number, body: "[[6]]" if number < 2 else slow(60)) as server:
         with pytest.raises(KeyboardInterrupt):
             judged(tiny, out, bench, server, progress=stop, judge_parallel=2)
-        assert time.monotonic() - started[0] < 2
+        assert time.monotonic() - started[0] < 40
         assert len(lines_of(out / "model_judgment" / "judge_single.jsonl")) == 2
 
 

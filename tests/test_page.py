@@ -21,7 +21,7 @@ from phi3_mlx.server.work import Begun, Ended, ModelCard, Piece
 
 FOLDER = Path(static.__file__).parent / "page"
 CARDS = [ModelCard("echo", 0, 4096, "says what it is told"), ModelCard("other", 0, 4096, "says it too")]
-SECONDS = 10_000  # milliseconds that a browser may take
+SECONDS = 60_000  # milliseconds that a browser may take
 
 
 class TwoModels(FakeEngine):
@@ -88,7 +88,7 @@ def test_serve_opens_the_page_in_a_browser(monkeypatch):
     monkeypatch.setattr(running, "run", lambda app, service, listening, on_start: (on_start(), service.close()))
     with pytest.raises(SystemExit):
         main(["serve", "-m", "tiny", "--port", "0", "--open"])
-    assert told.wait(10)
+    assert told.wait(60)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", opened[0])
 
 
@@ -153,7 +153,7 @@ def test_an_answer_can_be_stopped_and_a_message_edited(page, engine):
     def slow(ticket, tell):
         tell(Begun(1, 0, (), ""))
         tell(Piece(0, "first ", (served.token("first ", 0),)))
-        go_on.wait(10)
+        go_on.wait(60)
         tell(Ended(0, "stop", 1))
 
     engine.script = slow
@@ -162,7 +162,7 @@ def test_an_answer_can_be_stopped_and_a_message_edited(page, engine):
     page.locator(".text span").wait_for()
     page.keyboard.press("Escape")
     page.locator(".figures", has_text="stopped").wait_for()
-    assert engine.tickets[-1].cancelled.wait(10)
+    assert engine.tickets[-1].cancelled.wait(60)
     go_on.set()
     engine.script = served.say_words
     page.locator(".user button").click()

@@ -626,7 +626,7 @@ def test_a_killed_run_resumes_to_the_same_weights(base, pair_file, tmp_path):
     subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
     running = subprocess.Popen([*command, "-o", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and running.poll() is None:
         if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2:
             break

@@ -156,7 +156,7 @@ def check_served(command, home):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=home) as process:
         assert process.stderr.readline().startswith("tiny at http://127.0.0.1:")
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_the_walk_through_fine_tuning(tmp_path):

@@ -270,7 +270,7 @@ def test_an_error_in_a_stream_reaches_openais_client():
 def test_curl_reads_a_stream_line_by_line(served):
     body = json.dumps({"model": "echo", "messages": MESSAGES, "stream": True})
     command = ["curl", "-sN", f"{served.url}/v1/chat/completions", "-H", "Authorization: Bearer key", "-d", body]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     data, _ = events(done.stdout)
     assert data[-1] == "[DONE]"

@@ -26,6 +26,7 @@ from phi3_mlx import generate, load, load_tokenizer, score, stream_generate
 from phi3_mlx.cli import main
 from phi3_mlx.cli.serve import adapters_of
 from phi3_mlx.errors import OptionError
+from phi3_mlx.server import prompts
 from phi3_mlx.server.models import Models
 from phi3_mlx.server.worker import Worker
 
@@ -151,13 +152,13 @@ def test_the_process_serves_and_ends_politely(tmp_path, number, code):
             port = re.fullmatch(f"tiny at {address}/v1, with a page to try it at {page}", first)[1]
             body = json.dumps(chat_body(STORY, model="tiny", max_tokens=20))
             for key, status in (("secret", 200), ("other", 401)):
-                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=120)
                 connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
                 assert connection.getresponse().status == status
                 connection.close()
             process.send_signal(number)
             rest = process.stderr.read()
-            assert process.wait(20) == code, rest  # MLX has aborted processes whose threads had streams
+            assert process.wait(120) == code, rest  # MLX has aborted processes whose threads had streams
         finally:
             process.kill()
     assert "Traceback" not in rest
@@ -181,7 +182,7 @@ def test_a_second_signal_ends_the_process_at_once(number, stuck):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             port = re.search(r":(\d+)/v1", process.stderr.readline())[1]
-            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=120)
             with contextlib.closing(connection):
                 body = chat_body(STORY, model="tiny", max_tokens=100_000, stream=True, logit_bias=ENDLESS)
                 connection.request("POST", "/v1/chat/completions", json.dumps(body))
@@ -194,8 +195,8 @@ def test_a_second_signal_ends_the_process_at_once(number, stuck):
                 started = time.monotonic()
                 process.send_signal(number)
                 told = answer.read()
-                code = process.wait(20)
-            assert time.monotonic() - started < 8  # far from the 30 seconds that answers have
+                code = process.wait(120)
+            assert time.monotonic() - started < 25  # answers have 30 seconds
             assert b"the server stopped before the answer ended" in told
             assert code == (128 + number if stuck else {signal.SIGINT: 130, signal.SIGTERM: 0}[number])
         finally:
@@ -211,7 +212,7 @@ def test_what_was_read_is_there_after_the_server_was_killed(tmp_path):
         ) as process:
             try:
                 port = re.search(r":(\d+)/v1", process.stderr.readline())[1]
-                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=120)
                 body = chat_body(f"{LONG} {question}", model="tiny", max_tokens=3)
                 connection.request("POST", "/v1/chat/completions", json.dumps(body))
                 counts.append(json.loads(connection.getresponse().read())["usage"])
@@ -278,20 +279,28 @@ def test_the_field_that_the_engine_refuses_is_named(served):
     assert (error["code"], error["param"]) == ("invalid_value", "logit_bias")
 
 
+@pytest.fixture
+def never_encoded(monkeypatch):
+    """What is encoded all the same, which for a minute keeps others waiting."""
+
+    def encoded(*_, **__):
+        raise AssertionError("the prompt is encoded")
+
+    monkeypatch.setattr(prompts, "encode_prompt", encoded)
+
+
+@pytest.mark.usefixtures("never_encoded")
 def test_many_empty_messages_are_too_long_too(served):
     messages = [{"role": "user", "content": ""}] * 100_000
-    begun = time.monotonic()
     assert served.chat(model="tiny", messages=messages)[2]["error"]["code"] == "context_length_exceeded"
-    assert time.monotonic() - begun < 5
 
 
+@pytest.mark.usefixtures("never_encoded")
 @pytest.mark.parametrize("text", ["a" * 4_000_000, "é漢 " * 500_000])
 def test_a_huge_prompt_is_refused_before_it_is_encoded(served, text):
-    begun = time.monotonic()
     status, _, reply = served.chat(text, model="tiny")
     assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
     assert "tokens or more" in reply["error"]["message"]
-    assert time.monotonic() - begun < 5  # a sixth of what encoding takes
 
 
 def test_a_prompt_of_the_longest_tokens_is_not_taken_for_too_long(served):

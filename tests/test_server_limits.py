@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -14,7 +13,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 import uvicorn
-from served import FakeEngine, all_of, chat_body, error_in, events, raw, serving, token, wait_until
+from served import PATIENCE, USUAL, FakeEngine, all_of, chat_body, error_in, events, raw, serving, token, wait_until
 from uvicorn.server import ServerState
 
 from phi3_mlx.errors import (
@@ -30,7 +29,7 @@ from phi3_mlx.server.connections import connections_within
 from phi3_mlx.server.limits import Limits
 from phi3_mlx.server.work import Begun, Ended, Piece, Reading
 
-QUICK = Limits(header_seconds=0.3, body_seconds=0.3, stuck_seconds=0.5, idle_seconds=1, comment_seconds=0.1)
+QUICK = Limits(header_seconds=0.3, body_seconds=0.3)
 
 
 def post(body, **headers):
@@ -49,12 +48,13 @@ def test_headers_that_do_not_come_are_given_up(sent):
     with serving(limits=QUICK) as served:
         begun = time.monotonic()
         assert error_in(all_of(raw(served, sent))) == (408, "request_timeout")
-        assert 0.25 < time.monotonic() - begun < 3
+        assert 0.25 < time.monotonic() - begun < USUAL.header_seconds
 
 
 def test_headers_that_trickle_are_given_up_though_bytes_come():
     with serving(limits=QUICK) as served, raw(served, b"GET /health HTTP/1.1\r\n") as connection:
-        for _ in range(100):
+        begun = time.monotonic()
+        while time.monotonic() - begun < USUAL.header_seconds:
             try:
                 connection.sendall(b"x: y\r\n")
             except OSError:
@@ -64,17 +64,19 @@ def test_headers_that_trickle_are_given_up_though_bytes_come():
 
 
 def test_a_further_request_on_a_connection_has_the_same_time():
-    with serving(limits=QUICK) as served:
+    with serving(limits=Limits(header_seconds=1)) as served:
         connection = raw(served, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         answer = b""
         while b'"ok"' not in answer:
             answer += connection.recv(65536)
+        begun = time.monotonic()
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         assert all_of(connection) == b""
+        assert time.monotonic() - begun < USUAL.idle_seconds - 5
 
 
 def test_long_headers_are_refused():
-    with serving(limits=replace(QUICK, header_bytes=2000)) as served:
+    with serving(limits=Limits(header_bytes=2000)) as served:
         head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nx: "
         assert error_in(all_of(raw(served, head + b"y" * 3000 + b"\r\n\r\n"))) == (431, "headers_too_large")
         assert error_in(all_of(raw(served, head + b"y" * 70_000)))[0] == 400
@@ -91,7 +93,7 @@ def test_a_body_that_does_not_come_is_given_up():
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_has_come():
-    with serving(limits=replace(QUICK, body_bytes=1000)) as served:
+    with serving(limits=Limits(body_bytes=1000)) as served:
         assert error_in(all_of(raw(served, post(b"{", content_length=1001)))) == (413, "request_too_large")
         chunked = post(b"", transfer_encoding="chunked").replace(b"content-length: 0\r\n", b"")
         answer = all_of(raw(served, chunked + b"400\r\n" + b"[" * 1024 + b"\r\n"))
@@ -99,10 +101,10 @@ def test_a_body_that_is_too_large_is_refused_before_it_has_come():
 
 
 def test_bodies_on_their_way_are_bounded_together():
-    with serving(limits=replace(QUICK, body_bytes=1000, bodies_bytes=1500, body_seconds=2)) as served:
+    with serving(limits=Limits(body_bytes=1000, bodies_bytes=1500)) as served:
         half = post(b"[" * 900, content_length=1000)
         with raw(served, half):
-            time.sleep(0.1)
+            assert served.request("GET", "/health")[0] == 200  # the loop has read what came before
             answer = all_of(raw(served, half))
         assert error_in(answer) == (429, "rate_limit_exceeded")
         assert b"retry-after: 1" in answer.lower()
@@ -145,7 +147,7 @@ def test_a_body_of_millions_of_values_is_refused_before_it_is_read(values):
 
 
 def test_one_connection_too_many_is_told_so_and_the_others_go_on():
-    with serving(limits=replace(QUICK, connections=3, header_seconds=3)) as served:
+    with serving(limits=Limits(connections=3, header_seconds=60)) as served:
         held = [raw(served) for _ in range(3)]
         wait_until(lambda: len(served.server.server_state.connections) == 3)
         assert error_in(all_of(raw(served))) == (503, "too_many_connections")
@@ -179,26 +181,26 @@ def silent(ticket, tell):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", [endless, silent])
 def test_a_client_that_goes_ends_its_request_at_once(script, stream):
-    with serving(FakeEngine(script), limits=replace(QUICK, body_seconds=5)) as served:
+    with serving(FakeEngine(script), limits=Limits(comment_seconds=0.1)) as served:
         connection = raw(served, post(chat_body(stream=stream)))
         wait_until(lambda: served.engine.tickets)
         if stream:
             connection.recv(100)
         connection.close()
-        assert served.engine.tickets[0].cancelled.wait(1)
+        assert served.engine.tickets[0].cancelled.wait(20)  # a client that only reads nothing has 30
         wait_until(lambda: not served.server.server_state.tasks)
 
 
 @pytest.mark.parametrize("limit", [{"unread_bytes": 100_000, "stuck_seconds": 60.0}, {"stuck_seconds": 0.5}])
 def test_a_client_that_does_not_read_loses_its_request_and_holds_up_nobody(limit):
-    with serving(FakeEngine(endless), limits=replace(QUICK, **limit)) as served:
+    with serving(FakeEngine(endless), limits=Limits(**limit)) as served:
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", served.port))
             connection.sendall(post(chat_body(stream=True)))
             wait_until(lambda: served.engine.tickets)
             assert served.request("GET", "/health")[0] == 200
-            assert served.engine.tickets[0].cancelled.wait(8), "the engine still works for nobody"
+            assert served.engine.tickets[0].cancelled.wait(PATIENCE), "the engine still works for nobody"
             if "unread_bytes" not in limit:  # the connection is given up too
                 wait_until(lambda: not served.server.server_state.connections)
         wait_until(lambda: not served.server.server_state.tasks)
@@ -242,10 +244,11 @@ def test_a_prompt_that_is_read_for_long_gives_comments():
         tell(Begun(20, 0))
         tell(Ended(0, "stop", 0))
 
-    with serving(FakeEngine(script), limits=QUICK) as served:
+    with serving(FakeEngine(script), limits=Limits(comment_seconds=0.05)) as served:
+        begun = time.monotonic()
         data, comments = events(served.chat(stream=True)[2])
         assert comments[0] == ": 5 of 20 tokens read"
-        assert 2 <= len(comments) <= 6
+        assert 2 <= len(comments) <= 1 + (time.monotonic() - begun) / 0.05
         assert data[0]["choices"][0]["delta"]["role"] == "assistant"
         assert data[-1] == "[DONE]"
 
@@ -392,12 +395,12 @@ def test_an_answer_that_runs_may_end_when_the_server_stops():
 
     def script(ticket, tell):
         tell(Begun(1, 0))
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
         tell(Piece(0, "the end", ()))
         tell(Ended(0, "stop", 2))
 
     with serving(FakeEngine(script)) as served:
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
         connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
         answer = connection.getresponse()
         served.server.should_exit = True
@@ -410,8 +413,8 @@ def test_an_answer_that_runs_may_end_when_the_server_stops():
 
 
 def test_an_answer_that_does_not_end_is_told_that_the_server_stopped():
-    with serving(FakeEngine(silent), limits=replace(QUICK, grace_seconds=0.3)) as served:
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+    with serving(FakeEngine(silent), limits=Limits(grace_seconds=0.3)) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
         connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
         answer = connection.getresponse()
         served.server.should_exit = True

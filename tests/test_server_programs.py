@@ -98,7 +98,7 @@ def request(head, body=None, *, host="127.0.0.1:8080", key="none", last=True):
 
 def received(served, *requests):
     """All that comes back for requests on one connection."""
-    with raw(served, b"".join(requests), seconds=20) as connection:
+    with raw(served, b"".join(requests)) as connection:
         parts = []
         while part := connection.recv(65536):
             parts.append(part)
