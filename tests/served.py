@@ -21,7 +21,7 @@ from phi3_mlx.server.work import Alternative, Begun, Ended, Failed, Figures, Mod
 
 CARD = ModelCard("echo", 1_700_000_000, 4096, "says what it is told")
 USUAL = Limits()
-PATIENCE = 120  # seconds, more than anything here takes on a machine that is busy
+PATIENCE = 300  # seconds, more than anything here takes on a machine that is very busy
 
 
 class Impatient:

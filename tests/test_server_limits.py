@@ -221,7 +221,7 @@ def test_a_connection_that_was_refused_ends_though_its_client_reads_on_at_last()
             self.aborted = True
 
     async def ended():
-        connection = connections_within(replace(QUICK, stuck_seconds=0.01))(
+        connection = connections_within(Limits(stuck_seconds=0.01))(
             config=uvicorn.Config(lambda scope, receive, send: None, log_config=None),
             server_state=ServerState(),
             app_state={},

@@ -418,14 +418,18 @@ def test_fused_into_4_bits_says_what_is_left(packed, tmp_path):
 @pytest.mark.parametrize("strength", [0.01, 0.05])
 def test_gptq_keeps_what_rounding_loses_of_an_adapter(packed, tmp_path, strength):
     """At the same bits, on a text that it did not read; and what the adapter leaves alone stays to the bit."""
-    adapted = make_adapter(packed, tmp_path / "a", strength=strength)
+    make_adapter(packed, tmp_path / "a", strength=strength)
     rounded = fuse(tmp_path / "a", tmp_path / "rounded")
     fitted = fuse(tmp_path / "a", tmp_path / "fitted", method="gptq", calibration=bundled("calibration")[:4000])
     assert rounded.survived < -0.5
     # A start from the codes of the base loses no more than the adapter itself, but for what the text does not show.
     assert fitted.survived > max(-0.15, rounded.survived + 0.4)
-    lost = [np.square(logits(read_model(tmp_path / name)) - adapted).sum() for name in ("rounded", "fitted")]
-    assert lost[1] < 0.85 * lost[0]
+    adapted, tokenizer = load(str(packed), adapter=tmp_path / "a")
+    ids = mx.array([tokenizer.encode(bundled("sample"))[:256]])  # ten random tokens say little of either
+    lost = [
+        np.square(np.array(read_model(tmp_path / name)(ids) - adapted(ids))).sum() for name in ("rounded", "fitted")
+    ]
+    assert lost[1] < 0.7 * lost[0]  # 0.02 to 0.5 with adapters and models of five seeds
     assert (tmp_path / "fitted" / "config.json").read_bytes() == (tmp_path / "rounded" / "config.json").read_bytes()
     before, after = (mx.load(str(path / "model.safetensors")) for path in (packed, tmp_path / "fitted"))
     assert before.keys() == after.keys()
