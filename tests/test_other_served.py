@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import time
 
 import pytest
 
@@ -43,6 +44,12 @@ def worker(folders):
     worker.close(wait=False)
 
 
+def slowed(monkeypatch, seconds):
+    """Each step of the worker takes as long at least, so that an answer is not over before somebody goes."""
+    step = Worker._step
+    monkeypatch.setattr(Worker, "_step", lambda worker, loaded: (time.sleep(seconds), step(worker, loaded)))
+
+
 def idle(worker):
     return worker.alive() and worker.figures().running == worker.figures().waiting == 0
 
@@ -61,12 +68,13 @@ def test_many_requests_at_once_are_what_generate_gives_each(folders, worker):
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_one_that_is_cancelled_leaves_the_others_and_no_memory_behind(kind, folders, worker):
+def test_one_that_is_cancelled_leaves_the_others_and_no_memory_behind(kind, folders, worker, monkeypatch):
     name, endless = folders[kind], {"max_tokens": 150, "logit_bias": ENDLESS}
     expected = ask(worker, name, PROMPTS[2], **endless)[1].wait().text()
     wait_until(lambda: idle(worker))
     gc.collect()
     held = mx.get_active_memory()
+    slowed(monkeypatch, 0.005)
     ticket, heard = ask(worker, name, PROMPTS[3], **endless)
     _, other = ask(worker, name, PROMPTS[2], **endless)
     wait_until(lambda: heard.of(Piece))
@@ -81,7 +89,7 @@ def test_one_that_is_cancelled_leaves_the_others_and_no_memory_behind(kind, fold
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_goes_ends_its_request(folders, worker, streamed):
+def test_a_client_that_goes_ends_its_request(folders, worker, streamed, monkeypatch):
     body = chat_body("Hello", model=folders["mamba"], max_tokens=4000, stream=streamed)
     body["logit_bias"] = {str(token): bias for token, bias in ENDLESS.items()}
     models = worker._models
@@ -89,10 +97,12 @@ def test_a_client_that_goes_ends_its_request(folders, worker, streamed):
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         made = worker.figures().made_tokens
+        slowed(monkeypatch, 0.02)
         with raw(served, head.encode() + data):
             wait_until(lambda: worker.figures().made_tokens > made)
         wait_until(lambda: idle(worker))
         assert worker.figures().made_tokens - made < 300  # of those that the context of 400 tokens has room for
+        monkeypatch.undo()
         reply = served.chat("Hello", model=folders["mamba"], max_tokens=3)[2]
         assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert reply["system_fingerprint"].endswith("-with-mlx-lm")

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import threading
+import time
 
 import mlx.core as mx
 import pytest
@@ -346,9 +347,11 @@ def test_a_step_that_fails_ends_the_requests_of_its_model_and_the_next_is_answer
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_closing_finishes_what_runs_or_ends_it(wait):
+def test_closing_finishes_what_runs_or_ends_it(wait, monkeypatch):
     worker, running = Worker(Models(["tiny"])), threading.Event()
-    heard = Heard()
+    heard, step = Heard(), Worker._step
+    if not wait:  # it must not be over by itself before
+        monkeypatch.setattr(Worker, "_step", lambda worker, loaded: (time.sleep(0.02), step(worker, loaded)))
 
     def listen(event):
         heard(event)
