@@ -25,7 +25,7 @@ from phi3_mlx.server.models import Models
 from phi3_mlx.server.work import Begun, Ended, Failed, Piece, Reading, Work
 from phi3_mlx.server.worker import Worker
 
-SECONDS = 60  # more than any request here takes
+SECONDS = 300  # more than any request here takes
 
 
 class Heard:
