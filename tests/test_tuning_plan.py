@@ -6,6 +6,7 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
+from peaks import peak_of
 from tuning_models import examples, make_directory, write_jsonl
 
 from phi3_mlx.store.checkpoint import model_size
@@ -117,12 +118,7 @@ def test_the_suggested_flags_do_fit(tmp_path):
         )
         prepared = runs.prepare(dataclasses.replace(settings, **more))
         plans.append(prepared.plan.total)
-        gc.collect()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        runs.start(prepared.settings)
-        peaks.append(mx.get_peak_memory() - before)
+        peaks.append(peak_of(lambda settings=prepared.settings: runs.start(settings)))
     assert peaks[1] < 0.2 * peaks[0]
     assert plans == pytest.approx(peaks, rel=0.2)
 
