@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from whole_answers import parse_calls
 
 from phi3_mlx.text.tool_calls import (
     ArgumentsPiece,
@@ -14,7 +15,6 @@ from phi3_mlx.text.tool_calls import (
     TextPiece,
     ToolCall,
     ToolCallParser,
-    parse_calls,
 )
 
 NAN = "it has a number that JSON has no form for"

@@ -9,11 +9,11 @@ import jsonschema
 import numpy as np
 import pytest
 from tokenizer_samples import PHI4_MINI_TOKENS, TINY, byte_level
+from whole_answers import parse_calls
 
 from phi3_mlx.errors import ChatError, OptionError
 from phi3_mlx.text.grammar import Form, check_form, matchers
 from phi3_mlx.text.tokenizer import read_tokenizer
-from phi3_mlx.text.tool_calls import parse_calls
 from phi3_mlx.text.tool_use import use_tools
 
 # What Phi-4-mini's tokenizer_config.json has.

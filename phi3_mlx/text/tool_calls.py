@@ -93,28 +93,8 @@ class CallBroken:
 CallEvent = TextPiece | CallBegun | ArgumentsPiece | CallEnded | CallBroken
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """A whole answer: its text, its calls, and what could not be read."""
-
-    text: str
-    calls: tuple[ToolCall, ...]
-    broken: tuple[CallBroken, ...]
-
-
 def new_id() -> str:
     return f"call_{secrets.token_hex(12)}"
-
-
-def parse_calls(answer: str, names: Collection[str] = (), make_id: Callable[[], str] = new_id) -> Parsed:
-    """The text and the calls of a whole answer; `names` are those of the tools."""
-    parser = ToolCallParser(names, make_id)
-    events = [*parser.add(answer), *parser.finish()]
-    return Parsed(
-        "".join(event.text for event in events if isinstance(event, TextPiece)),
-        tuple(event.call for event in events if isinstance(event, CallEnded)),
-        tuple(event for event in events if isinstance(event, CallBroken)),
-    )
 
 
 class ToolCallParser:
