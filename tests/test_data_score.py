@@ -256,7 +256,9 @@ def test_other_records_are_not_taken_for_those_that_were_scored(tmp_path, tiny, 
         with pytest.raises(DataError, match=f"scores.jsonl is damaged: {why}"):
             scored(tiny, stories, tmp_path / "out")
     journal.write_text(json.dumps(head | {"raw": True, "more": 1}) + "\n")
-    with pytest.raises(DataError, match="was begun with another raw and more; give the same again, or remove it"):
+    with pytest.raises(
+        DataError, match=r"with another raw \(it was True\) and more \(it was 1\); give the same again, or"
+    ):
         scored(tiny, stories, tmp_path / "out")
 
 

@@ -395,7 +395,7 @@ def test_the_command_prints_a_table_and_writes_the_results(data, capsys):
     assert (out / "samples.jsonl").exists()
     code, _, notes = run(capsys, "--tasks", own, "-o", out)
     assert code == 1
-    assert f"phi3-mlx: {out} holds an evaluation whose tasks was '[" in notes
+    assert f"phi3-mlx: {out} was begun with another tasks (it was ['" in notes
     code, text, _ = run(capsys, "--tasks", own, "--json", "--limit", 1)
     assert code == 0
     assert json.loads(text)["results"]["who"]["sample_len"] == 1

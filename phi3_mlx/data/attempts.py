@@ -13,7 +13,7 @@ from ..generation.answering import FinishedAnswer, answer_each
 from ..generation.answers import encode_prompt
 from ..generation.request import Request
 from ..models.decoder import Model
-from ..store.line_file import LineFile, check_head, damaged, head_of
+from ..store.line_file import LineFile, damaged, head_of
 from .kinds import Subject, SynthesisKind, prompt_of
 from .near import NearTexts
 from .synthesis_options import SynthesisOptions
@@ -59,14 +59,11 @@ class AttemptJournal:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], keys: Collection[str]):
         self._file = LineFile(path)
-        head = head_of(_GROUP, _JOURNAL_FORMAT, identity)
         if len(self._file.lines) == 1:  # nothing was made yet
             path.unlink()
             self._file = LineFile(path)
-        if self._file.lines:
-            check_head(path, self._file.lines[0], head, "name another directory, or begin anew with force=True")
-        else:
-            self._file.add(head)
+        head = head_of(_GROUP, _JOURNAL_FORMAT, identity)
+        self._file.begin(head, "name another directory, or begin anew with force=True")
         try:
             self.attempts = [Attempt(**attempt) for line in self._file.lines[1:] for attempt in line[_GROUP]]
         except (KeyError, TypeError):

@@ -8,7 +8,6 @@ its place among them. A line that was being written when the run was killed is t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..store.line_file import LineFile, alone_in, damaged
-from ..values import shown
+from ..store.line_file import LineFile, alone_in, damaged, head_of
 
 ANSWERS, AGAINST = "answers.jsonl", "against"
 _ANSWERS_FORMAT = 1
@@ -46,10 +44,7 @@ class Journal:
         self._file = file
         self._kinds: dict[str, str] = {}
         self._known: dict[str, dict[int, Any]] = {}
-        if file.lines:
-            _check_identity(file.path, file.lines[0], identity)
-        else:
-            file.add({"phi3_mlx": "answers", "format": _ANSWERS_FORMAT, **identity})
+        file.begin(head_of("answers", _ANSWERS_FORMAT, identity), "name another directory with output=DIR")
         for number, line in enumerate(file.lines[1:], 2):
             self._take(line, number)
         self.earlier = sum(map(len, self._known.values()))
@@ -110,21 +105,3 @@ def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
 
 def _is_result(value: Any, kind: str) -> bool:
     return isinstance(value, list) and tuple(map(type, value)) == _RESULT_TYPES[kind]
-
-
-def _check_identity(path: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    if stored.get("phi3_mlx") != "answers" or stored.get("format") != _ANSWERS_FORMAT:
-        raise damaged(path, "its first line is of another kind")
-    given = json.loads(json.dumps(identity))
-    for name in {**given, **stored}:
-        if name in ("phi3_mlx", "format") or stored.get(name) == given.get(name):
-            continue
-        whose = "of another model" if name == "model" else f"whose {name} was {shown_value(stored.get(name))}"
-        raise DataError(
-            f"{path.parent} holds an evaluation {whose}; give the same again, or name another directory with output=DIR"
-        )
-
-
-def shown_value(value: Any) -> str:
-    """A value of JSON as a message shows it."""
-    return shown(value) if value is None or isinstance(value, str | int | float) else shown(json.dumps(value))

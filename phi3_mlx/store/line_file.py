@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..fields import parse
+from ..fields import parse, shorten
 from ..files import json_text, read_bytes
 from .atomic import hold
 
@@ -48,6 +48,13 @@ class LineFile:
         self._whole += len(data)
         self.lines.append(dict(line))
 
+    def begin(self, head: Mapping[str, Any], remedy: str) -> None:
+        """Write `head`, the first line, or see that it is there, as `check_head` does."""
+        if self.lines:
+            check_head(self.path, self.lines[0], head, remedy)
+        else:
+            self.add(head)
+
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
@@ -83,10 +90,15 @@ def check_head(path: Path, stored: Mapping[str, Any], head: Mapping[str, Any], r
     """
     if any(stored.get(name) != head[name] for name in (_KIND_KEY, _FORMAT_KEY)):
         raise damaged(path, "its first line is of another kind")
-    if others := [name for name in {**head, **stored} if stored.get(name) != head.get(name)]:
+    if others := [_told(name, stored.get(name)) for name in {**head, **stored} if stored.get(name) != head.get(name)]:
         raise DataError(
             f"{path.parent} was begun with another {' and '.join(others)}; give the same again, or {remedy}"
         )
+
+
+def _told(name: str, value: Any) -> str:
+    """What is another now, and what it was; not of texts, most of which are digests."""
+    return name if isinstance(value, str) else f"{name} (it was {shorten(value)})"
 
 
 def damaged(path: Path, why: str) -> DataError:

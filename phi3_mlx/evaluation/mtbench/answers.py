@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.identity import model_fingerprint
-from ...errors import DataError
 from ...files import json_text
 from ...generation.answering import answer_each
 from ...generation.answers import encode_prompt
 from ...generation.request import Request
 from ...models.decoder import Model
 from ...store.atomic import replace_file
-from ...store.line_file import LineFile
+from ...store.line_file import LineFile, head_of
 from .questions import TURNS, BenchQuestion
 
 if TYPE_CHECKING:
     from ...text.tokenizer import Tokenizer
 
+_BENCH_FORMAT = 1
 TurnPlace = tuple[int, int, int]  # question, choice (0: the first), turn (1: the first)
 
 
@@ -60,7 +60,8 @@ class Answering:
 
         Raises DataError if the journal is another model's, and what `generate` raises.
         """
-        self._check_identity(name, journal)
+        identity = {"model_id": name, "model": model_fingerprint(self._model), "turn_tokens": self._max_tokens}
+        journal.begin(head_of("mt_bench", _BENCH_FORMAT, identity), "name another directory")
         known = {_place(line): line for line in journal.lines if "turn" in line}
         texts: dict[TurnPlace, str] = {}
         cut = 0
@@ -116,15 +117,6 @@ class Answering:
         )
         ids = encode_prompt(self._tokenizer, messages, notify=self._say_once)
         return (question.id, choice, turn), ids, request
-
-    def _check_identity(self, name: str, journal: LineFile) -> None:
-        identity = {"model_id": name, "model": model_fingerprint(self._model), "max_tokens": self._max_tokens}
-        if not journal.lines:
-            journal.add(identity)
-        elif journal.lines[0] != identity:
-            raise DataError(
-                f"the answers of {name} there are another model's, or had another turn_tokens; name another directory"
-            )
 
     def _say_once(self, sentence: str) -> None:
         if self._notify is not None and sentence not in self._said:
