@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from quality_models import TRAINED, RandomSource, arrays_of, random_ids, small_directory, stories
 
 from phi3_mlx import convert
-from phi3_mlx.conversion import distillation, endtoend, own_text, planning, teacher
+from phi3_mlx.conversion import distillation, endtoend, own_text, pipeline, planning, teacher
 from phi3_mlx.conversion.calibrating import calibrated
 from phi3_mlx.conversion.distillation import distilled
 from phi3_mlx.conversion.endtoend import Student
@@ -32,7 +32,7 @@ from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.teacher import Teacher
 from phi3_mlx.conversion.trained import TrainedEmbedding, TrainedLinear
 from phi3_mlx.engine import machine
-from phi3_mlx.errors import MemoryLimitError, OptionError
+from phi3_mlx.errors import MemoryLimitError, OptionError, PromptError
 from phi3_mlx.models.experts import Groups, SwitchLinear
 from phi3_mlx.models.linear import Linear
 from phi3_mlx.store.checkpoint import read_model
@@ -251,6 +251,13 @@ def test_what_it_gave_is_in_the_report_and_mlx_lm_reads_it(small, brief, tmp_pat
     ours = read_model(made.path)
     for name, array in tree_flatten(ours.parameters()):
         assert mx.array_equal(dict(tree_flatten(theirs.parameters()))[name].astype(array.dtype), array), name
+
+
+def test_a_text_too_short_to_train_on_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_fitted_recipe", lambda *given: pytest.fail("bits were measured"))
+    with pytest.raises(PromptError, match=r"the text has .* tokens, and distilling needs 1,024; give a longer one"):
+        convert(TRAINED, tmp_path / "made", target_bpw=4, method="distill", calibration="Once upon a time. " * 30)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(monkeypatch):

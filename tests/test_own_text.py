@@ -14,7 +14,7 @@ from quality_models import Letters, RandomSource, small_directory, stories, trai
 
 from phi3_mlx import convert
 from phi3_mlx.cli.reading import read_calibration
-from phi3_mlx.conversion import own_text, planning
+from phi3_mlx.conversion import fitted_text, own_text, planning
 from phi3_mlx.conversion.fitted_text import FittedText
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.options import ConvertOptions
@@ -233,6 +233,20 @@ def test_a_grid_that_gptq_does_not_have_is_refused_before_the_text(tmp_path, mon
     monkeypatch.setattr(own_text, "_model_of", None)
     with pytest.raises(OptionError, match="affine grids, not mxfp4"):
         convert(small_directory(tmp_path / "small"), tmp_path / "made", mode="mxfp4", method="gptq", calibration="self")
+
+
+def test_what_a_text_shares_with_another_is_counted_once(tmp_path, monkeypatch):
+    """As often as it is asked; what was asked before the text was written counts for nothing."""
+    calls = []
+    monkeypatch.setattr(fitted_text, "shared_runs", lambda *texts: calls.append(texts) or shared_runs(*texts))
+    fitted, words = FittedText(open_source(small_directory(tmp_path / "small")), "self", None), "a b c d e f g h"
+    assert fitted.shared(words) == 0
+    monkeypatch.setattr(own_text, "write_own_text", lambda source, tokenizer, *given, **more: tokenizer.encode(words))
+    fitted.make(None, force=False, progress=None)
+    assert fitted.shared(words) == fitted.about(words)["in_evaluation_text"] == 1
+    assert fitted.holds(words)
+    assert fitted.shared("another") == 0
+    assert [asked for asked, _ in calls] == [words, words, "another"]
 
 
 def test_what_is_measured_on_the_text_that_was_read_says_so(tmp_path):

@@ -13,10 +13,11 @@ from phi3_mlx import convert, memory_limit
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.cli import cli
 from phi3_mlx.conversion import effect
+from phi3_mlx.conversion import fuse as fusing
 from phi3_mlx.conversion.adapted import AdaptedSource
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.engine import plan
-from phi3_mlx.errors import MemoryLimitError
+from phi3_mlx.errors import MemoryLimitError, PromptError
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_key_value_heads": 2}
 
@@ -105,6 +106,41 @@ def test_a_fusion_that_does_not_fit_is_refused_before_the_model_is_read(models, 
     monkeypatch.undo()
     with memory_limit(little):
         assert fuse(tmp_path / "a", tmp_path / "m", force=True).survived is not None
+
+
+def test_what_the_measurement_keeps_is_counted_while_the_model_is_made(models, tmp_path, monkeypatch):
+    """The text's log-probabilities: beside GPTQ, the text that the model writes, and the training."""
+    make_adapter(models[4], tmp_path / "a")
+    planned, held = {}, []
+
+    def watch(what, parts, way_out):
+        planned[what.split()[0]] = parts
+
+    def made(*given):
+        gc.collect()
+        mx.clear_cache()
+        held.append(mx.get_active_memory() - before)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "check_room", watch)
+    monkeypatch.setattr(fusing, "_rounder", made)
+    gc.collect()
+    before = mx.get_active_memory()
+    with pytest.raises(KeyboardInterrupt):
+        fuse(tmp_path / "a", tmp_path / "m", method="distill", calibration="self")
+    assert [*planned] == ["measuring", "letting", "training"]
+    for parts in planned.values():
+        kept = parts["a text's log-probabilities"]
+        assert kept > 10**6
+        assert 0.9 * kept < held[0] < 1.1 * (kept + parts["the adapter"]) + 10**5
+
+
+def test_a_text_too_short_to_train_on_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):
+    make_adapter(models[4], tmp_path / "a")
+    monkeypatch.setattr(effect, "read_model", lambda *a, **k: pytest.fail("was loaded"))
+    with pytest.raises(PromptError, match=r"the text has .* tokens, and distilling needs 1,024; give a longer one"):
+        fuse(tmp_path / "a", tmp_path / "m", method="distill", calibration="Once upon a time.")
+    assert not [*tmp_path.glob("m*")]
 
 
 def test_import_and_export_read_no_more_than_a_matrix(models, tmp_path):

@@ -78,7 +78,7 @@ def calibrated(
     `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
     read, the better; every fourth window chooses how far matrices follow the text. `stored`: what is packed already, as
     `layout` says. In memory: a layer of the source and of the packed model in float32, the text's activations in both,
-    and for a layer of n inputs seven matrices of n x n. An embedding that is also the head is rounded for both tasks,
+    and for a layer of n inputs eight matrices of n x n. An embedding that is also the head is rounded for both tasks,
     for which the model in floats runs first. For an embedding that is only looked up, each group gets the grid of least
     error.
 
@@ -93,7 +93,7 @@ def check_grids(layout: Layout) -> None:
     """OptionError for a layout that is not affine throughout."""
     mode = next((packing["mode"] for packing in layout.packings.values() if packing["mode"] != "affine"), None)
     if mode is not None:
-        raise OptionError(f"method gptq rounds to affine grids, not {mode}; leave out one of the two")
+        raise OptionError(f"methods gptq and distill round to affine grids, not {mode}; leave out one of the two")
 
 
 class Calibration:
@@ -181,10 +181,11 @@ class Calibration:
             matrices = [weight] if weight.ndim == 2 else list(weight)
             used, judging = (self._inputs(path, *passage) for passage in passages)
             fitted, held_out = moments_of(used), moments_of(judging, matrices)
+            halves = [fitted, held_out] if held_out else [fitted]
             held_out = held_out or [0.0 * moments for moments in fitted]
             few, judges = 0, held_out  # what is written is judged by a matrix's own tokens alone
             if weight.ndim == 3:
-                few = sum(_lacking(a) + _lacking(b) > 0 for a, b in zip(fitted, held_out, strict=True))
+                few = sum(any(map(_lacking, of_expert)) for of_expert in zip(*halves, strict=True))
                 fitted, held_out = _pooled(fitted), _pooled(held_out)
             start = self._start(name)
             starts = [start] * len(matrices) if start is None or weight.ndim == 2 else list(zip(*start, strict=True))

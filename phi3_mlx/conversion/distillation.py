@@ -52,10 +52,7 @@ def distilled(
     memory together. Raises OptionError for a folder of a run with other arguments, unless `force`, PromptError for a
     text of fewer than four windows, and what `calibrated` raises.
     """
-    if len(ids) < _LEAST_TOKENS:
-        raise PromptError(
-            f"the text has {len(ids):,} tokens, and distilling needs {_LEAST_TOKENS:,}; give a longer one"
-        )
+    check_length(len(ids))
     claim(folder, _key(source, layout, ids), force)
     packed = folder / PACKED
     if not packed.exists():
@@ -77,6 +74,12 @@ def distilled(
         return [read_array(weights, name) for name in entry.stored]
 
     return trained, tuple(MatrixFit(**fit) for fit in read_json(packed / _FITS)["fits"]), gain
+
+
+def check_length(tokens: int) -> None:
+    """PromptError for a text of so few tokens that none can be held out."""
+    if tokens < _LEAST_TOKENS:
+        raise PromptError(f"the text has {tokens:,} tokens, and distilling needs {_LEAST_TOKENS:,}; give a longer one")
 
 
 def _pack(

@@ -21,7 +21,10 @@ EFFECT_LOGITS = 6.6  # copies of the text's logits, float32, that are alive at o
 
 
 class Effect:
-    """How an adapter changes the log-probabilities of a text, to compare the merged model with."""
+    """How an adapter changes the log-probabilities of a text, to compare the merged model with.
+
+    Those with the adapter are kept in memory until then.
+    """
 
     def __init__(self, checkpoint: Checkpoint, base: Base, folder: Path, text: str | None):
         from ..text.tokenizer import read_tokenizer
@@ -29,16 +32,20 @@ class Effect:
         self._ids = _ids(read_tokenizer(checkpoint.directory), text, checkpoint.config.max_position_embeddings)
         model = read_model(checkpoint)
         adapters = Adapters(model, base)
-        self._base = _log_probabilities(model, self._ids)
+        base = _log_probabilities(model, self._ids)
         adapters.load("adapter", folder)
         adapters.use("adapter")
         self._adapted = _log_probabilities(model, self._ids)
+        self._moved = _distance(self._adapted, base)
 
     def survived(self, merged: Model) -> float:
         """1 - |merged - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
-        effect = float(mx.sum(mx.square(self._adapted - self._base)))
-        lost = float(mx.sum(mx.square(_log_probabilities(merged, self._ids) - self._adapted)))
-        return 1.0 if effect == 0 else 1 - lost / effect
+        lost = _distance(_log_probabilities(merged, self._ids), self._adapted)
+        return 1.0 if self._moved == 0 else 1 - lost / self._moved
+
+
+def _distance(a: mx.array, b: mx.array) -> float:
+    return float(mx.sum(mx.square(a - b)))
 
 
 def _log_probabilities(model: Model, ids: mx.array) -> mx.array:

@@ -26,6 +26,7 @@ class FittedText:
         self.is_own = given == OWN_TEXT
         self.ids = [] if self.is_own else calibration_ids(self._tokenizer, given)
         self.tokens = own_text.OWN_TOKENS if self.is_own else len(self.ids)
+        self._shares: dict[str, float] = {}  # of other texts, once they were asked for
 
     def make(self, folder: Path | None, *, force: bool, progress: Callable[[int, int], None] | None) -> None:
         """Let the source write it, if it is to, or take what it wrote in `folder`; see `write_own_text`."""
@@ -33,12 +34,15 @@ class FittedText:
             self.ids = own_text.write_own_text(
                 self._source, self._tokenizer, self._seed, folder, force=force, progress=progress
             )
+            self._shares = {}
 
     def shared(self, text: str) -> float:
         """The share of another text's runs of eight words that are in this one; the bundled one is not looked at."""
         if self._given is None:
             return 0.0
-        return shared_runs(text, self._tokenizer.decode(self.ids) if self.is_own else self._given)
+        if text not in self._shares:
+            self._shares[text] = shared_runs(text, self._tokenizer.decode(self.ids) if self.is_own else self._given)
+        return self._shares[text]
 
     def holds(self, text: str) -> bool:
         """Whether what is measured on another text would be measured on this one."""

@@ -27,7 +27,7 @@ from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
 from .calibrating import Stored, calibrated, check_grids
 from .directory import DirectorySource
-from .distillation import distilled
+from .distillation import check_length, distilled
 from .effect import Effect
 from .fitted_text import FittedText
 from .gains import Gain
@@ -137,6 +137,8 @@ def fuse_as(
         layout = _in_model_order(layout, merge.source)
         check_grids(layout)
         fitted_to = FittedText(source, options.calibration, options.seed)
+        if options.method == "distill":
+            check_length(fitted_to.tokens)
     if not force:
         _check_memory(folder, merge, source, layout, fitted_to, options)
     effect = Effect(merge.checkpoint, merge.base, folder, text) if source.rounds_adapters else None
@@ -163,11 +165,11 @@ def _check_memory(
 ) -> None:
     """MemoryLimitError for what this machine cannot hold, before any of it is read."""
     tokens = 0 if fitted_to is None else fitted_to.tokens
-    check_fusion(folder, merge.checkpoint, source, layout, merge.nbytes, tokens)
+    kept = check_fusion(folder, merge.checkpoint, source, layout, merge.nbytes, tokens)
     if fitted_to is not None and fitted_to.is_own:
-        check_own_text(source)
+        check_own_text(source, kept)
     if options.method == "distill":
-        check_training(source, layout, tokens)
+        check_training(source, layout, tokens, kept)
 
 
 def _rounder(

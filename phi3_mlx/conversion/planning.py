@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ _EMBEDDING_COPIES, _ROUNDED_ROWS, _HEAD_ALONE = 2, 6, 8
 # floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
 _TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
 _MARGIN = 1.1  # for the factors themselves and what else is small
+_NOTHING: Mapping[str, int] = {}
 
 
 def check_conversion(
@@ -61,9 +63,13 @@ def check_conversion(
     )
 
 
-def check_own_text(source: Source) -> None:
-    """MemoryLimitError unless the model of `source`, in floats, fits beside what one text that it writes takes."""
-    plan.check_room(f"letting {source.name} write a text", _writing(source), "give one: calibration=FILE")
+def check_own_text(source: Source, beside: Mapping[str, int] = _NOTHING) -> None:
+    """MemoryLimitError unless the model of `source`, in floats, fits beside what one text that it writes takes.
+
+    `beside`: what else is in memory meanwhile, in bytes.
+    """
+    parts = {**_writing(source), **beside}
+    plan.check_room(f"letting {source.name} write a text", parts, "give one: calibration=FILE")
 
 
 def _writing(source: Source) -> dict[str, int]:
@@ -82,11 +88,13 @@ def _writing(source: Source) -> dict[str, int]:
     return {"weights": made.weights, "keys and values": made.cache, "work": max(made.workspace, stored)}
 
 
-def check_training(source: Source, layout: Layout, text_tokens: int) -> None:
-    """MemoryLimitError unless the model that `source` becomes in `layout` can be trained on a text of that length."""
-    plan.check_room(
-        f"training all layers of {source.name}", _training(source, layout, text_tokens), "take method='gptq'"
-    )
+def check_training(source: Source, layout: Layout, text_tokens: int, beside: Mapping[str, int] = _NOTHING) -> None:
+    """MemoryLimitError unless the model that `source` becomes in `layout` can be trained on a text of that length.
+
+    `beside`: what else is in memory meanwhile, in bytes.
+    """
+    parts = {**_training(source, layout, text_tokens), **beside}
+    plan.check_room(f"training all layers of {source.name}", parts, "take method='gptq'")
 
 
 def _training(source: Source, layout: Layout, text_tokens: int) -> dict[str, int]:
@@ -112,19 +120,20 @@ def _training(source: Source, layout: Layout, text_tokens: int) -> dict[str, int
 
 def check_fusion(
     folder: Path, base: Checkpoint, source: AdaptedSource, layout: Layout, adapter_bytes: int, tokens: int
-) -> None:
+) -> Mapping[str, int]:
     """MemoryLimitError unless `source` can be written in `layout`, and the effect that its adapters keep be measured.
 
     `folder`: the adapter's, whose tensors take `adapter_bytes`; `base`: what it changes; `tokens`: of the text that
-    GPTQ reads, 0 without it.
+    GPTQ reads, 0 without it. The result is what stays in memory while the model is made.
     """
-    writing = {"the adapter": adapter_bytes, "a matrix at a time": _one_matrix(source, layout)}
-    least = size_text(sum(writing.values()))
+    kept = {"the adapter": adapter_bytes}
+    writing = {"a matrix at a time": _one_matrix(source, layout)}
+    least = size_text(adapter_bytes + sum(writing.values()))
     if tokens:
         writing["a layer and a text"] = _gptq(source, tokens)
     if not source.rounds_adapters:
-        plan.check_room(f"fusing {folder}", writing, "free some")
-        return
+        plan.check_room(f"fusing {folder}", kept | writing, "free some")
+        return kept
     workload = Workload.of_directory(base, EFFECT_TOKENS)
     logits = EFFECT_LOGITS * 4 * workload.length * workload.config.vocab_size
     merged = sum(
@@ -136,11 +145,13 @@ def check_fusion(
         "work": max(workload.workspace(workload.length), int(logits)),
         "the adapter": 2 * adapter_bytes,  # what is written, and what is measured
     }
+    kept["a text's log-probabilities"] = 4 * workload.length * workload.config.vocab_size
     plan.check_room(
         f"measuring what is left of {folder}",
-        max(measuring, writing, key=lambda parts: sum(parts.values())),
+        max(measuring, kept | writing, key=lambda parts: sum(parts.values())),
         f"dequantize=True measures nothing and needs {least}",
     )
+    return kept
 
 
 def _one_matrix(source: AdaptedSource, layout: Layout) -> int:

@@ -60,10 +60,8 @@ def _best_codes(
     """The codes of a group, each the best for those before it as they are now, and what is left of its `pull`."""
     result = []
     diagonal = mx.maximum(mx.diag(block), 1e-30)[:, None]
-    best, ties = (
-        codes + pull / (diagonal * scale),
-        block / diagonal,
-    )  # of all codes, and how a step of one moves others'
+    best = codes + pull / (diagonal * scale)
+    ties = block / diagonal  # how a step of one code moves the best of others
     for k in range(len(codes)):
         code = mx.clip(mx.round(best[0]), 0, 2**bits - 1)
         best = best[1:] - ties[k + 1 :, k, None] * (code - codes[k])

@@ -12,7 +12,7 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is: `done` of `total`, in `unit` ("layers", "tensors" or "tokens").
+    """How far a conversion is: `done` of `total`, in `unit` ("layers", "tensors", "tokens", "steps" and the like).
 
     `stage` is "writing a text", "measuring", "packing", "distilling", "writing" or "comparing"; packing and writing
     count bytes.

@@ -25,11 +25,8 @@ from ...files import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_SPLIT_NUMBER, _SPLIT_COUNT, _SPLIT_TENSORS = (
-    "split.no",
-    "split.count",
-    "split.tensors.count",
-)  # of a model in several files
+# Of a model in several files.
+_SPLIT_NUMBER, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
