@@ -288,3 +288,42 @@ def test_figures_of_two_releases_of_one_name_never_stand_together_unsaid():
         for line in path.read_text(encoding="utf-8").splitlines():
             if newer.search(line) and "MMLU" in line:
                 assert "June" in line, f"{path.name}: {line}"
+
+
+def mixed_pairs(text):
+    """The lines that have an MMLU beside an MT-bench which is not of the same release of the same model."""
+    releases = {(member.mmlu, member.mt_bench) for member in MEMBERS.values()}
+    known = {member.mmlu_june for member in MEMBERS.values()} | {mmlu for mmlu, _ in releases}
+    mixed = []
+    for line in text.splitlines():
+        numbers = {float(number) for number in re.findall(r"(?<![\d.,])\d+\.\d+(?![\d.,]*\d)", line)}
+        pairs = {(mmlu, bench) for mmlu in numbers & known for bench in numbers & {bench for _, bench in releases}}
+        if pairs - releases:
+            mixed.append(line)
+    return mixed
+
+
+def test_scores_that_stand_side_by_side_are_of_one_release():
+    """In `phi3-mlx models`, its JSON, the README and the pages: MMLU and MT-bench as `MEMBERS` pairs them."""
+    rows = {row.name: row for row in family_rows()}
+    assert rows.keys() == MEMBERS.keys()
+    for name, member in MEMBERS.items():
+        assert (rows[name].mmlu, rows[name].mt_bench) == (member.mmlu, member.mt_bench)
+        shown = ["" if score is None else score for score in (member.mmlu, member.mt_bench)]
+        assert [float(cell) if cell else "" for cell in rows[name].cells()[5:7]] == shown
+        assert member.mt_bench is None or member.mmlu is not None
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    }
+    texts["models"] = CliRunner().invoke(cli, ["models"]).output
+    assert "| 68.8 | 8.38 |" in texts["memory.md"]
+    assert {name: lines for name, text in texts.items() if (lines := mixed_pairs(text))} == {}
+
+
+def test_scores_of_two_releases_would_be_found():
+    april, june, other = (
+        "| phi-3-mini-4k | 68.8 | 8.38 |",
+        "| phi-3-mini-4k | 70.9 | 8.38 |",
+        "medium: 78.0, MT-bench 8.7.",
+    )
+    assert mixed_pairs("\n".join([april, june, other])) == [june, other]
