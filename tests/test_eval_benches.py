@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from conftest import ROOT
 from judges import fault, judging, write_bench
 
-from phi3_mlx.cli import main
+from phi3_mlx.cli import benches, main
 
 
 @pytest.fixture
@@ -79,6 +80,29 @@ def test_a_judges_faults_are_a_line_with_the_option_to_type(capsys, data, monkey
     code, _, err = run(capsys, *bench("--judge", "http://x", "--judge-model", "y", "--judge-key", "NO_SUCH_KEY"))
     assert code == 2
     assert "--judge-key NO_SUCH_KEY is no environment variable that is set" in err
+
+
+def test_a_judge_that_cannot_be_asked_is_refused_before_the_other_model_answers(capsys, data):
+    pytest.importorskip("openai")
+    other = str(ROOT / "weights" / "tiny")
+    code, out, err = run(capsys, *bench("--judge", "localhost:80", "--judge-model", "x", "--against", other))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "'localhost:80' is no URL" in err
+    assert not (data.parent / "out").exists()
+
+
+def test_the_plan_is_of_the_largest_cache(monkeypatch, capsys):
+    planned = []
+
+    def loaded(source, prompt, answer, force, kv_bits):
+        planned.append((prompt, kv_bits))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benches, "_loaded", loaded)
+    for caches in ("4,8,8/4", "0,8"):
+        run(capsys, "--tasks", "ruler", "--lengths", "1k,2k", "--caches", caches)
+    assert planned == [(2048 - 128, (8, 8)), (2048 - 128, None)]
 
 
 def test_a_curve_is_printed_and_kept(capsys, tmp_path, monkeypatch):

@@ -307,6 +307,16 @@ def test_what_would_change_the_answers_and_has_no_meaning_is_refused(given):
 # ------------------------------------------------------------------------------------------ chats
 
 
+@pytest.mark.parametrize(
+    "given", [{"max_gen_toks": "many"}, {"max_new_tokens": 1.5}, {"until": 5}, {"until": ["Q", 5]}]
+)
+def test_values_of_another_type_are_refused_in_a_line(given):
+    with pytest.raises(OptionError) as error:
+        harness_request(given, max_tokens=256)
+    assert "expected" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("messages", [QUESTION, SHOTS, QUESTION[1:]])
 def test_a_chat_has_the_ids_that_generate_sends(tiny, messages):
     lm = HarnessLM(*tiny)

@@ -232,6 +232,48 @@ def test_models_that_were_asked_other_questions_are_not_compared(tiny, tmp_path)
             paired.compare_results(before, ask(others))
 
 
+def test_another_way_of_asking_is_refused_before_anything_is_asked(tiny, questions):
+    before, asked = evaluate(*tiny, questions[0], limit=2), []
+    for given, said in (
+        ({"limit": 3}, "against was asked with limit=2, and this model would be with limit=3; ask both the same"),
+        ({"chat": True}, "against was asked with chat=False"),
+        ({"num_fewshot": 1}, "against was asked with num_fewshot=None"),
+        ({"system": "Be kind."}, "against was asked with system=None"),
+        ({"seed": 2}, "against was asked with seed=1234"),
+        ({"tasks": questions}, "against has no answers to say; ask both models the same tasks"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            evaluate(
+                *tiny,
+                **{"tasks": questions[0], "limit": 2, **given},
+                against=before,
+                progress=lambda *done: asked.append(done),
+            )
+    assert asked == []
+    assert evaluate(*tiny, questions[0], limit=2, max_length=2000, against=before)["against"][0].difference == 0
+
+
+def test_what_lm_eval_prints_of_its_draws_is_not_heard(tiny, tmp_path, capfd):
+    """Where --json is asked for, standard output has one JSON object."""
+    lines = [{"before": "Once upon a", "after": " time"}, {"before": "The cat", "after": " sat"}]
+    write_lines(tmp_path / "words.jsonl", lines)
+    (tmp_path / "words.yaml").write_text(
+        f"""
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "words.jsonl"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{ before }}}}"
+doc_to_target: "{{{{ after }}}}"
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+"""
+    )
+    figures = evaluate(*tiny, "words", include_path=tmp_path)["results"]["words"]
+    assert figures["perplexity_stderr,none"] > 0
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_directory_has_results_samples_report_and_pictures(tiny, coarse, questions, tmp_path):
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     asked = [*questions, texts]
@@ -486,15 +528,18 @@ def test_another_evaluation_is_not_gone_on_with(tiny, coarse, questions, tmp_pat
     evaluate(*tiny, questions[0], limit=4, output=folder)
     before = (folder / ANSWERS).read_bytes()
     changed = [
-        ({"limit": 5}, "holds an evaluation whose limit was 4; give the same again, or name another directory"),
-        ({"chat": True}, "whose chat was False"),
-        ({"num_fewshot": 1}, "whose num_fewshot was None"),
-        ({"tasks": questions}, r"whose tasks was '\["),
+        (
+            {"limit": 5},
+            r"out was begun with another limit \(it was 4\); give the same again, or name another directory with",
+        ),
+        ({"chat": True}, r"another chat \(it was False\)"),
+        ({"num_fewshot": 1}, r"another num_fewshot \(it was None\)"),
+        ({"tasks": questions}, r"another tasks \(it was \['"),
     ]
     for given, said in changed:
         with pytest.raises(DataError, match=said):
             evaluate(*tiny, **{"tasks": questions[0], "limit": 4, "output": folder, **given})
-    with pytest.raises(DataError, match="holds an evaluation of another model"):
+    with pytest.raises(DataError, match="out was begun with another model; give"):
         evaluate(*coarse, questions[0], limit=4, output=folder)
     write_lines(tmp_path / "who.jsonl", [{**line, "choices": line["choices"][:2], "answer": 0} for line in choosing(9)])
     with pytest.raises(DataError, match="was begun with other questions, examples or prompts"):

@@ -113,10 +113,14 @@ def test_a_second_run_answers_nothing_again_and_more_questions_only_what_is_new(
 def test_another_model_or_budget_is_refused_under_the_same_name(tiny, bench, tmp_path):
     out = tmp_path / "out"
     mt_bench(*tiny, out, name="tiny", data=bench, turn_tokens=SHORT, limit=1)
-    with pytest.raises(DataError, match="turn_tokens"):
+    with pytest.raises(
+        DataError, match=rf"journal was begun with another turn_tokens \(it was {SHORT}\); give the same again"
+    ):
         mt_bench(*tiny, out, name="tiny", data=bench, turn_tokens=SHORT + 1, limit=1)
     other = load("tiny", longrope="long")
-    with pytest.raises(DataError, match="another model's"):
+    with pytest.raises(
+        DataError, match="journal was begun with another model; give the same again, or name another directory"
+    ):
         mt_bench(*other, out, name="tiny", data=bench, turn_tokens=SHORT, limit=1)
 
 
@@ -332,6 +336,9 @@ def test_options_that_say_nothing_or_no_sense_are_refused(tiny, bench, tmp_path,
         mt_bench(*tiny, out, name="t", data=bench, judge="localhost:80", judge_model="x", turn_tokens=2, limit=1)
     with pytest.raises(OptionError, match="export NO_SUCH_KEY"):
         mt_bench(*tiny, out, name="t", data=bench, judge="http://x", judge_model="x", judge_key="NO_SUCH_KEY")
+    with pytest.raises(OptionError, match="against has no effect without judge=URL"):
+        mt_bench(*tiny, out, name="t", data=bench, against="other")
+    assert not out.exists()  # before anything is answered
     with pytest.raises(OptionError, match="names no file"):
         mt_bench(*tiny, out, name=" / ", data=bench)
 

@@ -291,6 +291,13 @@ def test_what_makes_no_sense_is_refused_before_anything_is_read(tiny, given, wor
     assert "\n" not in str(error.value)
 
 
+def test_a_length_that_is_too_short_is_refused_before_longer_texts_are_read(tiny):
+    read = []
+    with pytest.raises(OptionError, match="lengths has 100, too few tokens for niah_single_1"):
+        ruler(*tiny, "niah_single_1", lengths=(400, 100), limit=1, progress=lambda *done: read.append(done))
+    assert read == []
+
+
 def test_a_haystack_that_is_none_is_refused(tiny, tmp_path):
     for content, words in (
         (b"  \n", "has no sentence"),

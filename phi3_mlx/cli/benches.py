@@ -48,13 +48,14 @@ def ask_mt_bench(
     as_json: bool,
 ) -> None:
     """Let the model, and the one it is compared with, answer and be judged; print the scores."""
-    from ..evaluation.multiturn import mt_bench
+    from ..evaluation.multiturn import judge_of, mt_bench
 
     if folder is None:
         raise click.UsageError(f"{MT_BENCH} keeps its answers in a folder, for the judge and the next run: give -o DIR")
     if against is not None and bench.judge is None:
         raise click.UsageError("--against has no effect without --judge URL; leave it out")
     place = folder
+    judge_of(bench)  # may refuse, which is said before the other model answers
 
     def answered(model: ModelOptions, bar: _Stages, told: MtBenchOptions, other: str | None = None) -> dict[str, Any]:
         return mt_bench(
@@ -103,7 +104,7 @@ def ask_ruler(
     from ..evaluation.retrieval import ruler
 
     longest = max(int(length) for length in curve.lengths)
-    bits = None if None in curve.caches else curve.caches[0]
+    bits: Any = None if None in curve.caches else max(curve.caches, key=sum)  # the plan is of the largest
     model, tokenizer = _loaded(source, max(longest - _FOUND_TOKENS, 1), _FOUND_TOKENS, options.force, bits)
     with QuestionProgress("reading", "texts") as bar:
         results = ruler(

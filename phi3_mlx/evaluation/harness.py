@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from ..engine.identity import model_fingerprint
 from ..errors import OptionError
 from ..models.decoder import Model
 from ..option import arguments
-from ..values import check_function, optional, refusal, texts
+from ..values import check_function, optional, refusal, shown, texts
 from ..values import path as as_path
 from .harness_request import harness_request
 from .journal import check_output, opened
@@ -28,7 +29,7 @@ from .options import EvalOptions
 from .paired import compare_results, document_error
 from .quiet import quiet
 from .report import write_results
-from .tasks import check_chat, harness_tasks
+from .tasks import check_chat, harness_tasks, tasks_in
 from .three_ways import NOTES, THREE_WAYS
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _NO_TASKS = "tasks is empty; name some, such as mmlu, or a .jsonl file of questions"
 _SEEDS = (0, 1234)  # of Python and of numpy
 _RESAMPLES = 1000  # for the error of a figure that has no formula for it
+# What must be the same for both of two models. Not their answers' length, nor what a run may do.
+_ASKED_ALIKE = ("limit", "num_fewshot", "chat", "fewshot_as_multiturn", "system", "gen_kwargs", "seed")
 
 
 def evaluate(
@@ -88,9 +91,9 @@ def evaluate(
     the difference, its interval, McNemar's test and the questions that flipped. `model_args`: what the results are to
     say of the model, such as {"pretrained": its name, "revision": ...}.
 
-    Raises OptionError for an unknown task and for one that runs code, unless `allow_code`; DataError for questions that
-    are not there or faulty, and for an output that cannot be written or holds something else; and what `generate`
-    raises.
+    Raises OptionError for an unknown task, for one that runs code, unless `allow_code`, and for an `against` that was
+    asked otherwise; DataError for questions that are not there or faulty, and for an output that cannot be written or
+    holds something else; and what `generate` raises.
     """
     options = EvalOptions(**arguments(EvalOptions, locals()))
     names = texts([tasks] if isinstance(tasks, str) else tasks, "tasks")
@@ -104,8 +107,7 @@ def evaluate(
     )
     check_function(progress, "progress")
     check_function(notify, "notify")
-    if against is not None and not (isinstance(against, Mapping) and "samples" in against):
-        raise refusal(against, "against", "what evaluate returned of another model")
+    _check_against(against, options)
     if options.generation:
         harness_request(options.generation, max_tokens=1)  # refuses what has no meaning
     if folder is not None:
@@ -132,6 +134,7 @@ def evaluate(
             count_tokens=lm.count_tokens,
             apply_chat_template=lm.apply_chat_template,
         )
+        _check_same_tasks(against, made)
         notes = [NOTES[name] for name in (getattr(each, "name", None) for each in made) if name in NOTES]
         if notify is not None:
             for note in notes:
@@ -156,6 +159,30 @@ def evaluate(
         if folder is not None:
             write_results(results, folder, before=against)
     return results
+
+
+def _check_against(against: Mapping[str, Any] | None, options: EvalOptions) -> None:
+    """OptionError where the other model was asked in another way: hours later their answers could not be compared."""
+    if against is None:
+        return
+    if not isinstance(against, Mapping) or "samples" not in against:
+        raise refusal(against, "against", "what evaluate returned of another model")
+    asked, given = against.get("config", {}), asdict(options)
+    for name in _ASKED_ALIKE:
+        if name in asked and asked[name] != given[name]:
+            raise OptionError(
+                f"against was asked with {name}={shown(asked[name])}, and this model would be with "
+                f"{name}={shown(given[name])}; ask both the same"
+            )
+
+
+def _check_same_tasks(against: Mapping[str, Any] | None, made: Sequence[Any]) -> None:
+    """OptionError where the other model was not asked one of these tasks."""
+    if against is None:
+        return
+    names = [task.task_name for task in tasks_in(made)]
+    if lacking := [name for name in names if name not in against["samples"]]:
+        raise OptionError(f"against has no answers to {lacking[0]}; ask both models the same tasks")
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -228,13 +255,14 @@ def _set_shots(task: Any, options: EvalOptions) -> None:
 def _as_lm_eval_runs() -> Iterator[None]:
     """With the seeds of lm-eval, for tasks that draw, and without its log and the hub's, which tells of each try.
 
-    And without its processes, which would be forks of one that has MLX, and without the bars of datasets and of its
-    tasks, one each, beside which `progress` would not be seen.
+    And without its processes, which would be forks of one that has MLX, and without the bars of datasets, of its tasks
+    and of its draws, one each, beside which `progress` would not be seen. Its draws also print, where a JSON object
+    may be all that is to stand.
     """
     import random
 
     import datasets
-    from lm_eval.api import task
+    from lm_eval.api import metrics, task
 
     key = "DISABLE_MULTIPROC"
     before = os.environ.get(key)
@@ -242,6 +270,7 @@ def _as_lm_eval_runs() -> Iterator[None]:
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     own_bar, task.tqdm = task.tqdm, partial(task.tqdm, disable=True)
+    own_draws, metrics.bootstrap_stderr = metrics.bootstrap_stderr, partial(_unheard, metrics.bootstrap_stderr)
     os.environ[key] = "1"
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
@@ -249,7 +278,7 @@ def _as_lm_eval_runs() -> Iterator[None]:
         with quiet("lm_eval", "huggingface_hub"):
             yield
     finally:
-        task.tqdm = own_bar
+        task.tqdm, metrics.bootstrap_stderr = own_bar, own_draws
         if bars:
             datasets.enable_progress_bars()
         random.setstate(states[0])
@@ -257,3 +286,9 @@ def _as_lm_eval_runs() -> Iterator[None]:
         os.environ.pop(key)
         if before is not None:
             os.environ[key] = before
+
+
+def _unheard(work: Callable[..., float], *given: Any, **more: Any) -> float:
+    """The result of some work of lm-eval's, without what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return work(*given, **more)

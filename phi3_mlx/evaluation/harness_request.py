@@ -22,7 +22,7 @@ def harness_request(given: Mapping[str, Any], *, max_tokens: int, seed: int | No
     """
     options = {key: value for key, value in given.items() if value is not None}
     lengths = [options.pop(name) for name in _LENGTHS if name in options]
-    until = options.pop("until", ())
+    until = options.pop("until", [])
     draws = options.pop("do_sample", None)
     taken = {name: options.pop(name) for name in _TAKEN if name in options}
     if draws is not None:
@@ -30,6 +30,7 @@ def harness_request(given: Mapping[str, Any], *, max_tokens: int, seed: int | No
     for name, value in options.items():
         if name not in _NEUTRAL or value != _NEUTRAL[name]:
             raise OptionError(f"generation_kwargs has {name}={value!r}, which has no meaning here; leave it out")
-    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    length = int(lengths[0]) if lengths else max_tokens
-    return Request(**taken, seed=seed, max_tokens=length, stop=stops or None, raw=True, lookup=0)
+    if isinstance(until, list | tuple):
+        until = [stop for stop in until if stop != ""]
+    length = lengths[0] if lengths else max_tokens
+    return Request(**taken, seed=seed, max_tokens=length, stop=until or None, raw=True, lookup=0)

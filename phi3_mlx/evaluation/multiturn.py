@@ -84,7 +84,9 @@ def mt_bench(
     files = find_files(None if data is None else Path(as_path(data, "data")).expanduser())
     questions = read_questions(files, EvalOptions(limit=limit).limit)
     rubric = read_rubric(files.prompts)
-    key = _key_of(options)
+    judge_asked = judge_of(options)
+    if against is not None and judge_asked is None:
+        raise OptionError("against has no effect without judge=URL, which compares; leave it out")
     started = time.time()
     with alone_in(directory):
         bench = _Bench(directory, questions, rubric)
@@ -107,15 +109,9 @@ def mt_bench(
             "answers": {"turns": TURNS * len(answers.turns), "cut": answers.cut, "longest": options.turn_tokens},
             "system": system,
         }
-        if options.judge is not None and options.judge_model is not None:
-            asked = Judge(
-                options.judge,
-                options.judge_model,
-                key=key,
-                timeout=options.judge_timeout,
-                retries=options.judge_retries,
-            )
-            results |= bench.judged(asked, answers, other, options.judge_parallel, _stage(progress, "judging"))
+        if judge_asked is not None:
+            judging = _stage(progress, "judging")
+            results |= bench.judged(judge_asked, answers, other, options.judge_parallel, judging)
         results |= {"seconds": round(time.time() - started, 1), "phi3_mlx_version": version("phi3-mlx")}
         bench.write(f"mt_bench-{label}.json", json_text(results, indent=2) + "\n")
     return results
@@ -133,13 +129,15 @@ def file_name(name: str) -> str:
     return label[:120]
 
 
-def _key_of(options: MtBenchOptions) -> str | None:
-    if options.judge_key is None:
+def judge_of(options: MtBenchOptions) -> Judge | None:
+    """The judge that the options name. OptionError for one that cannot be asked, before anything is answered."""
+    if options.judge is None or options.judge_model is None:
         return None
-    name = options.judge_key
-    if not (key := os.environ.get(name, "").strip()):
+    name, key = options.judge_key, None
+    if name is not None and not (key := os.environ.get(name, "").strip()):
         raise OptionError(f"judge_key {name} is no environment variable that is set; type `export {name}=KEY`")
-    return key
+    timeout, retries = options.judge_timeout, options.judge_retries
+    return Judge(options.judge, options.judge_model, key=key, timeout=timeout, retries=retries)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..generation.request import Request
 from ..models.decoder import Model
 from ..option import arguments
 from ..store.atomic import replace_file
-from ..store.line_file import LineFile, alone_in, disk_faults
+from ..store.line_file import LineFile, alone_in, disk_faults, head_of
 from ..values import optional, texts
 from ..values import path as as_path
 from .haystack import material
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 GROUP = "ruler"  # all of RULER's tasks
 _SAMPLES = 20  # of a task and length, where no limit says otherwise; RULER has 500
+_SAMPLES_FORMAT = 1
 _IN_FOLDER = "ruler.json", "ruler.png", "samples.jsonl"
 
 
@@ -65,10 +66,9 @@ def ruler(
     `tasks`: "ruler" for all 13, or some of them by name; "niah_word" is an easy one for small models, and not among the
     13. `lengths` are those of a prompt with the longest answer, in tokens. Each of `rules` (LongRoPE's) is read with
     each of `caches` (bits of keys and values; None: not quantized), all with the same prompts; without `rules` as the
-    model was loaded. `haystack`: a text file
-    that needles hide in; None: simple sentences made from `seed`. `limit`: samples of each task and length, 20 without.
-    `output`: a folder for `samples.jsonl`, `ruler.json` and, with matplotlib, `ruler.png`; the same call again goes on
-    from the samples there.
+    model was loaded. `haystack`: a text file that needles hide in; None: simple sentences made from `seed`. `limit`:
+    samples of each task and length, 20 without. `output`: a folder for `samples.jsonl`, `ruler.json` and, with
+    matplotlib, `ruler.png`; the same call again goes on from the samples there.
 
     Raises OptionError (an unknown task, a length that the model or a task cannot have, a rule without LongRoPE),
     DataError, and what `generate` raises.
@@ -90,13 +90,14 @@ def ruler(
             directory = Path(folder).expanduser()
             stack.enter_context(alone_in(directory))
             kept = LineFile(directory / _IN_FOLDER[2])
-            _check_identity(kept, {"model": model_fingerprint(model), "seed": limits.seed, "haystack": digest})
+            identity = {"model": model_fingerprint(model), "seed": limits.seed, "haystack": digest}
+            kept.begin(head_of(GROUP, _SAMPLES_FORMAT, identity), "name another directory with output=DIR")
         scores: dict[tuple[Setting, int, str], list[float]] = {}
         cut = 0
         reading = _Reading(model, tokenizer, kept, limits.force, progress)
         reading.total = len(rules) * len(options.caches) * len(options.lengths) * len(names) * asked.count
-        for length in options.lengths:
-            samples = list(asked.make(names, int(length)))
+        for length in sorted(map(int, options.lengths)):  # one that is too short for a task is refused before all work
+            samples = list(asked.make(names, length))
             for rule in rules:
                 with _under(model, rule):
                     for bits in options.caches:
@@ -270,14 +271,6 @@ def _haystack(source: str | None) -> tuple[Haystack, str]:
     return part, sha256(repr(sentences).encode()).hexdigest()[:16]
 
 
-def _check_identity(kept: LineFile, identity: dict[str, Any]) -> None:
-    if not kept.lines:
-        kept.add(identity)
-    elif kept.lines[0] != identity:
-        odd = next((name for name, value in identity.items() if kept.lines[0].get(name) != value), "kind")
-        raise DataError(f"the folder holds samples of another {odd}; name another one")
-
-
 def _cache_name(bits: Any) -> str:
     if bits is None:
         return "0"
@@ -288,6 +281,6 @@ def _cache_name(bits: Any) -> str:
 def _ordered(
     scores: dict[tuple[Setting, int, str], list[float]], rules: Sequence[str], caches: Sequence[Any]
 ) -> dict[tuple[Setting, int, str], list[float]]:
-    """By rule, cache and length, in the order in which they were asked for."""
+    """By rule and cache, in the order in which they were asked for, and then by length."""
     settings = [Setting(rule, _cache_name(bits)) for rule in rules for bits in caches]
     return {key: scores[key] for setting in settings for key in scores if key[0] == setting}

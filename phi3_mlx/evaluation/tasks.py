@@ -87,6 +87,11 @@ def _tasks_in(item: Task | Group) -> list[Task]:
     return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
 
 
+def tasks_in(items: Sequence[Task | Group]) -> list[Task]:
+    """The tasks of some tasks and groups."""
+    return [task for item in items for task in _tasks_in(item)]
+
+
 def _names_in(item: Task | Group) -> set[str]:
     """Its own name, and those of the tasks and groups in it."""
     groups = item.get_all_groups() if hasattr(item, "get_all_tasks") else []
