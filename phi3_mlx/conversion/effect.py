@@ -32,11 +32,11 @@ class Effect:
         self._ids = _ids(read_tokenizer(checkpoint.directory), text, checkpoint.config.max_position_embeddings)
         model = read_model(checkpoint)
         adapters = Adapters(model, base)
-        base = _log_probabilities(model, self._ids)
+        before = _log_probabilities(model, self._ids)
         adapters.load("adapter", folder)
         adapters.use("adapter")
         self._adapted = _log_probabilities(model, self._ids)
-        self._moved = _distance(self._adapted, base)
+        self._moved = _distance(self._adapted, before)
 
     def survived(self, merged: Model) -> float:
         """1 - |merged - adapted|^2 / |adapted - base|^2 over all log-probabilities."""
