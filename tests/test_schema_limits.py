@@ -235,4 +235,4 @@ def test_other_multiples_are_told_in_time(tokenizer, multiple):
     began = time.process_time()
     Request(schema=apart)
     matchers(Request(schema={"type": "number", "multipleOf": multiple}).form, tokenizer, 1)
-    assert time.process_time() - began < 5  # 123457 takes a minute
+    assert time.process_time() - began < 20  # 123457 takes a minute
