@@ -52,7 +52,7 @@ def distilled(
     memory together. Raises OptionError for a folder of a run with other arguments, unless `force`, PromptError for a
     text of fewer than four windows, and what `calibrated` raises.
     """
-    check_length(len(ids))
+    check_is_long_enough(len(ids))
     claim(folder, _key(source, layout, ids), force)
     packed = folder / PACKED
     if not packed.exists():
@@ -76,7 +76,7 @@ def distilled(
     return trained, tuple(MatrixFit(**fit) for fit in read_json(packed / _FITS)["fits"]), gain
 
 
-def check_length(tokens: int) -> None:
+def check_is_long_enough(tokens: int) -> None:
     """PromptError for a text of so few tokens that none can be held out."""
     if tokens < _LEAST_TOKENS:
         raise PromptError(f"the text has {tokens:,} tokens, and distilling needs {_LEAST_TOKENS:,}; give a longer one")

@@ -27,7 +27,7 @@ from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
 from .calibrating import Stored, calibrated, check_grids
 from .directory import DirectorySource
-from .distillation import check_length, distilled
+from .distillation import check_is_long_enough, distilled
 from .effect import Effect
 from .fitted_text import FittedText
 from .gains import Gain
@@ -138,7 +138,7 @@ def fuse_as(
         check_grids(layout)
         fitted_to = FittedText(source, options.calibration, options.seed)
         if options.method == "distill":
-            check_length(fitted_to.tokens)
+            check_is_long_enough(fitted_to.tokens)
     if not force:
         _check_memory(folder, merge, source, layout, fitted_to, options)
     effect = Effect(merge.checkpoint, merge.base, folder, text) if source.rounds_adapters else None

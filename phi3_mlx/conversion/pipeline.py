@@ -186,14 +186,14 @@ class _Written:
 def _check(opened: Source, checked: Source, layout: Layout, text: FittedText | None, options: ConvertOptions) -> None:
     """Refuse what cannot be done before anything is read, or written by the source."""
     from .calibrating import check_grids
-    from .distillation import check_length
+    from .distillation import check_is_long_enough
     from .planning import check_conversion, check_own_text, check_training
 
     rounds, tokens = options.method != "round", 0 if text is None else text.tokens
     if rounds and layout.recipe is not None:
         check_grids(layout)
     if options.method == "distill":
-        check_length(tokens)
+        check_is_long_enough(tokens)
     if options.force:
         return
     check_conversion(opened, checked, layout, tokens, measures=options.has_target, rounds=rounds)
