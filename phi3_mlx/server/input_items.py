@@ -27,11 +27,11 @@ def read_items(value: Any, name: str) -> list[dict[str, Any]]:
         within = f"{name}[{number}]."
         kind = item.get("type", "message")
         if kind == "message":
-            message = read_message({key: item[key] for key in item if key not in _ITEM_ALONE}, within)
-            if message["role"] == "assistant" and messages and messages[-1].get("tool_calls"):
-                messages[-1]["content"] += message["content"]  # or the calls would be over before their results come
+            turn = read_message({key: item[key] for key in item if key not in _ITEM_ALONE}, within)
+            if turn["role"] == "assistant" and messages and messages[-1].get("tool_calls"):
+                messages[-1]["content"] += turn["content"]  # or the calls would be over before their results come
             else:
-                messages.append(message)
+                messages.append(turn)
         elif kind == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
