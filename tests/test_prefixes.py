@@ -377,6 +377,19 @@ def test_the_least_recently_used_goes_first():
     assert prefixes.nbytes == 64 * token
 
 
+def test_giving_way_frees_what_is_asked_for_and_no_prefix_more():
+    model, prompts = MODELS["moe"], [ids_of(32, seed) for seed in range(4)]
+    token = sum(layer.nbytes for layer in read_by(model, prompts[0])) // 32
+    prefixes = PrefixStore("1GB")
+    for prompt in prompts:
+        answers(model, [prompt], prefixes, n=1)
+    assert prefixes.nbytes == 4 * 32 * token
+    prefixes.give_way(33 * token)
+    assert [prefixes.shared(model, prompt) for prompt in prompts] == [0, 0, 31, 31]
+    prefixes.give_way(math.inf)
+    assert prefixes.nbytes == 0
+
+
 def read_by(model, prompt):
     cache = model.make_cache(len(prompt))
     mx.eval(model(mx.array([prompt]), cache))
