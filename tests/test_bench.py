@@ -24,8 +24,8 @@ from bench.contenders import alike
 from phi3_mlx.store import hub
 
 SHARED = {
-    "agreement", "arms", "contenders", "exported", "methods", "models", "plots", "published", "record", "tables",
-    "theirs",
+    "agreement", "arms", "contenders", "exported", "methods", "models", "plots", "published", "record", "spared",
+    "tables", "theirs",
 }  # fmt: skip
 # feelings makes data, dequantizing measures for a constant
 NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}
