@@ -9,9 +9,9 @@ def schema() -> str:
     """Steps of an object of 20 fields, and what masks take."""
     result = read("schema")
     lines = [
-        "| rows, temperature | tokens | steps, a token each | steps, what must follow together | tokens a second |"
+        "| rows, temperature | tokens | steps, a token each | steps, what must follow together | tokens a second |",
+        "|---|--:|--:|--:|--:|",
     ]
-    lines.append("|---|--:|--:|--:|--:|")
     for row in (row for row in result["rows"] if "steps" in row):
         steps = row["steps"]
         lines.append(
