@@ -237,7 +237,7 @@ def test_a_larger_budget_goes_on_as_if_it_had_been_given_at_once(tiny, topics, t
 def test_another_synthesis_is_refused_by_name_and_force_begins_anew(tiny, topics, tmp_path, said):
     out = tmp_path / "out"
     synthesize_data(*tiny, out, topics=topics, records=2, **SMALL)
-    with pytest.raises(DataError, match=r"begun with another temperature; .*force=True"):
+    with pytest.raises(DataError, match=r"begun with another temperature \(it was 1.0\); .*force=True"):
         synthesize_data(*tiny, out, topics=topics, records=2, temperature=0.5, **SMALL)
     topics.write_text("the sun\n")
     with pytest.raises(DataError, match="another topics or seeds and ngram; give"):

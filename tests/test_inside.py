@@ -342,7 +342,8 @@ def test_heads_and_positions_are_those_of_the_whole():
         ],
     )
     last = model.config.num_hidden_layers - 1
-    assert mx.array_equal(part["pattern", last], whole["pattern", last][:, mx.array([2, 0])][:, :, mx.array([3, 19])])
+    chosen = whole["pattern", last][:, mx.array([2, 0])][:, :, mx.array([3, 19])]
+    assert mx.allclose(part["pattern", last], chosen, atol=1e-6)
     assert part.positions("pattern", last) == [3, 19]
     assert mx.array_equal(part["q", 1], whole["q", 1][:, :, 1:2])
     assert mx.allclose(part["head_out", 0], whole["head_out", 0][:, 5::4, 1:2], atol=1e-5)

@@ -284,13 +284,13 @@ def test_what_the_kernels_do_not_write_is_computed_where_it_is_changed_alone(pla
     model, ids, lengths = dense("mini-4k"), ids_of(20)[0].tolist(), []
     beside = layers.beside
 
-    def counted(name, compute):
+    def counted(name, compute, rows):
         def noted(*selection):
             result = compute(*selection)
             lengths.append((name, result.shape[1]))
             return result
 
-        return beside(name, noted)
+        return beside(name, noted, rows)
 
     monkeypatch.setattr(layers, "beside", counted)
     with trace(model, edits=patch(place, 0.0, layers=1, heads=0, positions=[-2])):

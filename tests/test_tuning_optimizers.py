@@ -121,7 +121,8 @@ def test_the_plan_has_what_the_optimizer_keeps(optimizer, tied):
     made.init(model.trainable_parameters())
     kept = sum(array.nbytes for array in optimizer_arrays(made).values())
     gradients = 4 * numbers
-    if optimizer == "adafactor":  # rows and columns alone
-        assert kept < plan.trained - gradients
+    if optimizer == "adafactor":  # a row and a column of each matrix, which the plan leaves out
+        assert kept < 0.02 * gradients
+        assert plan.trained == gradients
     else:
         assert plan.trained - gradients == pytest.approx(kept, rel=0.01)

@@ -360,7 +360,7 @@ def test_faults_are_found_before_the_first_step(base, packed, data, tmp_path):
     for options, match in (
         ({"targets": ("w_pack",)}, "matches no layer"),
         ({"layers": "0-9"}, "outside this model"),
-        ({"max_length": 4096}, "beyond this model's 512"),
+        ({"max_length": 4096}, "more than the model's context, 512 tokens"),
         ({"max_length": 5}, "no example .* is left.*max_length="),
         ({"batch_size": 0}, "batch_size 0"),
         ({"optimizer": "adm"}, "optimizer 'adm' is unknown"),
