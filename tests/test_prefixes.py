@@ -202,25 +202,6 @@ def test_a_shorter_prompt_and_one_that_parts_reuse_what_they_share():
     assert answers(MODELS["moe"], [ids_of(40, 0)], prefixes)[1] == 1  # the parts are still there
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_a_first_token_does_not_wait_until_what_was_read_is_stored(on_cpu, monkeypatch):
-    given, give = [], PrefixStore.give
-    monkeypatch.setattr(machine, "on_cpu", lambda: on_cpu)
-    monkeypatch.setattr(PrefixStore, "give", lambda *args, **options: (given.append(1), give(*args, **options)))
-    text, runs = ids_of(60, 0), Scheduler(PLAIN, room=math.inf, prefixes=PrefixStore())
-    for n in range(2):
-        row = runs.submit(Job([*text, *ids_of(20, 1 + n)], 6))
-        del given[:]
-        while not row.answer:
-            runs.step()
-        assert given == []
-        follows = runs.submit(Job([*row.prompt, 5], 6))  # it comes with the token, and finds all the same
-        runs.step()
-        assert (row.reused, follows.reused) == (60 * n, 80)
-        while runs.busy:
-            runs.step()
-
-
 def test_a_few_tokens_are_read_and_not_copied():
     prefixes = PrefixStore("1GB")
     answers(PLAIN, [ids_of(30, 0)], prefixes)

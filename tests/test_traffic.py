@@ -577,8 +577,8 @@ def test_while_a_newcomer_is_read_a_running_row_gets_a_token_with_every_chunk():
     assert max(gaps) <= 16
 
 
-def read_at(speed, monkeypatch, each=0.0):
-    """Let prompts be read with so many tokens a second, and each pass take `each` seconds beside that.
+def read_at(speed, monkeypatch):
+    """Let prompts be read with so many tokens a second.
 
     On a CPU a pass is computed while it is queued: its time must not count for the pass before it.
     """
@@ -587,7 +587,7 @@ def read_at(speed, monkeypatch, each=0.0):
 
     def slow(*args):
         queued = queue_pass(*args)
-        now[0] += each + queued.read_tokens / speed
+        now[0] += queued.read_tokens / speed
         return queued
 
     monkeypatch.setattr(batch, "queue_pass", slow)
@@ -615,31 +615,6 @@ def test_chunks_follow_the_clock_while_rows_answer(speed, chunk, monkeypatch):
     runs.submit(Plot(0, None, 300, 1, 4, 0, 0, None, 0).job(model))
     read = [tokens for _ in range(16) if (tokens := runs.step().read_tokens)]  # not of steps that only queue a pass
     assert read[1:6] == [chunk] * 5  # a slow machine reads a few at least
-
-
-def test_a_newcomer_is_read_in_no_more_chunks_because_the_one_before_was_short(monkeypatch):
-    model = MODELS["3.5-mini"]
-    read_at(1000, monkeypatch, each=0.02)
-    runs = Scheduler(model, room=math.inf, chunk=512, chunk_seconds=0.5)
-    first = runs.submit(dataclasses.replace(Plot(0, None, 300, 0, 90, 0, 0, None, 0).job(model), stop_ids=frozenset()))
-    while not first.answer:
-        runs.step()
-    for seed, length in enumerate((5, 400, 3, 350), 1):
-        runs.submit(Plot(0, None, length, seed, 1, 0, 0, None, 0).job(model))
-        assert [tokens for _ in range(6) if (tokens := runs.step().read_tokens)] == [length]
-
-
-def test_chunks_are_shorter_again_once_one_took_too_long(monkeypatch):
-    model = MODELS["3.5-mini"]
-    read_at(1000, monkeypatch)
-    runs = Scheduler(model, room=math.inf, chunk=256, chunk_seconds=0.25)
-    first = runs.submit(dataclasses.replace(Plot(0, None, 300, 0, 90, 0, 0, None, 0).job(model), stop_ids=frozenset()))
-    while not first.answer:
-        runs.step()
-    read_at(400, monkeypatch)
-    runs.submit(Plot(0, None, 400, 1, 4, 0, 0, None, 0).job(model))
-    read = [tokens for _ in range(16) if (tokens := runs.step().read_tokens)]
-    assert read == [250, 100, 50]
 
 
 def test_rows_of_a_batch_that_have_ended_hold_no_keys_while_others_go_on():

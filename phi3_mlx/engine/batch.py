@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -26,9 +27,9 @@ _NAN = "the model computed NaN: its weights are bad or its number type overflows
 class Step:
     """What a step gave.
 
-    `tokens`: of each row the next, or several that were drafted. `read`: rows of which a further part of the prompt is
-    in the cache, and computed, `read_tokens` in all. `ended`: rows that have left, `failed`: those of them with an
-    error. `drafted`: how many tokens were verified.
+    `tokens`: of each row the next, or several that were drafted. `read`: rows of which a part of the prompt was read,
+    `read_tokens` in all. `ended`: rows that have left, `failed`: those of them with an error. `drafted`: how many
+    tokens were verified.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -79,16 +80,17 @@ class Batch:
         """Whether some row has read its prompt."""
         return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
 
-    def step(self, chunk: int, seconds: tuple[float, float]) -> Step:
+    def step(self, chunk: int, seconds: tuple[float, float], on_read: Callable[[Row], None] | None = None) -> Step:
         """Queue the next pass, and tell what the last one gave.
 
         It reads `chunk` tokens of prompts at most, and about as many as take `seconds`: while rows answer, and while
-        none does. An error in a row ends that row alone, and one of the whole pass ends all of them. So does what
-        breaks the step off (Ctrl-C), which is raised.
+        none does. `on_read` is called with a row when a further part of its prompt is in its cache, and computed.
+        An error in a row ends that row alone, and one of the whole pass ends all of them. So does what breaks the step
+        off (Ctrl-C), which is raised.
         """
         step = Step()
         try:
-            self._step(step, chunk, seconds)
+            self._step(step, chunk, seconds, on_read)
         except Exception as error:  # of which row cannot be told
             self._queued = None
             for row in self.rows:
@@ -108,7 +110,9 @@ class Batch:
         self._forget_drafter()
         return step
 
-    def _step(self, step: Step, chunk: int, seconds: tuple[float, float]) -> None:
+    def _step(
+        self, step: Step, chunk: int, seconds: tuple[float, float], on_read: Callable[[Row], None] | None
+    ) -> None:
         queued, self._queued = self._queued, None
         started = time.perf_counter()
         if queued is not None and queued.reading:
@@ -118,8 +122,10 @@ class Batch:
             for row in queued.reading:
                 if any(math.isnan(score.logprob) for score in row.scores):
                     row.fail(Phi3Error(_NAN))
+                if on_read is not None and row.error is None:
+                    on_read(row)
             step.read, step.read_tokens = queued.reading, queued.read_tokens
-            self._learn(queued.read_tokens, queued.seconds + time.perf_counter() - started, seconds[0])
+            self._rate = queued.read_tokens / (queued.seconds + time.perf_counter() - started)
             if queued.rows and machine.on_cpu():
                 # A CPU computes most of the next pass while it is queued, for which first tokens need not wait.
                 self._tell(queued.tokens(), step)
@@ -141,11 +147,6 @@ class Batch:
         if ahead is not None:
             ahead.draw_late()
         self._queued = ahead
-
-    def _learn(self, tokens: int, took: float, limit: float) -> None:
-        """Note how fast a chunk was read. A short one says how long any pass takes, so it lowers nothing."""
-        rate = tokens / took
-        self._rate = rate if self._rate is None or took > limit else max(self._rate, rate)
 
     def _timed(self, chunk: int, seconds: float) -> int:
         """How many tokens of prompts, of `chunk`, to read in that time; few, as long as nobody knows how fast it is."""

@@ -78,11 +78,6 @@ class PrefixStore:
         return None if self._files is None else self._files.error
 
     @property
-    def on_disk(self) -> bool:
-        """Whether it keeps files too."""
-        return self._files is not None
-
-    @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return sum(node.nbytes for tree in self._trees() for node in below(tree.root))

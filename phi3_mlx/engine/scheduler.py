@@ -77,7 +77,6 @@ class Scheduler:
         self._batch = Batch(model)
         self._waiting: deque[Row] = deque()
         self._workloads: dict[Row, Workload] = {}  # of the rows that run, oldest first
-        self._read: list[Row] = []  # rows that run, of which the last step has read more
         self._plan: Plan | None = None
         self._lacking: Row | None = None  # the row that did not fit, while no other has left since
         self._submitted = 0
@@ -159,7 +158,6 @@ class Scheduler:
         Returns those that failed instead: what fitted when it was submitted does not any more.
         """
         failed, self._states = [], {}
-        self._keep_read()
         for row in list(self._waiting):
             if row.finished:
                 self._waiting.remove(row)
@@ -187,8 +185,7 @@ class Scheduler:
             self._copy(row, lacking)
             self._batch.add(row, plan.chunk)
             self._plan, self._workloads = plan, workloads
-            if self._prefixes is not None and self._prefixes.on_disk:
-                self._keep(row)  # what it begins with, if that came from a file
+            self._keep(row)  # what it begins with, if that came from a file
         return failed
 
     @turn()
@@ -199,7 +196,7 @@ class Scheduler:
             return Step(ended=failed, failed=failed)
         assert self._plan is not None
         try:
-            step = self._batch.step(self._plan.chunk, self._seconds)
+            step = self._batch.step(self._plan.chunk, self._seconds, self._keep_read)
             for row in self._workloads:
                 if row.finished:
                     self._keep(row, release=not self._kept, save=True)
@@ -207,7 +204,6 @@ class Scheduler:
             for row in self._workloads.keys() - {*self._batch.rows}:
                 del self._workloads[row]
                 self._lacking = None
-        self._read = [row for row in step.read if row in self._workloads]
         step.ended += failed
         step.failed += failed
         for row in list(self._workloads):
@@ -338,12 +334,10 @@ class Scheduler:
             if cache.layers and cache.state is not None and cache.state is self._state_of(cache.model):
                 self._prefixes.give(cache.model, cache.layers, cache.state, self.spare, release=release, save=save)
 
-    def _keep_read(self) -> None:
-        """Store what the last step has read, for which first tokens need not wait; not so little that nobody does."""
-        for row in self._read:
-            if row in self._workloads and row.progress - row.reused >= LEAST:
-                self._keep(row)
-        self._read = []
+    def _keep_read(self, row: Row) -> None:
+        """Store what a row has read of its prompt, unless that is so little that nobody waits for it."""
+        if row.progress - row.reused >= LEAST:
+            self._keep(row)
 
     def _state_of(self, model: Model) -> ModelState:
         """The state that a model is in, which takes a while to tell: once a step."""
