@@ -240,7 +240,7 @@ def test_another_synthesis_is_refused_by_name_and_force_begins_anew(tiny, topics
     with pytest.raises(DataError, match=r"begun with another temperature \(it was 1.0\); .*force=True"):
         synthesize_data(*tiny, out, topics=topics, records=2, temperature=0.5, **SMALL)
     topics.write_text("the sun\n")
-    with pytest.raises(DataError, match="another topics or seeds and ngram; give"):
+    with pytest.raises(DataError, match=r"another topics or seeds and ngram \(it was 3\); give"):
         synthesize_data(*tiny, out, topics=topics, records=2, ngram=2, **SMALL)
     report = synthesize_data(*tiny, out, topics=topics, records=2, force=True, **SMALL)
     assert {row["provenance"]["prompt"].split("\n")[0] for row in rows_of(out / "data.jsonl")} == {

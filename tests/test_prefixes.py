@@ -363,7 +363,7 @@ def test_giving_way_frees_what_is_asked_for_and_no_prefix_more():
     token = sum(layer.nbytes for layer in read_by(model, prompts[0])) // 32
     prefixes = PrefixStore("1GB")
     for prompt in prompts:
-        answers(model, [prompt], prefixes, n=1)
+        answers(model, [prompt], prefixes, n=1, chunk=64)
     assert prefixes.nbytes == 4 * 32 * token
     prefixes.give_way(33 * token)
     assert [prefixes.shared(model, prompt) for prompt in prompts] == [0, 0, 31, 31]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Method = Literal["difference", "pca"]
 Length = Literal["means", "unit", "stream"]
 _ONE_VECTOR = ("(B, L, d)", "(B, L, n)")  # shapes of places with one vector a token
+_ROUNDING = 1e-5  # of a vector's length, in float32
 _SUCH = "such as resid_post, attn_out, mlp_out or act"
 
 
@@ -123,7 +124,8 @@ def direction(
         axis = apart / (np.linalg.norm(apart) or 1)
     lengths = {"means": axis @ apart, "unit": 1.0, "stream": np.linalg.norm([*first, *second], axis=1).mean()}
     vector = axis * lengths[length]
-    if not np.linalg.norm(apart) or not np.linalg.norm(vector):
+    # Equal prompts in two rows of one batch may differ by rounding.
+    if np.linalg.norm(apart) <= _ROUNDING * lengths["stream"] or not np.linalg.norm(vector):
         raise OptionError(f"the prompts of pairs do not differ in layer {layer} at these positions; take others")
     return vector.astype(np.float32)
 
