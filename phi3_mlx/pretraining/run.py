@@ -65,8 +65,13 @@ class PreparedPretraining:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the data, and about the type of the weights."""
-        return (*self.corpus.notes, *lost_updates(self.settings))
+        """Sentences about the data, and those that are warnings."""
+        return (*self.corpus.notes, *self.warnings)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Of the notes those that Python warns of where nobody takes notes."""
+        return lost_updates(self.settings)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def start_pretraining(
         for note in prepared.notes:
             notify(note)
     elif first:
-        for note in lost_updates(settings):
+        for note in prepared.warnings:
             warnings.warn(note, stacklevel=3)
     return execute(
         _job(prepared, output),

@@ -61,9 +61,12 @@ class Tokenizer(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: all but what is made at the first use, of which a pickle loses a part."""
-        made = {name for kind in type(self).__mro__ for name, each in vars(kind).items()
-                if isinstance(each, cached_property)}  # fmt: skip
-        return {name: value for name, value in vars(self).items() if name not in made}
+        kind = type(self)
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(kind, name, None), cached_property)
+        }
 
     # Made at the first use: by then `read_tokenizer` has set which tokens have a role.
 
