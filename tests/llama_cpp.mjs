@@ -15,7 +15,8 @@ const home = createRequire(`${process.env.PHI3_MLX_LLAMA_CPP}/package.json`);
 const {getLlama} = await import(pathToFileURL(home.resolve("node-llama-cpp")).href);
 const folder = process.argv[2];
 const request = JSON.parse(readFileSync(`${folder}/request.json`, "utf8"));
-const llama = await getLlama({gpu: false, build: "never", maxThreads: 2, logLevel: "error"});
+// One thread: others wait for it at every step by turning in circles, which costs most where processes share the cores.
+const llama = await getLlama({gpu: false, build: "never", maxThreads: 1, logLevel: "error"});
 const model = await llama.loadModel({modelPath: request.model});
 const answer = {greedy: []};
 for (const kind of ["texts", "plain"])
@@ -38,7 +39,7 @@ function written({next: {probabilities}}) {
 if (rows !== null) {
     const lora = request.loras?.length ? {adapters: request.loras} : undefined;
     const cache = {flashAttention: false, experimentalKvCacheKeyType: request.cache, experimentalKvCacheValueType: request.cache};
-    const context = await model.createContext({contextSize: request.context, batchSize: 512, lora, threads: 2, ...cache});
+    const context = await model.createContext({contextSize: request.context, batchSize: 512, lora, threads: 1, ...cache});
     const sequence = context.getSequence();
     for (const {ids, all, greedy} of request.prompts) {
         await sequence.clearHistory();

@@ -115,6 +115,7 @@ def answer() -> None:
     params = llama.llama_model_default_params()
     model = ctypes.c_void_p(llama.llama_model_load_from_file(request["model"].encode(), params))
     context = ctypes.c_void_p(llama.llama_init_from_model(model, llama.llama_context_default_params()))
+    llama.llama_set_n_threads(context, 1, 1)
     if request["file"] is not None:
         width, numbers = _read(loaded["libllama-common"], request["file"], request["strength"])
         first, last = request["layers"]

@@ -145,7 +145,7 @@ def test_probabilities_at_every_position_are_ours(kind, off, divergence, tmp_pat
     file = export_gguf("tiny", tmp_path / "tiny.gguf", type=kind).files[0]
     model, _ = load("tiny")
     ids = prompt_ids()
-    answer = llama_cpp.ask(file, prompts=[Prompt(ids, greedy=GREEDY)], context=512)
+    answer = llama_cpp.ask(file, prompts=[Prompt(ids, greedy=GREEDY if kind == "f32" else 0)], context=512)
     wanted = np.array(mx.softmax(model(mx.array([ids]))[0].astype(mx.float32), axis=-1)).astype(np.float64)
     wanted /= wanted.sum(-1, keepdims=True)
     found = answer.probabilities[0].astype(np.float64)
