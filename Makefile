@@ -14,7 +14,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch
-PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# A thread a process: two processes share the cores, and PyTorch's threads wait for each other by turning in circles.
+# Bytecode is kept, whatever the shell says: the tests start this package in some three hundred processes.
+PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 ifeq ($(shell uname -s),Linux)
 BACKEND ?= cpu
 endif
