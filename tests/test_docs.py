@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Of pip, mlx.launch, Docker, systemd and lm-evaluation-harness.
-OTHERS_OPTIONS = {"--force-reinstall", "--backend", "--add-host", "--user", "--now", "--tasks"}
+OTHERS_OPTIONS = {"--force-reinstall", "--backend", "--add-host", "--functions", "--user", "--now", "--tasks"}
 OTHERS_OPTIONS |= {"--control-vector", "--control-vector-layer-range"}
 
 

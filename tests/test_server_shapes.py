@@ -85,6 +85,17 @@ SENT = {
         "tools": [tool("read_file", READ_FILE), tool("now", ANY_OBJECT)],
     }),
     "Zed: a summary": ("chat", {"messages": [USER], "stream": True, "stop": [], "temperature": 1.0, "tools": []}),
+    "instructor: asked again": ("chat", {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                     {"role": "tool", "tool_call_id": "call_1", "name": "read_file", "content": "Validation Error"}],
+        "tools": [tool("read_file", ANY_OBJECT)],
+        "tool_choice": {"type": "function", "function": {"name": "read_file"}},
+    }),
+    "instructor: responses": ("responses", {
+        "input": [USER], "tool_choice": {"type": "function", "name": "read_file"},
+        "tools": [{"type": "function", "name": "read_file", "parameters": ANY_OBJECT}],
+        "text": {"format": {"type": "json_schema", "name": "read_file", "strict": True, "schema": ANY_OBJECT}},
+    }),
     "LangChain": ("chat", {"messages": [USER], "n": 1, "temperature": 0.7, "stream": False, "logprobs": False}),
     "the openai package": ("responses", {"input": "Hi", "stream": True, "store": False, "tools": [], "include": []}),
 }  # fmt: skip

@@ -336,6 +336,9 @@ def test_text_beside_calls_may_have_a_form_of_its_own_where_the_model_was_traine
     assert not allowed_text(trained, form, f"yes{call_of(trained, B)}")
     assert use_tools(untrained, TOOLS, "none").form(yes) == yes
     assert use_tools(untrained, None).form(yes) == yes
+    for choice in ("required", "now"):  # no text, so no form of a text
+        assert allowed_text(untrained, use_tools(untrained, TOOLS, choice).form(yes), call_of(untrained, B))
+        assert not allowed_text(untrained, use_tools(untrained, TOOLS, choice).form(yes), "yes")
     assert use_tools(untrained, None).form() is None
     with pytest.raises(OptionError, match=r"^choices has no place beside tools with a model that was not trained"):
         use_tools(untrained, TOOLS).form(yes)

@@ -28,7 +28,12 @@ _MESSAGES: Mapping[str, Table] = {
         neutral("annotations"),
         *refused("audio", "function_call", "reasoning", "reasoning_content"),
     ),
-    "tool": table_of(_ROLE_FIELD, _CONTENT_FIELD, honoured("tool_call_id", text, "which call it answers")),
+    "tool": table_of(
+        _ROLE_FIELD,
+        _CONTENT_FIELD,
+        honoured("tool_call_id", text, "which call it answers"),
+        *noted("name", says="the call's id says whose result it is"),
+    ),
 }
 _PART = table_of(*noted("type", "prompt_cache_breakpoint"), honoured("text", text, ""))
 _TEXT_PARTS = ("text", "input_text", "output_text")

@@ -75,7 +75,7 @@ class ToolUse:
         """What the next answer must be; `text`: what it must be where it is no call. Raises OptionError."""
         if not self.tools:
             return text
-        if text and not self.trained and self.choice != "none":
+        if text and not self.trained and self.choice == "auto":
             raise OptionError(
                 f"{text.kind} has no place beside tools with a model that was not trained for tools, because its calls "
                 "are JSON in place of a text; leave one out"
