@@ -120,6 +120,29 @@ def test_the_choices_of_a_question_share_its_reading(tiny, read_tokens):
     assert read_tokens() == tokens
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_texts_with_nothing_before_them_are_told_one_by_one(tiny, kind):
+    texts = ["Max has a ball.", "Once upon a time there was a duck.", "The owl sleeps."] * 8
+    requests = [
+        Instance(kind, {}, ("", text) if kind == "loglikelihood" else (text,), 0, metadata=("blimp", number, 1))
+        for number, text in enumerate(texts)
+    ]
+    told = []
+
+    class Told:
+        def begin(self, kind, asked):
+            return {3: (-1.0, True)}
+
+        def add(self, kind, place, result):
+            told.append(place)
+
+    counts = []
+    lm = HarnessLM(*tiny, journal=Told(), progress=lambda *count: counts.append((*count, len(told))))
+    getattr(lm, kind)(requests)
+    assert told == [place for place in range(24) if place != 3]
+    assert counts == [(done, 24, done - 1) for done in range(2, 25)]  # each is written down before the next is told
+
+
 def test_the_shots_of_questions_are_read_once(tiny, read_tokens):
     shots = "Max has a red ball, and Lily has a key. " * 6
     questions = [f"{shots}Where is the {thing}?\nAnswer:" for thing in ("dog", "cat", "frog", "owl")]

@@ -678,7 +678,8 @@ def test_a_log_says_how_long_the_rest_takes(monkeypatch, capsys):
     for done, total, said in (
         (51, 100, ""),  # fifty of an earlier run, and the first
         (61, 100, "evaluating tiny: 61 of 100 questions, about 4 minutes left\n"),
-        (1, 40, "evaluating tiny: 1 of 40 questions, about 39 minutes left\n"),
+        (1, 40, "evaluating tiny: 1 of 40 questions\n"),
+        (3, 40, "evaluating tiny: 3 of 40 questions, about 25 minutes left\n"),
     ):
         now[0] += 6.0 if done == 51 else 60.0
         bar.update(done, total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -69,7 +68,6 @@ def eval(
     phi3-mlx eval --tasks ruler --lengths 1k,2k --caches 0,4 --limit 5 -o curve
     phi3-mlx eval --tasks mt_bench --data DIR -o out --judge URL --judge-model M
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports it: lm-eval draws bars of its own
     if against_adapter and against is None:
         raise click.UsageError("--against-adapter needs --against, the model that it is for")
     names = task_names(tasks)

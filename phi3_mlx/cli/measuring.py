@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +35,6 @@ class Cost:
     def __init__(self, tasks: str):
         from ..evaluation.harness import check_tasks
 
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports it: lm-eval draws bars of its own
         self._asked = {"tasks": task_names(tasks), "data": None, "include_path": None, **asdict(EvalOptions())}
         check_tasks(self._asked["tasks"])
 

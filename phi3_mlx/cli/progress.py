@@ -86,7 +86,8 @@ class ReadingProgress(LongWork):
 class LeftProgress(LongWork):
     """How much is done, and in a log about how long the rest takes.
 
-    What an earlier run had done is there at once, and says nothing of the speed.
+    What an earlier run had done is there at once, and says nothing of the speed; nor does the first, which others may
+    have been read beside.
     """
 
     def __init__(self, label: str):
@@ -99,9 +100,12 @@ class LeftProgress(LongWork):
         if self._before is None or done <= self._before or label != self._counted:  # the first, perhaps of another kind
             self._began, self._before, self._counted = self._last, done - 1, label
         self._last = time.monotonic()
-        left = (total - done) * (self._last - self._began) / (done - self._before)
         count = f"{done:,} of {total:,} {unit}"
-        self._show(label, done, total, count, f"{label}: {count}, about {duration_text(left)} left")
+        line = f"{label}: {count}"
+        if done - self._before > 1:
+            left = (total - done) * (self._last - self._began) / (done - self._before)
+            line += f", about {duration_text(left)} left"
+        self._show(label, done, total, count, line)
 
 
 class QuestionProgress(LeftProgress):

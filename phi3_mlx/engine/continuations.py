@@ -142,9 +142,9 @@ def score_each(
     def scored() -> Iterator[list[list[TokenScore]]]:
         nonlocal told
         while told < len(prompts):
-            by_place = {place: tokens for group in groups[told] for place, tokens in group.scores.items()}
-            if len(by_place) < len(prompts[told]):
+            if sum(len(group.scores) for group in groups[told]) < len(prompts[told]):
                 return
+            by_place = {place: tokens for group in groups[told] for place, tokens in group.scores.items()}
             groups[told].clear()
             told += 1
             yield [by_place[place] for place in range(len(by_place))]

@@ -11,8 +11,9 @@ Importing this module needs lm-eval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,8 +54,8 @@ class HarnessLM(LM):
     `prefix_token_id`: what stands before a text that has nothing before it; None: BOS, else EOS. `kv_bits` and
     `kv_group_size` pack the cache, as `generate`'s. `prefixes` keeps what questions begin with; None: a store of its
     own. `seed`: of tasks that draw answers. `journal` has the answers of a run that was interrupted, and gets each that
-    comes. `progress(done, total)` counts the contexts that were read, or the answers. `notify` gets a sentence that the
-    user should know.
+    comes. `progress(done, total)` counts the contexts of questions that were read, or the answers. `notify` gets a
+    sentence that the user should know.
     """
 
     def __init__(
@@ -143,7 +144,8 @@ class HarnessLM(LM):
         whole = [*self._pairs(request.args for request in requests)]
         pairs = [self._fitted(*pair) for pair in whole]
         self.cut_prompts += len({tuple(all_of[0]) for all_of, pair in zip(whole, pairs, strict=True) if all_of != pair})
-        results = self._answered("loglikelihood", pairs, self._scored)
+        questions = [(request.task_name, request.doc_id) for request in requests]
+        results = self._answered("loglikelihood", pairs, partial(self._scored, questions))
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
@@ -160,7 +162,7 @@ class HarnessLM(LM):
                 pairs.append(pair)
                 owners.append(number)
         parts: list[list[float]] = [[] for _ in requests]
-        scored = self._answered("loglikelihood_rolling", pairs, self._scored)
+        scored = self._answered("loglikelihood_rolling", pairs, partial(self._scored, owners))
         for owner, (logprob, _) in zip(owners, scored, strict=True):
             parts[owner].append(logprob)
         totals = [math.fsum(part) for part in parts]
@@ -249,25 +251,32 @@ class HarnessLM(LM):
                     self.journal.add(kind, place, result)
         return [tuple(known[place]) for place in range(len(asked))]
 
-    def _scored(self, pairs: Sequence[Pair], left: Sequence[int]) -> _Finding[tuple[float, bool]]:
-        """The scores of pairs, each with its place, as they come. Contexts that begin alike are read in turn."""
-        by_context: dict[tuple[int, ...], list[int]] = {}
+    def _scored(
+        self, questions: Sequence[Hashable], pairs: Sequence[Pair], left: Sequence[int]
+    ) -> _Finding[tuple[float, bool]]:
+        """The scores of pairs, each with its place, as they come. Contexts that begin alike are read in turn.
+
+        Pairs of one of the `questions` whose contexts are the same are read together. The context alone does not say
+        so: that of all plain texts is the prefix, and none would be told before the last was read.
+        """
+        together: dict[tuple[tuple[int, ...], Hashable], list[int]] = {}
         for place in left:
-            by_context.setdefault(tuple(pairs[place][0]), []).append(place)
-        contexts, count = sorted(by_context), len({tuple(context) for context, _ in pairs})
-        done = count - len(contexts)
-        for first in range(0, len(contexts), _CONTEXTS_AT_ONCE):
-            some = contexts[first : first + _CONTEXTS_AT_ONCE]
+            together.setdefault((tuple(pairs[place][0]), questions[place]), []).append(place)
+        order = sorted(together, key=lambda key: key[0])
+        count = len({(tuple(context), question) for (context, _), question in zip(pairs, questions, strict=True)})
+        done = count - len(order)
+        for first in range(0, len(order), _CONTEXTS_AT_ONCE):
+            some = order[first : first + _CONTEXTS_AT_ONCE]
             scores = score_each(
                 self._model,
-                [[Continued((*ids, *pairs[at][1]), len(ids)) for at in by_context[ids]] for ids in some],
+                [[Continued((*key[0], *pairs[at][1]), len(key[0])) for at in together[key]] for key in some],
                 kv_bits=self._cache.cache_bits(),
                 force=self._cache.force,
-                prefixes=self._store_for(some),
+                prefixes=self._store_for([context for context, _ in some]),
             )
             with closing(scores):
-                for ids, of_context in zip(some, scores, strict=True):
-                    for place, tokens in zip(by_context[ids], of_context, strict=True):
+                for key, of_context in zip(some, scores, strict=True):
+                    for place, tokens in zip(together[key], of_context, strict=True):
                         total = math.fsum(token.logprob for token in tokens)
                         yield place, (total, all(token.is_likeliest for token in tokens))
                     done += 1
