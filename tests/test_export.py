@@ -24,6 +24,7 @@ from test_convert import write  # noqa: E402
 
 from phi3_mlx import convert, export_gguf  # noqa: E402
 from phi3_mlx.cli import main  # noqa: E402
+from phi3_mlx.conversion import export  # noqa: E402
 from phi3_mlx.conversion.directory import DirectorySource  # noqa: E402
 from phi3_mlx.conversion.exact import ExactSource  # noqa: E402
 from phi3_mlx.conversion.gguf.metadata import model_metadata  # noqa: E402
@@ -325,6 +326,38 @@ def test_a_second_rounding_is_measured_without_asking(tmp_path: Path, capsys: py
     assert "beside the model: KL" in capsys.readouterr().err
 
 
+def out_of_memory(*given, **options):
+    raise RuntimeError("[malloc] Unable to allocate\n4 bytes.")
+
+
+def not_finite(*given, **options):
+    raise CheckpointError("the outputs are not finite")
+
+
+def test_a_comparison_that_nobody_asked_for_and_that_fails_is_a_note(tmp_path: Path, capsys, monkeypatch):
+    convert(model(tmp_path, WIDE), tmp_path / "packed", bits=8, report=False)
+    monkeypatch.setattr(export, "compare_sources", out_of_memory)
+    output = tmp_path / "again.gguf"
+    with pytest.raises(SystemExit) as done:
+        main(["export", "-m", str(tmp_path / "packed"), "-o", str(output), "--modelfile"])
+    assert done.value.code == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "complete" in line]
+    why = f"{output} is complete, but it could not be compared with the model: [malloc] Unable to allocate 4 bytes."
+    assert len(said) == 1
+    assert said[0].endswith(why)
+    assert output.with_suffix(".Modelfile").exists()
+    assert about_gguf(output).measured is None
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, not_finite])
+def test_a_comparison_that_was_asked_for_and_fails_says_that_the_file_is_there(tmp_path: Path, fails, monkeypatch):
+    directory, output = model(tmp_path), tmp_path / "model.gguf"
+    monkeypatch.setattr(export, "compare_sources", fails)
+    message = refusal(CheckpointError, directory, output, type="q8_0", report=True)
+    assert message.startswith(f"{output} is complete, but it could not be compared with the model: ")
+    assert [*GgufSource(output).tensors] == [*DirectorySource(directory).tensors]
+
+
 def test_an_empty_calibration_text_is_refused_and_nothing_is_written(tmp_path: Path):
     directory = model(tmp_path, WIDE)
     message = refusal(PromptError, directory, tmp_path / "model.gguf", type="q4_k_m", calibration="")
@@ -337,6 +370,8 @@ def test_an_empty_calibration_text_is_refused_and_nothing_is_written(tmp_path: P
     [
         ({"calibration": "A text."}, "calibration has no effect without a K type"),
         ({"calibration": "A text.", "type": "q4_k_m", "importance": False}, "calibration has no effect"),
+        ({"importance": False}, "importance=False has no effect without a K type"),
+        ({"importance": False, "type": "q8_0"}, "importance=False has no effect without a K type"),
         ({"text": "A text.", "report": False}, "text has no effect"),
         (
             {"modelfile": True, "split_max_size": "1GB"},
@@ -717,4 +752,12 @@ def test_what_does_not_fit_in_memory_is_refused_before_anything_is_read(tmp_path
     directory = model(tmp_path)
     monkeypatch.setattr(machine, "room", lambda: 10**6)
     monkeypatch.setattr(ExactSource, "read", lambda *_: pytest.fail("it reads"))
-    assert "exporting" in refusal(MemoryLimitError, directory, tmp_path / "model.gguf")
+    for options, way_out in (
+        ({}, "close other programs"),
+        ({"type": "q6_k"}, "take importance=False"),
+        ({"report": True}, "take report=False"),
+        ({"type": "q6_k", "report": True}, "take importance=False and report=False"),
+    ):
+        said = refusal(MemoryLimitError, directory, tmp_path / "model.gguf", **options)
+        assert "exporting" in said
+        assert way_out in said

@@ -250,7 +250,7 @@ def test_the_command_writes_the_adapter_and_the_modelfile(base, tmp_path, capsys
     for wrong, why in (
         ([*arguments[:1], *arguments[3:], *output], "needs --adapter DIR"),
         ([*arguments, *output, "--name", "x"], "--name is of whole models"),
-        ([*arguments, *output, "--no-importance"], "--no-importance is of whole models"),
+        ([*arguments, *output, "--type", "q4_k_m", "--no-importance"], "--no-importance is of whole models"),
         ([*arguments, *output, "--modelfile"], "a.gguf exists already; name another file"),
         ([*arguments, "-o", str(tmp_path / 'b"c.gguf'), "--modelfile"], "cannot stand in a Modelfile"),
         ([*arguments, *output, "--type", "q8_0", "--force"], "type 'q8_0' is unknown"),

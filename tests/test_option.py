@@ -117,7 +117,7 @@ EXPORT = {
     "name": ("Phi-3 mine", {}, ["--name", "Phi-3 mine"]),
     "longrope": ("long", {}, ["--longrope", "long"]),
     "modelfile": (True, {}, ["--modelfile"]),
-    "importance": (False, {}, ["--no-importance"]),
+    "importance": (False, {"type": "q6_k"}, ["--type", "q6_k", "--no-importance"]),
     "calibration": ("Some text.", {"type": "q6_k"}, ["--type", "q6_k", "--calibration", "a.txt"]),
     "report": (True, {}, ["--report"]),
     "text": ("Some text.", {}, ["--text", "a.txt"]),

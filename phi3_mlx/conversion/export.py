@@ -17,7 +17,7 @@ from .. import __version__, values
 from ..config import Config
 from ..engine import plan
 from ..engine.machine import room
-from ..errors import CheckpointError, OptionError, TokenizerError
+from ..errors import CheckpointError, OptionError, Phi3Error, TokenizerError
 from ..evaluation.quality import Comparison
 from ..option import arguments
 from ..sizes import size_text
@@ -105,7 +105,7 @@ def export_gguf(
 
     K types let errors count by the mean squares that a text, `calibration`, sends through the weights, unless
     `importance` is False. `report` compares the file with the model on `text`, by default where packed weights are
-    rounded a second time. Both read the model layer by layer.
+    rounded a second time; if that fails, a note says so. Both read the model layer by layer.
 
     `modelfile` writes NAME.Modelfile beside NAME.gguf, of which `ollama create` makes a model. `longrope` says for
     which of LongRoPE's factors: its context is the original length, or beyond it.
@@ -163,11 +163,11 @@ def export_as(
     if options.force:
         for left in {*_exported_as(Path(os.path.realpath(destination)))} - {*files}:
             left.unlink(missing_ok=True)  # the whole file that parts replace, or parts of another number
-    comparison = _compared(files, source, tokenizer, options, progress) if compares else None
+    comparison, failed = _compared(files, source, tokenizer, options, progress) if compares else (None, ())
     modelfile = (
         write_modelfile(files[0], tokenizer, source.config, longrope=options.longrope) if options.modelfile else None
     )
-    told = (*why_none, *_about_words(vocabulary))
+    told = (*why_none, *failed, *_about_words(vocabulary))
     return _exported(files, naming, made, tokenizer, options, comparison, told, modelfile)
 
 
@@ -192,7 +192,8 @@ def _check_room(source: OpenedSource, called: str, options: ExportOptions) -> No
     largest = max(tensor.nbytes for tensor in source.tensors.values())
     layers = (2 if compares else 1) * memory_needed(source, 0) if options.reads_calibration or compares else 0
     parts = {"a tensor at a time": 2 * largest, "the rest": _BESIDE, "layers and a text": layers}
-    way_out = "take importance=False and report=False" if layers else "close other programs"
+    ways = [*(["importance=False"] if options.reads_calibration else []), *(["report=False"] if compares else [])]
+    way_out = f"take {' and '.join(ways)}" if ways else "close other programs"
     plan.check_room(f"exporting {called}", parts, way_out)
 
 
@@ -202,14 +203,27 @@ def _compared(
     tokenizer: Tokenizer,
     options: ExportOptions,
     progress: Callable[[Progress], None] | None,
-) -> Comparison:
-    """How far the file's model is from the source's, which the file says from then on."""
+) -> tuple[Comparison | None, tuple[str, ...]]:
+    """How far the file's model is from the source's, which the file says from then on.
+
+    Where nobody asked and it fails, None and a sentence that says why. What is raised says that the file is there.
+    """
     text = bundled("sample") if options.text is None else options.text
     step = staged(progress, "comparing", "layers")
-    comparison = compare_sources(source, GgufSource(files[0]), tokenizer, text, progress=step)
+    try:
+        comparison = compare_sources(source, GgufSource(files[0]), tokenizer, text, progress=step)
+    except Exception as error:  # of any kind, such as MLX's when memory runs out: hours of writing are not lost by it
+        why = " ".join(str(error).split()) or type(error).__name__
+        stands = f"{files[0]} is complete, but it could not be compared with the model: {why}"
+        if not options.is_to_report:
+            return None, (stands,)
+        if not isinstance(error, Phi3Error):
+            raise CheckpointError(stands) from error
+        error.args = (stands,)
+        raise
     if comparison.kl is not None and comparison.top1 is not None:
         put_measurement(files[0], comparison.kl, comparison.top1)
-    return comparison
+    return comparison, ()
 
 
 def check_place(destination: Path, force: bool, *, modelfile: bool = False) -> None:

@@ -278,6 +278,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+        if not self.importance and not self._is_k_type:
+            raise OptionError("importance=False has no effect without a K type, such as type='q4_k_m'; leave it out")
         if self.calibration is not None and not self.reads_calibration:
             raise OptionError(
                 "calibration has no effect without a K type, such as type='q4_k_m', and importance; leave it out"
@@ -296,7 +298,11 @@ class ExportOptions:
     @property
     def reads_calibration(self) -> bool:
         """Whether a text says how much errors count."""
-        return self.importance and self.type is not None and "_k" in self.type
+        return self.importance and self._is_k_type
+
+    @property
+    def _is_k_type(self) -> bool:
+        return self.type is not None and "_k" in self.type
 
     @property
     def split_bytes(self) -> int | None:
