@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 
+from .. import __version__
 from ..errors import OptionError
 from ..models.hooks import get_layer
+from .fitted_steps import FittedSteps
 from .gptq import DAMPING, SWEEPS, better_rows, dequantized_matrix, gptq, hessian_of, refit
 from .layerwise import EMBEDDING, Inputs, LayerStream, Passage, layer_of
 from .layout import Entry, Layout, Scheme
 from .rounding import pack
-from .sources import Blocks, Source, to_mlx
+from .sources import Blocks, Source, source_digest, to_mlx
 from .targets import HELD_OUT, Moments, moments_of, rounding_damping, target_of
 from .texts import windows
+from .unfinished import FITTED, claim
 
 GPTQ_WINDOW = 256
 _LOOKUP = 0.1  # weight of a tied embedding's looking up beside making logits
@@ -72,21 +76,41 @@ def calibrated(
     window: int = GPTQ_WINDOW,
     steps: GptqSteps | None = None,
     stored: Stored | None = None,
+    folder: Path | None = None,
 ) -> Calibration:
     """The rounder of `source` whose errors change its outputs on a text least.
 
     `ids`: the token ids of the text, read in windows of `window`. The more of it, and the more like what the model will
     read, the better; every fourth window chooses how far matrices follow the text. `stored`: what is packed already, as
-    `layout` says. In memory: a layer of the source and of the packed model in float32, the text's activations in both,
-    and for a layer of n inputs eight matrices of n x n. An embedding that is also the head is rounded for both tasks,
-    for which the model in floats runs first. For an embedding that is only looked up, each group gets the grid of least
-    error.
+    `layout` says. `folder` keeps what is done, layer by layer, and the same call goes on from there. In memory: a layer
+    of the source and of the packed model in float32, the text's activations in both, and for a layer of n inputs eight
+    matrices of n x n. An embedding that is also the head is rounded for both tasks, for which the model in floats runs
+    first. For an embedding that is only looked up, each group gets the grid of least error.
 
     Raises OptionError for a layout that is not affine throughout, PromptError for a text shorter than one window, and
     while it runs CheckpointError for weights or activations that are not finite.
     """
     check_grids(layout)
-    return Calibration(LayerStream(source), layout, windows(ids, window), steps or GptqSteps(), stored or Stored())
+    kept = None if folder is None else FittedSteps(folder)
+    rows, stream = windows(ids, window), LayerStream(source)
+    return Calibration(stream, layout, rows, steps or GptqSteps(), stored or Stored(), kept)
+
+
+def calibrated_in(
+    work: Path,
+    source: Source,
+    layout: Layout,
+    ids: Sequence[int],
+    *,
+    stored: Stored | None = None,
+    force: bool = False,
+) -> Calibration:
+    """`calibrated`, which keeps what is done in the folder `work` and goes on from there.
+
+    OptionError for a folder of a run with other arguments, unless `force`.
+    """
+    claim(work, source_digest(source, [__version__, "gptq", list(ids), layout.recipe]), force)
+    return calibrated(source, layout, ids, stored=stored, folder=work / FITTED)
 
 
 def check_grids(layout: Layout) -> None:
@@ -97,9 +121,21 @@ def check_grids(layout: Layout) -> None:
 
 
 class Calibration:
-    """A rounder; the whole layer is packed when its first tensor is asked for. `fits`: of the matrices so far."""
+    """A rounder; the whole layer is packed when its first tensor is asked for. `fits`: of the matrices so far.
 
-    def __init__(self, stream: LayerStream, layout: Layout, ids: mx.array, steps: GptqSteps, stored: Stored):
+    `kept`: the steps that are done already, and where the next are kept.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        layout: Layout,
+        ids: mx.array,
+        steps: GptqSteps,
+        stored: Stored,
+        kept: FittedSteps | None,
+    ):
+        self._kept = kept
         self._stream, self._packings, self._steps, self._stored = stream, layout.packings, steps, stored
         rows = mx.arange(len(ids))
         held_out = rows % HELD_OUT == HELD_OUT - 1
@@ -109,6 +145,8 @@ class Calibration:
         # The rows fitted and those held out, before the next layer, in the source and packed.
         self._before: list[mx.array] = []
         self._hidden: list[mx.array] = []
+        if kept is not None and kept.text is not None:
+            self._before, self._hidden = kept.text
         self._made: dict[str, list[mx.array]] = {}  # of this layer, not yet asked for
         self.fits: list[MatrixFit] = []
 
@@ -126,11 +164,26 @@ class Calibration:
         layer = layer_of(entry.name)
         if layer is not None and layer != self._layer:
             self._layer = layer
-            self._pack_layer(layer)
-        return self._made.pop(entry.name) if entry.name in self._made else self._outside_layers(entry)
+            self._step(f"layer-{layer}", lambda: self._pack_layer(layer))
+        elif layer is None and (entry.packing is not None or entry.path == EMBEDDING):
+            self._step(entry.path, lambda: self._pack_end(entry))
+        return self._made.pop(entry.name) if entry.name in self._made else [self._stream.source.read(entry.name)]
 
-    def _outside_layers(self, entry: Entry) -> list[mx.array]:
-        """The arrays of the embedding, of the head, or of a tensor that is not packed."""
+    def _step(self, name: str, pack: Callable[[], None]) -> None:
+        """What `pack` makes and notes, or what was kept of it."""
+        if self._kept is None:
+            pack()
+        elif (done := self._kept.of(name)) is not None:
+            self._made, fits = done
+            self.fits += [MatrixFit(**fit) for fit in fits]
+        else:
+            noted = len(self.fits)
+            pack()
+            fits = [asdict(fit) for fit in self.fits[noted:]]
+            self._kept.keep(name, self._made, fits, self._before, self._hidden)
+
+    def _pack_end(self, entry: Entry) -> None:
+        """Makes the arrays of the embedding, packed or not, or of a packed head."""
         stream, weight = self._stream, self._stream.source.read(entry.name)
         if entry.path == EMBEDDING:
             self._before = [stream.embedded(weight[ids]) for ids in self._halves()]
@@ -153,7 +206,7 @@ class Calibration:
         if entry.path == EMBEDDING:
             floats = dequantized_matrix(parts, entry.packing)
             self._hidden = [stream.embedded(floats[ids]) for ids in self._halves()]
-        return parts
+        self._made = {entry.name: parts}
 
     def _halves(self) -> tuple[mx.array, mx.array]:
         """The ids of the rows that matrices are fitted to, and of those that judge."""

@@ -1,12 +1,14 @@
 """Method "distill": GPTQ, then the packed model's scales and biases trained towards the source.
 
-What takes long stands in a folder beside the model until the model is there (`unfinished`): the packed model after
-GPTQ, the source's next-token distributions, and a checkpoint of the training. The same command goes on from there.
+What takes long stands in a folder beside the model until the model is there (`unfinished`): layers that GPTQ has
+fitted, the packed model after that, the source's next-token distributions, and a checkpoint of the training. The same
+command goes on from there.
 """
 
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from .sinks import Progress
 from .sources import Source, source_digest
 from .targets import HELD_OUT
 from .teacher import read_teacher, write_teacher
-from .unfinished import CHECKPOINT, PACKED, TEACHER, claim
+from .unfinished import CHECKPOINT, FITTED, PACKED, TEACHER, claim
 from .writer import DirectorySink, write_json
 
 _FITS = "fits.json"  # in the packed model's folder
@@ -56,9 +58,12 @@ def distilled(
     claim(folder, _key(source, layout, ids), force)
     packed = folder / PACKED
     if not packed.exists():
-        _pack(calibrated(source, layout, ids, stored=stored), source, layout, folder, progress)
+        calibration = calibrated(source, layout, ids, stored=stored, folder=folder / FITTED)
+        _pack(calibration, source, layout, folder, progress)
+        del calibration
         gc.collect()
         mx.clear_cache()
+    shutil.rmtree(folder / FITTED, ignore_errors=True)  # all of it is in the packed model
     weights = find_weights(packed)
     training = Student(source.config, {name: read_array(weights, name) for name in layout.stored}, layout.packings)
 

@@ -25,7 +25,7 @@ from ..store import hub
 from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
-from .calibrating import Stored, calibrated, check_grids
+from .calibrating import Stored, calibrated_in, check_grids
 from .directory import DirectorySource
 from .distillation import check_is_long_enough, distilled
 from .effect import Effect
@@ -96,7 +96,7 @@ def fuse(
     layers in `bits` if given (5, 6 or 8 keep more of the adapter), or written in floats with `dequantize`. `method`
     "gptq" packs the changed layers so that the outputs on `calibration` change least, which keeps more of the adapter:
     a bundled text by default, better one of the adapter's task, or "self", which the model with the adapter writes with
-    `seed`. "distill" then trains the scales and biases of all layers towards the model in floats, and goes on where the
+    `seed`. "distill" then trains the scales and biases of all layers towards the model in floats. Both go on where the
     same call was cut. `text` is what the measurement reads, a bundled sample by default. `progress` is called after
     each tensor, step and part.
 
@@ -147,7 +147,7 @@ def fuse_as(
     with unfinished_for(options.method, destination) as work, new_directory(destination, force=force) as directory:
         sink = DirectorySink(directory, destination)
         sink.check_space(layout.nbytes)
-        rounder, gain = _rounder(source, layout, fitted_to, work, force, progress)
+        rounder, gain = _rounder(source, layout, fitted_to, options.method, work, force, progress)
         write_model(sink, source, layout, rounder, progress)
         survived = None if effect is None else effect.survived(read_model(directory))
     changed = len(merge.adapters) or len(merge.replaced)
@@ -176,17 +176,19 @@ def _rounder(
     source: AdaptedSource,
     layout: Layout,
     fitted_to: FittedText | None,
+    method: str,
     work: Path | None,
     force: bool,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Rounder, Gain | None]:
-    """What packs the changed layers, and with a folder `work` trains all; what training gave."""
+    """What packs the changed layers, and with "distill" trains all; what training gave. `work` keeps what is done."""
     if fitted_to is None:
         return rounded(source), None
     fitted_to.make(work, force=force, progress=staged(progress, "writing a text", "tokens"))
     stored = Stored(source.blocks, source.before)
-    if work is None:
-        return calibrated(source, layout, fitted_to.ids, stored=stored), None
+    assert work is not None
+    if method == "gptq":
+        return calibrated_in(work, source, layout, fitted_to.ids, stored=stored, force=force), None
     rounder, _, gain = distilled(source, layout, fitted_to.ids, work, stored=stored, force=force, progress=progress)
     return rounder, gain
 

@@ -102,7 +102,7 @@ def convert(
     layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
     plain floating weights. Those, scales and biases are in `dtype` ("float32", "bfloat16", "float16"; by default
     what config.json says). `method` "gptq" rounds so that the outputs on a text change least; "distill" then trains
-    scales and biases towards the source's next-token distributions, and goes on where the same call was cut. Both and
+    scales and biases towards the source's next-token distributions. Both go on where the same call was cut. They and
     `target_*` read `calibration` (a bundled text by default). "self" lets the source write that text, at temperature 1
     from its chat template, before anything is packed; `seed` (0 by default) is that of its draws.
     `effort` names a method by what it takes: "quick" ("round"), "good" ("gptq") or "best" ("distill").
@@ -272,14 +272,14 @@ def _rounder(
 ) -> tuple[Rounder, Sequence[MatrixFit], Gain | None]:
     """The rounder for the method that the options name; what fitting gives, as it is used, and what training gave.
 
-    Training keeps its state in `work`.
+    Fitting and training keep what is done in `work`.
     """
-    if layout.recipe is None or options.method == "round":
+    if layout.recipe is None or work is None:
         return rounded(checked), (), None
-    if work is None:
-        from .calibrating import calibrated
+    if options.method == "gptq":
+        from .calibrating import calibrated_in
 
-        calibration = calibrated(checked, layout, ids)
+        calibration = calibrated_in(work, checked, layout, ids, force=options.force)
         return calibration, calibration.fits, None
     from .distillation import distilled
 

@@ -1,6 +1,6 @@
 """The folder beside a model in the making that keeps what a long run has done, until the model is there.
 
-    DST.unfinished/   own_text.json   key.json   packed/   teacher.safetensors   checkpoint.safetensors
+    DST.unfinished/   own_text.json   key.json   fitted/   packed/   teacher.safetensors   checkpoint.safetensors
 
 The same command goes on from there. A text of the source's own has a key of its own: bits may be fitted to it first.
 """
@@ -18,15 +18,15 @@ from ..errors import OptionError
 from ..files import json_text
 from ..store.atomic import FINDER, hold, is_partial, replace_file
 
-OWN_TEXT_FILE, PACKED, TEACHER, CHECKPOINT = (
-    "own_text.json", "packed", "teacher.safetensors", "checkpoint.safetensors"
+OWN_TEXT_FILE, FITTED, PACKED, TEACHER, CHECKPOINT = (
+    "own_text.json", "fitted", "packed", "teacher.safetensors", "checkpoint.safetensors"
 )  # fmt: skip
 _RUN_KEY = "key.json"
 
 
 def unfinished_for(method: str, destination: Path) -> AbstractContextManager[Path | None]:
     """`unfinished` for a method whose run goes on where it was cut; None for the others."""
-    return unfinished(destination) if method == "distill" else nullcontext()
+    return unfinished(destination) if method != "round" else nullcontext()
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not any((folder / name).exists() for name in (PACKED, OWN_TEXT_FILE)):  # nothing to go on from
+            if not any((folder / name).exists() for name in (FITTED, PACKED, OWN_TEXT_FILE)):  # nothing to go on from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
 def _check_ours(folder: Path) -> None:
     """OptionError where a folder, which this run empties and removes, holds what no run writes."""
-    ours = (_RUN_KEY, OWN_TEXT_FILE, PACKED, TEACHER, CHECKPOINT, FINDER)
+    ours = (_RUN_KEY, OWN_TEXT_FILE, FITTED, PACKED, TEACHER, CHECKPOINT, FINDER)
     strange = next((path.name for path in folder.iterdir() if path.name not in ours and not is_partial(path)), None)
     if strange is not None:
         raise OptionError(f"{folder} is for an unfinished run, and holds {strange}; move that away")

@@ -1,0 +1,191 @@
+"""Fitting that was cut goes on layer by layer, and ends with the same bytes as a run that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import mlx.core as mx
+import moe_models
+import oracle
+import pytest
+from conftest import ROOT
+from quality_models import RandomSource, arrays_of, random_ids, small_directory
+from test_tuning_adapters import make_adapter
+
+from phi3_mlx import convert, fuse
+from phi3_mlx.conversion import calibrating, own_text
+from phi3_mlx.conversion.calibrating import Calibration, GptqSteps, calibrated, calibrated_in
+from phi3_mlx.conversion.distillation import distilled
+from phi3_mlx.conversion.fitted_steps import FittedSteps
+from phi3_mlx.conversion.layout import Layout
+from phi3_mlx.conversion.recipes import left_alone, uniform
+from phi3_mlx.errors import CheckpointError, OptionError
+
+IDS = random_ids(4 * 256, 64)
+NARROW = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
+SOURCES = {
+    "head": {**oracle.BASE, **NARROW},
+    "tied": {**oracle.BASE, **NARROW, "tie_word_embeddings": True},
+    "experts": {**moe_models.RAW, **NARROW, "num_local_experts": 2, "rope_scaling": None},
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fitting without what takes most of its time: the search for a damping, and further sweeps."""
+    monkeypatch.setattr(calibrating, "GptqSteps", partial(GptqSteps, damping=False, sweeps=1))
+
+
+class Cut(Exception):
+    pass
+
+
+def parts_of(name):
+    source = RandomSource("BF16", **SOURCES[name])
+    return source, Layout.of(source, uniform(4, 32) | left_alone(source.config))
+
+
+def count_steps(monkeypatch):
+    """The steps that are really made, by name."""
+    made, step = [], FittedSteps.keep
+    monkeypatch.setattr(
+        FittedSteps, "keep", lambda self, name, *given: (made.append(name), step(self, name, *given))[1]
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_step_is_made_once_whatever_is_cut(name, tmp_path, quick, monkeypatch):
+    """Cut behind each step's own file, before the text behind it is kept: that step alone is made anew."""
+    source, layout = parts_of(name)
+    whole = calibrated(source, layout, IDS)
+    expected = arrays_of(layout, whole)
+    write = FittedSteps._write
+    made = count_steps(monkeypatch)
+    steps = ["model.embed_tokens", "layer-0", "layer-1", *([] if name == "tied" else ["lm_head"])]
+
+    def cut(self, file, *given):
+        if file == "text" and made[-1] not in met:
+            met.add(made[-1])
+            raise Cut
+        write(self, file, *given)
+
+    met = set()
+    monkeypatch.setattr(FittedSteps, "_write", cut)
+    for step in steps:
+        with pytest.raises(Cut):
+            arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS))
+        assert made[-1] == step
+    calibration = calibrated_in(tmp_path, source, layout, IDS)
+    found = arrays_of(layout, calibration)
+    assert made == [step for step in steps for _ in range(2)]
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    assert calibration.fits == whole.fits
+    assert mx.array_equal(calibration.source_hidden, whole.source_hidden)
+
+
+def test_a_text_with_nothing_held_out_is_kept_too(tmp_path, quick, monkeypatch):
+    source, layout = parts_of("head")
+    expected = arrays_of(layout, calibrated(source, layout, IDS[:256]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_pack_layer", cut_at(1))
+        with pytest.raises(Cut):
+            arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS[:256]))
+    found = arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS[:256]))
+    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+
+
+def cut_at(layer):
+    """`Calibration._pack_layer` that raises at a layer."""
+    pack = Calibration._pack_layer
+
+    def packed(self, i):
+        if i == layer:
+            raise Cut
+        pack(self, i)
+
+    return packed
+
+
+def test_a_distillation_that_is_cut_while_it_packs_goes_on_at_that_layer(tmp_path, quick, monkeypatch):
+    source, layout = parts_of("head")
+    (tmp_path / "work").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_pack_layer", cut_at(1))
+        with pytest.raises(Cut):
+            distilled(source, layout, IDS, tmp_path / "work")
+    made = count_steps(monkeypatch)
+    rounder, fits, gain = distilled(source, layout, IDS, tmp_path / "work")
+    assert made == ["layer-1", "lm_head"]
+    assert not (tmp_path / "work" / "fitted").exists()  # it is in the packed model
+    (tmp_path / "whole").mkdir()
+    whole, whole_fits, whole_gain = distilled(source, layout, IDS, tmp_path / "whole")
+    assert (fits, gain) == (whole_fits, whole_gain)
+    found, expected = arrays_of(layout, rounder), arrays_of(layout, whole)
+    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+
+
+KILLED = """
+import os, signal, sys
+from phi3_mlx import convert
+from phi3_mlx.conversion import own_text
+from phi3_mlx.conversion.calibrating import Calibration
+
+own_text.OWN_TOKENS = 1024
+pack = Calibration._pack_layer
+
+def packed(self, i):
+    if i == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    pack(self, i)
+
+Calibration._pack_layer = packed
+convert(sys.argv[1], sys.argv[2], bits=3, method=sys.argv[3], report=False, calibration="self")
+"""
+
+
+@pytest.mark.parametrize("method", ["gptq", "distill"])
+def test_a_conversion_that_was_killed_goes_on_and_ends_with_the_same_bytes(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_text, "OWN_TOKENS", 1024)
+    small = small_directory(tmp_path / "source")
+    options = {"method": method, "report": False, "calibration": "self"}
+    arguments = [sys.executable, "-c", KILLED, str(small), str(tmp_path / "killed"), method]
+    run = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    work = tmp_path / "killed.unfinished"
+    assert {path.name for path in work.iterdir()} >= {"fitted", "own_text.json"}
+    with pytest.raises(OptionError, match="other arguments"):
+        convert(small, tmp_path / "killed", bits=4, **options)
+    made = count_steps(monkeypatch)
+    convert(small, tmp_path / "killed", bits=3, **options)
+    assert made[0] == "layer-1"
+    assert not work.exists()
+    convert(small, tmp_path / "whole", bits=3, **options)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_fusion_goes_on_at_the_layer_where_it_was_cut(tmp_path, quick, monkeypatch):
+    packed = convert(small_directory(tmp_path / "source"), tmp_path / "packed", report=False).path
+    make_adapter(packed, tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_pack_layer", cut_at(1))
+        with pytest.raises(Cut):
+            fuse(tmp_path / "adapter", tmp_path / "made", method="gptq")
+    made = count_steps(monkeypatch)
+    fuse(tmp_path / "adapter", tmp_path / "made", method="gptq")
+    assert made[0] == "layer-1"
+    fuse(tmp_path / "adapter", tmp_path / "whole", method="gptq")
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "whole"))
+    assert a == b
+
+
+def test_a_file_that_is_damaged_is_named_with_the_way_out(tmp_path):
+    source, layout = parts_of("head")
+    arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS[:256]))
+    (tmp_path / "fitted" / "layer-0.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match=r"layer-0\.safetensors cannot be read .*; remove .*fitted"):
+        arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS[:256]))
