@@ -742,13 +742,14 @@ def test_the_command(tmp_path, run):
     assert {tensor.dtype for tensor in find_weights(tmp_path / "plain").tensors.values()} == {"BF16"}
 
 
-def test_report_and_recipe(tmp_path, run):
+def test_report_and_recipe(tmp_path, run, monkeypatch):
     """The whole way: plain weights, bits chosen by a target, calibrated, reported; then the same from its recipe."""
+    monkeypatch.setattr(sensitivity, "TOKENS", sensitivity.SENSITIVITY_WINDOW)
     raw = {**RAW, "hidden_size": 128, "intermediate_size": 128, "vocab_size": 4032}
     source = write(tmp_path / "source", raw, tokenizer=True)
     convert(source, tmp_path / "plain", dequantize=True)
     assert not (tmp_path / "plain" / "REPORT.md").exists()  # nothing was rounded
-    (tmp_path / "some.txt").write_text(bundled("calibration"))
+    (tmp_path / "some.txt").write_text(bundled("calibration")[:4000])
     arguments = ("--target-bpw", 5.4, "--method", "gptq", "--calibration", tmp_path / "some.txt", "--report")
     code, out, err = run("convert", tmp_path / "plain", "-o", tmp_path / "a", *arguments)
     assert code == 0, err
