@@ -16,7 +16,7 @@ from tokenizer_samples import TINY
 
 from phi3_mlx import data_stats, mix_data, split_data
 from phi3_mlx.cli import main
-from phi3_mlx.data import formats, sharing
+from phi3_mlx.data import formats, records, sharing
 from phi3_mlx.data.options import ReadOptions
 from phi3_mlx.data.records import Records
 from phi3_mlx.errors import DataError, OptionError
@@ -383,6 +383,29 @@ def test_a_mix_by_characters_has_shares_of_characters(tmp_path, pools):
     assert counts["short"] == 300
     assert abs(counts["long"] - 30) <= 1
     assert report["mix"][0]["got"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shares", "options"),
+    [
+        ((3, 1), {}),  # the first file ends it
+        ((1, 1), {"epochs": 2}),
+        ((1, 9), {"epochs": 3, "shuffle": 1}),
+        ((1, 1), {"records": 50}),
+        ((1, 1), {"by": "characters"}),
+    ],
+)
+def test_a_mix_advances_evenly_though_it_reads_several_files_ahead(tmp_path, pools, shares, options, monkeypatch):
+    for module in (records, sharing):
+        monkeypatch.setattr(module, "ADVANCE_EVERY", 0)
+    told = []
+    report = mix_data(dict(zip(pools, shares, strict=True)), tmp_path / "out", **options, progress=told.append)
+    assert [now.records for now in told] == [*range(1, report["kept"] + 1), report["kept"]]
+    assert {now.stage for now in told} == {"mixing"}
+    assert {now.total for now in told} == {sum(file.stat().st_size for file in pools)}
+    assert told[-1].done == told[-1].total
+    for now in told:
+        assert now.done / now.total == pytest.approx(now.records / report["kept"], abs=0.05)
 
 
 def test_a_mix_repeats_files_as_often_as_it_may(tmp_path, pools):

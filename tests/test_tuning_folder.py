@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
 
 
 def strict(path: Path) -> list:
@@ -251,6 +251,31 @@ def test_the_plot_leaves_out_what_is_no_number(tmp_path):
     assert (tmp_path / "loss.png").is_file()
 
 
+@pytest.mark.parametrize(("kept", "said"), [(2, "validation, best 3 at step 2"), (None, "validation")])
+def test_the_plot_marks_what_was_kept_whatever_has_the_least_loss(tmp_path, kept, said, monkeypatch):
+    """As with best_by="accuracy"."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, save = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *given, **more: (figures.append(self), save(self, *given, **more))
+    )
+    lines = [{"kind": kind, "step": n, "loss": n + 1.0} for n in (1, 2, 3) for kind in ("train", "valid")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_losses(tmp_path, kept)
+    drawn = figures[0].axes[0].lines
+    assert drawn[1].get_label() == said
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in drawn[2:]] == ([] if kept is None else [(2, 3)])
+
+
+def test_the_plot_gets_the_step_whose_weights_are_kept(base, data, tmp_path, monkeypatch):
+    """Not that of the least loss: here the first is the best, as by another figure."""
+    kept = []
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _, step: kept.append(step) or True)
+    monkeypatch.setattr(Trainer, "_is_better", lambda self, *_: self.progress.best_step is None)
+    tune(str(base), data, tmp_path / "out", **SMALL, steps=3, validate_every=1)
+    assert kept == [1]
+
+
 def test_samples_and_metrics_have_every_step_once_after_a_kill(base, data, tmp_path):
     def stop(report):
         if report.step == 7:
@@ -284,7 +309,7 @@ def hook(event, arguments):
 
 import phi3_mlx.tuning.folder
 from phi3_mlx.cli import main
-phi3_mlx.tuning.folder.plot_losses = lambda _: True
+phi3_mlx.tuning.folder.plot_losses = lambda *_: True
 sys.addaudithook(hook)
 try:
     main(sys.argv[3:])

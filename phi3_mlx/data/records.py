@@ -16,7 +16,7 @@ from ..tuning.rows import read_row
 from .formats import DataFile, DataLine, OpenData, data_files
 from .options import ReadOptions
 
-_ADVANCE_EVERY = 0.1  # seconds between two reports of progress
+ADVANCE_EVERY = 0.1  # seconds between two reports of progress
 _BROKEN_SHOWN = 20
 _KEYS_OF_TALK = (
     "messages", "conversations", "prompt", "completion", "chosen", "rejected", "system", "tools",
@@ -99,7 +99,7 @@ class Records:
                         self.read[file.name] += 1
                         yield record
                     count += 1
-                    if self._progress and time.monotonic() - told >= _ADVANCE_EVERY:
+                    if self._progress and time.monotonic() - told >= ADVANCE_EVERY:
                         told = time.monotonic()
                         self._progress(Advance(self._stage, min(total, before + opened.position), total, count))
             finally:

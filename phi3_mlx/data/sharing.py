@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
@@ -14,7 +15,7 @@ from ..errors import OptionError
 from ..option import arguments
 from ..values import number
 from .options import MixOptions, ReadOptions, SplitOptions, WorkOptions, WriteOptions
-from .records import DataPath, DataRecord, OnAdvance, Records
+from .records import ADVANCE_EVERY, Advance, DataPath, DataRecord, OnAdvance, Records
 from .shards import ShardStep, run_shards
 from .step import DataStep, new_step
 
@@ -126,7 +127,8 @@ def mix_data(
         raise OptionError("mix needs files and their shares; write FILE=SHARE")
     given = {path: _share(share, f"{path}") for path, share in inputs.items()}
     read = ReadOptions(field, lines, skip_broken)
-    sources = [_Source(Records(path, read, "mixing", progress), share, options) for path, share in given.items()]
+    sources = [_Source(path, read, share, options) for path, share in given.items()]
+    advance = _MixAdvance(sources, options.records, progress)
     everything = [source.records for source in sources]
     with new_step("mix", output, everything, write, asdict(options)) as step:
         written = 0
@@ -137,6 +139,8 @@ def mix_data(
                 break
             step.keep(record)
             written += 1
+            advance.tell(written)
+        advance.tell(written, ended=True)
         total = sum(source.taken for source in sources)
         step.facts["mix"] = [
             {
@@ -152,15 +156,38 @@ def mix_data(
     return step.report
 
 
+class _MixAdvance:
+    """How far a mix is: as far as the source of which most is in it, as the first that ends is the end of the mix; or as
+    far as its number of records, if that is nearer. Told in bytes of all files, and never less than before.
+    """
+
+    def __init__(self, sources: Sequence[_Source], records: int | None, progress: OnAdvance | None):
+        self._sources, self._records, self._progress = sources, records, progress
+        self._total = sum(file.size for source in sources for file in source.records.files)
+        self._furthest, self._told = 0.0, time.monotonic()
+
+    def tell(self, written: int, *, ended: bool = False) -> None:
+        if self._progress is None or (not ended and time.monotonic() - self._told < ADVANCE_EVERY):
+            return
+        self._told = time.monotonic()
+        shares = [source.share_taken for source in self._sources]
+        by_number = written / self._records if self._records else 0.0
+        self._furthest = 1.0 if ended else max(self._furthest, by_number, *shares)
+        self._progress(Advance("mixing", int(self._furthest * self._total), self._total, written))
+
+
 class _Source:
     """One of the files of a mix."""
 
-    def __init__(self, records: Records, share: float, options: MixOptions):
+    def __init__(self, path: DataPath, read: ReadOptions, share: float, options: MixOptions):
+        records = Records(path, read, "mixing", self._advanced)
         if options.epochs > 1 and (pipe := next((file for file in records.files if not file.is_regular), None)):
             raise OptionError(f"epochs {options.epochs}: {pipe.name} can be read only once; write it to a file first")
         self.records, self.share = records, share
         self.taken = self.count = self.readings = 0  # `taken` is in what the shares are of
         self.ended = False
+        self._epochs, self._before = options.epochs, 0  # `_before`: records of earlier readings
+        self._read: Advance | None = None  # of this reading
         self._characters = options.by == "characters"
         names = repr([file.name for file in records.files])
         self._stream = self._records(options, random.Random(f"{options.seed} {names}"))
@@ -174,9 +201,21 @@ class _Source:
         self.taken += len(record.text) if self._characters else 1
         return record
 
+    @property
+    def share_taken(self) -> float:
+        """How much of all that the source has is taken; what waits to be drawn is read, but not taken."""
+        now = self._read
+        if now is None or not now.total or not now.records:
+            return max(self.readings - 1, 0) / self._epochs
+        here = now.done / now.total * min(1.0, (self.count - self._before) / now.records)
+        return (self.readings - 1 + here) / self._epochs
+
+    def _advanced(self, now: Advance) -> None:
+        self._read = now
+
     def _records(self, options: MixOptions, source: random.Random) -> Iterator[DataRecord]:
         for _ in range(options.epochs):
-            self.readings += 1
+            self.readings, self._before, self._read = self.readings + 1, self.count, None
             yield from shuffled(self.records, options.shuffle, source)
 
 

@@ -172,7 +172,7 @@ class RunFolder:
 
     def _plot(self) -> None:
         try:
-            drawn = plot_losses(self.output)
+            drawn = plot_losses(self.output, self.trainer.progress.best_step)
         except Exception as error:  # a run is no failure because its plot is one
             self.note(f"no loss.png: {error}")
         else:

@@ -109,8 +109,11 @@ def check_tensorboard() -> None:
         raise OptionError('TensorBoard is not installed; pip install "phi3-mlx[tensorboard]"') from error
 
 
-def plot_losses(directory: Path) -> bool:
-    """Draw loss.png from metrics.jsonl; False where matplotlib is not installed or nothing was trained."""
+def plot_losses(directory: Path, kept: int | None = None) -> bool:
+    """Draw loss.png from metrics.jsonl; False where matplotlib is not installed or nothing was trained.
+
+    `kept`: the step whose weights are, by loss or another figure, the best.
+    """
     lines = read_metrics(directory)
     train, valid = _points(lines, "train"), _points(lines, "valid")
     try:
@@ -124,10 +127,11 @@ def plot_losses(directory: Path) -> bool:
     axes, *below = figure.subplots(2 if with_rewards else 1, sharex=True, squeeze=False)[:, 0]
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training")
     if valid:
-        step, best = min(valid, key=lambda point: point[1])
-        label = f"validation, best {best:.3g} at step {step:,}"
-        axes.plot(*zip(*valid, strict=True), color="#c8553d", marker="o", markersize=3, label=label)
-        axes.plot([step], [best], color="#c8553d", marker="o", markersize=7)
+        marked = [point for point in valid if point[0] == kept]
+        label = "".join(f", best {loss:.3g} at step {step:,}" for step, loss in marked)
+        axes.plot(*zip(*valid, strict=True), color="#c8553d", marker="o", markersize=3, label=f"validation{label}")
+        for step, loss in marked:
+            axes.plot([step], [loss], color="#c8553d", marker="o", markersize=7)
     losses = [loss for _, loss in train + valid]
     if min(losses) > 0 and max(losses) > _FAR_APART * min(losses):
         axes.set_yscale("log")
