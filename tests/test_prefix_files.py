@@ -12,7 +12,7 @@ import mlx.core as mx
 import oracle
 import pytest
 from oracle import CONFIGS, slim
-from test_prefixes import MODELS, PLAIN, answers, ids_of, small_steps  # noqa: F401
+from test_prefixes import MODELS, PLAIN, answers, ids_of, read_by, small_steps  # noqa: F401
 
 from phi3_mlx import PrefixStore, PromptCache, generate, load
 from phi3_mlx.cli import main
@@ -351,6 +351,26 @@ def test_while_a_file_is_written_the_store_holds_no_more_than_its_budget(tmp_pat
     assert prefixes.nbytes <= prefixes.budget
     for text in (TEXT, ids_of(290, 1)):
         assert answers(PLAIN, [[*text, 5]], PrefixStore(directory=tmp_path))[1] == 1
+
+
+def test_a_run_does_not_wait_for_the_file_of_what_memory_keeps(tmp_path, monkeypatch):
+    prefixes, cache = PrefixStore(directory=tmp_path), read_by(PLAIN, ids_of(100, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_files.PrefixFiles, "settle", None)
+        prefixes.give(PLAIN, cache, prefixes.state_of(PLAIN), save=True)
+    prefixes.settle()
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_what_is_written_gives_way_without_waiting(tmp_path):
+    texts = [ids_of(100, seed) for seed in range(2)]
+    caches = [read_by(PLAIN, ids) for ids in texts]
+    prefixes = PrefixStore(sum(layer.nbytes for layer in caches[0]) * 3 // 2, directory=tmp_path)
+    state = prefixes.state_of(PLAIN)
+    prefixes.give(PLAIN, caches[0], state, save=True)
+    prefixes.settle()
+    prefixes.give(PLAIN, caches[1], state)
+    assert [prefixes.shared(PLAIN, ids) for ids in texts] == [0, 99]
 
 
 def test_a_text_larger_than_the_budget_is_in_a_file_as_a_whole(tmp_path):

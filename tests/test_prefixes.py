@@ -23,7 +23,7 @@ from phi3_mlx.engine.continuations import Continued, score_together
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.prefill import common_length
-from phi3_mlx.engine.prefix_tree import Node, nodes_along, readable
+from phi3_mlx.engine.prefix_tree import Node, nodes_along, readable, runs_of
 from phi3_mlx.engine.prefixes import LEAST
 from phi3_mlx.engine.rows import Row
 from phi3_mlx.engine.sampling import Sampling
@@ -336,6 +336,36 @@ def test_a_window_leaves_early_tokens_and_is_taken_over_all_the_same():
     assert answers(model, [half], prefixes)[0] == answers(model, [half])[0]
 
 
+def test_of_a_window_no_more_is_copied_than_a_cache_keeps():
+    model, prompt = MODELS["mini-4k"], ids_of(WINDOW + 60, 0)
+    prefixes = PrefixStore("1GB")
+    answers(model, [prompt], prefixes, n=1)
+    read = len(prompt)
+    (layer, *_) = prefixes.cache_for(model, [*prompt, 5])
+    assert layer.offset == read
+    assert layer.start == layer.first_kept(read) > 0
+
+
+def test_what_stands_behind_the_last_readable_token_is_not_taken_over():
+    """Of the ids 4 and 5 a window had left the keys and values, and 6 and 7 alone do not fill it."""
+    root, array = Node([], None), mx.zeros((1, 1, 3, 4))
+    gap = root.add([1, 2, 3], [[array]], 0).add([4, 5], None, 0)
+    gap.add([6, 7], [[array[..., :2, :]]], 0)
+    path = nodes_along(root, [1, 2, 3, 4, 5, 6, 7])
+    assert readable(path, 5) == (0, 3)
+    assert [(run.first, run.last) for run in runs_of(path, 0, 0, 3)] == [(0, 3)]
+
+
+def test_what_is_split_off_counts_as_written_and_used():
+    root = Node([], None)
+    node = root.add([1, 2, 3], [[mx.zeros((1, 1, 3, 4))]], 7)
+    node.saved = True
+    front = node.split(2)
+    assert (front.ids, front.saved, front.used) == ([1, 2], True, 7)
+    assert (node.ids, node.parent, root.children) == ([3], front, {1: front})
+    assert (front.nbytes, node.nbytes) == (2 * 16, 16)
+
+
 def test_common_length_is_the_one_that_counting_gives():
     for n in range(9):
         for m in range(9):
@@ -356,6 +386,17 @@ def test_the_least_recently_used_goes_first():
         answers(model, [prompt], prefixes, n=1)
     assert [prefixes.shared(model, prompt) for prompt in prompts] == [31, 0, 31, 0]
     assert prefixes.nbytes == 64 * token
+
+
+def test_what_is_given_takes_the_place_of_what_was_not_used_longest():
+    model, prompts = MODELS["moe"], [ids_of(32, seed) for seed in range(3)]
+    caches = [read_by(model, prompt) for prompt in prompts]
+    token = sum(layer.nbytes for layer in caches[0]) // 32
+    prefixes = PrefixStore(token * 70)
+    state = prefixes.state_of(model)
+    for cache in caches:  # by no run, which would make room before
+        prefixes.give(model, cache, state)
+    assert [prefixes.shared(model, prompt) for prompt in prompts] == [0, 31, 31]
 
 
 def test_giving_way_frees_what_is_asked_for_and_no_prefix_more():
