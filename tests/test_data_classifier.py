@@ -251,6 +251,8 @@ def test_a_file_that_is_no_classifier_is_named(tmp_path, rated, trained):
         good.read_bytes()[:-4]: "holds no classifier: .* bytes where its header promises",
         b"\x80\x04K\x01.": "holds no classifier",
         good.read_bytes().replace(b'ngrams\\": 2', b'ngrams\\": 3'): "of another version",
+        good.read_bytes().replace(b'format\\": 1', b'format\\": 2'): "of another version",
+        good.read_bytes().replace(b'characters\\": 10000', b'characters\\": 10001'): "of another version",
         good.read_bytes()[:-4] + b"\xff\xff\xff\x7f": "not all of its weights are numbers",
     }.items():
         bad.write_bytes(content)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -358,6 +359,12 @@ def test_texts_of_which_the_tokenizer_makes_nothing_are_counted(tmp_path):
     with pytest.raises(DataError, match="no text in these records, of which no tokens come"):
         tokenize_data(tmp_path / "b.jsonl", tmp_path / "none", tokenizer)
     assert data_stats(tmp_path / "a.jsonl", tokenizer=tokenizer)["tokens"]["shortest"] == 0
+
+
+def test_a_tokenizer_without_an_end_of_texts_makes_no_shards(pages, tmp_path):
+    with pytest.raises(OptionError, match="this tokenizer has no token that ends a text"):
+        tokenize_data(pages, tmp_path / "out", SimpleNamespace(eos_token_id=None))
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_do_not_share_shards(pages, tmp_path):

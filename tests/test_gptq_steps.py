@@ -21,6 +21,7 @@ from phi3_mlx.conversion.layerwise import EMBEDDING, Inputs, LayerStream, Passag
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import uniform
+from phi3_mlx.conversion.refit import _best_grid
 from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import Blocks
 from phi3_mlx.conversion.targets import DAMPINGS, moments_of, rounding_damping, target_of
@@ -206,6 +207,38 @@ def test_refitting_loses_less_in_every_row(bits, dtype):
     for worse, better in itertools.pairwise(losses):
         assert (better <= worse * (1 + 1e-4) + 1e-6).all()
     assert losses[1][1:].sum() < 0.97 * losses[0][1:].sum()
+    assert losses[3][1:].sum() < losses[2][1:].sum() < losses[1][1:].sum()
+
+
+def test_a_refitted_scale_keeps_its_sign():
+    """By least squares it would turn around here, or be 0, which leaves the codes no meaning."""
+    codes, scale, bias = mx.array([[0.0, 0], [1, 1], [2, 2], [3, 3]]), mx.ones(2), mx.zeros(2)
+    for desired in ([[3.0, 0], [2, 1], [1, 2], [0, 3.5]], [[1.5, 0], [1.5, 1], [1.5, 2], [1.5, 3.5]]):
+        pull = mx.array(desired) - codes
+        new_scale, new_bias = _best_grid(codes, pull, mx.eye(4), scale, bias, mx.float32)
+        assert (float(new_scale[0]), float(new_bias[0])) == (1.0, 0.0)
+        assert float(new_scale[1]) == pytest.approx(1.15)
+
+
+def test_rounding_is_for_all_rows_of_the_text(monkeypatch):
+    """Those held out chose its damping, and then count like the others."""
+    source = RandomSource(vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=32)
+    seen = {}
+
+    def spy(weight, hessian, *rest):
+        seen[weight.shape] = hessian
+        return gptq(weight, hessian, *rest)
+
+    monkeypatch.setattr(calibrating, "gptq", spy)
+    layout, steps = Layout.of(source, uniform(8, 32)), GptqSteps(False, False, False, 0)
+    ids = random_ids(4 * 32, 64)
+    arrays = arrays_of(layout, calibrated(source, layout, ids, window=32, steps=steps))
+    name = "model.layers.0.self_attn.qkv_proj"
+    table = mx.dequantize(*(arrays[f"model.embed_tokens.{part}"] for part in ("weight", "scales", "biases")), 32, 8)
+    rows = LayerStream(source).layer(0).input_layernorm(table[mx.array(ids)])
+    expected = np.array(hessian_of([rows]))
+    found = np.array(seen[source.tensors[f"{name}.weight"].shape])
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def fitted_to_stories(source, tokenizer, layout, steps=None):

@@ -629,6 +629,13 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(model, shards, tmp_p
     refused(MemoryLimitError, "accumulate=", memory="40MB")
     refused(OptionError, "decay 0.1 has no effect with schedule='cosine'", decay=0.1)
     refused(OptionError, "muon_rate 0.1 has no effect", muon_rate=0.1)
+    refused(OptionError, "final_rate 0.1 has no effect with schedule='constant'", schedule="constant", final_rate=0.1)
+    refused(OptionError, "phase2_from 0.5 has no effect without a second phase", phase2_from=0.5)
+    refused(OptionError, "holdout 0.1 has no effect where validation data", valid=tmp_path, holdout=0.1)
+    refused(OptionError, "tokens 9 has no effect with steps=3", tokens=9, steps=3)
+    refused(OptionError, "epochs 2.* has no effect with tokens=9", epochs=2, tokens=9)
+    refused(OptionError, "sample_tokens 9 has no effect without a prompt in samples", sample_tokens=9)
+    refused(OptionError, "has no share that is a number", phase2_data={"a": 0})
     refused(OptionError, "epochs 2.* has no effect with steps=3", epochs=2, steps=3)
     (tmp_path / "c").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from tuning_models import RAW, TINY, write_jsonl
 from phi3_mlx import load_tokenizer, tokenize_data
 from phi3_mlx.cli import main
 from phi3_mlx.errors import OptionError
+from phi3_mlx.pretraining import dryrun
 from phi3_mlx.pretraining.dryrun import describe_pretraining
 from phi3_mlx.pretraining.run import prepare_pretraining
 from phi3_mlx.pretraining.settings import PretrainSettings
 from phi3_mlx.store.family import parameter_count
+from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.run_settings import RunSettings, in_order
 from phi3_mlx.tuning.settings import Settings
 from phi3_mlx.tuning.settings_file import read_settings
@@ -148,6 +151,32 @@ def test_a_dry_run_shows_a_row_with_the_borders_of_its_documents(place, call):
     code, out, _ = call(*SHAPE, "-d", "web", "--steps", 2, "--batch-size", 40, "--max-length", 8, "--dry-run")
     rows = [line for line in lines_after(out, "Row") if "document" in line]
     assert any(re.search(r"document \d+ from token (9|17|25|33|41|49|57|65) on ⟦", line) for line in rows), rows
+
+
+class Row:
+    def __init__(self, *lengths):
+        self.sequences = [Example(np.arange(length) + 10, np.ones(length, bool), "a:1") for length in lengths]
+
+
+def test_a_long_document_is_shown_by_its_beginning_and_the_row_of_most_documents_is_taken():
+    class Rows(list):
+        directory, lengths = "web", np.array([71, 30])
+
+        def pieces(self, place):
+            return [[(3, 0), (8, 30)], [(5, 0)]][place]
+
+    rows = Rows([Row(31, 40), Row(30)])
+    train = SimpleNamespace(find=lambda row: (rows, row))
+    decoder = SimpleNamespace(decode=lambda ids, skip_special: f"{len(ids)} tokens from {ids[0]}")
+    assert dryrun._row_lines(train, [1, 0], decoder) == [
+        "Row       of the first step, from web: 71 tokens of 2 documents",
+        "          document 3 ⟦30 tokens from 10 … 1 more tokens⟧",
+        "          document 8 from token 31 on ⟦30 tokens from 10 … 10 more tokens⟧",
+    ]
+    assert dryrun._row_lines(train, [1], decoder) == [
+        "Row       of the first step, from web: 30 tokens of 1 document",
+        "          document 5 ⟦30 tokens from 10⟧",
+    ]
 
 
 def test_a_dry_run_says_what_does_not_fit_as_the_run_would(call):
