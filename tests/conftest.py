@@ -1,5 +1,6 @@
 """What the tests share. `shared` is real material beside the checkout; tests that use it skip where it is not."""
 
+import gc
 import json
 import os
 import platform
@@ -70,6 +71,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker("live")
         if item.get_closest_marker("long") and not LONG:
             item.add_marker(pytest.mark.skip(reason="takes long; `make test-long` runs it"))
+
+
+def pytest_collection_finish():
+    """Half a million objects of imported modules stay, so `gc.collect`, which each tuning calls, need not visit them.
+
+    It took half a second of every such call, and most of the time of the tests of tuning.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _draw_anew(*names):
