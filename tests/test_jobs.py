@@ -14,6 +14,7 @@ from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.jobs import Job
 from phi3_mlx.engine.lookup import LookupDrafter
 from phi3_mlx.engine.processors import Bias
+from phi3_mlx.engine.rows import Row
 from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import MemoryLimitError, OptionError, Phi3Error
@@ -351,3 +352,43 @@ def test_an_error_of_a_callers_own_processor_is_raised_as_it_is():
     )
     with pytest.raises(RuntimeError, match=r"^cannot go on$"):
         list(generation)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_newcomers_are_read_in_small_parts_only_while_others_answer(answers):
+    """A row that others branch from stays without an answer, and nobody waits for it."""
+    rows = batch.Batch(MODEL)
+    first = Row(0, job(0, max_tokens=50) if answers else job(0, max_tokens=0, branches=1), MODEL)
+    rows.add(first, 64)
+    for _ in range(4):
+        rows.step(64, (0.0, math.inf))
+    assert rows.answering == answers
+    rows.add(Row(1, job(150), MODEL), 64)
+    read = [rows.step(64, (0.0, math.inf)).read_tokens for _ in range(4)]
+    assert max(read) == (32 if answers else 64)
+
+
+def test_what_must_follow_is_bounded_for_all_rows_together():
+    class Forced:
+        answer = (1,)
+
+        def forced(self, answer, most):
+            return [7] * min(most, 5)
+
+    first, second, third = rows = [Forced(), Forced(), Forced()]
+    assert batch.Batch._runs(rows, None, 8) == {first: [1, *[7] * 5], second: [1, *[7] * 3]}
+    assert batch.Batch._runs([third], None, 1) == {third: [1, 7]}
+
+
+def test_half_of_a_chunk_is_left_to_those_who_read(monkeypatch):
+    most = []
+    monkeypatch.setattr(batch.Batch, "_runs", staticmethod(lambda rows, last, tokens: most.append(tokens) or {}))
+    runs = Scheduler(MODEL, room=math.inf, chunk=16)
+    runs.submit(job(0, max_tokens=50))
+    for _ in range(4):
+        runs.step()
+    assert most[-1] == 16
+    runs.submit(job(100))
+    for _ in range(4):
+        runs.step()
+    assert most[-1] == 8
