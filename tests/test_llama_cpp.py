@@ -142,7 +142,7 @@ def test_a_prompt_as_long_as_the_window_has_our_probabilities_and_a_longer_one_h
 )
 def test_probabilities_at_every_position_are_ours(kind, off, divergence, tmp_path):
     """The bundled model within its original length, in floats, and in blocks, whose KL divergence is bounded."""
-    file = export_gguf("tiny", tmp_path / "tiny.gguf", type=kind).files[0]
+    file = export_gguf("tiny", tmp_path / "tiny.gguf", type=kind, report=False).files[0]
     model, _ = load("tiny")
     ids = prompt_ids()
     answer = llama_cpp.ask(file, prompts=[Prompt(ids, greedy=GREEDY if kind == "f32" else 0)], context=512)
