@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import mlx.core as mx
 import oracle
@@ -360,6 +361,16 @@ def test_a_run_does_not_wait_for_the_file_of_what_memory_keeps(tmp_path, monkeyp
         prefixes.give(PLAIN, cache, prefixes.state_of(PLAIN), save=True)
     prefixes.settle()
     assert len(files_in(tmp_path)) == 1
+
+
+def test_what_is_moved_is_in_its_file_before(tmp_path, monkeypatch):
+    """Or it would be there twice, while memory is short."""
+    write, ids = prefix_files.write_cache, ids_of(100, 0)
+    monkeypatch.setattr(prefix_files, "write_cache", lambda *given: (time.sleep(0.2), write(*given)))
+    prefixes, cache = PrefixStore(directory=tmp_path), read_by(PLAIN, ids)
+    prefixes.give(PLAIN, cache, prefixes.state_of(PLAIN), save=True)
+    (layer, *_) = prefixes.cache_for(PLAIN, [*ids, 5], lacking=math.inf)
+    assert (layer.offset, prefixes.nbytes, len(files_in(tmp_path))) == (100, 0, 1)
 
 
 def test_what_is_written_gives_way_without_waiting(tmp_path):
