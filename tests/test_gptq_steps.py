@@ -21,7 +21,7 @@ from phi3_mlx.conversion.layerwise import EMBEDDING, Inputs, LayerStream, Passag
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import uniform
-from phi3_mlx.conversion.refit import _best_grid
+from phi3_mlx.conversion.refit import _best_codes, _best_grid
 from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sources import Blocks
 from phi3_mlx.conversion.targets import DAMPINGS, moments_of, rounding_damping, target_of
@@ -208,6 +208,17 @@ def test_refitting_loses_less_in_every_row(bits, dtype):
         assert (better <= worse * (1 + 1e-4) + 1e-6).all()
     assert losses[1][1:].sum() < 0.97 * losses[0][1:].sum()
     assert losses[3][1:].sum() < losses[2][1:].sum() < losses[1][1:].sum()
+
+
+def test_scales_are_refitted_to_the_codes_as_they_are_then():
+    """What is left to gain, H (W - Q), is that of the new codes."""
+    block = hessian_of([mx.array(inputs(50, 8))])
+    codes, scale = mx.array(np.random.default_rng(0).integers(0, 16, (8, 3)).astype(np.float32)), mx.array([0.5, 1, 2])
+    columns = codes * scale + 3 * mx.random.normal((8, 3), key=mx.random.key(0))
+    better, left = _best_codes(codes, block @ (columns - codes * scale), block, scale, 4)
+    assert not mx.array_equal(better, codes)
+    expected = np.array(block @ (columns - better * scale))
+    np.testing.assert_allclose(left, expected, atol=1e-4 * np.abs(np.array(block @ columns)).max())
 
 
 def test_a_refitted_scale_keeps_its_sign():

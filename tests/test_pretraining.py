@@ -298,6 +298,9 @@ def test_an_epoch_has_as_many_steps_as_read_all_rows(rows, steps):
 def test_shares_that_are_none_are_refused(given):
     with pytest.raises(OptionError, match="data"):
         shares(given)
+    for mix in ("data", "phase2_data"):
+        with pytest.raises(OptionError, match="data"):
+            PretrainSettings(**{"config": "c", "data": ("d",), "output": "o", mix: given}).check()
 
 
 def test_a_folder_whose_name_has_a_sign_of_equality_is_one(tmp_path, monkeypatch):
@@ -635,7 +638,6 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(model, shards, tmp_p
     refused(OptionError, "tokens 9 has no effect with steps=3", tokens=9, steps=3)
     refused(OptionError, "epochs 2.* has no effect with tokens=9", epochs=2, tokens=9)
     refused(OptionError, "sample_tokens 9 has no effect without a prompt in samples", sample_tokens=9)
-    refused(OptionError, "has no share that is a number", phase2_data={"a": 0})
     refused(OptionError, "epochs 2.* has no effect with steps=3", epochs=2, steps=3)
     (tmp_path / "c").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
