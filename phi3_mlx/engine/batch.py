@@ -77,7 +77,7 @@ class Batch:
 
     @property
     def answering(self) -> bool:
-        """Whether some row has read its prompt."""
+        """Whether some row waits for its next token: it has read its prompt, and its budget is not used up."""
         return any(not row.finished and not row.reading and row.left > 0 for row in self.rows)
 
     def step(self, chunk: int, seconds: tuple[float, float], on_read: Callable[[Row], None] | None = None) -> Step:
