@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from . import agreement, arms, exported, methods, published, spared, tables
+from . import agreement, arms, exported, judges, methods, published, spared, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -206,12 +206,14 @@ BLOCKS = {
             tables.prefix,
             tables.host,
             tables.lookup,
+            spared.evaluating,
             spared.schema,
             tables.gpu,
             tables.kvquality,
             tables.longcontext,
             tables.document,
             tables.blocksparse,
+            judges.judges,
             exported.exported_types,
             exported.exported_longrope,
             exported.exported_experts,

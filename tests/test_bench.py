@@ -25,8 +25,8 @@ from bench.contenders import alike
 from phi3_mlx.store import hub
 
 SHARED = {
-    "agreement", "arms", "contenders", "exported", "methods", "models", "plots", "published", "record", "spared",
-    "tables", "theirs",
+    "agreement", "arms", "contenders", "exported", "judges", "methods", "models", "plots", "published", "record",
+    "spared", "tables", "theirs",
 }  # fmt: skip
 # feelings makes data, dequantizing measures for a constant
 NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}
@@ -444,7 +444,7 @@ def test_ratings_and_filters_are_judged_by_labels_that_are_known(results, monkey
     monkeypatch.setattr(data, "disorder", lambda count: dataclasses.replace(task, unseen=task.unseen[: count // 3]))
     assert invoke(data.main, "--texts", "120", "--train", "1").exit_code == 0
     written = check(results, "data")
-    assert written["texts"] == {"disorder": {"learnt": 120, "unseen": 40}}
+    assert written["texts"] == {"disorder": {"judges": 120, "unseen": 40}}
     rows = {(row["judge"], row["by"]): row for row in written["rows"]}
     assert list(rows) == [
         ("tiny", "rating"),

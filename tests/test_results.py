@@ -37,6 +37,13 @@ def test_few_bits_lose_little(bits, most):
     assert kl["gptq"] < 0.2 * kl["uniform"]
 
 
+def test_distillation_keeps_what_gptq_made_where_it_gains_nothing():
+    name = "quantization-SmolLM2-4bit-distill"
+    (before,), (after,) = rows(name, method="gptq"), rows(name, method="distill")
+    assert after["kl"] <= before["kl"] <= 0.077
+    assert after["held_out"]["after"] <= after["held_out"]["before"]
+
+
 def test_conversion_takes_half_the_memory_and_no_more_time():
     assert RESULTS["convert"]["source_bytes"] > 2e9
     assert RESULTS["convert"]["ratios"]["memory"] <= 0.5
@@ -93,6 +100,21 @@ def test_an_object_of_20_fields_takes_half_the_steps_at_most_and_masks_are_known
         if "paid" in row:
             assert row["hidden"] > 0.9
     assert {row["vocabulary"] for row in RESULTS["schema"]["rows"] if "paid" in row} == {32064, 200064}
+
+
+def test_five_times_as_many_questions_as_through_mlx_lm_for_the_same_scores():
+    ours = rows("eval", package="phi3-mlx")
+    assert ours
+    for row in ours:
+        assert row["ratio"] >= 5
+        assert row["difference_a_token"] < 1e-4
+        assert row["same_choices"] == row["questions"]
+
+
+def test_a_model_that_was_taught_rates_as_its_labels_say():
+    (taught,) = rows("data", task="disorder", judge="tiny, taught", by="rating")
+    assert taught["auc"] >= 0.8
+    assert {row["judge"] for row in rows("data", by="rating")} == {"tiny", "SmolLM2-135M-Instruct", "tiny, taught"}
 
 
 def test_nothing_is_slower_than_mlx_lm_and_a_batch_is_worth_it():
