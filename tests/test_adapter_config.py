@@ -264,7 +264,7 @@ def cached(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["Phi-3.5-Mini", "microsoft/Phi-3.5-mini-instruct"])
 def test_an_adapter_stays_with_its_commit_when_the_hub_moves_on(name, cached, tmp_path, monkeypatch):
     """By whatever name it was asked for, the base is a repository at a commit: of fuse, export and the run itself."""
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
     data = write_jsonl(tmp_path / "facts.jsonl", facts(12))
     tune(name, data, tmp_path / "a", steps=1, batch_size=2, rank=2)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -286,7 +286,7 @@ def test_an_adapter_stays_with_its_commit_when_the_hub_moves_on(name, cached, tm
 def test_a_run_goes_on_with_its_commit_when_the_hub_moves_on(cached, tmp_path, monkeypatch):
     """Neither refused for another base, nor trained on with it; a revision that is named is taken."""
     name = "phi-3.5-mini"
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
     data = write_jsonl(tmp_path / "facts.jsonl", facts(12))
     options = {"steps": 3, "batch_size": 2, "rank": 2, "save_every": 1}
 
@@ -305,7 +305,7 @@ def test_a_run_goes_on_with_its_commit_when_the_hub_moves_on(cached, tmp_path, m
 
 def test_a_folder_with_an_aliass_name_is_not_the_alias(cached, tmp_path, monkeypatch):
     """An alias comes first, in a run too."""
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "phi-3.5-mini").mkdir()
     data = write_jsonl(tmp_path / "facts.jsonl", facts(12))

@@ -77,7 +77,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
 
 
 def weights(folder):
@@ -770,7 +770,7 @@ def test_what_has_nothing_to_validate_on_is_refused(model, shards, tokenizer, tm
 
 
 def test_python_warns_of_what_goes_wrong_on_the_way(model, shards, tmp_path, monkeypatch):
-    def broken(folder):
+    def broken(folder, step):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", broken)

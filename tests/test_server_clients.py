@@ -60,7 +60,7 @@ def test_openai_chats(client):
 
 
 def test_the_pages_example_runs(served, capsys):
-    (code,) = re.findall(r"^```py\n(.*?)```", (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), re.S | re.M)
+    code, *_ = re.findall(r"^```py\n(.*?)```", (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), re.S | re.M)
     code = code.replace("http://127.0.0.1:8080", served.url).replace("phi-3.5-mini-4bit", "echo")
     names = {}
     exec(code.replace('"none"', '"key"'), names)

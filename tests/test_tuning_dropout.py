@@ -167,7 +167,7 @@ OPTIONS = {
 
 
 def run(base, data, folder, monkeypatch, **options):
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
     reports = []
     tune(str(base), data, folder, **{**OPTIONS, **options}, on_step=reports.append)
     return [(report.loss, report.gradient_norm) for report in reports]

@@ -42,7 +42,7 @@ def adapter(base, data, tmp_path_factory):
 def no_plot():
     """Drawing takes as long as a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+        patch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
         yield
 
 

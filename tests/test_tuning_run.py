@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 def no_plot(request, monkeypatch):
     """Drawing takes as long as a small run: only the test that looks for the plot has it drawn."""
     if request.function is not test_a_run_learns_and_leaves_its_files:
-        monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+        monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
 
 
 def weights(folder):

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
 
 
 def call(capsys, *words):
@@ -356,7 +356,7 @@ def test_a_plan_comes_before_loading_and_force_overrides_it(base, data, tmp_path
     assert "even with --gradient-checkpointing and --accumulate 8 it needs" in err
     assert err.endswith("--force tries all the same\n")
     monkeypatch.undo()
-    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda _: True)
+    monkeypatch.setattr("phi3_mlx.tuning.folder.plot_losses", lambda *_: True)
     assert tune(base, data, tmp_path / "out", **SMALL, memory=10_000, force=True).finished
 
 

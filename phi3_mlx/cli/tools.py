@@ -53,13 +53,13 @@ def tool_turn(path: str | None, yes: bool, tokenizer: Tokenizer, request: Reques
         advice = "list one" if path.endswith(".json") else "define one with type hints, its name without an underscore"
         raise OptionError(f"--tools {path} has no function; {advice}")
     use = use_tools(tokenizer, known)
-    form = use.form(request.form)
-    assert form is not None
-    check_form(form)
+    runs = all(tool.function is not None for tool in use.tools)
+    turn = ToolTurn(use, _asking(use.tools, yes) if runs else None, notify=note)
+    for form in turn.forms(request.form):
+        check_form(form)
     if not use.trained:
         note("this model was not trained for tools: its calls have the right form, but may make little sense")
-    runs = all(tool.function is not None for tool in use.tools)
-    return ToolTurn(use, _asking(use.tools, yes) if runs else None, notify=note)
+    return turn
 
 
 def say_call(call: ToolCall) -> None:

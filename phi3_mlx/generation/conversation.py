@@ -169,6 +169,8 @@ class Conversation:
                 raise PromptError("the message is empty; give some text")
             if self._prefixes is not None:
                 request = replace(request, kv_bits=self._memory.kv_bits, kv_group_size=self._memory.kv_group_size)
+            if tools:
+                tools.forms(request.form)  # refused before a call is made, not behind it
             begin = partial(self._begun, request=request, draft=draft, number=self._number)
             messages = [*self.messages, {"role": "user", "content": text}]
             answer = begin(messages, tools.use_in(0) if tools else None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import values
+from ..text.grammar import Form
 from ..text.python_values import as_result
 from ..text.tool_calls import ToolCall
 from ..text.tool_use import ToolUse
@@ -38,6 +39,13 @@ class ToolTurn:
         if number == 0:
             return self.use
         return replace(self.use, choice="none" if number >= self.rounds or self.use.choice == "none" else "auto")
+
+    def forms(self, text: Form | None) -> list[Form]:
+        """What the first answer must be, and one behind a call's result; `text`: what their text must be.
+
+        Raises OptionError.
+        """
+        return [form for number in (0, 1) if (form := self.use_in(number).form(text))]
 
     def runs(self, calls: Sequence[ToolCall]) -> bool:
         """Whether there is something that runs each of the calls."""
