@@ -157,8 +157,8 @@ def mix_data(
 
 
 class _MixAdvance:
-    """How far a mix is: the largest share that was taken of a source, since the first that ends is the end of the mix, or
-    the share of its number of records, if that is more. Told in bytes of all files, and never less than before.
+    """How far a mix is: the largest share that was taken of a source, since the first that ends is the end of the mix,
+    or the share of its number of records, if that is more. Told in bytes of all files, and never less than before.
     """
 
     def __init__(self, sources: Sequence[_Source], records: int | None, progress: OnAdvance | None):
