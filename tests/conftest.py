@@ -112,9 +112,10 @@ def pytest_runtest_makereport(item):
     return report
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """What `make test-long` found stays in the tree, since it is run by hand."""
-    if not LONG or hasattr(config, "workerinput"):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """What `make test-long` found stays in the tree, since it is run by hand; not what a part of it found."""
+    part = config.args_source is config.ArgsSource.ARGS or config.option.keyword
+    if not LONG or hasattr(config, "workerinput") or part or exitstatus > 1:
         return
     outcomes = ("passed", "failed", "error", "skipped")
     reports = {name: terminalreporter.stats.get(name, []) for name in outcomes}
