@@ -259,11 +259,11 @@ class HarnessLM(LM):
         Pairs of one of the `questions` whose contexts are the same are read together. The context alone does not say
         so: that of all plain texts is the prefix, and none would be told before the last was read.
         """
+        keys = [(tuple(context), question) for (context, _), question in zip(pairs, questions, strict=True)]
         together: dict[tuple[tuple[int, ...], Hashable], list[int]] = {}
         for place in left:
-            together.setdefault((tuple(pairs[place][0]), questions[place]), []).append(place)
-        order = sorted(together, key=lambda key: key[0])
-        count = len({(tuple(context), question) for (context, _), question in zip(pairs, questions, strict=True)})
+            together.setdefault(keys[place], []).append(place)
+        order, count = sorted(together, key=lambda key: key[0]), len({*keys})
         done = count - len(order)
         for first in range(0, len(order), _CONTEXTS_AT_ONCE):
             some = order[first : first + _CONTEXTS_AT_ONCE]
