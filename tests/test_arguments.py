@@ -225,6 +225,10 @@ def test_options_are_not_read_into_names_of_files():
         ("no_such=8 is nothing", "no_such=8 is nothing"),
     ):
         assert in_options(text, tune).endswith(right)
+    export = cli.get_command(click.Context(cli), "export")
+    export.get_params(click.Context(export, help_option_names=["-h", "--help"]))
+    said = "take importance=False and report=False, not type='q4_k_m' or modelfile=True"
+    assert in_options(said, export) == "take --no-importance and --no-report, not --type q4_k_m or --modelfile"
     assert as_typed(OptionError("max_length 1 is too short"), tune) == "--max-length 1 is too short"
     assert as_typed(Phi3Error("rank 8"), tune) == "rank 8"
 

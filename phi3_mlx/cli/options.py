@@ -331,22 +331,24 @@ def as_typed(error: Phi3Error, command: click.Command) -> str:
 
 def in_options(text: str, command: click.Command) -> str:
     """A text with the options of a command for Python's arguments: `kv_bits=4`, `resume=True`, `method='lora'`."""
-    options = dict(_options(command))
+    options, opposites = dict(_options(command)), dict(_options(command, opposite=True))
 
     def option(match: re.Match[str]) -> str:
         name, quoted, plain = match.groups()
         if name not in options:
             return match[0]
+        if plain == "False" and name in opposites:
+            return opposites[name]
         return options[name] if plain == "True" else f"{options[name]} {shlex.quote(quoted) if quoted else plain}"
 
     # Not in names of files: folders of a series of runs are called runs/rank=8.
     return re.sub(r"(?<![^\s(])([a-z_]+)=(?:'([^'\n]+)'|([\w.]+))", option, text)
 
 
-def _options(command: click.Command) -> Iterator[tuple[str | None, str]]:
-    """Parameters of a command, and of those below it, with their options."""
+def _options(command: click.Command, *, opposite: bool = False) -> Iterator[tuple[str | None, str]]:
+    """Parameters of a command, and of those below it, with their options, or with those that say no (`--no-report`)."""
     for below in getattr(command, "commands", {}).values():
-        yield from _options(below)
+        yield from _options(below, opposite=opposite)
     for param in command.params:
-        if isinstance(param, click.Option):
-            yield param.name, max(param.opts, key=len)
+        if isinstance(param, click.Option) and (options := param.secondary_opts if opposite else param.opts):
+            yield param.name, max(options, key=len)
