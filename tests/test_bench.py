@@ -444,7 +444,7 @@ def test_ratings_and_filters_are_judged_by_labels_that_are_known(results, monkey
     monkeypatch.setattr(data, "disorder", lambda count: dataclasses.replace(task, unseen=task.unseen[: count // 3]))
     assert invoke(data.main, "--texts", "120", "--train", "1").exit_code == 0
     written = check(results, "data")
-    assert written["texts"] == {"disorder": {"judges": 120, "unseen": 40}}
+    assert written["texts"] == {"disorder": {"learnt": 120, "unseen": 40}}
     rows = {(row["judge"], row["by"]): row for row in written["rows"]}
     assert list(rows) == [
         ("tiny", "rating"),
