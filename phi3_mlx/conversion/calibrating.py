@@ -145,8 +145,8 @@ class Calibration:
         # The rows fitted and those held out, before the next layer, in the source and packed.
         self._before: list[mx.array] = []
         self._hidden: list[mx.array] = []
-        if kept is not None and kept.text is not None:
-            self._before, self._hidden = kept.text
+        if kept is not None and (text := kept.text()) is not None:
+            self._before, self._hidden = text
         self._made: dict[str, list[mx.array]] = {}  # of this layer, not yet asked for
         self.fits: list[MatrixFit] = []
 

@@ -28,20 +28,27 @@ Halves: TypeAlias = list[mx.array]  # of a text (rows, length, hidden_size): row
 class FittedSteps:
     """The steps that are done in `folder`, which is made by the first that is kept.
 
-    `text`: behind the last of them, in the source and in the packed model; None before the first. Raises
-    CheckpointError for a file that cannot be read.
+    Raises CheckpointError for a file that cannot be read.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._done: list[str] = []
-        self.text: tuple[Halves, Halves] | None = None
         if self._path(_TEXT_BEHIND).exists():
-            arrays, metadata = self._read(_TEXT_BEHIND)
+            _, metadata = self._read(_TEXT_BEHIND)
             self._done = json.loads(metadata["steps"])
-            mx.eval(arrays)  # before the file is replaced
-            source, packed = ([arrays[f"{kind}.{half}"] for half in range(2)] for kind in _BOTH_MODELS)
-            self.text = source, packed
+
+    def text(self) -> tuple[Halves, Halves] | None:
+        """The text behind the last step that is done, in the source and in the packed model; None before the first.
+
+        It is read anew each time and not kept here: it may be large.
+        """
+        if not self._done:
+            return None
+        arrays, _ = self._read(_TEXT_BEHIND)
+        mx.eval(arrays)  # before the file is replaced
+        source, packed = ([arrays[f"{kind}.{half}"] for half in range(2)] for kind in _BOTH_MODELS)
+        return source, packed
 
     def of(self, step: str) -> tuple[dict[str, list[mx.array]], list[dict[str, Any]]] | None:
         """The parts of each tensor that a step packed, read when they are evaluated, and what it noted; or None."""
