@@ -198,7 +198,7 @@ def test_a_size_that_was_asked_for_is_kept_to_and_its_recipe_makes_the_same_agai
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "choose_recipe", lambda *_, **__: pytest.fail("measured"))
 
-    def full(sink, needed):
+    def full(sink, needed, beside):
         raise CheckpointError(f"{needed} bytes are too many")
 
     monkeypatch.setattr(writer.DirectorySink, "check_space", full)

@@ -1,9 +1,12 @@
 """Fitting that was cut goes on layer by layer, and ends with the same bytes as a run that was not."""
 
+import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import mlx.core as mx
@@ -15,12 +18,15 @@ from quality_models import RandomSource, arrays_of, random_ids, small_directory
 from test_tuning_adapters import make_adapter
 
 from phi3_mlx import convert, fuse
+from phi3_mlx.cli import main
 from phi3_mlx.conversion import calibrating, own_text
 from phi3_mlx.conversion.calibrating import Calibration, GptqSteps, calibrated, calibrated_in
 from phi3_mlx.conversion.distillation import distilled
 from phi3_mlx.conversion.fitted_steps import FittedSteps
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import left_alone, uniform
+from phi3_mlx.conversion.unfinished import left_to_keep
+from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import CheckpointError, OptionError
 
 IDS = random_ids(4 * 256, 64)
@@ -98,13 +104,13 @@ def test_a_text_with_nothing_held_out_is_kept_too(tmp_path, quick, monkeypatch):
     assert all(mx.array_equal(found[name], expected[name]) for name in expected)
 
 
-def cut_at(layer):
+def cut_at(layer, error=Cut):
     """`Calibration._pack_layer` that raises at a layer."""
     pack = Calibration._pack_layer
 
     def packed(self, i):
         if i == layer:
-            raise Cut
+            raise error
         pack(self, i)
 
     return packed
@@ -168,6 +174,24 @@ def test_a_conversion_that_was_killed_goes_on_and_ends_with_the_same_bytes(metho
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.parametrize(("method", "kept"), [("gptq", True), ("round", False)])
+def test_ctrl_c_says_where_what_is_done_is_kept(method, kept, tmp_path, quick, monkeypatch, capsys):
+    small = small_directory(tmp_path / "source")
+    (tmp_path / "made.unfinished").mkdir()  # which a run that rounds leaves alone
+    monkeypatch.setattr(Calibration, "_pack_layer", cut_at(1, KeyboardInterrupt))
+    if not kept:
+        monkeypatch.setattr(DirectorySink, "write", lambda *_: cut())
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(small), "-o", str(tmp_path / "made"), "--method", method, "--no-report"])
+    assert done.value.code == 130
+    note = f"{tmp_path / 'made.unfinished'} keeps what is done; the same command goes on from there"
+    assert (note in capsys.readouterr().err) == kept
+
+
+def cut():
+    raise KeyboardInterrupt
+
+
 def test_a_fusion_goes_on_at_the_layer_where_it_was_cut(tmp_path, quick, monkeypatch):
     packed = convert(small_directory(tmp_path / "source"), tmp_path / "packed", report=False).path
     make_adapter(packed, tmp_path / "adapter")
@@ -181,6 +205,35 @@ def test_a_fusion_goes_on_at_the_layer_where_it_was_cut(tmp_path, quick, monkeyp
     fuse(tmp_path / "adapter", tmp_path / "whole", method="gptq")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "whole"))
     assert a == b
+
+
+def test_the_text_behind_what_is_done_is_not_held_twice(tmp_path):
+    """Only the calibration has it, which replaces it layer by layer."""
+    halves = [mx.ones((3, 8, 4)), mx.ones((1, 8, 4))]
+    FittedSteps(tmp_path / "fitted").keep("layer-0", {}, [], halves, halves)
+    kept = FittedSteps(tmp_path / "fitted")
+    text = kept.text()
+    assert all(mx.array_equal(half, one) for both in text for half, one in zip(both, halves, strict=True))
+    held = [weakref.ref(half) for both in text for half in both]
+    del text
+    gc.collect()
+    assert [half() for half in held] == [None] * 4
+
+
+def test_room_on_the_disk_is_for_what_is_kept_until_the_model_is_complete_too(tmp_path, monkeypatch):
+    small, usage = small_directory(tmp_path / "source"), shutil.disk_usage(tmp_path)
+    size = convert(small, tmp_path / "plain", report=False).bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**7 + 3 * size // 2))
+    monkeypatch.setattr(calibrating, "calibrated", lambda *_, **__: pytest.fail("it is fitted"))
+    for method in ("gptq", "distill"):
+        with pytest.raises(CheckpointError, match=r"the model takes .* of it until it is complete; free some space"):
+            convert(small, tmp_path / "made", method=method, report=False)
+    assert not (tmp_path / "made.unfinished").exists()
+    (tmp_path / "work").mkdir()
+    assert left_to_keep(tmp_path / "work", 100) == 100
+    FittedSteps(tmp_path / "work" / "fitted").keep("layer-0", {}, [], [], [])
+    assert 0 < left_to_keep(tmp_path / "work", 1000) < 1000
+    assert left_to_keep(tmp_path / "work", 20) == left_to_keep(None, 100) == 0
 
 
 def test_a_file_that_is_damaged_is_named_with_the_way_out(tmp_path):

@@ -13,7 +13,7 @@ from ..paths import is_gguf
 from .declare import options_of
 from .measuring import EVALUATION, TASKS, Cost
 from .options import ModelOptions, in_options
-from .progress import ConversionProgress
+from .progress import ConversionProgress, kept_when_stopped
 from .reading import read_calibration, read_input
 from .terminal import note, say, show_rich
 
@@ -41,7 +41,7 @@ def convert(source: str, output: str, tasks: str | None, options: ConvertOptions
     from ..conversion.pipeline import convert_as
 
     cost = None if tasks is None else Cost(tasks)
-    with ConversionProgress() as bar:
+    with kept_when_stopped(output, options.method), ConversionProgress() as bar:
 
         def measure(before: str, after: Path) -> str:
             bar.close()

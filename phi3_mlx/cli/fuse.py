@@ -7,7 +7,7 @@ import click
 from ..conversion.options import FuseOptions
 from .declare import options_of
 from .options import within_memory
-from .progress import ConversionProgress
+from .progress import ConversionProgress, kept_when_stopped
 from .reading import read_calibration, read_input
 from .terminal import say
 
@@ -42,7 +42,7 @@ def fuse(adapter: str, output: str, options: FuseOptions) -> None:
     """
     from ..conversion import fuse as work
 
-    with ConversionProgress() as bar:
+    with kept_when_stopped(output, options.method), ConversionProgress() as bar:
         done = work.fuse_as(adapter, output, options, bar.update)
     kind = "packed" if done.packed else "in floats"
     say(f"{done.layers:,} weight matrices changed; the model is in {done.path}, {kind}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..display import duration_text
-from .terminal import escape, progress_bar, say
+from .terminal import escape, note, progress_bar, say
 
 if TYPE_CHECKING:
     from ..conversion.sinks import Progress
@@ -173,3 +176,17 @@ class DataProgress(LongWork):
             left = f", about {duration_text((now.total - now.done) * took / done)} left"
         share = f", {now.done / now.total:.0%}" if now.total else ""
         self._show(now.stage, now.done, now.total, f"{count}{left}", f"{now.stage}: {count}{share}{left}")
+
+
+@contextmanager
+def kept_when_stopped(output: str, method: str) -> Iterator[None]:
+    """Around a conversion by some method: on Ctrl-C say where what is done is kept, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ..conversion.unfinished import unfinished_folder
+
+        folder = unfinished_folder(Path(output))
+        if method != "round" and folder.exists():
+            note(f"{folder} keeps what is done; the same command goes on from there")
+        raise

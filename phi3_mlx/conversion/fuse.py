@@ -37,7 +37,7 @@ from .planning import check_fusion, check_own_text, check_training
 from .rounding import rounded
 from .sinks import Progress, staged, write_model
 from .texts import bundled
-from .unfinished import unfinished_for
+from .unfinished import left_to_keep, unfinished_for
 from .writer import DirectorySink
 
 ENOUGH = 0.9  # of an adapter's effect; below it the merged model is no longer what was trained
@@ -146,7 +146,7 @@ def fuse_as(
     mx.clear_cache()
     with unfinished_for(options.method, destination) as work, new_directory(destination, force=force) as directory:
         sink = DirectorySink(directory, destination)
-        sink.check_space(layout.nbytes)
+        sink.check_space(layout.nbytes, left_to_keep(work, layout.nbytes))
         rounder, gain = _rounder(source, layout, fitted_to, options.method, work, force, progress)
         write_model(sink, source, layout, rounder, progress)
         survived = None if effect is None else effect.survived(read_model(directory))

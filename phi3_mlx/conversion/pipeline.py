@@ -30,7 +30,7 @@ from .recipes import Recipe
 from .rounding import rounded
 from .sinks import Progress, staged, write_model
 from .sources import Source, weights_of
-from .unfinished import unfinished_for
+from .unfinished import left_to_keep, unfinished_for
 from .writer import DirectorySink, write_json
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ def _write(
     # The places come first: measuring takes minutes, and a disk that is full or read-only is known now.
     with unfinished_for(options.method, destination) as work, new_directory(destination, force=options.force) as folder:
         sink = DirectorySink(folder, destination)
-        sink.check_space(_target_bytes(checked, options) if options.has_target else layout.nbytes)
+        nbytes = _target_bytes(checked, options) if options.has_target else layout.nbytes
+        sink.check_space(nbytes, left_to_keep(work, nbytes))
         ids: Sequence[int] = ()
         if text is not None:
             text.make(work, force=options.force, progress=staged(progress, "writing a text", "tokens"))

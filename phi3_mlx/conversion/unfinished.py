@@ -29,14 +29,19 @@ def unfinished_for(method: str, destination: Path) -> AbstractContextManager[Pat
     return unfinished(destination) if method != "round" else nullcontext()
 
 
+def unfinished_folder(destination: Path) -> Path:
+    """Where a run that writes `destination` keeps what it has done."""
+    place = Path(os.path.realpath(destination))
+    return place.with_name(f"{place.name}.unfinished")
+
+
 @contextmanager
 def unfinished(destination: Path) -> Iterator[Path]:
     """The folder of what a run has done so far, which is removed when the block ends without an error.
 
     OptionError where another run works there, or where that name is of a folder of somebody's own.
     """
-    place = Path(os.path.realpath(destination))
-    folder = place.with_name(f"{place.name}.unfinished")
+    folder = unfinished_folder(destination)
     with hold(folder) as alone:
         if not alone:
             raise OptionError(f"another run is writing {destination}; wait for it, or name another directory")
@@ -48,6 +53,13 @@ def unfinished(destination: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def left_to_keep(folder: Path | None, nbytes: int) -> int:
+    """How many bytes a run may still put into its folder, which takes about what its model of `nbytes` does."""
+    if folder is None:
+        return 0
+    return max(0, nbytes - sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
 
 
 def _check_ours(folder: Path) -> None:

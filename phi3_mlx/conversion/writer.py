@@ -36,12 +36,14 @@ class DirectorySink:
         self._directory = directory
         self._place = directory if destination is None else Path(os.path.realpath(destination)).parent
 
-    def check_space(self, nbytes: int) -> None:
-        free, needed = shutil.disk_usage(self._place).free, nbytes + _SPARE
+    def check_space(self, nbytes: int, beside: int = 0) -> None:
+        """`beside`: bytes of what is kept beside the model until that is complete."""
+        free, needed = shutil.disk_usage(self._place).free, nbytes + beside + _SPARE
         if free < needed:
+            meanwhile = f", {size_text(beside)} of it until it is complete" if beside else ""
             raise CheckpointError(
-                f"{self._place} is on a disk with {size_text(free)} free, and the model takes {size_text(needed)}; "
-                "free some space or name a directory on another disk"
+                f"{self._place} is on a disk with {size_text(free)} free, and the model takes {size_text(needed)}"
+                f"{meanwhile}; free some space or name a directory on another disk"
             )
 
     def write_extras(self, source: Source) -> None:
