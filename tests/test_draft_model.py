@@ -340,6 +340,7 @@ def test_no_guess_is_made_before_a_plain_step_was_timed(monkeypatch):
     draft = ModelDrafter.draft
     monkeypatch.setattr(ModelDrafter, "draft", lambda self, length: seen.append(times.plain) or draft(self, length))
     run(MODELS["mini-4k"], PHRASE * 4, draft=NEAR["mini-4k"])
+    assert seen
     assert None not in seen
 
 

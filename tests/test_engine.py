@@ -231,12 +231,13 @@ def test_nan_is_an_error_not_text(model):
         run(broken, [prompt_of(5)])
 
 
+@pytest.mark.parametrize("lookup", [0, 4], ids=["plain", "nothing to look up"])
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_the_next_step_is_queued_before_a_token_is_read_but_for_the_first_on_a_cpu(model, monkeypatch, on_cpu):
+def test_the_next_step_is_queued_before_a_token_is_read_but_for_the_first_on_a_cpu(model, monkeypatch, on_cpu, lookup):
     queued, order = mx.async_eval, []
     monkeypatch.setattr(mx, "async_eval", lambda *a: (order.append("queued"), queued(*a)))
     monkeypatch.setattr(machine, "on_cpu", lambda: on_cpu)
-    for token in Generation(model, [prompt_of(5)], max_tokens=4, sampling=GREEDY):
+    for token in Generation(model, [prompt_of(5)], max_tokens=4, sampling=GREEDY, lookup=lookup):
         order.append(token.row)
     first = [0, "queued"] if on_cpu else ["queued", 0]
     assert order == ["queued", *first, "queued", 0, "queued", 0, 0]  # the prompt, and each next step before its token

@@ -578,16 +578,17 @@ def test_while_a_newcomer_is_read_a_running_row_gets_a_token_with_every_chunk():
 
 
 def read_at(speed, monkeypatch):
-    """Let prompts be read with so many tokens a second.
+    """Let prompts be read with so many tokens a second: all alike, or each pass with the next of some speeds.
 
     On a CPU a pass is computed while it is queued: its time must not count for the pass before it.
     """
     now, queue_pass = [0.0], batch.queue_pass
+    speeds = itertools.cycle(speed if isinstance(speed, list) else [speed])
     monkeypatch.setattr(batch.time, "perf_counter", lambda: now[0])
 
     def slow(*args):
         queued = queue_pass(*args)
-        now[0] += queued.read_tokens / speed
+        now[0] += queued.read_tokens / next(speeds)
         return queued
 
     monkeypatch.setattr(batch, "queue_pass", slow)
@@ -600,6 +601,26 @@ def test_chunks_follow_the_clock_of_their_own_while_nobody_answers(speed, chunk,
     runs.submit(Plot(0, None, 400, 0, 4, 0, 0, None, 0).job(MODELS["3.5-mini"]))
     read = [runs.step().read_tokens for _ in range(4)]
     assert read[1:3] == [32, chunk]  # how fast it goes is known from the first on
+
+
+def test_chunks_follow_the_newest_speed(monkeypatch):
+    """A longer context is read more slowly."""
+    read_at([100, 50, 200, 25, 100], monkeypatch)
+    runs = Scheduler(MODELS["3.5-mini"], room=math.inf, chunk=512, chunk_seconds=0.5, alone_seconds=1.0)
+    runs.submit(Plot(0, None, 400, 0, 4, 0, 0, None, 0).job(MODELS["3.5-mini"]))
+    assert [runs.step().read_tokens for _ in range(5)] == [0, 32, 100, 50, 200]
+
+
+def test_buffers_are_given_back_between_chunks_and_not_between_tokens(monkeypatch):
+    model, order, clear_cache = MODELS["3.5-mini"], [], mx.clear_cache
+    monkeypatch.setattr(mx, "clear_cache", lambda: order.append("cleared") or clear_cache())
+    runs = Scheduler(model, room=math.inf, chunk=16)
+    row = runs.submit(dataclasses.replace(Plot(0, None, 48, 0, 6, 0, 0, None, 0).job(model), stop_ids=frozenset()))
+    while runs.busy:
+        step = runs.step()
+        order += [f"read {step.read_tokens}"] * bool(step.read_tokens) + ["token"] * len(step.tokens)
+    assert len(row.answer) == 6
+    assert order == ["cleared", "read 16"] * 3 + ["token"] * 6
 
 
 @pytest.mark.parametrize(("speed", "chunk"), [(100, 50), (10, 32)])
