@@ -14,6 +14,7 @@ import small_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, slim
+from test_threads import elsewhere
 
 from phi3_mlx import Conversation, PrefixStore, PromptCache, batch_generate, generate, load, score, stream_generate
 from phi3_mlx.adapters.lora import AdaptedLinear, Adapter
@@ -364,6 +365,21 @@ def test_what_is_split_off_counts_as_written_and_used():
     assert (front.ids, front.saved, front.used) == ([1, 2], True, 7)
     assert (node.ids, node.parent, root.children) == ([3], front, {1: front})
     assert (front.nbytes, node.nbytes) == (2 * 16, 16)
+
+
+def test_what_a_thread_splits_others_read_and_but_a_layer_is_there_twice():
+    root, layers = Node([], None), [[mx.full((1, 1, 4, 50_000), float(n))] for n in range(8)]
+    mx.eval(layers)
+    one = layers[0][0].nbytes
+    node = root.add([1, 2, 3, 4], layers, 0)
+    del layers
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    front = elsewhere(node.split, 1)
+    assert mx.get_peak_memory() - before < 4 * one
+    for half, length in ((front, 1), (node, 3)):
+        assert [array.shape[2] for layer in half.layers for array in layer] == [length] * 8
+        assert [array.max().item() for layer in half.layers for array in layer] == [*range(8)]
 
 
 def test_common_length_is_the_one_that_counting_gives():

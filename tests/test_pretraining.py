@@ -332,6 +332,9 @@ def test_rates_rise_and_fall_as_the_schedules_say():
     assert rates(schedule="constant")[0] == 0.5  # 1 % of the steps warm up
     second = rates(schedule="constant", warmup=0, phase2_from=0.7, phase2_rate=0.25)
     assert second == [1.0] * 70 + [0.25] * 30
+    assert settings(phase2_from=0.29).phase2_step(100) == 29  # 0.29 * 100 is a little less
+    assert [settings().warmup_steps(steps) for steps in (40, 60, 1960)] == [0, 1, 20]
+    assert settings(warmup=0).warmup_steps(1960) == 0
 
 
 # Weights to begin with

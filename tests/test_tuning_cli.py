@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,9 +18,17 @@ from tuning_models import facts, make_directory, write_jsonl
 from phi3_mlx.cli import main
 from phi3_mlx.cli.progress import Pulse
 from phi3_mlx.cli.training import summarize
+from phi3_mlx.display import duration_text
 from phi3_mlx.errors import OptionError
+from phi3_mlx.tuning import dryrun
+from phi3_mlx.tuning.batches import Schedule, tokens_read
+from phi3_mlx.tuning.dryrun import describe_run
+from phi3_mlx.tuning.examples import Example
 from phi3_mlx.tuning.execution import Result
 from phi3_mlx.tuning.log import read_metrics
+from phi3_mlx.tuning.pairs import Labelled, PreferencePair
+from phi3_mlx.tuning.run import prepare
+from phi3_mlx.tuning.settings import Settings
 from phi3_mlx.tuning.settings_file import read_settings
 
 
@@ -115,6 +124,75 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
     code, out, _ = call(capsys, "tune", "-m", packed, "-d", path, "--dry-run", "--memory", "100kB")
     assert code == 0
     assert "does NOT fit in 100 kB; even with --gradient-checkpointing" in out  # what the run itself would say
+    assert "Time" not in out  # for which it would have been loaded
+
+
+def test_a_dry_runs_time_is_that_of_whole_epochs_and_the_rest(packed, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "my.jsonl", [{"text": "ball " * n} for n in range(2, 16)])
+    settings = Settings.of({"model": str(packed), "data": str(path), "output": "o", "holdout": 0.0, "batch_size": 5})
+    prepared = prepare(dataclasses.replace(settings, steps=8))
+    monkeypatch.setattr(dryrun, "load_for_training", lambda prepared: (None, None))
+    monkeypatch.setattr(dryrun, "time_line", lambda *given: f"{given[-1]} tokens")
+    lengths = [*map(tokens_read, prepared.train.examples)]
+    schedule = Schedule.of(lengths, prepared.settings)
+    read = sum(lengths[i] for step in range(8) for i in schedule.batch(step))
+    shown = describe_run(prepared)
+    assert shown.splitlines()[-1] == f"{read} tokens"
+    assert f"{sum(lengths):,} tokens an epoch, " in shown
+    assert "; 8 steps, 3 an epoch" in shown
+    does_not_fit = dataclasses.replace(prepared, way_out="take a smaller one")
+    assert "Memory" in describe_run(does_not_fit).splitlines()[-2]
+    assert describe_run(does_not_fit, force=True).splitlines()[-1] == f"{read} tokens"
+    assert describe_run(prepared, measure=False).splitlines()[-1].strip().startswith("fits in")
+
+
+def test_a_batch_of_middle_size_is_timed_once_it_was_read(monkeypatch):
+    clock, read = iter([0.0, 90.0, 92.0]), []  # the first time is slow
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(dryrun, "Gradients", lambda *_, **__: SimpleNamespace(of=lambda part: (None, {}, None)))
+    lengths = np.array([10, 400, 30, 20, 60])
+    batches = SimpleNamespace(steps=9, steps_per_epoch=5, batch=lambda step: [step])
+    course = SimpleNamespace(
+        batches=batches,
+        objective=SimpleNamespace(part=lambda chosen, *_: read.append(chosen)),
+        optimizer=SimpleNamespace(init=lambda _: None, update=lambda *_: None, state={}),
+    )
+    model = SimpleNamespace(train=lambda: None, trainable_parameters=dict)
+    settings = SimpleNamespace(accumulate=1, gradient_checkpointing=False)
+    assert dryrun.time_line(model, course, settings, "abcde", lengths, 1800.0) == (
+        f"Time      about {duration_text(120)} of training; 15 tok/s in one batch"
+    )
+    assert read == [["c"], ["c"]]
+
+
+@pytest.mark.parametrize(("color", "begin", "end"), [(False, "⟦", "⟧"), (True, "\033[1;32m", "\033[0m")])
+def test_a_dry_run_marks_what_is_learnt_and_counts_what_it_does_not_show(color, begin, end):
+    decoder = SimpleNamespace(decode=lambda ids, skip_special: f"{ids[0]}-{ids[-1]}")
+
+    def shown(length):
+        return dryrun._rendered(Example(np.arange(length), np.arange(length) >= 5, "a:1"), decoder, color)
+
+    assert shown(130) == f"0-4{begin}5-119{end} … 10 more tokens"
+    assert shown(120) == f"0-4{begin}5-119{end}"
+
+
+def test_a_dry_runs_lengths_have_a_bar_each():
+    lengths = [3] * 100 + [9]
+    assert dryrun._bars(lengths, 9) == [
+        f"          3-4              100  {'#' * 30}",
+        "          5-8                0  ",
+        "          9-16               1  #",
+    ]
+    assert dryrun._bars(lengths, 8)[3:] == ["          1 is longer than 8"]
+    assert dryrun._bars(lengths, 2)[3:] == ["          101 are longer than 2"]
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+def test_a_dry_run_names_the_label_of_an_answer(desirable):
+    answer = Example(np.arange(3), np.ones(3, bool), "a:1")
+    assert dryrun._names(Labelled(answer, desirable, answer)) == ("desirable" if desirable else "undesirable",)
+    assert dryrun._names(PreferencePair(answer, answer, 1)) == ("chosen", "rejected")
+    assert dryrun._names(answer) == ("",)
 
 
 def test_a_log_says_how_far_a_long_run_is(packed, data, tmp_path, capsys, monkeypatch):
