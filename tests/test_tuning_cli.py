@@ -127,19 +127,20 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
     assert "Time" not in out  # for which it would have been loaded
 
 
-def test_a_dry_runs_time_is_that_of_whole_epochs_and_the_rest(packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [2, 6], ids=["part of an epoch", "two epochs"])
+def test_a_dry_runs_time_is_that_of_all_it_reads(packed, tmp_path, monkeypatch, steps):
     path = write_jsonl(tmp_path / "my.jsonl", [{"text": "ball " * n} for n in range(2, 16)])
     settings = Settings.of({"model": str(packed), "data": str(path), "output": "o", "holdout": 0.0, "batch_size": 5})
-    prepared = prepare(dataclasses.replace(settings, steps=8))
+    prepared = prepare(dataclasses.replace(settings, steps=steps))
     monkeypatch.setattr(dryrun, "load_for_training", lambda prepared: (None, None))
     monkeypatch.setattr(dryrun, "time_line", lambda *given: f"{given[-1]} tokens")
     lengths = [*map(tokens_read, prepared.train.examples)]
     schedule = Schedule.of(lengths, prepared.settings)
-    read = sum(lengths[i] for step in range(8) for i in schedule.batch(step))
+    read = sum(lengths[i] for step in range(steps) for i in schedule.batch(step))
     shown = describe_run(prepared)
     assert shown.splitlines()[-1] == f"{read} tokens"
     assert f"{sum(lengths):,} tokens an epoch, " in shown
-    assert "; 8 steps, 3 an epoch" in shown
+    assert f"; {steps} steps, 3 an epoch" in shown
     does_not_fit = dataclasses.replace(prepared, way_out="take a smaller one")
     assert "Memory" in describe_run(does_not_fit).splitlines()[-2]
     assert describe_run(does_not_fit, force=True).splitlines()[-1] == f"{read} tokens"
