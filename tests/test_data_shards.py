@@ -361,6 +361,34 @@ def test_texts_of_which_the_tokenizer_makes_nothing_are_counted(tmp_path):
     assert data_stats(tmp_path / "a.jsonl", tokenizer=tokenizer)["tokens"]["shortest"] == 0
 
 
+def test_tokens_are_made_of_what_was_named_and_a_folder_only_replaced_where_that_was_said(tmp_path):
+    tokenizer, out = load_tokenizer("tiny"), tmp_path / "out"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the end", "body": "a duck"}) + "\n")
+    (tmp_path / "a.txt").write_text("the dog\n\nran\n")
+    tokens = tokenize_data(tmp_path / "a.jsonl", out, tokenizer, field="body")["outputs"]["tokens"]
+    assert [sample["text"] for sample in tokens["samples"]] == ["a duck"]
+    assert (tokens["records"], tokens["characters"]) == (1, 6)
+    with pytest.raises(DataError, match="exists"):
+        tokenize_data(tmp_path / "a.txt", out, tokenizer)
+    assert tokenize_data(tmp_path / "a.txt", out, tokenizer, force=True)["kept"] == 1
+    assert tokenize_data(tmp_path / "a.txt", out, tokenizer, lines=True, force=True)["kept"] == 2
+
+
+def test_what_was_finished_with_another_tokenizer_is_made_anew(tmp_path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text('{"text": "the dog ran to the end"}\n')
+    files[1].write_text("{broken\n")
+    with pytest.raises(DataError, match="is not JSON"):
+        tokenize_data(files, tmp_path / "out", load_tokenizer("tiny"))
+    assert (tmp_path / "out.shards").exists()
+    files[1].write_text('{"text": "and met a rabbit"}\n')
+    other = read_tokenizer(tiktoken_ranks(tmp_path / "ranks"), backend="tiktoken")
+    for name in ("out", "whole"):
+        tokenize_data(files, tmp_path / name, other)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 def test_a_tokenizer_without_an_end_of_texts_makes_no_shards(pages, tmp_path):
     with pytest.raises(OptionError, match="this tokenizer has no token that ends a text"):
         tokenize_data(pages, tmp_path / "out", SimpleNamespace(eos_token_id=None))

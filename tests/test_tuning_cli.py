@@ -129,7 +129,7 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
 
 @pytest.mark.parametrize("steps", [2, 6], ids=["part of an epoch", "two epochs"])
 def test_a_dry_runs_time_is_that_of_all_it_reads(packed, tmp_path, monkeypatch, steps):
-    path = write_jsonl(tmp_path / "my.jsonl", [{"text": "ball " * n} for n in range(2, 16)])
+    path = write_jsonl(tmp_path / "my.jsonl", [{"prompt": "ball " * n, "completion": "No."} for n in range(2, 16)])
     settings = Settings.of({"model": str(packed), "data": str(path), "output": "o", "holdout": 0.0, "batch_size": 5})
     prepared = prepare(dataclasses.replace(settings, steps=steps))
     monkeypatch.setattr(dryrun, "load_for_training", lambda prepared: (None, None))
@@ -139,7 +139,9 @@ def test_a_dry_runs_time_is_that_of_all_it_reads(packed, tmp_path, monkeypatch, 
     read = sum(lengths[i] for step in range(steps) for i in schedule.batch(step))
     shown = describe_run(prepared)
     assert shown.splitlines()[-1] == f"{read} tokens"
-    assert f"{sum(lengths):,} tokens an epoch, " in shown
+    learnt = sum(int(example.trained.sum()) for example in prepared.train.examples)
+    assert f"{sum(lengths):,} tokens an epoch, {learnt:,} of them learnt" in shown
+    assert 0 < learnt < sum(lengths)
     assert f"; {steps} steps, 3 an epoch" in shown
     does_not_fit = dataclasses.replace(prepared, way_out="take a smaller one")
     assert "Memory" in describe_run(does_not_fit).splitlines()[-2]
