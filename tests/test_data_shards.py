@@ -365,7 +365,9 @@ def test_tokens_are_made_of_what_was_named_and_a_folder_only_replaced_where_that
     tokenizer, out = load_tokenizer("tiny"), tmp_path / "out"
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the end", "body": "a duck"}) + "\n")
     (tmp_path / "a.txt").write_text("the dog\n\nran\n")
-    tokens = tokenize_data(tmp_path / "a.jsonl", out, tokenizer, field="body")["outputs"]["tokens"]
+    report = tokenize_data(tmp_path / "a.jsonl", out, tokenizer, field="body")
+    tokens = report["outputs"]["tokens"]
+    assert (report["kept"], report["removed"], report["reasons"]) == (1, 0, {})
     assert [sample["text"] for sample in tokens["samples"]] == ["a duck"]
     assert (tokens["records"], tokens["characters"]) == (1, 6)
     with pytest.raises(DataError, match="exists"):
