@@ -124,13 +124,16 @@ class Points:
         layout, work, target = Layout.of(self.source, recipe), self._next("work"), self._next("made")
         work.mkdir()
         meters = [Meter()]
+        packing: dict[str, float] = {}
         costs: dict[str, float] = {}
 
         def notice(now: Progress) -> None:
+            if now.stage == "packing" and now.done == now.total:
+                packing.update(meters[0].read())  # before the source's distributions, which only distilling needs
             if now.stage == "distilling" and not costs:
                 costs.update(meters[0].read())
                 DirectorySink(work / PACKED).write_config(self.source.raw_config, layout)
-                self._add("gptq", work / PACKED, costs)
+                self._add("gptq", work / PACKED, packing)
                 meters.append(Meter(meters[0].held))
 
         arrays, _, gain = distilled(self.source, layout, self.ids, work, progress=notice)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import date
 from importlib import import_module
+from types import SimpleNamespace
 
 import click
 import mlx.core as mx
@@ -17,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 from mlx.utils import tree_flatten
+from quality_models import RandomSource
 from test_plan import random_model
 
 from bench import kvquality, longcontext, methods, published, quantization, record, tables
@@ -517,6 +519,43 @@ def test_each_method_of_quantization_has_its_costs_beside_mlx_lms(small, results
     table = methods.methods()
     assert "| small | distill | 1,024 | 3." in table
     assert "mlx-lm awq: mlx-lm's AWQ has no phi3" in table
+
+
+def test_what_gptq_takes_ends_where_the_model_is_packed(tmp_path, monkeypatch):
+    """The source's distributions come after it, and are of distillation; measuring the packed model is of neither."""
+    now, rows = [0], []
+
+    class Clock:
+        held = 0
+
+        def __init__(self, held=None):
+            self.start = now[0]
+
+        def read(self):
+            return dict.fromkeys(("seconds", "cpu_seconds", "peak_memory"), now[0] - self.start)
+
+    def distilled(source, layout, ids, folder, *, progress):
+        (folder / quantization.PACKED).mkdir()
+        for stage, done, time in (("packing", 1, 1), ("packing", 2, 2), ("distilling", 0, 10), ("distilling", 2, 1030)):
+            now[0] = time
+            progress(quantization.Progress(stage, "steps", done, 2))
+        return None, (), SimpleNamespace(held_before=0.2, held_after=0.1)
+
+    def add(self, method, directory, costs, **facts):
+        rows.append((method, dict(costs)))
+        now[0] += 1000 if method == "gptq" else 0
+
+    monkeypatch.setattr(quantization, "Meter", Clock)
+    monkeypatch.setattr(quantization, "distilled", distilled)
+    monkeypatch.setattr(quantization, "write", lambda *_: None)
+    monkeypatch.setattr(quantization.Points, "_add", add)
+    source = RandomSource("BF16", vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=32)
+    points = quantization.Points(source, None, "", [], tmp_path, rows.append)
+    points.distill(quantization.uniform(4, 32))
+    assert [(method, costs["cpu_seconds"], costs["peak_memory"]) for method, costs in rows] == [
+        ("gptq", 2, 2),
+        ("distill", 30, 20),
+    ]
 
 
 def test_rows_of_a_run_that_was_cut_are_kept(small, results, monkeypatch):
