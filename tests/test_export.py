@@ -373,6 +373,7 @@ def test_an_empty_calibration_text_is_refused_and_nothing_is_written(tmp_path: P
         ({"importance": False}, "importance=False has no effect without a K type"),
         ({"importance": False, "type": "q8_0"}, "importance=False has no effect without a K type"),
         ({"text": "A text.", "report": False}, "text has no effect"),
+        ({"text": " \n"}, "text is empty; give some"),
         (
             {"modelfile": True, "split_max_size": "1GB"},
             "for ollama, which takes no parts; leave out split_max_size=1GB",

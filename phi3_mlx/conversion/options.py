@@ -37,6 +37,13 @@ def _folder(value: Any, name: str) -> str | Path:
     return values.path(value, name, "the folder of an adapter")
 
 
+def _compared_text(value: Any, name: str) -> str:
+    """A text with something to predict: hours later it would be too late to say that there is none."""
+    if not values.text(value, name).strip():
+        raise OptionError(f"{name} is empty; give some")
+    return value
+
+
 def _check_seed(seed: int | None, calibration: str | None) -> None:
     if seed is not None and calibration != OWN_TEXT:
         raise OptionError(f"seed has no effect without calibration='{OWN_TEXT}'; leave it out")
@@ -91,7 +98,9 @@ class ConvertOptions:
         metavar="FILE|self",
     )
     seed: int | None = option(None, "Of the text that SRC writes. Without it: 0.", _SEED)
-    text: str | None = option(None, "The text that the report reads. Without it: another sample.", metavar="FILE")
+    text: str | None = option(
+        None, "The text that the report reads. Without it: another sample.", metavar="FILE", read=_compared_text
+    )
     report: bool | None = option(
         None,
         "Compare with SRC on the text and write REPORT.md; done without asking where both fit in memory.",
@@ -269,7 +278,9 @@ class ExportOptions:
         "Compare with the model on a text: KL divergence; done without asking where weights are rounded a second time.",
         flags="--report/--no-report",
     )
-    text: str | None = option(None, "Compare on this text. Without it: another sample.", metavar="FILE")
+    text: str | None = option(
+        None, "Compare on this text. Without it: another sample.", metavar="FILE", read=_compared_text
+    )
     split_max_size: int | str | None = option(
         None, "Write several files of at most this size: 4GB.", read=_size, metavar="SIZE"
     )
