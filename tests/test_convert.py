@@ -772,6 +772,10 @@ def test_report_and_recipe(tmp_path, run, monkeypatch):
     }
 
 
+def out_of_memory(*_):
+    raise RuntimeError("[malloc] Unable to allocate\n4 bytes.")
+
+
 def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypatch):
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, source)
@@ -781,6 +785,10 @@ def test_the_report_is_left_out_where_it_does_not_fit(tmp_path, source, monkeypa
     assert re.fullmatch(
         r"no report: it takes about [\d.]+ [GM]B of memory, and 1.0 MB are free; report=True .*", done.notes[0]
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_compared", out_of_memory)
+        done = convert(source, tmp_path / "no memory")
+    assert (done.report, done.notes[0]) == (None, "no report: [malloc] Unable to allocate 4 bytes.")
     for file in source.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(TokenizerError):

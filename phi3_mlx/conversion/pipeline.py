@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
 from ..engine.machine import room
-from ..errors import MemoryLimitError, OptionError, Phi3Error
+from ..errors import MemoryLimitError, OptionError
 from ..evaluation.quality import comparison_markdown
 from ..option import arguments
 from ..sizes import size_text
@@ -320,10 +320,10 @@ def _report(
         return None, ()
     try:
         return _compared(directory, source, size, text, options, progress), ()
-    except (Phi3Error, OSError) as error:  # the model is there, whatever becomes of its report
+    except Exception as error:  # of any kind, such as MLX's when memory runs out: the model is there all the same
         if options.report:
             raise
-        return None, (f"no report: {error}",)
+        return None, (f"no report: {' '.join(str(error).split()) or type(error).__name__}",)
 
 
 def _compared(
