@@ -184,9 +184,9 @@ def kept_when_stopped(output: str, method: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from ..conversion.unfinished import unfinished_folder
+        from ..conversion.unfinished import unfinished_place
 
-        folder = unfinished_folder(Path(output))
+        folder = unfinished_place(Path(output))
         if method != "round" and folder.exists():
             note(f"{folder} keeps what is done; the same command goes on from there")
         raise

@@ -29,7 +29,7 @@ def unfinished_for(method: str, destination: Path) -> AbstractContextManager[Pat
     return unfinished(destination) if method != "round" else nullcontext()
 
 
-def unfinished_folder(destination: Path) -> Path:
+def unfinished_place(destination: Path) -> Path:
     """Where a run that writes `destination` keeps what it has done."""
     place = Path(os.path.realpath(destination))
     return place.with_name(f"{place.name}.unfinished")
@@ -41,7 +41,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
     OptionError where another run works there, or where that name is of a folder of somebody's own.
     """
-    folder = unfinished_folder(destination)
+    folder = unfinished_place(destination)
     with hold(folder) as alone:
         if not alone:
             raise OptionError(f"another run is writing {destination}; wait for it, or name another directory")
