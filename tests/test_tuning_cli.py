@@ -127,7 +127,7 @@ def test_dry_run_shows_what_would_be_done(packed, tmp_path, capsys):
     assert "Time" not in out  # for which it would have been loaded
 
 
-@pytest.mark.parametrize("steps", [2, 6], ids=["part of an epoch", "two epochs"])
+@pytest.mark.parametrize("steps", [2, 6, 8], ids=["part of an epoch", "two epochs", "two and a part"])
 def test_a_dry_runs_time_is_that_of_all_it_reads(packed, tmp_path, monkeypatch, steps):
     path = write_jsonl(tmp_path / "my.jsonl", [{"prompt": "ball " * n, "completion": "No."} for n in range(2, 16)])
     settings = Settings.of({"model": str(packed), "data": str(path), "output": "o", "holdout": 0.0, "batch_size": 5})

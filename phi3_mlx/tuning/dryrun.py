@@ -52,8 +52,9 @@ def describe_run(prepared: Prepared, *, color: bool = False, measure: bool = Tru
             lines += [*([f"          {name}"] if name else []), _rendered(sequence, prepared.tokenizer, color), ""]
     lines += memory_lines(prepared.plan, allowed_bytes(settings, prepared.available), prepared.way_out)
     if measure and (force or not prepared.way_out):
-        epochs, rest = divmod(schedule.steps, schedule.steps_per_epoch)
-        total = epochs * sum(lengths) + sum(lengths[i] for step in range(rest) for i in schedule.batch(step))
+        epochs = schedule.steps // schedule.steps_per_epoch
+        rest = range(epochs * schedule.steps_per_epoch, schedule.steps)
+        total = epochs * sum(lengths) + sum(lengths[i] for step in rest for i in schedule.batch(step))
         model, _ = load_for_training(prepared)
         course = Course.of_tuning(settings, lengths)
         lines.append(time_line(model, course, settings, train.examples, np.array(lengths), total))
