@@ -30,6 +30,7 @@ from phi3_mlx.models.hooks import get_layer
 from phi3_mlx.store.checkpoint import read_model
 
 WIDTH, FITTED_WINDOW = 64, 64
+MOE = {**VOCAB, "num_local_experts": 4}
 
 
 def moved(x, seed, amount=0.2):
@@ -372,8 +373,8 @@ def test_each_row_is_the_better_of_two():
 
 
 def test_experts_too_begin_from_what_is_stored(tmp_path, monkeypatch):
-    tensors = moe_models.hugging_face(moe_models.random_weights(VOCAB, near=0.5))
-    source = open_source(moe_models.write(tmp_path / "source", VOCAB, tensors))
+    tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
+    source = open_source(moe_models.write(tmp_path / "source", MOE, tensors))
     layout = Layout.of(source, uniform(4, 32))
     name = next(name for name in layout.packings if len(source.tensors[name].shape) == 3)
     stored = list(mx.quantize(source.read(name), **layout.packings[name]))
@@ -410,8 +411,8 @@ def test_experts_of_few_tokens_are_rounded_for_what_the_others_get():
 
 def test_experts_of_both_models_get_the_same_tokens(tmp_path):
     """Otherwise rows of different tokens would be taken for pairs."""
-    tensors = moe_models.hugging_face(moe_models.random_weights(VOCAB, near=0.5))
-    stream = LayerStream(open_source(moe_models.write(tmp_path / "source", VOCAB, tensors)))
+    tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
+    stream = LayerStream(open_source(moe_models.write(tmp_path / "source", MOE, tensors)))
     original = stream.layer(0)
     packed = stream.twin(original, 0)
     hidden = stream.embed(mx.array([list(range(5, 37))] * 3))
@@ -431,8 +432,8 @@ def test_experts_of_both_models_get_the_same_tokens(tmp_path):
 
 def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
     """Not on those that made up for them, which other weights of the source's answered."""
-    tensors = moe_models.hugging_face(moe_models.random_weights(VOCAB, near=0.5))
-    source = open_source(moe_models.write(tmp_path / "source", VOCAB, tensors))
+    tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
+    source = open_source(moe_models.write(tmp_path / "source", MOE, tensors))
     layout = Layout.of(source, uniform(4, 32))
     seen = {}
     original = calibrating.Calibration._packed
@@ -449,7 +450,7 @@ def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
     for fit in calibration.fits:
         held_out, judges, errors = zip(*seen[fit.path], strict=True)
         if len(judges) > 1:
-            assert sum(judges) == 64 * VOCAB["num_experts_per_tok"]
+            assert sum(judges) == 64 * MOE["num_experts_per_tok"]
             assert min(held_out) >= calibrating._ENOUGH * 96 > min(judges)
             assert fit.few > 0
         assert fit.rounded == pytest.approx(sum(errors) / len(errors))
@@ -457,8 +458,8 @@ def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
 
 
 def test_a_plan_counts_what_every_expert_gets(tmp_path):
-    tensors = moe_models.hugging_face(moe_models.random_weights(VOCAB, near=0.5))
-    source = open_source(moe_models.write(tmp_path / "source", VOCAB, tensors))
+    tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
+    source = open_source(moe_models.write(tmp_path / "source", MOE, tensors))
     layout = Layout.of(source, uniform(4, 32))
     ids = [i % 3000 for i in range(4 * calibrating.GPTQ_WINDOW)]
     mx.synchronize()
