@@ -18,6 +18,7 @@ from tuning_models import make_directory
 from bench.readme import BLOCKS, PAGES, filled, shown_in
 from bench.terminal import PICTURE, draw
 from phi3_mlx import save_steering
+from phi3_mlx.cli import main
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS["README.md"]
@@ -101,7 +102,7 @@ def check(done):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, checkpoint, tmp_path):
+def test_commands_run(command, checkpoint, tmp_path, monkeypatch, capsys):
     for part in ("notebooks", "weights"):  # of the clone
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text("The dog ran.")
@@ -134,21 +135,27 @@ def test_commands_run(command, checkpoint, tmp_path):
         words.append("--dry-run")
     if words[0] == "serve":  # until it is told to stop
         check_served([*program, "serve", "-m", "tiny", "--port", "0"], home)
-    done = run(words)
-    if (
-        "-m" in words and words[0] != "plan" and words[words.index("-m") + 1] != "tiny"
-    ):  # a real model: without the network its name is known, and what is missing
-        assert done.returncode == 1
-        assert "HF_HUB_OFFLINE" in done.stderr
+    if "-m" in words and words[0] != "plan" and words[words.index("-m") + 1] != "tiny":  # a real model
+        check_known(words, tmp_path, monkeypatch, capsys)
         # The same command with the bundled model instead.
         words[words.index("-m") + 1] = "tiny"
         if words[0] == "serve":
             return
         for option in {"--draft-model", "--against"}.intersection(words):
             words[words.index(option) + 1] = "tiny"
-        done = run(words)
+    done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
+
+
+def check_known(words, folder, monkeypatch, capsys):
+    """Without the network the model's name is known, and what is missing."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
 def check_served(command, home):
