@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import click
 import mlx.core as mx
 
+from phi3_mlx import blas
 from phi3_mlx.engine.prefill import common_length
 
 from . import record
@@ -34,6 +39,21 @@ def in_turn(contenders: Mapping[str, Callable[[], float]], runs: int) -> dict[st
         name: {"tokens_per_second": record.spread(figures[name]), "peak_memory": record.spread(peaks[name])}
         for name in contenders
     }
+
+
+_Result = TypeVar("_Result")
+
+
+def apart(call: Callable[..., _Result], *args: Any) -> _Result:
+    """What `call(*args)` gives in a process of its own, without the BLAS that this package loads: for PyTorch.
+
+    In one process PyTorch's products go there as well, and the threads of both wait for each other by turning in
+    circles: transformers was five times slower than alone.
+    """
+    with patch.dict(os.environ, {blas.VARIABLE: "off"}):
+        os.environ.pop("LD_PRELOAD", None)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(call, *args).result()
 
 
 def rows_of(

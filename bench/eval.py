@@ -7,7 +7,8 @@ question, MMLU without, and ARC, whose choices are texts. `--model` is an unpack
 Llama's architecture (default: random weights of two layers with the bundled model's tokenizer), `--data` has MMLU's CSV
 files and ARC's lines (default: questions made of the bundled text, of MMLU's mean length). What counts are the
 questions of which all choices are scored. The run fails if a sum differs from transformers' by more than 0.0001 a
-token; for mlx-lm the difference is told. `--batch`: rows of the `hf` backend; 1 for a LongRoPE model.
+token; for mlx-lm the difference is told. `--batch`: rows of the `hf` backend; 1 for a LongRoPE model. PyTorch has a
+process of its own, where its products are its own as well.
 
 What is gained is mostly what is not read twice, so it grows with the questions of a subject: mlx-lm reads the examples
 for each of them. MMLU has 100 or more a subject. `shared` is how many tokens the prompts have for each one that is
@@ -23,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from phi3_mlx import HarnessLM, convert, load
 from phi3_mlx.engine.prefill import common_length
 
 from . import record
+from .contenders import apart
 from .models import copy_tokenizer, make_checkpoint, text_of
 
 # The bundled tokenizer's ids; transformers takes 32,000 for the padding if it is not told.
@@ -50,6 +51,8 @@ SUBJECTS = ("anatomy", "astronomy", "marketing", "nutrition", "virology")  # in 
 QUESTION = 130  # tokens, with its choices: MMLU's mean
 SAME = 1e-4  # of a token
 BASE = "mlx-lm"
+
+Timed = tuple[list[tuple[float, bool]], float, float]  # scores, seconds, seconds of the processor
 
 
 def make_data(directory: Path, tokenizer: Any, questions: int) -> None:
@@ -94,27 +97,30 @@ def requests_of(name: str, shots: int, data: Path, subjects: int, questions: int
     return asked
 
 
-def contenders(directory: Path, batch: int) -> dict[str, Any]:
-    """Each package's language model for the harness, with the weights of a directory in float32."""
+def contenders(directory: Path) -> dict[str, Any]:
+    """Each MLX package's language model for the harness, with the weights of a directory in float32."""
+    from mlx_lm.evaluate import MLXLM
+
+    return {"phi3-mlx": HarnessLM(*load(str(directory))), BASE: MLXLM(str(directory), use_chat_template=False)}
+
+
+def reference(directory: Path, batch: int, asked: list[Any]) -> Timed:
+    """What transformers' model gives, for which it needs a process of its own."""
     import torch
     from lm_eval.models.huggingface import HFLM
-    from mlx_lm.evaluate import MLXLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return {
-        "phi3-mlx": HarnessLM(*load(str(directory))),
-        BASE: MLXLM(str(directory), use_chat_template=False),
-        "transformers": HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=batch, device="cpu"),
-    }
+    return timed(HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=batch, device="cpu"), asked)
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a call gives, its seconds, and those of the processor."""
+def timed(model: Any, asked: list[Any]) -> Timed:
+    """What the harness's language model gives, its seconds, and those of the processor; two questions warm it up."""
+    model.loglikelihood(asked[:2])
     wall, processor = time.perf_counter(), time.process_time()
-    result = call()
-    return result, time.perf_counter() - wall, time.process_time() - processor
+    results = model.loglikelihood(asked)
+    return results, time.perf_counter() - wall, time.process_time() - processor
 
 
 def shared(asked: Sequence[Any], encode: Callable[[str], list[int]]) -> float:
@@ -133,9 +139,8 @@ def best_of(asked: Sequence[Any], results: Sequence[tuple[float, bool]]) -> dict
     return {question: totals.index(max(totals)) for question, totals in sums.items()}
 
 
-def compared(asked: Sequence[Any], models: dict[str, Any], count: Callable[[str], int]) -> list[dict[str, Any]]:
+def compared(asked: Sequence[Any], measured: dict[str, Timed], count: Callable[[str], int]) -> list[dict[str, Any]]:
     """A row for each package. ClickException if a score of ours is not transformers'."""
-    measured = {name: timed(partial(lm.loglikelihood, asked)) for name, lm in models.items()}
     expected = measured["transformers"][0]
     tokens = [count(request.args[1]) for request in asked]
     best = best_of(asked, expected)
@@ -185,7 +190,7 @@ def main(
             copy_tokenizer(directory)
         else:
             convert(model, directory, dequantize=True, dtype="float32", report=False)
-        models = contenders(directory, batch)
+        models = contenders(directory)
         tokenizer = load(str(directory))[1]
         if data is None:
             data = made / "data"
@@ -194,13 +199,13 @@ def main(
         for case in only or LISTS:
             task, shots = LISTS[case]
             asked = requests_of(task, shots, data, subjects, questions)
-            for lm in models.values():  # a first question warms up
-                lm.loglikelihood(asked[:2])
             most = shared(asked, tokenizer.encode)
             click.echo(f"{task}, {shots} examples, {len(asked)} choices, {most:.2f} tokens for one that differs")
+            measured = {package: timed(lm, asked) for package, lm in models.items()}
+            measured["transformers"] = apart(reference, directory, batch, asked)
             rows += [
                 {"case": case, "shots": shots, "shared": most, **row}
-                for row in compared(asked, models, lambda t: len(tokenizer.encode(t)))
+                for row in compared(asked, measured, lambda t: len(tokenizer.encode(t)))
             ]
     packages = ("mlx", "mlx-lm", "lm_eval", "torch", "transformers")
     record.write("eval", rows, *packages, model=name, batch=batch, made_questions=data.parent == made)

@@ -5,8 +5,8 @@
 The config has 1.3 million parameters: 4 layers, 128 wide, 4,032 tokens. Both read random words in rows of 512 tokens, 8
 a step; ours are documents of 60 to 350 tokens, each of which sees itself alone, PyTorch's are cut from one stream and
 attention crosses documents, as most loops have it. `--compile` lets torch.compile have the loss, as
-weights/training/train.py does. The first steps are not timed. CPU seconds are this process's, so that a busy machine
-changes them less. Without transformers ours is measured alone.
+weights/training/train.py does. The first steps are not timed. PyTorch has a process of its own, each time anew. CPU
+seconds are those of a process, so that a busy machine changes them less. Without transformers ours is measured alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from phi3_mlx import load_tokenizer, pretrain, tokenize_data
 
 from . import record
+from .contenders import apart
 
 SHAPE = {
     "model_type": "phi3",
@@ -111,7 +112,7 @@ def main(steps: int, runs: int, compiled: bool) -> None:
         write_corpus(folder, steps)
         for _ in range(runs):
             for package in contenders:
-                made = ours(folder, steps) if package == "phi3-mlx" else theirs(steps, compiled)
+                made = ours(folder, steps) if package == "phi3-mlx" else apart(theirs, steps, compiled)
                 for figure, value in made.items():
                     figures.setdefault(package, {}).setdefault(figure, []).append(value)
     rows: list[dict[str, Any]] = [

@@ -1,6 +1,6 @@
 """The tables of what need not be computed again, in Markdown.
 
-Prompts that begin alike, and the tokens that a schema leaves no choice of.
+Prompts that begin alike, the tokens that a schema leaves no choice of, and those that a draft model guesses right.
 """
 
 from __future__ import annotations
@@ -50,3 +50,21 @@ def schema() -> str:
         computed, applied = (f"{row[span]['p99']:.0f} µs" for span in ("computed", "applied"))
         lines.append(f"| {row['vocabulary']:,} | {computed} | {applied} | {paid[row['vocabulary']]:.0f} µs |")
     return "\n".join([*lines, "", sources([result])])
+
+
+def draft() -> str:
+    """Tokens a second with a draft model and without, by how many of its guesses hold."""
+    result = read("draft")
+    lines = [
+        "| guesses that held | guesses | tokens a step | tok/s plain | with the draft model | of plain |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        held = "none made" if row["accepted"] is None else f"{row['accepted']:.0%}"
+        plain, drafting = (row[f"{way}_tokens_per_second"]["median"] for way in ("plain", "draft"))
+        lines.append(
+            f"| {held} | {row['drafted']} | {row['tokens_per_step']:.2f} | {plain:.1f} | {drafting:.1f} | "
+            f"{row['ratio']['median']:.2f}× |"
+        )
+    shape = f"{result['layers']} layers, {result['width']} wide; the draft model is the first {result['draft_layers']}"
+    return "\n".join([*lines, "", f"{shape}. {sources([result])}"])

@@ -375,3 +375,14 @@ def finetune() -> str:
         lines.append(f"| {row['model']} | {row['right']:.1%} | {survived} |")
     trained = f"{result['steps']} steps in {result['seconds']:.0f} s, validation loss {result['loss']:.4f}"
     return "\n".join([*lines, "", f"Trained: {trained}.", "", sources([result])])
+
+
+def pretraining() -> str:
+    """Tokens that a small model learns from in a second, here and in PyTorch."""
+    result = read("pretrain")
+    lines = ["| package | tok/s | tokens a second of the processor |", "|---|--:|--:|"]
+    for row in result["rows"]:
+        wall, processor = (row[key] for key in ("tokens_per_second", "tokens_per_cpu_second"))
+        ends = f"({wall['min']:,.0f} to {wall['max']:,.0f})"
+        lines.append(f"| {row['package']} | {wall['median']:,.0f} {ends} | {processor['median']:,.0f} |")
+    return "\n".join([*lines, "", sources([result])])

@@ -23,7 +23,8 @@ from test_plan import random_model
 
 from bench import kvquality, longcontext, methods, published, quantization, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
-from bench.contenders import alike
+from bench.contenders import alike, apart
+from phi3_mlx import blas
 from phi3_mlx.store import hub
 
 SHARED = {
@@ -172,6 +173,15 @@ def test_what_benches_share_is_no_bench_and_tables_measure_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {name for name in done.stdout.split() if name.startswith(("bench.", "mlx", "torch", "transformers"))}
     assert loaded == {"bench.agreement", "bench.published", "bench.tables"}
+
+
+def test_pytorch_is_measured_in_a_process_without_our_blas():
+    before = dict(os.environ)
+    assert apart(os.getenv, blas.VARIABLE) == "off"
+    assert apart(os.getpid) != os.getpid()
+    assert dict(os.environ) == before
+    with pytest.raises(ValueError, match="invalid literal"):
+        apart(int, "one")
 
 
 def test_without_a_command_there_is_help_and_nothing_is_imported():

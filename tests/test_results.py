@@ -86,6 +86,14 @@ def test_lookup_pays_where_text_repeats_and_costs_little_where_it_does_not():
     assert rows(name, prompts="something new")[0]["ratio"] >= 0.97
 
 
+def test_a_draft_model_pays_by_what_it_guesses_right_and_costs_little_where_that_is_nothing():
+    ratios = [(row["accepted"], row["ratio"]["median"]) for row in rows("draft")]
+    assert ratios[0][0] == 1
+    assert ratios[0][1] >= 2
+    assert all(ratio >= 0.95 for _, ratio in ratios)
+    assert all(row["alike"] == 1 for row in rows("draft"))
+
+
 def test_prompts_that_begin_alike_are_read_once():
     questions, conversations = rows("prefix")
     assert questions["prompts"] == 32
