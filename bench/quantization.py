@@ -5,10 +5,10 @@
 
 MODEL is a name, a directory or a GGUF file. What measures or fits reads the calibration text, the figures come from the
 other one; by default both are texts that come with the package. Methods: `uniform`, `gptq` and `distill` give all
-layers the same bits; `mixed` gives each its own, by sensitivity, and at the sizes of uniform bits GPTQ rounds those,
-too. `distill` begins with `gptq`, which is then measured on the way. Seconds are those of the clock and of the
-processor; the peak is of MLX's memory. The result is `quantization-NAME`, kept after every row, and with `mixed` drawn
-in results/quantization-NAME.png.
+layers the same bits; `mixed` gives each its own, by sensitivity, and `mixed + gptq` does at the sizes of uniform bits,
+by sensitivity to GPTQ's errors. `distill` begins with `gptq`, which is then measured on the way. Seconds are those of
+the clock and of the processor; the peak is of MLX's memory. The result is `quantization-NAME`, kept after every row,
+and with `mixed` drawn in results/quantization-NAME.png.
 
 The published curve of the bundled model is of its checkpoint before packing and of stories that
 weights/training/data.py splits off; that of SmolLM2-135M-Instruct is of its Q4_1 GGUF file, converted with --dequantize
@@ -195,6 +195,7 @@ def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int)
     """The points of bits by sensitivity, at uniform's sizes and between them; returns the seconds of measuring it."""
     source, start = points.source, time.perf_counter()
     costs = measure(source, points.ids, group_size=group_size)
+    by_gptq = measure(source, points.ids, group_size=group_size, rounds=True) if fitted else costs
     seconds = time.perf_counter() - start
     sizes, fixed = sizes_of(source, group_size, BITS)
     uniforms = {width: fixed + sum(by_width[width] for by_width in sizes.values()) for width in widths}
@@ -204,6 +205,7 @@ def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int)
         recipe = as_recipe(allocate(costs, sizes, size - fixed), sizes, group_size)
         points.make("mixed", recipe)
         if size in [uniforms[width] for width in fitted]:
+            recipe = as_recipe(allocate(by_gptq, sizes, size - fixed), sizes, group_size)
             points.make("mixed + gptq", recipe, GptqSteps())
     return seconds
 

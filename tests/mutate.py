@@ -35,6 +35,7 @@ TESTS = {
     "conversion/fitted_text": ["test_own_text"],
     "conversion/fitted_steps": ["test_unfinished"],
     "conversion/gptq": ["test_gptq", "test_gptq_steps"],
+    "conversion/measured": ["test_sensitivity"],
     "conversion/layout": ["test_layout", "test_split", "test_convert"],
     "conversion/own_text": ["test_own_text", "test_distill"],
     "conversion/sinks": ["test_terminal", "test_ways", "test_convert"],

@@ -96,8 +96,14 @@ def test_models_are_compared_where_there_is_room(tiny):
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 4}, {"dequantize": True, "dtype": "float16"}, {"method": "gptq", **TEXT}, {"target_bpw": 4.5, **TEXT}],
-    ids=["rounded", "cast", "gptq", "measured"],
+    [
+        {"bits": 4},
+        {"dequantize": True, "dtype": "float16"},
+        {"method": "gptq", **TEXT},
+        {"target_bpw": 4.5, **TEXT},
+        {"target_bpw": 4.5, "method": "gptq", **TEXT},
+    ],
+    ids=["rounded", "cast", "gptq", "measured", "measured by GPTQ"],
 )
 def test_conversions_take_what_was_planned(options, base, tmp_path):
     output = tmp_path / "out"

@@ -8,10 +8,13 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from quality_models import RandomSource, divergence, random_ids, stories, trained, write_model
+from quality_models import TRAINED, RandomSource, divergence, random_ids, stories, trained, write_model
 
+from phi3_mlx import convert
 from phi3_mlx.conversion import sensitivity
+from phi3_mlx.conversion.layerwise import LayerStream
 from phi3_mlx.conversion.layout import Layout
+from phi3_mlx.conversion.measured import Columns
 from phi3_mlx.conversion.recipes import uniform
 from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sensitivity import BITS, allocate, as_recipe, choose_recipe, measure, sizes_of
@@ -106,6 +109,103 @@ def test_few_tokens_are_measured_where_activations_would_be_large(monkeypatch):
     seen.clear()
     measure(source, random_ids(128 * 3))
     assert set(seen) == {2}
+
+
+# ------------------------------------------------------------------------------------- measured by GPTQ
+
+NARROW = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+QKV = "model.layers.0.self_attn.qkv_proj.weight"
+
+
+class FewDirections(RandomSource):
+    """What attention reads lies in eight directions, so that GPTQ loses little there; not so what is looked up."""
+
+    def read(self, name):
+        weight = super().read(name)
+        if name != "model.embed_tokens.weight":
+            return weight
+        few = mx.random.normal((8, weight.shape[1]), key=mx.random.key(1))
+        return (weight[:, :8].astype(mx.float32) @ few).astype(weight.dtype)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """(source, costs by plain rounding, costs by GPTQ)."""
+    source, ids = FewDirections(num_hidden_layers=1, scale=0.2, **NARROW), random_ids(128 * 10)
+    options = {"group_size": 32, "bits": (2, 3, 4, 8)}
+    return source, measure(source, ids, **options), measure(source, ids, rounds=True, **options)
+
+
+def test_gptqs_errors_are_measured_where_gptq_rounds(both):
+    _, plain, by_gptq = both
+    assert list(by_gptq) == list(plain)
+    for name, of in by_gptq.items():
+        assert of[2] > of[3] > of[4] > of[8] >= 0, name
+    less = {name: by_gptq[name][4] / of[4] for name, of in plain.items()}
+    assert less[QKV] < 0.2, less
+    assert less[QKV] < 0.4 * less["lm_head.weight"] < 0.4, less
+
+
+def test_what_gptq_mends_gets_fewer_bits_from_it(both):
+    source, *costs = both
+    sizes, fixed = sizes_of(source, 32, (2, 3, 4, 8))
+    budget = size_of(source, uniform(4, 32)) - fixed
+    plain, by_gptq = (allocate(of, sizes, budget) for of in costs)
+    assert by_gptq[QKV] < plain[QKV], (plain, by_gptq)
+
+
+@pytest.mark.parametrize(("windows", "measured"), [(2, 1), (3, 1), (10, 2), (48, 8), (200, 8)])
+def test_what_is_measured_was_not_fitted_to(windows, measured, monkeypatch):
+    columns, rows = Columns(LayerStream(RandomSource(**NARROW))), mx.arange(windows)[:, None]
+    seen = columns.measured(rows, 8).flatten().tolist()
+    read = []
+    monkeypatch.setattr(LayerStream, "embed", lambda _, ids: read.append(ids) or mx.zeros((*ids.shape, 64)))
+    columns.begin()
+    fitted = read[0].flatten().tolist()
+    assert len(seen) == measured
+    assert len(fitted) == min(windows - measured, 4 * measured)
+    assert not {*seen} & {*fitted}
+    for part in (seen, fitted):  # both are from all over the text
+        assert len(part) == 1 or part[-1] - part[0] >= windows // 2 - 1
+
+
+def test_measuring_with_gptq_is_refused_for_a_text_of_one_window():
+    with pytest.raises(PromptError, match="128 tokens, and 256 are needed"):
+        measure(RandomSource(num_hidden_layers=1), random_ids(128), rounds=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_is_measured_as_gptq_rounds_it(tied):
+    """Its rows that are looked up are those of the whole matrix, which a tied head makes logits with."""
+    source = RandomSource(num_hidden_layers=1, tie_word_embeddings=tied, scale=0.2, **NARROW)
+    stream = LayerStream(source)
+    columns = Columns(stream)
+    columns.measured(mx.array(random_ids(128 * 4)).reshape(4, 128), 8)
+    columns.begin()
+    weight, packing = source.read("model.embed_tokens.weight"), {"group_size": 32, "bits": 3, "mode": "affine"}
+    whole = columns.rounded(weight, packing, mx.float32)
+    some = columns.rounded(weight[5:85], packing, mx.float32)
+    assert mx.isclose(some, whole[5:85], atol=1e-3).mean() > 0.9  # a last digit of a product may move a code
+    columns.past(stream.layer(0))
+    columns.head()
+    assert mx.array_equal(columns.rounded(weight, packing, mx.float32), whole) == tied
+
+
+@pytest.mark.parametrize("method", ["round", "gptq", "distill"])
+def test_convert_measures_as_its_method_rounds(method, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def noted(*_, rounds, **__):
+        raise Asked(rounds)
+
+    monkeypatch.setattr(sensitivity, "choose_recipe", noted)
+    with pytest.raises(Asked) as asked:
+        convert(TRAINED, tmp_path / "new", target_bpw=4.5, method=method, report=False)
+    assert asked.value.args == (method != "round",)
+
+
+# ----------------------------------------------------------------------------------------- memory
 
 
 def test_memory_is_a_layer_and_activations():

@@ -23,7 +23,7 @@ from .unfinished import FITTED, claim
 
 GPTQ_WINDOW = 256
 _LOOKUP = 0.1  # weight of a tied embedding's looking up beside making logits
-_ENOUGH = 0.25  # tokens for each input of an expert; the statistics of all experts make up for fewer
+ENOUGH = 0.25  # tokens for each input of an expert; the statistics of all experts make up for fewer
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Calibration:
         elif entry.name in self._stored.kept:
             parts = self._stored.kept[entry.name].read()
         elif entry.path == EMBEDDING:
-            hessian = _hessian_of_embedding(stream, self.source_hidden)
+            hessian = hessian_of_embedding(stream, self.source_hidden)
             parts = gptq(weight, hessian, entry.packing, to_mlx(entry.tensor.dtype), self._steps.sweeps)
         else:
             ends = zip(self._before, self._hidden, strict=True)
@@ -325,7 +325,7 @@ def _mean(fits: Sequence[MatrixFit], few: int) -> MatrixFit:
 
 def _lacking(moments: Moments) -> float:
     """How many tokens an expert has too few of."""
-    return max(0.0, _ENOUGH * len(moments.hessian) - moments.tokens)
+    return max(0.0, ENOUGH * len(moments.hessian) - moments.tokens)
 
 
 def _pooled(experts: Sequence[Moments]) -> list[Moments]:
@@ -339,7 +339,7 @@ def _pooled(experts: Sequence[Moments]) -> list[Moments]:
     return [moments + _lacking(moments) / max(total.tokens, 1) * total for moments in experts]
 
 
-def _hessian_of_embedding(stream: LayerStream, hidden: mx.array) -> mx.array:
+def hessian_of_embedding(stream: LayerStream, hidden: mx.array) -> mx.array:
     """Rows that are looked up weigh alike. A tied embedding also makes logits, which have most of the weight.
 
     Looking up loses less by rounding, and what is good for logits is not bad for it.

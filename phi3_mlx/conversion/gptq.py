@@ -48,13 +48,18 @@ def gptq(
     `sweeps`: how often what was rounded is refitted. `damping`, of the mean of the Hessian's diagonal, is added to that
     diagonal: the larger, the less errors make up for each other. CheckpointError where weight or hessian is not finite.
     """
+    columns = round_columns(weight, inverse_factor(hessian, damping), packing, dtype)
+    return refit(weight, hessian, columns, packing, sweeps, damping)
+
+
+def round_columns(weight: mx.array, factor: mx.array, packing: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:
+    """`gptq` without its sweeps, by the `inverse_factor` of its Hessian; each row is rounded by itself."""
     if not is_finite(weight):
         raise CheckpointError(_NOT_FINITE)
-    factor, group_size, bits = inverse_factor(hessian, damping), packing["group_size"], packing["bits"]
-    pieces = [
+    group_size, bits = packing["group_size"], packing["bits"]
+    return _joined(
         _parts(_round(weight[rows].astype(mx.float32).T, factor, group_size, bits, dtype)) for rows in _slices(weight)
-    ]
-    return refit(weight, hessian, _joined(pieces), packing, sweeps, damping)
+    )
 
 
 def refit(

@@ -259,6 +259,7 @@ def _fitted_recipe(
         target_bytes=options.target_bytes,
         group_size=options.uniform["group_size"],
         ids=ids,
+        rounds=options.method != "round",
         progress=staged(progress, "measuring", "readings of a layer"),
     )
 

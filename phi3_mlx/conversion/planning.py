@@ -23,6 +23,7 @@ from .effect import EFFECT_LOGITS, EFFECT_TOKENS
 from .gptq import ROWS_AT_ONCE
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .layout import Entry, Layout
+from .measured import FITTED
 from .own_text import OWN_LENGTH, TEMPERATURE
 from .rounding import quantizing_bytes
 from .sources import Source, to_mlx
@@ -38,6 +39,9 @@ _OWED = 3  # of outputs x inputs: what outputs owe the residual stream, of the r
 # Of the vocabulary x hidden: an embedding twice, with what rounds some of its rows; a head of its own with its target,
 # which is what it lacks on the rows fitted and on those held out, a change and its products.
 _EMBEDDING_COPIES, _ROUNDED_ROWS, _HEAD_ALONE = 2, 6, 8
+# Where bits are measured by GPTQ's errors: of each matrix its Hessian and the factor, and four copies while that is
+# made; and of the text that it is fitted to, before a layer, behind it in parts, and whole.
+_FACTORED, _FACTORING, _FITTED_TEXT = 2, 4, 3
 # Of distillation: copies of what is trained (it, its best, gradients, two moments, the next), of a layer in
 # floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
 _TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
@@ -54,7 +58,8 @@ def check_conversion(
     rounds.
     """
     tensor = max(_one_tensor(source, checked, entry) for entry in layout.entries)
-    fitting = max(_measuring(source, tokens) if measures else 0, _gptq(source, tokens) if rounds else 0)
+    measuring = _measuring(source, tokens, rounds) if measures else 0
+    fitting = max(measuring, _gptq(source, tokens) if rounds else 0)
     parts = {"a tensor at a time": tensor, "a layer and a text": fitting}
     plan.check_room(
         f"converting {source.name}",
@@ -201,10 +206,10 @@ def _work(source: Source, window: int, tokens: int) -> int:
 def _gptq(source: Source, tokens: int) -> int:
     """The source's layer and the packed one in float32, the text before, in and after both, and a matrix's moments."""
     layer, matrix = _layer(source)
-    width = max(tensor.shape[-1] for name, tensor in source.tensors.items() if layer_of(name) == 0)
+    width, experts = _widest(source)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
-    others = max(math.prod(tensor.shape[:-2]) for name, tensor in source.tensors.items() if layer_of(name) == 0) - 1
-    fitting = 2 * layer + (1 + _OWED) * matrix + (_MOMENTS + _MOMENTS_OF_EXPERT * others) * width * width
+    moments = _MOMENTS + _MOMENTS_OF_EXPERT * (experts - 1)
+    fitting = 2 * layer + (1 + _OWED) * matrix + moments * width * width
     config = source.config
     mixed = 2 * tokens * config.num_attention_heads * config.head_dim  # by attention, in both layers
     ends = (_EMBEDDING_COPIES * vocab + _ROUNDED_ROWS * min(vocab, ROWS_AT_ONCE)) * hidden
@@ -214,12 +219,29 @@ def _gptq(source: Source, tokens: int) -> int:
     return 4 * numbers + _work(source, calibrating.GPTQ_WINDOW, min(tokens, TOKENS_AT_ONCE))
 
 
-def _measuring(source: Source, tokens: int) -> int:
-    """A layer in float32, the activations that follow from rounding each matrix, and logits."""
-    tokens = min(tokens, sensitivity.TOKENS)
+def _measuring(source: Source, text: int, rounds: bool) -> int:
+    """A layer in float32, the activations that follow from rounding each matrix, and logits.
+
+    Where GPTQ `rounds`, also what it takes for a matrix, and the text that it is fitted to before and after a layer.
+    """
+    tokens = min(text, sensitivity.TOKENS)
     layer, matrix = _layer(source)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     moved = 4 * tokens * hidden * sum(len(tensor.shape) > 1 for tensor in source.tensors.values())
     moved = min(moved, max(sensitivity.ACTIVATION_BYTES, moved * sensitivity.SENSITIVITY_WINDOW // max(tokens, 1)))
-    numbers = max(layer + 2 * matrix, 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab))
-    return 4 * numbers + moved + _work(source, sensitivity.SENSITIVITY_WINDOW, tokens)
+    inside, ends = layer + 2 * matrix, 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab)
+    read = tokens
+    if rounds:
+        fitted = min(text, FITTED * sensitivity.TOKENS)
+        width, experts = _widest(source)
+        inside += _ROUNDED_ROWS * matrix + (_FACTORING + _FACTORED * experts) * width * width
+        ends += _ROUNDED_ROWS * min(vocab, ROWS_AT_ONCE) * hidden
+        moved += 4 * _FITTED_TEXT * fitted * hidden
+        read = max(read, min(fitted, TOKENS_AT_ONCE))
+    return 4 * max(inside, ends) + moved + _work(source, sensitivity.SENSITIVITY_WINDOW, read)
+
+
+def _widest(source: Source) -> tuple[int, int]:
+    """The most inputs that a matrix of a layer has, and the experts of a layer, 1 without any."""
+    shapes = [tensor.shape for name, tensor in source.tensors.items() if layer_of(name) == 0]
+    return max(shape[-1] for shape in shapes), max(math.prod(shape[:-2]) for shape in shapes)

@@ -3,8 +3,9 @@
 How far rounding one tensor moves the model is measured at the output, as KL divergence: the activations that follow
 from it run beside the clean ones to the last layer. That is done at the two smallest widths, whose errors are too large
 for any rule. Larger widths follow from the tensor's own output error on the same inputs, because KL grows with the
-square of a small error (both halves of that are checked in tests/test_sensitivity.py). Rounding errors of different
-tensors are nearly uncorrelated, so their divergences add up, and the best choice for a size is a knapsack.
+square of a small error (both halves of that are checked in tests/test_sensitivity.py). Tensors are rounded as the
+method will that packs the model: plainly, or by GPTQ (measured.py). Rounding errors of different tensors are nearly
+uncorrelated, so their divergences add up, and the best choice for a size is a knapsack.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from ..errors import CheckpointError, OptionError
 from ..evaluation.quality import chunks, divergence_from, log_softmax
 from ..models.hooks import get_layer
 from ..sizes import size_text
-from .gptq import dequantized_matrix
 from .layerwise import EMBEDDING, LayerStream
 from .layout import Layout
+from .measured import Columns, Nearest
 from .recipes import Recipe, left_alone, uniform
-from .rounding import pack
 from .sources import Source, to_mlx, weights_of
 from .texts import windows
 
@@ -47,6 +47,7 @@ def choose_recipe(
     group_size: int = 64,
     ids: Sequence[int],
     bits: Sequence[int] = BITS,
+    rounds: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recipe:
     """The recipe of least estimated KL divergence whose tensors take at most the target.
@@ -54,15 +55,17 @@ def choose_recipe(
     The target is `target_bytes`, or `target_bpw` bits for each of the model's weights, scales and norms included.
     `ids`: the token ids of a text like those that the model will read; about a thousand are used. `progress` counts
     layers, each measured at two widths. A fused `qkv_proj` or `gate_up_proj` is one tensor of one width, as the format
-    demands, and is measured with all its rows rounded.
+    demands, and is measured with all its rows rounded. With `rounds` GPTQ rounds them, fitted to about four thousand
+    other tokens of the text, so that the bits are best for it.
 
     Memory: one layer in float32, and the activations of one row of the text for every tensor of the model, or about
-    a gigabyte of them if that is more. Raises OptionError for a target that no choice of bits meets, PromptError for
-    a text that is too short, CheckpointError for a model whose outputs are not finite.
+    a gigabyte of them if that is more; with `rounds` what GPTQ takes for a matrix. Raises OptionError for a target
+    that no choice of bits meets, PromptError for a text that is too short, CheckpointError for a model whose outputs
+    are not finite.
     """
     sizes, fixed = sizes_of(source, group_size, bits)
     budget = _budget(source, sizes, fixed, target_bpw, target_bytes, group_size)
-    costs = measure(source, ids, group_size=group_size, bits=bits, progress=progress)
+    costs = measure(source, ids, group_size=group_size, bits=bits, rounds=rounds, progress=progress)
     return as_recipe(allocate(costs, sizes, budget - fixed), sizes, group_size) | left_alone(source.config)
 
 
@@ -113,20 +116,28 @@ def measure(
     *,
     group_size: int = 64,
     bits: Sequence[int] = BITS,
+    rounds: bool = False,
+    tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Costs:
-    """The estimated KL divergence of the model's output, in nats, when one tensor alone is rounded to each width."""
-    return _Measurement(source, ids, group_size, sorted(bits)).run(progress)
+    """The estimated KL divergence of the model's output, in nats, when one tensor alone is rounded to each width.
+
+    `rounds`: by GPTQ. `tokens` are measured, 1,024 by default.
+    """
+    return _Measurement(source, ids, group_size, sorted(bits), rounds, tokens or TOKENS).run(progress)
 
 
 class _Measurement:
-    def __init__(self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int]):
+    def __init__(
+        self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int], rounds: bool, tokens: int
+    ):
         self._source, self._stream, self._bits = source, LayerStream(source), bits
+        self._rounding = Columns(self._stream) if rounds else Nearest()
         recipe = uniform(bits[0], group_size) | left_alone(source.config)
         self._packings = Layout.of(source, recipe).packings
         row = len(self._packings) * SENSITIVITY_WINDOW * self._stream.config.hidden_size * 4
-        rows = max(1, min(TOKENS // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
-        self._ids = windows(ids, SENSITIVITY_WINDOW)[:rows]
+        rows = max(1, min(tokens // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
+        self._ids = self._rounding.measured(windows(ids, SENSITIVITY_WINDOW), rows)
         self._errors: Costs = {}  # squared output error of each tensor at each width
         self._compared = False  # whether that is complete
         self._clean = mx.array(0.0)
@@ -151,6 +162,7 @@ class _Measurement:
     ) -> dict[str, float]:
         """Mean KL divergence of the outputs with each tensor alone rounded to `width`, in nats."""
         self._moved = {}
+        self._rounding.begin()
         self._embedding(width)
         for i in range(self._stream.config.num_hidden_layers):
             if progress is not None:
@@ -188,12 +200,14 @@ class _Measurement:
             if name not in self._packings:
                 continue
             weight = module.weight
+            self._rounding.matrix(layer, path)
             by_matrix = zip(*(inputs[path] for inputs, _ in traced), strict=True)
             self._compare(name, weight, [mx.concatenate(list(parts)) for parts in by_matrix])
             module.weight = self._rounded(name, weight, width)
             self._moved[name] = self._stream.run(layer, self._clean)
             module.weight = weight
         self._clean = mx.concatenate([after for _, after in traced])
+        self._rounding.past(layer)
 
     def _at_the_output(self, width: int) -> dict[str, float]:
         """Mean KL divergence of each tensor's activations, and of the head's own rounding."""
@@ -202,6 +216,7 @@ class _Measurement:
         hidden = self._stream.norm(self._clean).flatten(0, 1)
         head = weight
         if name in self._packings:
+            self._rounding.head()
             self._compare(name, weight, [hidden])
             head = self._rounded(name, weight, width)
             self._moved.setdefault(name, self._clean)
@@ -223,8 +238,9 @@ class _Measurement:
         if self._compared:
             return
         self._errors[name] = {}
+        some = self._rounding.sample(weight)
         for width in self._bits:
-            error = self._rounded(name, weight, width) - weight
+            error = self._rounded(name, some, width) - some
             if inputs is None:
                 total = (error**2).sum()
             else:
@@ -236,7 +252,7 @@ class _Measurement:
 
     def _rounded(self, name: str, weight: mx.array, width: int) -> mx.array:
         packing = {**self._packings[name], "bits": width}
-        return dequantized_matrix(pack(weight.astype(to_mlx(self._source.tensors[name].dtype)), packing), packing)
+        return self._rounding.rounded(weight, packing, to_mlx(self._source.tensors[name].dtype))
 
 
 def _anchor(errors: Mapping[int, float], measured: Sequence[int]) -> int:

@@ -144,6 +144,12 @@ def _solved(wanted: mx.array, hessian: mx.array, damping: float) -> mx.array:
     return (wanted @ factor.T) @ factor
 
 
+def usual_damping(inputs: int, tokens: int) -> float:
+    """The damping that rounding a matrix of that many inputs for a text mostly has."""
+    usual = _USUAL_ROUNDING * inputs / max(tokens, 1)
+    return min(DAMPINGS, key=lambda damping: abs(math.log(damping / usual)))
+
+
 def rounding_damping(
     weight: mx.array,
     target: mx.array,
@@ -156,10 +162,9 @@ def rounding_damping(
 
     Some rows (outputs) of the matrix are enough to tell. Where nothing is held out, it is the usual one for the text.
     """
-    usual = _USUAL_ROUNDING * weight.shape[-1] / max(fitted.tokens, 1)
-    nearest = min(range(len(DAMPINGS)), key=lambda i: abs(math.log(DAMPINGS[i] / usual)))
+    usual = usual_damping(weight.shape[-1], fitted.tokens)
     if not held_out.tokens:
-        return DAMPINGS[nearest]
+        return usual
     some = slice(None, None, max(1, len(weight) // _TRIED_ROWS))
     rows, tried, unseen = weight[some].astype(mx.float32), target[some], held_out.wanted(weight)[some]
 
@@ -167,7 +172,7 @@ def rounding_damping(
         parts = gptq(tried, fitted.hessian, packing, dtype, _TRIED_SWEEPS, damping)
         return held_out.worse(dequantized_matrix(parts, packing) - rows, unseen)
 
-    return _least(DAMPINGS, worse, nearest)[0]
+    return _least(DAMPINGS, worse, DAMPINGS.index(usual))[0]
 
 
 def _least(dampings: Sequence[float], loss: Callable[[float], float], start: int = 0) -> tuple[float, float]:
