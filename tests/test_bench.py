@@ -568,6 +568,29 @@ def test_what_gptq_takes_ends_where_the_model_is_packed(tmp_path, monkeypatch):
     ]
 
 
+def test_bits_for_gptq_are_chosen_by_its_own_errors(monkeypatch):
+    """Here plain rounding loses most in the embedding, and GPTQ in the head."""
+    source, made = RandomSource("BF16", vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=32), {}
+
+    def measured(source, ids, *, group_size, rounds=False):
+        most = "lm_head.weight" if rounds else "model.embed_tokens.weight"
+        names = quantization.sizes_of(source, group_size, quantization.BITS)[0]
+        return {name: {bits: 4.0**-bits * (1000 if name == most else 1) for bits in quantization.BITS} for name in names}
+
+    def make(method, recipe, gptq=None):
+        packings = quantization.Layout.of(source, recipe).packings
+        made[method] = packings["model.embed_tokens.weight"]["bits"], packings["lm_head.weight"]["bits"], gptq
+
+    monkeypatch.setattr(quantization, "measure", measured)
+    points = SimpleNamespace(source=source, ids=[], make=make)
+    quantization.mixed(points, [4], [4], 32)
+    (of_plain, few, no_steps), (less, of_gptq, steps) = made["mixed"], made["mixed + gptq"]
+    assert of_plain > few
+    assert of_gptq > less
+    assert no_steps is None
+    assert steps == quantization.GptqSteps()
+
+
 def test_rows_of_a_run_that_was_cut_are_kept(small, results, monkeypatch):
     def cut(*_):
         raise KeyboardInterrupt
