@@ -575,7 +575,9 @@ def test_bits_for_gptq_are_chosen_by_its_own_errors(monkeypatch):
     def measured(source, ids, *, group_size, rounds=False):
         most = "lm_head.weight" if rounds else "model.embed_tokens.weight"
         names = quantization.sizes_of(source, group_size, quantization.BITS)[0]
-        return {name: {bits: 4.0**-bits * (1000 if name == most else 1) for bits in quantization.BITS} for name in names}
+        return {
+            name: {bits: 4.0**-bits * (1000 if name == most else 1) for bits in quantization.BITS} for name in names
+        }
 
     def make(method, recipe, gptq=None):
         packings = quantization.Layout.of(source, recipe).packings

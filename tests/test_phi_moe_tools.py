@@ -28,6 +28,7 @@ from phi3_mlx.conversion.directory import DirectorySource
 from phi3_mlx.conversion.fuse import fuse
 from phi3_mlx.conversion.gptq import gptq
 from phi3_mlx.conversion.rounding import pack
+from phi3_mlx.conversion.sensitivity import measure
 from phi3_mlx.engine import machine
 from phi3_mlx.engine.generation import Generation
 from phi3_mlx.engine.plan import Workload
@@ -169,6 +170,16 @@ def test_bits_by_sensitivity_count_experts(source, tmp_path):
     assert made.recipe[GATE] is False
     assert 4.8 < made.bits_per_weight <= 5.0
     assert read_model(tmp_path / "chosen").layers[0].block_sparse_moe.switch_mlp.up_proj.bits in (2, 3, 4, 5, 6, 8)
+
+
+def test_what_gptq_loses_in_experts_is_measured(source):
+    """Experts that see few of these tokens are rounded for what the others get, as where a model is packed."""
+    opened, ids = DirectorySource(source), ids_of(128 * 4)[0].tolist()
+    plain, by_gptq = (measure(opened, ids, group_size=32, bits=(2, 4), rounds=rounds) for rounds in (False, True))
+    assert list(by_gptq) == list(plain)
+    for path in STACKS:
+        of = by_gptq[f"{path}.weight"]
+        assert 0 < of[4] < of[2] < plain[f"{path}.weight"][2], path
 
 
 def test_gptq_mends_each_expert_and_the_report_says_so(source, tmp_path):

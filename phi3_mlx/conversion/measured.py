@@ -87,15 +87,18 @@ class Columns(Nearest):
         hessians: list[mx.array] = []
         tokens: list[int] = []
         for parts in self._stream.inputs(layer, path, self._text):
-            added = [hessian_of([part]) for part in parts]
-            hessians = [sum(pair) for pair in zip(hessians, added, strict=True)] if hessians else added
-            tokens = [sum(pair) for pair in zip(tokens or [0] * len(parts), map(len, parts), strict=True)]
+            added, counts = [hessian_of([part]) for part in parts], [len(part) for part in parts]
+            hessians = [a + b for a, b in zip(hessians, added, strict=True)] if hessians else added
+            tokens = [a + b for a, b in zip(tokens, counts, strict=True)] if tokens else counts
             mx.eval(hessians)
         if len(hessians) == 1:
             self._fits = [_Fit(hessians[0], tokens[0])]
             return
         # As where a model is packed: experts that saw few tokens are rounded for what all of them get.
-        everything = sum(hessians) / max(1, sum(tokens))
+        total = mx.zeros_like(hessians[0])
+        for hessian in hessians:
+            total = total + hessian
+        everything = total / max(1, sum(tokens))
         for hessian, seen in zip(hessians, tokens, strict=True):
             lacking = max(0.0, ENOUGH * len(hessian) - seen)
             self._fits.append(_Fit(hessian + lacking * everything, seen + round(lacking)))

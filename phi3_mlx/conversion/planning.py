@@ -39,9 +39,10 @@ _OWED = 3  # of outputs x inputs: what outputs owe the residual stream, of the r
 # Of the vocabulary x hidden: an embedding twice, with what rounds some of its rows; a head of its own with its target,
 # which is what it lacks on the rows fitted and on those held out, a change and its products.
 _EMBEDDING_COPIES, _ROUNDED_ROWS, _HEAD_ALONE = 2, 6, 8
-# Where bits are measured by GPTQ's errors: of each matrix its Hessian and the factor, and four copies while that is
-# made; and of the text that it is fitted to, before a layer, behind it in parts, and whole.
-_FACTORED, _FACTORING, _FITTED_TEXT = 2, 4, 3
+# Where bits are measured by GPTQ's errors: of each matrix its Hessian, that with what other experts' tokens add, and
+# the factor, and four copies while that is made; and of the text that it is fitted to, before a layer, behind it in
+# parts, and whole.
+_FACTORED, _FACTORING, _FITTED_TEXT = 3, 4, 3
 # Of distillation: copies of what is trained (it, its best, gradients, two moments, the next), of a layer in
 # floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
 _TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
