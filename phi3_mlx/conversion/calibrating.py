@@ -23,7 +23,7 @@ from .unfinished import FITTED, claim
 
 GPTQ_WINDOW = 256
 _LOOKUP = 0.1  # weight of a tied embedding's looking up beside making logits
-ENOUGH = 0.25  # tokens for each input of an expert; the statistics of all experts make up for fewer
+ENOUGH_TOKENS = 0.25  # tokens for each input of an expert; the statistics of all experts make up for fewer
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _mean(fits: Sequence[MatrixFit], few: int) -> MatrixFit:
 
 def _lacking(moments: Moments) -> float:
     """How many tokens an expert has too few of."""
-    return max(0.0, ENOUGH * len(moments.hessian) - moments.tokens)
+    return max(0.0, ENOUGH_TOKENS * len(moments.hessian) - moments.tokens)
 
 
 def _pooled(experts: Sequence[Moments]) -> list[Moments]:

@@ -11,14 +11,14 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..models.layer import DecoderLayer
-from .calibrating import ENOUGH, hessian_of_embedding
+from .calibrating import ENOUGH_TOKENS, hessian_of_embedding
 from .gptq import dequantized_matrix, hessian_of, inverse_factor, refit, round_columns
 from .layerwise import LayerStream
 from .layout import Scheme
 from .rounding import pack
 from .targets import usual_damping
 
-FITTED = 4  # windows that matrices are fitted to for one that is measured, and less of a short text
+FITTED_WINDOWS = 4  # windows that matrices are fitted to for one that is measured, and less of a short text
 _SWEEPS = 1  # more gain little, and what they gain is alike everywhere
 _SAMPLED = 128  # rows of a matrix at least, by whose errors widths are compared
 
@@ -67,8 +67,8 @@ class Columns(Nearest):
         length = rows.shape[1]
         if len(rows) == 1:
             raise PromptError(f"the text has {length:,} tokens, and {2 * length:,} are needed; give a longer one")
-        count = min(most, max(1, len(rows) // (FITTED + 1)))
-        used = min(len(rows), (FITTED + 1) * count)
+        count = min(most, max(1, len(rows) // (FITTED_WINDOWS + 1)))
+        used = min(len(rows), (FITTED_WINDOWS + 1) * count)
         # From all over the text, which may be of several kinds, and both parts from each of them.
         chosen = [i * len(rows) // used for i in range(used)]
         held_out = [(i + 1) * used // count - 1 for i in range(count)]
@@ -100,7 +100,7 @@ class Columns(Nearest):
             total = total + hessian
         everything = total / max(1, sum(tokens))
         for hessian, seen in zip(hessians, tokens, strict=True):
-            lacking = max(0.0, ENOUGH * len(hessian) - seen)
+            lacking = max(0.0, ENOUGH_TOKENS * len(hessian) - seen)
             self._fits.append(_Fit(hessian + lacking * everything, seen + round(lacking)))
 
     def past(self, layer: DecoderLayer) -> None:
