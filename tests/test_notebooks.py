@@ -24,6 +24,7 @@ NAMES = {
     "steering",
     "circuits",
 }
+FIT = {"quantization", "evaluation"}  # models to texts again and again, for two minutes each
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -54,7 +55,11 @@ def test_it_begins_with_the_model_and_ends_with_what_to_read_next(path):
     assert "".join(cells[-1]["source"]).startswith("## What to read next")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.long) if path.stem in FIT else path for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_it_runs_and_nothing_saved_is_stale(path):
     command = [sys.executable, "-m", "bench.notebooks", "--check", path.stem]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -106,6 +106,7 @@ def test_commands_run(command, checkpoint, tmp_path, monkeypatch, capsys):
     for part in ("notebooks", "weights"):  # of the clone
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text("The dog ran.")
+    (tmp_path / "stories.txt").write_text("Once upon a time a dog ran to the river. It saw a cat there. " * 40)
     (tmp_path / "topics.txt").write_text("a dog\nthe moon\n")
     (tmp_path / "my_tools.py").write_text('def now() -> str:\n    """The time of day."""\n    return "12:00"\n')
     (tmp_path / "my.jsonl").write_text('{"prompt": "Who ran?", "completion": "The dog."}\n' * 20)
@@ -131,8 +132,7 @@ def test_commands_run(command, checkpoint, tmp_path, monkeypatch, capsys):
         words[2] = "tiny" if words[0] == "compare" else words[2]
     if words[0] == "publish":  # what another command has written
         shutil.copytree(checkpoint, tmp_path / words[1])
-    if words[:2] == ["data", "synthesize"]:  # as many records as that would take hours here
-        words.append("--dry-run")
+    words += made_short(words)
     if words[0] == "serve":  # until it is told to stop
         check_served([*program, "serve", "-m", "tiny", "--port", "0"], home)
     if "-m" in words and words[0] != "plan" and words[words.index("-m") + 1] != "tiny":  # a real model
@@ -146,6 +146,14 @@ def test_commands_run(command, checkpoint, tmp_path, monkeypatch, capsys):
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr or words[0] == "chat"
+
+
+def made_short(words):
+    """Options behind a command that would else take long here."""
+    if words[:2] == ["data", "synthesize"]:  # as many records as that would take hours
+        return ["--dry-run"]
+    fits = words[0] == "convert" and {"gptq", "--target-bpw"}.intersection(words)
+    return ["--calibration", "stories.txt"] if fits and "--calibration" not in words else []
 
 
 def check_known(words, folder, monkeypatch, capsys):

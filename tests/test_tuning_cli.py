@@ -302,7 +302,7 @@ def rows_for(objective):
     ]
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", pytest.param("kto", marks=pytest.mark.long)])
 def test_two_processes_give_the_losses_of_one(packed, tmp_path, objective):
     """`mlx.launch -n 2`, ring backend: the same global batches; rank 0 alone writes and prints."""
     launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
