@@ -451,7 +451,7 @@ def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
         held_out, judges, errors = zip(*seen[fit.path], strict=True)
         if len(judges) > 1:
             assert sum(judges) == 64 * MOE["num_experts_per_tok"]
-            assert min(held_out) >= calibrating._ENOUGH * 96 > min(judges)
+            assert min(held_out) >= calibrating.ENOUGH * 96 > min(judges)
             assert fit.few > 0
         assert fit.rounded == pytest.approx(sum(errors) / len(errors))
         assert 0 <= min(errors) <= max(errors) < 1, fit.path
@@ -476,7 +476,7 @@ def test_a_plan_of_bits_and_rounding_is_that_of_the_larger(monkeypatch):
     model, _ = trained()
     layout, planned = Layout.of(model, uniform(4, 64)), []
     monkeypatch.setattr(planning.plan, "check_room", lambda what, parts, way: planned.append(parts))
-    monkeypatch.setattr(planning, "_measuring", lambda source, tokens: 10**9)
+    monkeypatch.setattr(planning, "_measuring", lambda source, tokens, rounds: 10**9)
     for gptq_bytes in (10**8, 10**10):
         monkeypatch.setattr(planning, "_gptq", lambda source, tokens, size=gptq_bytes: size)
         for measures, rounds in ((True, True), (True, False), (False, True), (False, False)):

@@ -117,26 +117,23 @@ def measure(
     group_size: int = 64,
     bits: Sequence[int] = BITS,
     rounds: bool = False,
-    tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Costs:
     """The estimated KL divergence of the model's output, in nats, when one tensor alone is rounded to each width.
 
-    `rounds`: by GPTQ. `tokens` are measured, 1,024 by default.
+    `rounds`: by GPTQ.
     """
-    return _Measurement(source, ids, group_size, sorted(bits), rounds, tokens or TOKENS).run(progress)
+    return _Measurement(source, ids, group_size, sorted(bits), rounds).run(progress)
 
 
 class _Measurement:
-    def __init__(
-        self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int], rounds: bool, tokens: int
-    ):
+    def __init__(self, source: Source, ids: Sequence[int], group_size: int, bits: Sequence[int], rounds: bool):
         self._source, self._stream, self._bits = source, LayerStream(source), bits
         self._rounding = Columns(self._stream) if rounds else Nearest()
         recipe = uniform(bits[0], group_size) | left_alone(source.config)
         self._packings = Layout.of(source, recipe).packings
         row = len(self._packings) * SENSITIVITY_WINDOW * self._stream.config.hidden_size * 4
-        rows = max(1, min(tokens // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
+        rows = max(1, min(TOKENS // SENSITIVITY_WINDOW, ACTIVATION_BYTES // row))
         self._ids = self._rounding.measured(windows(ids, SENSITIVITY_WINDOW), rows)
         self._errors: Costs = {}  # squared output error of each tensor at each width
         self._compared = False  # whether that is complete
