@@ -451,7 +451,7 @@ def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
         held_out, judges, errors = zip(*seen[fit.path], strict=True)
         if len(judges) > 1:
             assert sum(judges) == 64 * MOE["num_experts_per_tok"]
-            assert min(held_out) >= calibrating.ENOUGH * 96 > min(judges)
+            assert min(held_out) >= calibrating.ENOUGH_TOKENS * 96 > min(judges)
             assert fit.few > 0
         assert fit.rounded == pytest.approx(sum(errors) / len(errors))
         assert 0 <= min(errors) <= max(errors) < 1, fit.path
