@@ -18,7 +18,8 @@ from .layout import Scheme
 from .rounding import pack
 from .targets import usual_damping
 
-FITTED_WINDOWS = 4  # windows that matrices are fitted to for one that is measured, and less of a short text
+FITTED_TOKENS = 4096  # of the text that matrices are fitted to, however few are measured; and less of a short text
+_FITTED_WINDOWS = 4  # of a short text for one that is measured
 _SWEEPS = 1  # more gain little, and what they gain is alike everywhere
 _SAMPLED = 128  # rows of a matrix at least, by whose errors widths are compared
 
@@ -67,8 +68,8 @@ class Columns(Nearest):
         length = rows.shape[1]
         if len(rows) == 1:
             raise PromptError(f"the text has {length:,} tokens, and {2 * length:,} are needed; give a longer one")
-        count = min(most, max(1, len(rows) // (FITTED_WINDOWS + 1)))
-        used = min(len(rows), (FITTED_WINDOWS + 1) * count)
+        count = min(most, max(1, len(rows) // (_FITTED_WINDOWS + 1)))
+        used = min(len(rows), count + FITTED_TOKENS // length)
         # From all over the text, which may be of several kinds, and both parts from each of them.
         chosen = [i * len(rows) // used for i in range(used)]
         held_out = [(i + 1) * used // count - 1 for i in range(count)]

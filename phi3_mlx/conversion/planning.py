@@ -23,7 +23,7 @@ from .effect import EFFECT_LOGITS, EFFECT_TOKENS
 from .gptq import ROWS_AT_ONCE
 from .layerwise import EMBEDDING, TOKENS_AT_ONCE, layer_of
 from .layout import Entry, Layout
-from .measured import FITTED_WINDOWS
+from .measured import FITTED_TOKENS
 from .own_text import OWN_LENGTH, TEMPERATURE
 from .rounding import quantizing_bytes
 from .sources import Source, to_mlx
@@ -233,7 +233,7 @@ def _measuring(source: Source, text: int, rounds: bool) -> int:
     inside, ends = layer + 2 * matrix, 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab)
     read = tokens
     if rounds:
-        fitted = min(text, FITTED_WINDOWS * sensitivity.TOKENS)
+        fitted = min(text, FITTED_TOKENS)
         width, experts = _widest(source)
         inside += _ROUNDED_ROWS * matrix + (_FACTORING + _FACTORED * experts) * width * width
         ends += _ROUNDED_ROWS * min(vocab, ROWS_AT_ONCE) * hidden
