@@ -174,8 +174,8 @@ def test_what_is_measured_was_not_fitted_to(windows, most, measured, monkeypatch
 
 
 def test_measuring_with_gptq_is_refused_for_a_text_of_one_window():
-    with pytest.raises(PromptError, match="128 tokens, and 256 are needed"):
-        measure(RandomSource(num_hidden_layers=1), random_ids(128), rounds=True)
+    with pytest.raises(PromptError, match="fewer than 256 tokens"):
+        measure(RandomSource(num_hidden_layers=1), random_ids(255), rounds=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

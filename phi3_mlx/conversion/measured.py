@@ -67,7 +67,9 @@ class Columns(Nearest):
     def measured(self, rows: mx.array, most: int) -> mx.array:
         length = rows.shape[1]
         if len(rows) == 1:
-            raise PromptError(f"the text has {length:,} tokens, and {2 * length:,} are needed; give a longer one")
+            raise PromptError(
+                f"the text has fewer than {2 * length:,} tokens, which GPTQ's errors need; give a longer one"
+            )
         count = min(most, max(1, len(rows) // (_FITTED_WINDOWS + 1)))
         used = min(len(rows), count + FITTED_TOKENS // length)
         # From all over the text, which may be of several kinds, and both parts from each of them.
