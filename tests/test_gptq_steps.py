@@ -23,6 +23,7 @@ from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import uniform
 from phi3_mlx.conversion.refit import _best_codes, _best_grid
 from phi3_mlx.conversion.rounding import rounded
+from phi3_mlx.conversion.sensitivity import SENSITIVITY_WINDOW, measure
 from phi3_mlx.conversion.sources import Blocks
 from phi3_mlx.conversion.targets import DAMPINGS, moments_of, rounding_damping, target_of
 from phi3_mlx.conversion.texts import CALIBRATION_TOKENS, bundled, calibration, windows
@@ -470,6 +471,21 @@ def test_a_plan_counts_what_every_expert_gets(tmp_path):
     peak = mx.get_peak_memory() - before
     # Beside the arrays kept by this test, what is planned is enough and no more than twice too much.
     assert peak - layout.nbytes < planning._gptq(source, len(ids)) < 2 * peak, (peak, planning._gptq(source, len(ids)))
+
+
+def test_a_plan_of_measuring_counts_all_experts(tmp_path):
+    """They are rounded at once, while one of their matrices is small."""
+    raw = {**MOE, "vocab_size": 512, "intermediate_size": 256, "num_local_experts": 16}
+    tensors = moe_models.hugging_face(moe_models.random_weights(raw, near=0.5))
+    source = open_source(moe_models.write(tmp_path / "source", raw, tensors))
+    ids = [i % 500 for i in range(2 * SENSITIVITY_WINDOW)]
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    measure(source, ids, group_size=32, bits=(2,))
+    peak = mx.get_peak_memory() - before
+    assert peak < planning._measuring(source, len(ids), False) < 2 * peak, peak
 
 
 def test_a_plan_of_bits_and_rounding_is_that_of_the_larger(monkeypatch):

@@ -13,6 +13,7 @@ from ..engine.sampler import numbers_drawn
 from ..engine.sampling import Sampling
 from ..evaluation.quality import LOGITS_AT_ONCE
 from ..models.attention import fused_attention
+from ..models.experts import padded_block
 from ..models.linear import dequantizing_bytes, most_dequantizing_bytes
 from ..sizes import size_text
 from ..store.checkpoint import Checkpoint, target_dtype
@@ -43,6 +44,8 @@ _EMBEDDING_COPIES, _ROUNDED_ROWS, _HEAD_ALONE = 2, 6, 8
 # the factor, and four copies while that is made; and of the text that it is fitted to, before a layer, behind it in
 # parts, and whole.
 _FACTORED, _FACTORING, _FITTED_TEXT = 3, 4, 3
+# Arrays of experts' rows that are alive while a text goes through a layer, padded, and kept to compare widths.
+_ROWS_OF_EXPERTS = 8
 # Of distillation: copies of what is trained (it, its best, gradients, two moments, the next), of a layer in
 # floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
 _TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
@@ -230,11 +233,15 @@ def _measuring(source: Source, text: int, rounds: bool) -> int:
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     moved = 4 * tokens * hidden * sum(len(tensor.shape) > 1 for tensor in source.tensors.values())
     moved = min(moved, max(sensitivity.ACTIVATION_BYTES, moved * sensitivity.SENSITIVITY_WINDOW // max(tokens, 1)))
-    inside, ends = layer + 2 * matrix, 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab)
+    width, experts = _widest(source)
+    inside = layer + 2 * experts * matrix  # all experts of a layer are rounded at once
+    if experts > 1:  # whose rows are padded to blocks, and are kept for comparing widths
+        rows = tokens * source.config.experts_per_token
+        inside += _ROWS_OF_EXPERTS * (rows + experts * padded_block(rows, experts)) * width
+    ends = 3 * vocab * hidden + 5 * min(LOGITS_AT_ONCE, tokens * vocab)
     read = tokens
     if rounds:
         fitted = min(text, FITTED_TOKENS)
-        width, experts = _widest(source)
         inside += _ROUNDED_ROWS * matrix + (_FACTORING + _FACTORED * experts) * width * width
         ends += _ROUNDED_ROWS * min(vocab, ROWS_AT_ONCE) * hidden
         moved += 4 * _FITTED_TEXT * fitted * hidden
