@@ -90,7 +90,7 @@ def test_a_draft_model_pays_by_what_it_guesses_right_and_costs_little_where_that
     ratios = [(row["accepted"], row["ratio"]["median"]) for row in rows("draft")]
     assert ratios[0][0] == 1
     assert ratios[0][1] >= 2
-    assert all(ratio >= 0.95 for _, ratio in ratios)
+    assert all(ratio >= 0.9 for _, ratio in ratios)
     assert all(row["alike"] == 1 for row in rows("draft"))
 
 
