@@ -238,7 +238,7 @@ class Calibration:
             held_out = held_out or [0.0 * moments for moments in fitted]
             few, judges = 0, held_out  # what is written is judged by a matrix's own tokens alone
             if weight.ndim == 3:
-                few = sum(any(map(_lacking, of_expert)) for of_expert in zip(*halves, strict=True))
+                few = sum(any(map(_lacks, of_expert)) for of_expert in zip(*halves, strict=True))
                 fitted, held_out = _pooled(fitted), _pooled(held_out)
             start = self._start(name)
             starts = [start] * len(matrices) if start is None or weight.ndim == 2 else list(zip(*start, strict=True))
@@ -323,9 +323,13 @@ def _mean(fits: Sequence[MatrixFit], few: int) -> MatrixFit:
     )
 
 
-def _lacking(moments: Moments) -> float:
-    """How many tokens an expert has too few of."""
-    return max(0.0, ENOUGH_TOKENS * len(moments.hessian) - moments.tokens)
+def lacking_tokens(inputs: int, tokens: int) -> float:
+    """How many tokens an expert of that many inputs has too few of, when it saw `tokens`."""
+    return max(0.0, ENOUGH_TOKENS * inputs - tokens)
+
+
+def _lacks(moments: Moments) -> float:
+    return lacking_tokens(len(moments.hessian), moments.tokens)
 
 
 def _pooled(experts: Sequence[Moments]) -> list[Moments]:
@@ -336,7 +340,7 @@ def _pooled(experts: Sequence[Moments]) -> list[Moments]:
     total = experts[0]
     for other in experts[1:]:
         total = total + other
-    return [moments + _lacking(moments) / max(total.tokens, 1) * total for moments in experts]
+    return [moments + _lacks(moments) / max(total.tokens, 1) * total for moments in experts]
 
 
 def hessian_of_embedding(stream: LayerStream, hidden: mx.array) -> mx.array:

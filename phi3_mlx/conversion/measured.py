@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..models.layer import DecoderLayer
-from .calibrating import ENOUGH_TOKENS, hessian_of_embedding
+from .calibrating import hessian_of_embedding, lacking_tokens
 from .gptq import dequantized_matrix, hessian_of, inverse_factor, refit, round_columns
 from .layerwise import LayerStream
 from .layout import Scheme
@@ -103,7 +103,7 @@ class Columns(Nearest):
             total = total + hessian
         everything = total / max(1, sum(tokens))
         for hessian, seen in zip(hessians, tokens, strict=True):
-            lacking = max(0.0, ENOUGH_TOKENS * len(hessian) - seen)
+            lacking = lacking_tokens(len(hessian), seen)
             self._fits.append(_Fit(hessian + lacking * everything, seen + round(lacking)))
 
     def past(self, layer: DecoderLayer) -> None:
