@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..store.finite import is_finite
-from .refit import Rounded, refitted
+from .refit import Rounded, in_turn, refitted
 
 SWEEPS = 4  # over the groups of a rounded matrix
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
@@ -158,16 +159,11 @@ def _round(rest: mx.array, factor: mx.array, group_size: int, bits: int, dtype: 
         group_factor = factor[first:last, first:last]
         # What an error of a column costs in the end is its square over this diagonal's.
         scale, bias = _grid(group, 1 / mx.diag(group_factor)[:, None] ** 2, bits, dtype)
-        left, ties = (group - bias) / scale, group_factor / mx.diag(group_factor)[:, None]
-        steps, errors = [], []  # both in units of the scale
-        for k in range(group_size):
-            code = mx.clip(mx.round(left[0]), 0, 2**bits - 1)
-            error = left[0] - code
-            left = left[1:] - ties[k, k + 1 :, None] * error
-            steps.append(code)
-            errors.append(error)
-        codes.append(mx.stack(steps).astype(mx.uint8))
-        rest = rest - (factor[first:last, last:] / mx.diag(group_factor)[:, None]).T @ (mx.stack(errors) * scale)
+        diagonal = mx.diag(group_factor)[:, None]
+        # Errors are steps away from what was wanted, in units of the scale.
+        chosen, steps = in_turn((group - bias) / scale, -group_factor / diagonal, bits)
+        codes.append(chosen.astype(mx.uint8))
+        rest = rest + (factor[first:last, last:] / diagonal).T @ (steps * scale)
         mx.eval(rest, codes[-1])
         scales.append(scale)
         biases.append(bias)
@@ -180,7 +176,7 @@ def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> 
     The ends of a group's range move together first, then the upper one alone, then the lower one.
     """
     low, high = group.min(axis=0), group.max(axis=0)
-    top = 2**bits - 1
+    top = mx.array(2.0**bits - 1)
     best, scale, bias = mx.full(low.shape, math.inf), mx.ones(low.shape), mx.zeros(low.shape)
     start, end = low, high  # of the best so far
     for moves in ("both", "upper", "lower"):
@@ -191,13 +187,19 @@ def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> 
             step = ((last - first) / top).astype(dtype).astype(mx.float32)
             step = mx.where(step > 0, step, 1.0)  # a group of one value, which the bias holds
             offset = first.astype(dtype).astype(mx.float32)
-            rounded = mx.clip(mx.round((group - offset) / step), 0, top) * step + offset
-            error = (importance * (group - rounded) ** 2).sum(axis=0)
+            error = _costs(group, importance, step, offset, top).sum(axis=0)
             better = error < best
             pairs = ((error, best), (step, scale), (offset, bias), (first, start), (last, end))
             best, scale, bias, start, end = (mx.where(better, new, old) for new, old in pairs)
         mx.eval(best, scale, bias, start, end)
     return scale, bias
+
+
+@partial(mx.compile, shapeless=True)
+def _costs(group: mx.array, importance: mx.array, scale: mx.array, bias: mx.array, top: mx.array) -> mx.array:
+    """What rounding each weight of a group to the grid of `scale` and `bias` costs."""
+    rounded = mx.clip(mx.round((group - bias) / scale), 0, top) * scale + bias
+    return importance * (group - rounded) ** 2
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+_IN_TURN = 16  # codes
+
 
 @dataclass
 class Rounded:
@@ -54,20 +56,36 @@ def refitted(columns: mx.array, hessian: mx.array, start: Rounded, sweeps: int) 
     return Rounded(mx.concatenate(codes), mx.stack(scales), mx.stack(biases), start.bits, start.dtype)
 
 
+def in_turn(wanted: mx.array, ties: mx.array, bits: int, before: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """Codes (inputs, outputs) for what is `wanted` of them, chosen one input after another, and their steps.
+
+    A code's step is how far it is from the one `before`, or without that from what was wanted; step x `ties` (inputs,
+    inputs) is taken from what is wanted of the codes behind it: of code k from code j `ties[k, j]`.
+    """
+    codes, steps = [], []
+    for first in range(0, len(wanted), _IN_TURN):
+        # Steps of these move the ones further on together: a product is faster than as many sums.
+        here, wanted = wanted[:_IN_TURN], wanted[_IN_TURN:]
+        last = first + len(here)
+        for k in range(first, last):
+            code = mx.clip(mx.round(here[0]), 0, 2**bits - 1)
+            step = code - (here[0] if before is None else before[k])
+            here = here[1:] - ties[k, k + 1 : last, None] * step
+            codes.append(code)
+            steps.append(step)
+        if len(wanted):
+            wanted = wanted - ties[first:last, last:].T @ mx.stack(steps[first:])
+    return mx.stack(codes), mx.stack(steps)
+
+
 def _best_codes(
     codes: mx.array, pull: mx.array, block: mx.array, scale: mx.array, bits: int
 ) -> tuple[mx.array, mx.array]:
     """The codes of a group, each the best for those before it as they are now, and what is left of its `pull`."""
-    result = []
     diagonal = mx.maximum(mx.diag(block), 1e-30)[:, None]
-    best = codes + pull / (diagonal * scale)
-    ties = block / diagonal  # how a step of one code moves the best of others
-    for k in range(len(codes)):
-        code = mx.clip(mx.round(best[0]), 0, 2**bits - 1)
-        best = best[1:] - ties[k + 1 :, k, None] * (code - codes[k])
-        result.append(code)
-    better = mx.stack(result)
-    return better, pull - block @ ((better - codes) * scale)
+    ties = (block / diagonal).T  # how a step of one code moves the best of others
+    better, steps = in_turn(codes + pull / (diagonal * scale), ties, bits, codes)
+    return better, pull - block @ (steps * scale)
 
 
 def _best_grid(
