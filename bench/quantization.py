@@ -1,14 +1,15 @@
 """KL divergence against bits per weight, with the time and memory of each method, and mlx-lm's methods beside them.
 
-    python -m bench quantization MODEL [--method NAME ...] [--bits LIST] [--beside] [--ablation] [--dtype NAME]
-                                       [--text FILE] [--calibration FILE|self] [--tokens N]
+    python -m bench quantization MODEL [--method NAME ...] [--bits LIST] [--formats] [--beside] [--ablation]
+                                       [--text FILE] [--calibration FILE|self] [--tokens N] [--questions DIR]
 
 MODEL is a name, a directory or a GGUF file. What measures or fits reads the calibration text, the figures come from the
 other one; by default both are texts that come with the package. Methods: `uniform`, `gptq` and `distill` give all
 layers the same bits; `mixed` gives each its own, by sensitivity, and `mixed + gptq` does at the sizes of uniform bits,
-by sensitivity to GPTQ's errors. `distill` begins with `gptq`, which is then measured on the way. Seconds are those of
-the clock and of the processor; the peak is of MLX's memory. The result is `quantization-NAME`, kept after every row,
-and with `mixed` drawn in results/quantization-NAME.png.
+by sensitivity to GPTQ's errors. `distill` begins with `gptq`, which is then measured on the way; with `mixed` there is
+`mixed + distill`, too. Seconds are those of the clock and of the processor; the peak is of MLX's memory. With
+`--questions` each model answers MMLU, ARC and BLiMP, and what flips is counted (`answers.py`). The result is
+`quantization-NAME`, kept after every row, and with `mixed` drawn in results/quantization-NAME.png.
 
 The published curve of the bundled model is of its checkpoint before packing and of stories that
 weights/training/data.py splits off; that of SmolLM2-135M-Instruct is of its Q4_1 GGUF file, converted with --dequantize
@@ -47,9 +48,12 @@ from phi3_mlx.store.safetensors import find_weights
 from phi3_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 from . import plots, record, theirs
+from .answers import answers, flips
 
 _MIXED = (2.75, 3.0, 3.25, 3.75, 4.0, 4.25, 4.75, 5.0, 5.25, 6.0, 7.0, 8.0)  # beside uniform's own sizes
 _METHODS = ("uniform", "gptq", "distill", "mixed")
+_GROUPS = (32, 64, 128)
+_FLOATING = ("mxfp4", "nvfp4", "mxfp8")  # with bits and groups of their own
 _ABLATION = {
     "targets": GptqSteps(targets=False),
     "stream": GptqSteps(stream=False),
@@ -91,7 +95,7 @@ def write(directory: Path, source: Source, layout: Layout, arrays: Rounder) -> N
 class Points:
     """Rows of a result, each a model that a method made of `source`, kept as soon as it is measured.
 
-    `folder` holds the models; `keep` gets all rows so far.
+    `folder` holds the models; `keep` gets all rows so far. `questions`, a folder, are asked of each.
     """
 
     def __init__(
@@ -102,14 +106,17 @@ class Points:
         ids: list[int],
         folder: Path,
         keep: Callable[[list[dict[str, Any]]], None],
+        questions: Path | None = None,
     ):
         self.source, self.ids, self.folder = source, ids, folder
-        self._tokenizer, self._text, self._keep = tokenizer, text, keep
+        self._tokenizer, self._text, self._keep, self._questions = tokenizer, text, keep, questions
         self._weights = weights_of(source)
         self.rows: list[dict[str, Any]] = []
         full = CheckedSource(source, dtype="float32")
         self.reference = folder / "reference"
         write(self.reference, full, Layout.of(full, None), rounded(full))
+        if questions:
+            self._before = answers(read_model(self.reference), tokenizer, questions)
 
     def make(self, method: str, recipe: Recipe, gptq: GptqSteps | None = None) -> None:
         """The point of plain rounding, or of GPTQ."""
@@ -119,8 +126,8 @@ class Points:
         del arrays
         self._add(method, target, meter.read())
 
-    def distill(self, recipe: Recipe) -> None:
-        """The points of GPTQ and of the distillation that begins with what it made."""
+    def distill(self, recipe: Recipe, kind: str = "") -> None:
+        """The points of GPTQ and of the distillation that begins with what it made; `kind` begins their names."""
         layout, work, target = Layout.of(self.source, recipe), self._next("work"), self._next("made")
         work.mkdir()
         meters = [Meter()]
@@ -133,7 +140,7 @@ class Points:
             if now.stage == "distilling" and not costs:
                 costs.update(meters[0].read())
                 DirectorySink(work / PACKED).write_config(self.source.raw_config, layout)
-                self._add("gptq", work / PACKED, packing)
+                self._add(f"{kind}gptq", work / PACKED, packing)
                 meters.append(Meter(meters[0].held))
 
         arrays, _, gain = distilled(self.source, layout, self.ids, work, progress=notice)
@@ -143,7 +150,7 @@ class Points:
         for name in ("seconds", "cpu_seconds"):
             costs[name] += more[name]
         costs["peak_memory"] = max(costs["peak_memory"], more["peak_memory"])
-        self._add("distill", target, costs, held_out={"before": gain.held_before, "after": gain.held_after})
+        self._add(f"{kind}distill", target, costs, held_out={"before": gain.held_before, "after": gain.held_after})
 
     def beside(self, method: str, width: int, group_size: int, size: float) -> None:
         """The point of one of mlx-lm's methods, or a row that says why there is none."""
@@ -171,6 +178,8 @@ class Points:
             f"{costs['cpu_seconds']:.0f} s of the processor  peak {costs['peak_memory'] / 1e6:,.0f} MB"
         )
         figures = {"kl": found.kl, "top1": found.top1, "perplexity": found.b.perplexity}
+        if self._questions:
+            facts["answers"] = flips(self._before, answers(model, self._tokenizer, self._questions))
         row = {"method": method, "bits_per_weight": size, **figures, **costs, **facts}
         self._append({**row, "original_perplexity": found.a.perplexity})
 
@@ -191,7 +200,18 @@ def alike(points: Points, widths: list[int], fitted: list[int], group_size: int,
             points.make("gptq", recipe, GptqSteps())
 
 
-def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int) -> float:
+def formats(points: Points, widths: list[int], fitted: list[int], group_size: int) -> None:
+    """The points of other groups, of `fitted` widths by GPTQ, too, and of MLX's floating formats."""
+    for size in (size for size in _GROUPS if size != group_size):
+        for width in widths:
+            points.make(f"uniform, groups of {size}", uniform(width, size))
+            if width in fitted:
+                points.make(f"gptq, groups of {size}", uniform(width, size), GptqSteps())
+    for mode in _FLOATING:
+        points.make(mode, uniform(mode=mode))
+
+
+def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int, *, distill: bool = False) -> float:
     """The points of bits by sensitivity, at uniform's sizes and between them; returns the seconds of measuring it."""
     source, start = points.source, time.perf_counter()
     costs = measure(source, points.ids, group_size=group_size)
@@ -206,7 +226,10 @@ def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int)
         points.make("mixed", recipe)
         if size in [uniforms[width] for width in fitted]:
             recipe = as_recipe(allocate(by_gptq, sizes, size - fixed), sizes, group_size)
-            points.make("mixed + gptq", recipe, GptqSteps())
+            if distill:
+                points.distill(recipe, "mixed + ")
+            else:
+                points.make("mixed + gptq", recipe, GptqSteps())
     return seconds
 
 
@@ -225,6 +248,8 @@ def mixed(points: Points, widths: list[int], fitted: list[int], group_size: int)
     show_default=True,
 )  # fmt: skip
 @click.option("--gptq-bits", default="2,3,4,5,6,8", show_default=True, help='Of them those also fitted; "": none.')
+@click.option("--formats", "others", is_flag=True, help="Also other groups, and MLX's floating formats.")
+@click.option("--questions", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Also ask these.")
 @click.option("--ablation", is_flag=True, help="Also GPTQ without each of its steps, and without all.")
 @click.option("--beside", is_flag=True, help="Also mlx-lm's methods, at the sizes of the fitted widths.")
 def main(
@@ -239,6 +264,8 @@ def main(
     dtype: str | None,
     methods: tuple[str, ...],
     gptq_bits: str,
+    others: bool,
+    questions: Path | None,
     ablation: bool,
     beside: bool,
 ) -> None:
@@ -270,14 +297,16 @@ def main(
         def keep(rows: list[dict[str, Any]]) -> None:
             record.write(f"quantization-{name}", rows, *(("mlx", "mlx-lm") if beside else ("mlx",)), **facts)
 
-        points = Points(source, tokenizer, tokenizer.decode(read), ids, Path(folder), keep)
+        points = Points(source, tokenizer, tokenizer.decode(read), ids, Path(folder), keep, questions)
         alike(points, widths, fitted, group_size, methods)
+        if others:
+            formats(points, widths, fitted, group_size)
         if ablation:
             for width in fitted:
                 for left_out, steps in _ABLATION.items():
                     points.make(f"gptq without {left_out}", uniform(width, group_size), steps)
         if "mixed" in methods:
-            facts["seconds_measuring"] = mixed(points, widths, fitted, group_size)
+            facts["seconds_measuring"] = mixed(points, widths, fitted, group_size, distill="distill" in methods)
             keep(points.rows)
         if beside:
             for width in fitted:
