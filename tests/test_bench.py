@@ -23,13 +23,15 @@ from test_plan import random_model
 
 from bench import kvquality, longcontext, methods, published, quantization, record, tables
 from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
+from bench.answers import answers, flips
 from bench.contenders import alike, apart
-from phi3_mlx import blas
+from bench.eval import make_data
+from phi3_mlx import blas, load, load_tokenizer
 from phi3_mlx.store import hub
 
 SHARED = {
-    "agreement", "arms", "contenders", "exported", "judges", "methods", "models", "plots", "published", "record",
-    "spared", "tables", "theirs",
+    "agreement", "answers", "arms", "contenders", "exported", "judges", "methods", "models", "plots", "published",
+    "record", "spared", "tables", "theirs",
 }  # fmt: skip
 # feelings makes data, dequantizing measures for a constant
 NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}
@@ -591,6 +593,60 @@ def test_bits_for_gptq_are_chosen_by_its_own_errors(monkeypatch):
     assert of_gptq > less
     assert no_steps is None
     assert steps == quantization.GptqSteps()
+
+
+def test_bits_by_layer_are_distilled_too(monkeypatch):
+    source, made = RandomSource("BF16", vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=32), []
+    costs = {
+        name: {bits: 4.0**-bits for bits in quantization.BITS} for name in quantization.sizes_of(source, 32, [4])[0]
+    }
+    monkeypatch.setattr(quantization, "measure", lambda *_, **__: costs)
+    points = SimpleNamespace(source=source, ids=[], make=lambda *_: None, distill=lambda _, kind: made.append(kind))
+    quantization.mixed(points, [4], [4], 32, distill=True)
+    assert made == ["mixed + "]
+
+
+def test_other_groups_and_formats_are_points_of_the_curve(small, results):
+    options = [
+        "--bits",
+        "3,4",
+        "--gptq-bits",
+        "4",
+        "--tokens",
+        "32",
+        "--calibration-tokens",
+        "1024",
+        "--dtype",
+        "bfloat16",
+    ]
+    done = invoke(quantization.main, str(small), *options, "--group-size", "64", "--method", "uniform", "--formats")
+    assert done.exit_code == 0, done.output
+    sizes = {}
+    for row in check(results, "quantization-small")["rows"]:
+        sizes.setdefault(row["method"], []).append(row["bits_per_weight"])
+    assert sizes == {
+        "uniform": pytest.approx([3.5, 4.5], abs=0.03),
+        "uniform, groups of 32": pytest.approx([4.0, 5.0], abs=0.03),
+        "gptq, groups of 32": pytest.approx([5.0], abs=0.03),
+        "uniform, groups of 128": pytest.approx([3.25, 4.25], abs=0.2),  # of which some matrices have no groups
+        "gptq, groups of 128": pytest.approx([4.25], abs=0.2),
+        "mxfp4": pytest.approx([4.25], abs=0.03),
+        "nvfp4": pytest.approx([4.5], abs=0.03),
+        "mxfp8": pytest.approx([8.25], abs=0.03),
+    }
+
+
+def test_answers_that_flip_are_counted(tmp_path, small):
+    pytest.importorskip("lm_eval")
+    tokenizer, asked = load_tokenizer("tiny"), {"mmlu_anatomy": 3, "arc_easy": 5}
+    make_data(tmp_path, tokenizer, 4)
+    before, after = (answers(load(name)[0], tokenizer, tmp_path, asked) for name in ("tiny", small))
+    same, other = flips(before, before), flips(before, after)
+    for task, questions in asked.items():
+        right, was, lost, won = (other[task][key] for key in ("right", "source_right", "lost", "won"))
+        assert right - was == won - lost
+        assert same[task] == {"questions": questions, "right": was, "source_right": was, "lost": 0, "won": 0}
+    assert any(of["lost"] + of["won"] for of in other.values())
 
 
 def test_rows_of_a_run_that_was_cut_are_kept(small, results, monkeypatch):

@@ -21,7 +21,7 @@ from phi3_mlx.conversion.layerwise import EMBEDDING, Inputs, LayerStream, Passag
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.recipes import uniform
-from phi3_mlx.conversion.refit import _best_codes, _best_grid
+from phi3_mlx.conversion.refit import _best_codes, _best_grid, in_turn
 from phi3_mlx.conversion.rounding import rounded
 from phi3_mlx.conversion.sensitivity import SENSITIVITY_WINDOW, measure
 from phi3_mlx.conversion.sources import Blocks
@@ -210,6 +210,25 @@ def test_refitting_loses_less_in_every_row(bits, dtype):
         assert (better <= worse * (1 + 1e-4) + 1e-6).all()
     assert losses[1][1:].sum() < 0.97 * losses[0][1:].sum()
     assert losses[3][1:].sum() < losses[2][1:].sum() < losses[1][1:].sum()
+
+
+@pytest.mark.parametrize("count", [8, 16, 24, 40])
+@pytest.mark.parametrize("told", [True, False], ids=["from codes", "from what was wanted"])
+def test_codes_follow_the_steps_of_all_before_them(count, told):
+    """However they are put together: each is what is wanted of it when those before it are chosen, rounded."""
+    rng = np.random.default_rng(count)
+    wanted, ties = rng.uniform(-2, 17, (count, 5)), rng.normal(size=(count, count)) / 8
+    before = rng.integers(0, 16, (count, 5)).astype(float)
+    codes, steps = in_turn(
+        *(mx.array(x.astype(np.float32)) for x in (wanted, ties)), 4, mx.array(before) if told else None
+    )
+    expected, left = np.zeros((count, 5)), wanted.copy()
+    for k in range(count):
+        expected[k] = np.clip(np.round(left[k]), 0, 15)
+        step = expected[k] - (before[k] if told else left[k])
+        np.testing.assert_allclose(steps[k], step, atol=1e-4)
+        left[k + 1 :] -= np.outer(ties[k, k + 1 :], step)
+    np.testing.assert_array_equal(codes, expected)
 
 
 def test_scales_are_refitted_to_the_codes_as_they_are_then():
