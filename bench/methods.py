@@ -8,11 +8,12 @@ from typing import Any
 from .published import read_all, sources
 
 _CURVE = "mixed"  # a method that a curve over all sizes has
+_FEW = 5.5  # bits a weight, of which other groups and formats are told
 
 
 def quantization() -> str:
     """KL divergence by method at the sizes of uniform 3 and 4 bits, for every model with a curve."""
-    results = [result for result in read_all("quantization") if _CURVE in _methods_of(result)]
+    results = _curves()
     methods = list(dict.fromkeys(method for result in results for method in _methods_of(result)))
     widths = {
         result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
@@ -31,21 +32,72 @@ def quantization() -> str:
                 ]
                 off, kl = min(found, default=(math.inf, 0.0))
                 cells.append(f"{kl:.4f}" if off < 0.01 else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     pictures = [f"![KL against bits](../bench/results/{result['name']}.png)" for result in results]
     return "\n".join([*lines, "", *pictures, "", sources(results)])
 
 
+def formats() -> str:
+    """KL divergence of other groups and of MLX's floating formats, beside the curve's own groups, by size."""
+    results = _curves()
+    lines = ["| model | method | bits a weight | KL, nats |", "|---|---|--:|--:|"]
+    for result in results:
+        alike = [row for row in result["rows"] if not row["method"].startswith(_CURVE) and "kl" in row]
+        few = [row for row in alike if row["bits_per_weight"] < _FEW]
+        lines += [
+            f"| {result['model']} | {row['method']} | {row['bits_per_weight']:.2f} | {row['kl']:.4f} |"
+            for row in sorted(few, key=lambda row: (row["bits_per_weight"], -row["kl"]))
+        ]
+    return "\n".join([*lines, "", sources(results)])
+
+
 def methods() -> str:
     """What each method loses, and the time and memory that it takes."""
-    results = [result for result in read_all("quantization") if any("cpu_seconds" in row for row in result["rows"])]
-    if not results:
-        return "Not measured yet."
+    results = _measured_with("cpu_seconds")
     lines = ["| model | method | tokens read | bits a weight | KL, nats | same choice | processor's time | peak |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for result in results:
         lines += [f"| {result['model']} | {' | '.join(_costs(row, result))} |" for row in result["rows"]]
     return "\n".join([*lines, "", sources(results)])
+
+
+def flipped() -> str:
+    """How many questions the models of each method answer right, and how many of the source's answers flip."""
+    results = _measured_with("answers")
+    tasks = {task: of["questions"] for result in results for row in result["rows"] for task, of in _asked(row).items()}
+    columns = "".join(f" {task}, {questions} |" for task, questions in tasks.items())
+    lines = [f"| model | method | bits a weight | KL, nats |{columns} lost | won |"]
+    lines.append("|---|---|--:|--:|" + "--:|" * (len(tasks) + 2))
+    for result in results:
+        rows = [row for row in result["rows"] if _asked(row)]
+        right = _shares(rows[0], "source_right", tasks)
+        lines.append(f"| {result['model']} | its source |  | 0 | {right} |  |  |")
+        for row in rows:
+            lost, won = (sum(of[way] for of in _asked(row).values()) for way in ("lost", "won"))
+            facts = row["method"], f"{row['bits_per_weight']:.2f}", f"{row['kl']:.4f}"
+            right = _shares(row, "right", tasks)
+            lines.append(f"| {result['model']} | {' | '.join(facts)} | {right} | {lost} | {won} |")
+    return "\n".join([*lines, "", sources(results)])
+
+
+def _curves() -> list[dict[str, Any]]:
+    return [result for result in read_all("quantization") if _CURVE in _methods_of(result)]
+
+
+def _measured_with(figure: str) -> list[dict[str, Any]]:
+    """Results without a curve whose rows have this."""
+    results = [result for result in read_all("quantization") if any(figure in row for row in result["rows"])]
+    return [result for result in results if _CURVE not in _methods_of(result)]
+
+
+def _asked(row: dict[str, Any]) -> dict[str, dict[str, int]]:
+    answers: dict[str, dict[str, int]] = row.get("answers", {})
+    return answers
+
+
+def _shares(row: dict[str, Any], right: str, tasks: dict[str, int]) -> str:
+    return " | ".join(f"{_asked(row)[task][right] / questions:.1%}" for task, questions in tasks.items())
 
 
 def _costs(row: dict[str, Any], result: dict[str, Any]) -> list[str]:

@@ -195,6 +195,8 @@ BLOCKS = {
         for table in (
             methods.quantization,
             methods.methods,
+            methods.formats,
+            methods.flipped,
             tables.finetune,
             tables.pretraining,
             tables.preferences,

@@ -376,3 +376,31 @@ def test_the_command_rates_and_says_what_it_did(tmp_path, stories, capsys):
         main([*map(str, given[:5]), "--no-rating"])
     assert left.value.code == 2
     assert "leaves nothing to say; add --perplexity" in capsys.readouterr().err
+
+
+def test_a_command_that_ends_early_says_what_is_kept_and_a_refusal_not_that_the_same_goes_on(
+    tmp_path, stories, monkeypatch, capsys
+):
+    monkeypatch.setattr(rating, "_TEXTS_AT_ONCE", 4)
+    given = ["data", "score", str(stories), "-o", str(tmp_path / "out")]
+    known, asked = rating.batch_score, []
+
+    def broken_off(*some, **more):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(some)
+        return known(*some, **more)
+
+    monkeypatch.setattr(rating, "batch_score", broken_off)
+    kept = f"{tmp_path / 'out.unfinished'} keeps what was scored"
+    with pytest.raises(SystemExit) as left:
+        main(given)
+    assert left.value.code == 130
+    assert f"{kept}; the same command goes on from there\n" in capsys.readouterr().err
+    (tmp_path / "rubric.txt").write_text(RUBRIC)
+    with pytest.raises(SystemExit) as left:
+        main([*given, "--rubric", str(tmp_path / "rubric.txt"), "--scale", "no=0,yes=2"])
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert "was begun with another scale" in said
+    assert f"{kept}\n" in said

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..data.options import ReadOptions, ScoreOptions, TrainFilterOptions, WriteOptions
+from ..errors import Phi3Error
 from ..generation.request import Request
 from .declare import options_of
 from .options import ModelOptions, model_options, within_memory
@@ -70,9 +71,10 @@ def score_texts(
             field=read.field, lines=read.lines, skip_broken=read.skip_broken, compress=write.compress,
             force=write.force, progress=bar,
         ))  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         if unfinished.exists():
-            note(f"{unfinished} keeps what was scored; the same command goes on from there")
+            goes_on = "" if isinstance(error, Phi3Error) else "; the same command goes on from there"
+            note(f"{unfinished} keeps what was scored{goes_on}")  # a refusal says itself what to do
         raise
     _tell(report)
 
