@@ -25,7 +25,7 @@ from phi3_mlx.conversion.distillation import distilled
 from phi3_mlx.conversion.fitted_steps import FittedSteps
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import left_alone, uniform
-from phi3_mlx.conversion.unfinished import left_to_keep
+from phi3_mlx.conversion.unfinished import FITTED, claim, left_to_keep
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import CheckpointError, OptionError
 
@@ -172,6 +172,18 @@ def test_a_conversion_that_was_killed_goes_on_and_ends_with_the_same_bytes(metho
     convert(small, tmp_path / "whole", bits=3, **options)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_in_nobodys_way(tmp_path):
+    claim(tmp_path, "one", False)
+    claim(tmp_path, "two", False)
+    (tmp_path / FITTED).mkdir()
+    claim(tmp_path, "two", False)
+    with pytest.raises(OptionError, match="other arguments"):
+        claim(tmp_path, "one", False)
+    assert (tmp_path / FITTED).exists()
+    claim(tmp_path, "one", True)
+    assert not (tmp_path / FITTED).exists()
 
 
 @pytest.mark.parametrize(("method", "kept"), [("gptq", True), ("round", False)])

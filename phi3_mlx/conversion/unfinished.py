@@ -49,7 +49,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not any((folder / name).exists() for name in (FITTED, PACKED, OWN_TEXT_FILE)):  # nothing to go on from
+            if not _holds(folder, FITTED, PACKED, OWN_TEXT_FILE):  # nothing to go on from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +71,8 @@ def _check_ours(folder: Path) -> None:
 
 
 def claim(folder: Path, key: str, force: bool) -> None:
-    """Empty `folder`, unless it is of a run with this key. OptionError for one of another run, unless `force`.
+    """Empty `folder`, unless it is of a run with this key. OptionError for another run's that has done a step, unless
+    `force`.
 
     The source's own text stays: who made it has looked at its key.
     """
@@ -79,12 +80,16 @@ def claim(folder: Path, key: str, force: bool) -> None:
     before = read_json(path).get("key") if path.exists() else None
     if before == key:
         return
-    if before is not None and not force:
+    if before is not None and _holds(folder, FITTED, PACKED) and not force:
         raise other_run(folder)
     for old in folder.iterdir():
         if old.name != OWN_TEXT_FILE:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     replace_file(path, json_text({"key": key}).encode())
+
+
+def _holds(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def other_run(folder: Path) -> OptionError:
