@@ -10,7 +10,7 @@ from phi3_mlx import evaluate
 from phi3_mlx.evaluation.paired import compare_results
 
 # Questions of each of lm-eval's tasks, without examples before them. MMLU is 57 tasks and BLiMP 67.
-ASKED = {"mmlu": 2, "arc_easy": 100, "arc_challenge": 100, "blimp": 3}
+ASKED = {"mmlu": 1, "arc_easy": 60, "arc_challenge": 60, "blimp": 2}
 _METRIC = "acc"
 
 

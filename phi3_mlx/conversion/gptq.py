@@ -23,6 +23,7 @@ SWEEPS = 4  # over the groups of a rounded matrix
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
 ROWS_AT_ONCE = 8192  # of a weight at a time: they do not depend on each other
 _SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of a group's range, tried for the least error
+_TRIED_TOGETHER = 3  # of them: fewer and larger operations, in little memory
 _NOT_FINITE = "the model's weights or activations are not finite, which GPTQ needs; use method='round'"
 
 
@@ -176,21 +177,22 @@ def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> 
     The ends of a group's range move together first, then the upper one alone, then the lower one.
     """
     low, high = group.min(axis=0), group.max(axis=0)
-    top = mx.array(2.0**bits - 1)
+    top, together = mx.array(2.0**bits - 1), mx.array(_SHRINKS).reshape(-1, _TRIED_TOGETHER, 1)
     best, scale, bias = mx.full(low.shape, math.inf), mx.ones(low.shape), mx.zeros(low.shape)
     start, end = low, high  # of the best so far
     for moves in ("both", "upper", "lower"):
-        lower, upper = start, end
-        for shrink in _SHRINKS:
-            first = lower if moves == "upper" else low * shrink
-            last = upper if moves == "lower" else high * shrink
-            step = ((last - first) / top).astype(dtype).astype(mx.float32)
-            step = mx.where(step > 0, step, 1.0)  # a group of one value, which the bias holds
-            offset = first.astype(dtype).astype(mx.float32)
-            error = _costs(group, importance, step, offset, top).sum(axis=0)
-            better = error < best
-            pairs = ((error, best), (step, scale), (offset, bias), (first, start), (last, end))
-            best, scale, bias, start, end = (mx.where(better, new, old) for new, old in pairs)
+        lower, upper = start[None], end[None]
+        for shrinks in together:
+            first = lower if moves == "upper" else low * shrinks
+            last = upper if moves == "lower" else high * shrinks
+            steps = ((last - first) / top).astype(dtype).astype(mx.float32)
+            steps = mx.where(steps > 0, steps, 1.0)  # a group of one value, which the bias holds
+            offsets = first.astype(dtype).astype(mx.float32)
+            errors = _costs(group, importance, steps[:, None], offsets[:, None], top).sum(axis=1)
+            least, tried = mx.argmin(errors, axis=0, keepdims=True), (errors, steps, offsets, first, last)
+            found = [mx.take_along_axis(mx.broadcast_to(each, errors.shape), least, axis=0)[0] for each in tried]
+            better, before = found[0] < best, (best, scale, bias, start, end)
+            best, scale, bias, start, end = (mx.where(better, new, old) for new, old in zip(found, before, strict=True))
         mx.eval(best, scale, bias, start, end)
     return scale, bias
 

@@ -62,19 +62,28 @@ def in_turn(wanted: mx.array, ties: mx.array, bits: int, before: mx.array | None
     A code's step is how far it is from the one `before`, or without that from what was wanted; step x `ties` (inputs,
     inputs) is taken from what is wanted of the codes behind it: of code k from code j `ties[k, j]`.
     """
-    codes, steps = [], []
+    codes, steps, top = [], [], mx.array(2.0**bits - 1)
     for first in range(0, len(wanted), _IN_TURN):
         # Steps of these move the ones further on together: a product is faster than as many sums.
         here, wanted = wanted[:_IN_TURN], wanted[_IN_TURN:]
-        last = first + len(here)
-        for k in range(first, last):
-            code = mx.clip(mx.round(here[0]), 0, 2**bits - 1)
-            step = code - (here[0] if before is None else before[k])
-            here = here[1:] - ties[k, k + 1 : last, None] * step
-            codes.append(code)
-            steps.append(step)
+        part = slice(first, first + len(here))
+        some, moved = _few_in_turn(here, ties[part, part], top, None if before is None else before[part])
+        codes.append(some)
+        steps.append(moved)
         if len(wanted):
-            wanted = wanted - ties[first:last, last:].T @ mx.stack(steps[first:])
+            wanted = wanted - ties[part, part.stop :].T @ moved
+    return mx.concatenate(codes), mx.concatenate(steps)
+
+
+@mx.compile
+def _few_in_turn(wanted: mx.array, ties: mx.array, top: mx.array, before: mx.array | None) -> tuple[mx.array, mx.array]:
+    codes, steps = [], []
+    for k in range(len(wanted)):
+        code = mx.clip(mx.round(wanted[0]), 0, top)
+        step = code - (wanted[0] if before is None else before[k])
+        wanted = wanted[1:] - ties[k, k + 1 :, None] * step
+        codes.append(code)
+        steps.append(step)
     return mx.stack(codes), mx.stack(steps)
 
 
