@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import click
+
 from .published import read_all, sources
 
 _CURVE = "mixed"  # a method that a curve over all sizes has
-_FEW = 5.5  # bits a weight, of which other groups and formats are told
+_FEW = 5.5  # bits a weight, up to which other groups and formats are told
+_FLOATING = ("mxfp", "nvfp")  # how the names of MLX's floating formats begin
+_READ_NOTHING = ("uniform", "mlx-lm uniform", *_FLOATING)
 
 
 def quantization() -> str:
     """KL divergence by method at the sizes of uniform 3 and 4 bits, for every model with a curve."""
     results = _curves()
     methods = list(dict.fromkeys(method for result in results for method in _methods_of(result)))
-    widths = {
-        result["model"]: sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
+    widths = [
+        sorted(row["bits_per_weight"] for row in result["rows"] if row["method"] == "uniform")[1:3]
         for result in results
-    }
-    columns = [f"{model}, {width:.1f} bits a weight" for model, sizes in widths.items() for width in sizes]
+    ]
+    columns = [
+        f"{result['model']}, {width:.1f} bits a weight"
+        for result, sizes in zip(results, widths, strict=True)
+        for width in sizes
+    ]
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for method in methods:
         cells = []
-        for result in results:
-            for width in widths[result["model"]]:
+        for result, sizes in zip(results, widths, strict=True):
+            for width in sizes:
                 found = [
                     (abs(row["bits_per_weight"] - width), row["kl"])
                     for row in result["rows"]
@@ -40,15 +48,15 @@ def quantization() -> str:
 
 def formats() -> str:
     """KL divergence of other groups and of MLX's floating formats, beside the curve's own groups, by size."""
-    results = _curves()
+    results = _measured([result for result in _curves() if any(map(_is_other, _methods_of(result)))])
     lines = ["| model | method | bits a weight | KL, nats |", "|---|---|--:|--:|"]
     for result in results:
         alike = [row for row in result["rows"] if not row["method"].startswith(_CURVE) and "kl" in row]
         few = [row for row in alike if row["bits_per_weight"] < _FEW]
-        lines += [
-            f"| {result['model']} | {row['method']} | {row['bits_per_weight']:.2f} | {row['kl']:.4f} |"
-            for row in sorted(few, key=lambda row: (row["bits_per_weight"], -row["kl"]))
-        ]
+        for row in sorted(few, key=lambda row: (row["bits_per_weight"], -row["kl"])):
+            groups = "" if _is_other(row["method"]) else f", groups of {result['group_size']}"
+            size, kl = f"{row['bits_per_weight']:.2f}", f"{row['kl']:.4f}"
+            lines.append(f"| {result['model']} | {row['method']}{groups} | {size} | {kl} |")
     return "\n".join([*lines, "", sources(results)])
 
 
@@ -65,8 +73,9 @@ def methods() -> str:
 def flipped() -> str:
     """How many questions the models of each method answer right, and how many of the source's answers flip."""
     results = _measured_with("answers")
-    tasks = {task: of["questions"] for result in results for row in result["rows"] for task, of in _asked(row).items()}
-    columns = "".join(f" {task}, {questions} |" for task, questions in tasks.items())
+    asked = [_asked(row) for result in results for row in result["rows"]]
+    tasks = list(dict.fromkeys((task, of["questions"]) for answers in asked for task, of in answers.items()))
+    columns = "".join(f" {task}, {questions} |" for task, questions in tasks)
     lines = [f"| model | method | bits a weight | KL, nats |{columns} lost | won |"]
     lines.append("|---|---|--:|--:|" + "--:|" * (len(tasks) + 2))
     for result in results:
@@ -88,7 +97,19 @@ def _curves() -> list[dict[str, Any]]:
 def _measured_with(figure: str) -> list[dict[str, Any]]:
     """Results without a curve whose rows have this."""
     results = [result for result in read_all("quantization") if any(figure in row for row in result["rows"])]
-    return [result for result in results if _CURVE not in _methods_of(result)]
+    return _measured([result for result in results if _CURVE not in _methods_of(result)])
+
+
+def _measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These results. ClickException if there are none: a page has no empty table."""
+    if not results:
+        raise click.ClickException("this was not measured yet; run python -m bench quantization")
+    return results
+
+
+def _is_other(method: str) -> bool:
+    """Whether a method's name says its groups or its format."""
+    return ", groups of " in method or method.startswith(_FLOATING)
 
 
 def _asked(row: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -96,15 +117,18 @@ def _asked(row: dict[str, Any]) -> dict[str, dict[str, int]]:
     return answers
 
 
-def _shares(row: dict[str, Any], right: str, tasks: dict[str, int]) -> str:
-    return " | ".join(f"{_asked(row)[task][right] / questions:.1%}" for task, questions in tasks.items())
+def _shares(row: dict[str, Any], right: str, tasks: list[tuple[str, int]]) -> str:
+    """The cells of a row, empty for a task that was not asked with as many questions."""
+    answers = _asked(row)
+    asked = [(answers.get(task, {"questions": 0}), questions) for task, questions in tasks]
+    return " | ".join(f"{of[right] / questions:.1%}" if of["questions"] == questions else "" for of, questions in asked)
 
 
 def _costs(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     size = f"{row['bits_per_weight']:.2f}"
     if "refused" in row:
         return [f"{row['method']}: {row['refused']}", "", size, "", "", "", ""]
-    read = "" if row["method"] in ("uniform", "mlx-lm uniform") else f"{result['calibration_tokens']:,}"
+    read = "" if row["method"].startswith(_READ_NOTHING) else f"{result['calibration_tokens']:,}"
     seconds, peak = f"{row['cpu_seconds']:,.0f} s", f"{row['peak_memory'] / 1e6:,.0f} MB"
     return [row["method"], read, size, f"{row['kl']:.4f}", f"{row['top1']:.1%}", seconds, peak]
 

@@ -201,8 +201,16 @@ def alike(points: Points, widths: list[int], fitted: list[int], group_size: int,
 
 
 def formats(points: Points, widths: list[int], fitted: list[int], group_size: int) -> None:
-    """The points of other groups, of `fitted` widths by GPTQ, too, and of MLX's floating formats."""
+    """The points of other groups, of `fitted` widths by GPTQ, too, and of MLX's floating formats.
+
+    Groups that do not divide all matrices of the others' are left out: what they leave in floats hides what they do.
+    """
+    source = points.source
+    inputs = {source.tensors[name].shape[-1] for name in Layout.of(source, uniform(4, group_size)).packings}
     for size in (size for size in _GROUPS if size != group_size):
+        if any(count % size for count in inputs):
+            click.echo(f"groups of {size} do not divide all matrices")
+            continue
         for width in widths:
             points.make(f"uniform, groups of {size}", uniform(width, size))
             if width in fitted:

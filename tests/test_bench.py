@@ -607,19 +607,8 @@ def test_bits_by_layer_are_distilled_too(monkeypatch):
 
 
 def test_other_groups_and_formats_are_points_of_the_curve(small, results):
-    options = [
-        "--bits",
-        "3,4",
-        "--gptq-bits",
-        "4",
-        "--tokens",
-        "32",
-        "--calibration-tokens",
-        "1024",
-        "--dtype",
-        "bfloat16",
-    ]
-    done = invoke(quantization.main, str(small), *options, "--group-size", "64", "--method", "uniform", "--formats")
+    some = ["--bits", "3,4", "--gptq-bits", "4", "--tokens", "32", "--calibration-tokens", "1024"]
+    done = invoke(quantization.main, str(small), *some, "--dtype", "bfloat16", "--method", "uniform", "--formats")
     assert done.exit_code == 0, done.output
     sizes = {}
     for row in check(results, "quantization-small")["rows"]:
@@ -628,12 +617,39 @@ def test_other_groups_and_formats_are_points_of_the_curve(small, results):
         "uniform": pytest.approx([3.5, 4.5], abs=0.03),
         "uniform, groups of 32": pytest.approx([4.0, 5.0], abs=0.03),
         "gptq, groups of 32": pytest.approx([5.0], abs=0.03),
-        "uniform, groups of 128": pytest.approx([3.25, 4.25], abs=0.2),  # of which some matrices have no groups
-        "gptq, groups of 128": pytest.approx([4.25], abs=0.2),
         "mxfp4": pytest.approx([4.25], abs=0.03),
         "nvfp4": pytest.approx([4.5], abs=0.03),
         "mxfp8": pytest.approx([8.25], abs=0.03),
     }
+
+
+@pytest.mark.parametrize(("inputs", "divided"), [(128, True), (192, False)])
+def test_groups_that_leave_matrices_in_floats_are_no_point(inputs, divided):
+    source, made = RandomSource("BF16", vocab_size=64, hidden_size=128, intermediate_size=inputs), []
+    points = SimpleNamespace(source=source, make=lambda method, *_: made.append(method))
+    quantization.formats(points, [4], [4], 64)
+    assert [method for method in made if "128" in method] == divided * ["uniform, groups of 128", "gptq, groups of 128"]
+    assert {"uniform, groups of 32", "gptq, groups of 32", "mxfp4", "nvfp4", "mxfp8"} <= {*made}
+
+
+def test_what_each_model_answers_is_beside_its_figures(tmp_path, monkeypatch):
+    """The source is asked once, before them."""
+    found = SimpleNamespace(perplexity=2.0)
+    asked, kept = [], []
+    monkeypatch.setattr(quantization, "compare", lambda *_: SimpleNamespace(kl=0.1, top1=0.5, a=found, b=found))
+    monkeypatch.setattr(quantization, "read_model", lambda directory: directory.name)
+    monkeypatch.setattr(quantization, "answers", lambda model, *_: asked.append(model) or model)
+    monkeypatch.setattr(quantization, "flips", lambda *both: both)
+    source = RandomSource("BF16", vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=32)
+    for questions in (tmp_path, None):
+        folder = tmp_path / f"{bool(questions)}"
+        folder.mkdir()
+        points = quantization.Points(source, None, "", [], folder, kept.append, questions)
+        for bits in (3, 4):
+            points.make("uniform", quantization.uniform(bits, 32))
+    assert [row.get("answers") for row in kept[1]] == [("reference", "model-0"), ("reference", "model-1")]
+    assert not any("answers" in row for row in kept[-1])
+    assert asked == ["reference", "model-0", "model-1"]
 
 
 def test_answers_that_flip_are_counted(tmp_path, small):
