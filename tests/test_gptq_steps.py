@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import threading
 from unittest.mock import Mock
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from test_phi_moe_tools import VOCAB
 from phi3_mlx.conversion import calibrating, planning, targets
 from phi3_mlx.conversion.calibrating import GptqSteps, MatrixFit, Stored, calibrated
 from phi3_mlx.conversion.fits import fits_markdown
-from phi3_mlx.conversion.gptq import better_rows, dequantized_matrix, gptq, hessian_of, refit
+from phi3_mlx.conversion.gptq import _costs, better_rows, dequantized_matrix, gptq, hessian_of, refit
 from phi3_mlx.conversion.layerwise import EMBEDDING, Inputs, LayerStream, Passage
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
@@ -229,6 +230,29 @@ def test_codes_follow_the_steps_of_all_before_them(count, told):
         np.testing.assert_allclose(steps[k], step, atol=1e-4)
         left[k + 1 :] -= np.outer(ties[k, k + 1 :], step)
     np.testing.assert_array_equal(codes, expected)
+
+
+def test_a_grids_costs_follow_its_shapes():
+    """They are compiled once, in each thread for the first shape that it sees: here for matrices of one output."""
+    rng = np.random.default_rng(0)
+    shapes, costs = [(32, 1), (32, 8), (64, 1), (128, 5)], []
+    given = [
+        [rng.normal(size=shape), rng.uniform(1, 2, (shape[0], 1)), rng.uniform(0.1, 0.2, shape[1]), np.zeros(shape[1])]
+        for shape in shapes
+    ]
+
+    def compute():
+        for bits, arrays in enumerate(given, 2):
+            made = _costs(*(mx.array(x.astype(np.float32)) for x in arrays), mx.array(2.0**bits - 1))
+            costs.append(np.array(made))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert [made.shape for made in costs] == shapes
+    for bits, (made, (group, importance, scale, bias)) in enumerate(zip(costs, given, strict=True), 2):
+        rounded_to = np.clip(np.round((group - bias) / scale), 0, 2**bits - 1) * scale + bias
+        np.testing.assert_allclose(made, importance * (group - rounded_to) ** 2, rtol=1e-3, atol=1e-4)
 
 
 def test_scales_are_refitted_to_the_codes_as_they_are_then():

@@ -158,10 +158,10 @@ def _round(rest: mx.array, factor: mx.array, group_size: int, bits: int, dtype: 
         last = first + group_size
         group, rest = rest[:group_size], rest[group_size:]
         group_factor = factor[first:last, first:last]
-        # What an error of a column costs in the end is its square over this diagonal's.
-        scale, bias = _grid(group, 1 / mx.diag(group_factor)[:, None] ** 2, bits, dtype)
         diagonal = mx.diag(group_factor)[:, None]
-        # Errors are steps away from what was wanted, in units of the scale.
+        # What an error of a column costs in the end is its square over this diagonal's.
+        scale, bias = _grid(group, 1 / diagonal**2, bits, dtype)
+        # A step away from what was wanted is the error with its sign turned, in units of the scale.
         chosen, steps = in_turn((group - bias) / scale, -group_factor / diagonal, bits)
         codes.append(chosen.astype(mx.uint8))
         rest = rest + (factor[first:last, last:] / diagonal).T @ (steps * scale)

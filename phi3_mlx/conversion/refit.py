@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-_IN_TURN = 16  # codes
+_IN_TURN = 16  # codes that move each other one by one
 
 
 @dataclass
@@ -59,8 +59,8 @@ def refitted(columns: mx.array, hessian: mx.array, start: Rounded, sweeps: int) 
 def in_turn(wanted: mx.array, ties: mx.array, bits: int, before: mx.array | None = None) -> tuple[mx.array, mx.array]:
     """Codes (inputs, outputs) for what is `wanted` of them, chosen one input after another, and their steps.
 
-    A code's step is how far it is from the one `before`, or without that from what was wanted; step x `ties` (inputs,
-    inputs) is taken from what is wanted of the codes behind it: of code k from code j `ties[k, j]`.
+    A code's step is how far it is from the one `before`, or without that from what was wanted of it. Code k's step,
+    times `ties[k, j]` of (inputs, inputs), is taken from what is wanted of each later code j.
     """
     codes, steps, top = [], [], mx.array(2.0**bits - 1)
     for first in range(0, len(wanted), _IN_TURN):
