@@ -10,7 +10,6 @@ import click
 from .published import read_all, sources
 
 _CURVE = "mixed"  # a method that a curve over all sizes has
-_FEW = 5.5  # bits a weight, up to which other groups and formats are told
 _FLOATING = ("mxfp", "nvfp")  # how the names of MLX's floating formats begin
 _READ_NOTHING = ("uniform", "mlx-lm uniform", *_FLOATING)
 
@@ -47,13 +46,12 @@ def quantization() -> str:
 
 
 def formats() -> str:
-    """KL divergence of other groups and of MLX's floating formats, beside the curve's own groups, by size."""
-    results = _measured([result for result in _curves() if any(map(_is_other, _methods_of(result)))])
+    """KL divergence of other groups and of MLX's floating formats, beside the result's own groups, by size."""
+    results = _measured([result for result in read_all("quantization") if _has_others(result)])
     lines = ["| model | method | bits a weight | KL, nats |", "|---|---|--:|--:|"]
     for result in results:
         alike = [row for row in result["rows"] if not row["method"].startswith(_CURVE) and "kl" in row]
-        few = [row for row in alike if row["bits_per_weight"] < _FEW]
-        for row in sorted(few, key=lambda row: (row["bits_per_weight"], -row["kl"])):
+        for row in sorted(alike, key=lambda row: (row["bits_per_weight"], -row["kl"])):
             groups = "" if _is_other(row["method"]) else f", groups of {result['group_size']}"
             size, kl = f"{row['bits_per_weight']:.2f}", f"{row['kl']:.4f}"
             lines.append(f"| {result['model']} | {row['method']}{groups} | {size} | {kl} |")
@@ -95,9 +93,9 @@ def _curves() -> list[dict[str, Any]]:
 
 
 def _measured_with(figure: str) -> list[dict[str, Any]]:
-    """Results without a curve whose rows have this."""
+    """Results whose rows have this, but for curves and those of other groups, which have tables of their own."""
     results = [result for result in read_all("quantization") if any(figure in row for row in result["rows"])]
-    return _measured([result for result in results if _CURVE not in _methods_of(result)])
+    return _measured([result for result in results if _CURVE not in _methods_of(result) and not _has_others(result)])
 
 
 def _measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,6 +103,10 @@ def _measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not results:
         raise click.ClickException("this was not measured yet; run python -m bench quantization")
     return results
+
+
+def _has_others(result: dict[str, Any]) -> bool:
+    return any(map(_is_other, _methods_of(result)))
 
 
 def _is_other(method: str) -> bool:

@@ -606,7 +606,7 @@ def test_bits_by_layer_are_distilled_too(monkeypatch):
     assert made == ["mixed + "]
 
 
-def test_other_groups_and_formats_are_points_of_the_curve(small, results):
+def test_other_groups_and_formats_are_measured_and_told_by_size(small, results, monkeypatch):
     some = ["--bits", "3,4", "--gptq-bits", "4", "--tokens", "32", "--calibration-tokens", "1024"]
     done = invoke(quantization.main, str(small), *some, "--dtype", "bfloat16", "--method", "uniform", "--formats")
     assert done.exit_code == 0, done.output
@@ -621,6 +621,12 @@ def test_other_groups_and_formats_are_points_of_the_curve(small, results):
         "nvfp4": pytest.approx([4.5], abs=0.03),
         "mxfp8": pytest.approx([8.25], abs=0.03),
     }
+    monkeypatch.setattr(published, "systems", lambda: {"here": record.read(results)})
+    told = [line.split(" | ")[1:3] for line in methods.formats().splitlines() if line.startswith("| small")]
+    assert len(told) == sum(map(len, sizes.values()))
+    assert [size for _, size in told] == sorted((size for _, size in told), key=float)
+    with pytest.raises(click.ClickException, match="not measured yet"):
+        methods.methods()
 
 
 @pytest.mark.parametrize(("inputs", "divided"), [(128, True), (192, False)])
@@ -663,6 +669,30 @@ def test_answers_that_flip_are_counted(tmp_path, small):
         assert right - was == won - lost
         assert same[task] == {"questions": questions, "right": was, "source_right": was, "lost": 0, "won": 0}
     assert any(of["lost"] + of["won"] for of in other.values())
+
+
+def test_what_flips_is_told_beside_the_source(monkeypatch):
+    def row(method, kl, **right):
+        answers = {
+            task: {"questions": 8, "right": n, "source_right": 6, "lost": 7 - n, "won": 1} for task, n in right.items()
+        }
+        return {"method": method, "bits_per_weight": 4.5, "kl": kl, "answers": answers}
+
+    rows = [row("gptq", 0.05, arc=6, blimp=5), row("uniform", 0.4, arc=4, blimp=2)]
+    refused = {"method": "mlx-lm awq", "bits_per_weight": 4.5, "refused": "no"}
+    facts = {"model": "m", "machine": "x", "versions": {"mlx": "1"}, "command": "c", "date": "d"}
+    found = {
+        "quantization-m": {**facts, "rows": [rows[0], refused, rows[1]]},
+        "quantization-other": {**facts, "rows": [refused]},
+    }
+    monkeypatch.setattr(published, "systems", lambda: {"here": found})
+    assert methods.flipped().splitlines()[:5] == [
+        "| model | method | bits a weight | KL, nats | arc, 8 | blimp, 8 | lost | won |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| m | its source |  | 0 | 75.0% | 75.0% |  |  |",
+        "| m | gptq | 4.50 | 0.0500 | 75.0% | 62.5% | 3 | 2 |",
+        "| m | uniform | 4.50 | 0.4000 | 50.0% | 25.0% | 8 | 2 |",
+    ]
 
 
 def test_rows_of_a_run_that_was_cut_are_kept(small, results, monkeypatch):
