@@ -39,7 +39,6 @@ def turn() -> Iterator[None]:
     with _next:
         _computing.acquire()
     _computes = threading.get_ident()
-    _have_computed.add(threading.get_native_id())
     try:
         yield
     finally:
@@ -48,7 +47,11 @@ def turn() -> Iterator[None]:
 
 
 def refuse_fork() -> None:
-    """Raise Phi3Error in a process that was forked from one in which MLX had begun to compute: it would hang."""
+    """Raise Phi3Error in a process that was forked from one in which MLX had begun to compute: it would hang.
+
+    Whoever asks computes next, so Python waits for this thread, too, before it ends.
+    """
+    _have_computed.add(threading.get_native_id())
     if _forked:
         raise Phi3Error(
             "this process was forked from one that had used MLX, which does not survive that; start processes with "

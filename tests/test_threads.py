@@ -12,6 +12,7 @@ import mlx.core as mx
 import oracle
 import pytest
 from oracle import CONFIGS, ORIGINAL, slim
+from quality_models import small_directory
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx import Conversation, PromptCache, batch_generate, generate, load, stream_generate, tune
@@ -423,3 +424,20 @@ def test_a_process_that_ends_with_the_thread_that_computed_ends_well():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_a_process_that_ends_with_the_thread_that_converted_ends_well(method, tmp_path):
+    """Nothing is compared here, so nothing takes turns."""
+    source = small_directory(tmp_path / "source")
+    read = {"calibration": "Once upon a time there was a duck who liked a frog. " * 60} if method == "gptq" else {}
+    code = (
+        "import sys, threading, phi3_mlx as p; "
+        f"given = dict(method={method!r}, report=False, **{read!r}); "
+        "thread = threading.Thread(target=lambda: p.convert(*sys.argv[1:], **given)); thread.start(); thread.join()"
+    )
+    for number in range(3):  # without a wait the process was aborted in 8 of 12 runs
+        target = tmp_path / f"made-{number}"
+        done = subprocess.run([sys.executable, "-c", code, source, target], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert target.exists()
