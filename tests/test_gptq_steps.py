@@ -17,7 +17,7 @@ from test_phi_moe_tools import VOCAB
 from phi3_mlx.conversion import calibrating, planning, targets
 from phi3_mlx.conversion.calibrating import GptqSteps, MatrixFit, Stored, calibrated
 from phi3_mlx.conversion.fits import fits_markdown
-from phi3_mlx.conversion.gptq import _costs, better_rows, dequantized_matrix, gptq, hessian_of, refit
+from phi3_mlx.conversion.gptq import _costs, _grid, better_rows, dequantized_matrix, gptq, hessian_of, refit
 from phi3_mlx.conversion.layerwise import EMBEDDING, Inputs, LayerStream, Passage
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.opening import open_source
@@ -253,6 +253,17 @@ def test_a_grids_costs_follow_its_shapes():
     for bits, (made, (group, importance, scale, bias)) in enumerate(zip(costs, given, strict=True), 2):
         rounded_to = np.clip(np.round((group - bias) / scale), 0, 2**bits - 1) * scale + bias
         np.testing.assert_allclose(made, importance * (group - rounded_to) ** 2, rtol=1e-3, atol=1e-4)
+
+
+def test_a_grid_takes_the_memory_of_a_few_groups():
+    """Not that of all ranges that are tried, which are 27."""
+    group = mx.random.normal((64, 8192))
+    mx.eval(group)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(_grid(group, mx.ones((64, 1)), 4, mx.bfloat16))
+    assert mx.get_peak_memory() - held < 12 * group.nbytes
 
 
 def test_scales_are_refitted_to_the_codes_as_they_are_then():

@@ -190,10 +190,10 @@ def _grid(group: mx.array, importance: mx.array, bits: int, dtype: mx.Dtype) -> 
             offsets = first.astype(dtype).astype(mx.float32)
             errors = _costs(group, importance, steps[:, None], offsets[:, None], top).sum(axis=1)
             least, tried = mx.argmin(errors, axis=0, keepdims=True), (errors, steps, offsets, first, last)
-            found = [mx.take_along_axis(mx.broadcast_to(each, errors.shape), least, axis=0)[0] for each in tried]
-            better, before = found[0] < best, (best, scale, bias, start, end)
-            best, scale, bias, start, end = (mx.where(better, new, old) for new, old in zip(found, before, strict=True))
-        mx.eval(best, scale, bias, start, end)
+            chosen = [mx.take_along_axis(mx.broadcast_to(each, errors.shape), least, axis=0)[0] for each in tried]
+            better, before = chosen[0] < best, (best, scale, bias, start, end)
+            best, scale, bias, start, end = (mx.where(better, a, b) for a, b in zip(chosen, before, strict=True))
+            mx.eval(best, scale, bias, start, end)  # else the costs of all nine would be in memory together
     return scale, bias
 
 
