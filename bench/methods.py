@@ -11,7 +11,6 @@ from .published import read_all, sources
 
 _CURVE = "mixed"  # a method that a curve over all sizes has
 _FLOATING = ("mxfp", "nvfp")  # how the names of MLX's floating formats begin
-_READ_NOTHING = ("uniform", "mlx-lm uniform", *_FLOATING)
 
 
 def quantization() -> str:
@@ -130,7 +129,7 @@ def _costs(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     size = f"{row['bits_per_weight']:.2f}"
     if "refused" in row:
         return [f"{row['method']}: {row['refused']}", "", size, "", "", "", ""]
-    read = "" if row["method"].startswith(_READ_NOTHING) else f"{result['calibration_tokens']:,}"
+    read = "" if row["method"] in ("uniform", "mlx-lm uniform") else f"{result['calibration_tokens']:,}"
     seconds, peak = f"{row['cpu_seconds']:,.0f} s", f"{row['peak_memory'] / 1e6:,.0f} MB"
     return [row["method"], read, size, f"{row['kl']:.4f}", f"{row['top1']:.1%}", seconds, peak]
 

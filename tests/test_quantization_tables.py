@@ -58,12 +58,13 @@ def test_two_curves_of_one_model_have_columns_of_their_own(measured):
     ]
 
 
-def test_other_groups_and_formats_stand_beside_the_curves_own_groups(measured):
+def test_other_groups_and_formats_stand_beside_the_results_own_groups(measured):
     others = row("uniform, groups of 32", 5.0, 0.05), row("mxfp4", 4.25, 0.2), row("mxfp8", 8.25, 0.01)
     measured(
         plain=("without", curve()),
         with_others=("m", curve(*others, row("gptq", 4.5, 0.01), refused("mlx-lm awq", 4.5))),
-        costs=("n", [row("mxfp4", 4.25, 0.3)]),
+        costs=("without", [row("gptq", 4.5, 0.01)]),
+        without_curve=("n", [row("nvfp4", 4.5, 0.3), row("uniform", 4.5, 0.3)]),
     )
     assert rows_of(methods.formats())[1] == [
         ["m", "uniform, groups of 64", "2.50", "0.2500"],
@@ -72,18 +73,23 @@ def test_other_groups_and_formats_stand_beside_the_curves_own_groups(measured):
         ["m", "uniform, groups of 64", "4.50", "0.0625"],
         ["m", "gptq, groups of 64", "4.50", "0.0100"],
         ["m", "uniform, groups of 32", "5.00", "0.0500"],
+        ["m", "mxfp8", "8.25", "0.0100"],
+        ["m", "uniform, groups of 64", "8.50", "0.0039"],
+        ["n", "nvfp4", "4.50", "0.3000"],
+        ["n", "uniform, groups of 64", "4.50", "0.3000"],
     ]
 
 
 def test_costs_name_the_tokens_of_those_that_read_any(measured):
-    reading = ["gptq", "distill", "mlx-lm dwq", "gptq, groups of 32"]
-    others = ["uniform", "mlx-lm uniform", "uniform, groups of 32", "mxfp4", "nvfp4"]
+    reading, others = ["gptq", "distill", "mlx-lm dwq"], ["uniform", "mlx-lm uniform"]
     measured(
         curve=("left out", curve()),
+        groups=("left out", [row("uniform", 4.5, 0.1), row("uniform, groups of 32", 5.0, 0.1)]),
         a=("m", [row(method, 4.5, 0.1) for method in (*reading, *others)]),
         b=("n", [refused("mlx-lm awq", 4.5), row("gptq", 3.5, 0.2)]),
     )
     rows = rows_of(methods.methods())[1]
+    assert {cells[0] for cells in rows} == {"m", "n"}
     assert {cells[1]: cells[2] for cells in rows if cells[0] == "m"} == {
         **dict.fromkeys(reading, "512"),
         **dict.fromkeys(others, ""),
