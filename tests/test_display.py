@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,9 @@ def test_how_a_training_run_ended():
     assert result._repr_markdown_() == (
         "**76 steps**, finished, best validation loss 0.0123 nats a token at step 70; the adapter is in `adapter`"
     )
+    made = replace(result, objective="pretrain", product="model")
+    assert made._repr_markdown_().endswith("0.0123 nats a token at step 70; the model is in `adapter`")
+    assert "loss 0.0123 at step 70" in replace(result, objective="dpo")._repr_markdown_()  # of pairs, not of tokens
     stopped = Result(Path("/x/adapter"), False, True, 7, None, None, 1000, 2.0)
     assert "resume=True" in stopped._repr_markdown_()
 

@@ -61,6 +61,22 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_buffers_are_bounded_while_a_run_lasts(base, data, tmp_path):
+    limits = []
+
+    def limit(*_):
+        limits.append(mx.set_cache_limit(0))
+        mx.set_cache_limit(limits[-1])
+
+    before = mx.set_cache_limit(1 << 40)
+    try:
+        tune(str(base), data, tmp_path / "out", **SMALL, steps=1, on_step=limit)
+        limit()
+    finally:
+        mx.set_cache_limit(before)
+    assert limits == [1 << 30, 1 << 40]
+
+
 def test_a_run_learns_and_leaves_its_files(packed, data, tmp_path):
     reports, validations, notes = [], [], []
     result = tune(
