@@ -11,9 +11,8 @@ by sensitivity to GPTQ's errors. `distill` begins with `gptq`, which is then mea
 `--questions` each model answers MMLU, ARC and BLiMP, and what flips is counted (`answers.py`). The result is
 `quantization-NAME`, kept after every row, and with `mixed` drawn in results/quantization-NAME.png.
 
-The published curve of the bundled model is of its checkpoint before packing and of stories that
-weights/training/data.py splits off; that of SmolLM2-135M-Instruct is of its Q4_1 GGUF file, converted with --dequantize
---dtype float32.
+The published curve of the bundled model is of weights/tiny-8bit and of stories that weights/training/data.py splits
+off; that of SmolLM2-135M-Instruct is of its Q4_1 GGUF file, converted with --dequantize --dtype float32.
 """
 
 from __future__ import annotations
