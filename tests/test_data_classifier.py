@@ -131,6 +131,23 @@ def test_labels_shuffled_among_the_texts_teach_nothing(tmp_path, rated):
     assert report["auc_95"][0] < 0.5 < report["auc_95"][1]
 
 
+def test_what_is_wrong_of_other_texts_is_not_turned_around(tmp_path, capsys):
+    """Words that are in good texts on one side are in bad ones on the other."""
+    sides = [(text, teaches, filter_training._side_of(text) < 0.2) for text, teaches in texts_of(600)]
+    rows = [{"text": text, "good": teaches != held_out} for text, teaches, held_out in sides]
+    path = write(tmp_path / "labels.jsonl", rows)
+    report = train_filter(path, tmp_path / "judge", label="good")
+    assert report["auc"] < 0.1
+    assert report["says_nothing"]
+    judge = read_classifier(tmp_path / "judge")
+    good = report["held_out"]["good"] / sum(report["held_out"].values())
+    assert [judge.probability(row["text"]) for row in rows[:5]] == pytest.approx([good] * 5)
+    with pytest.raises(SystemExit) as left:
+        main(["data", "train-filter", str(path), "-o", str(tmp_path / "again"), "--label", "good"])
+    assert left.value.code == 0
+    assert "orders other texts the wrong way round, so it gives all the same" in capsys.readouterr().err
+
+
 def test_every_way_to_say_what_is_good_gives_the_same_classifier(tmp_path, rated):
     rows = [json.loads(line) for line in rated.read_text().splitlines()]
     share = sum(row["rating"] >= 3 for row in rows) / len(rows)

@@ -17,6 +17,7 @@ from .steps import files_argument, output_option, reading_options, run_step, wri
 from .tables import print_table
 from .terminal import note, say
 
+_CHANCE = 0.5  # AUC
 _AROUND = 512  # tokens of a rubric, for the plan before anything is loaded
 
 
@@ -119,6 +120,13 @@ def train_text_filter(
         f"AUC {report['auc']:.3f} ({low:.3f} to {high:.3f}) on {held_out['good']:,} good and {held_out['bad']:,} bad "
         "texts that were held out"
     )
+    if report["says_nothing"]:
+        note(
+            "what it learnt orders other texts the wrong way round, so it gives all the same probability: do not "
+            "filter by it. Its words may be those of subjects of which each has a good text and a bad one"
+        )
+    elif low <= _CHANCE:
+        note("the interval reaches 0.5, which is chance: do not filter by it")
     shares = ("kept", "good_of_kept", "kept_of_good")
     rows = [
         [f"{row['at_least']:.2f}", *("–" if row[name] is None else f"{row[name]:.1%}" for name in shares)]

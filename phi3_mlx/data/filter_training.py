@@ -49,7 +49,8 @@ def train_filter(
     The folder `output` gets classifier.safetensors, for `filter_data(classifier=...)`, and report.json: the area under
     the ROC curve on texts that were held out, with its 95 % interval, and for each bound `at_least` what share of them
     it keeps, how many of these are good, and how many of the good ones are kept. Probabilities are calibrated on the
-    held-out texts (Platt).
+    held-out texts (Platt); where these are ordered the wrong way round, `says_nothing` is true, and all texts get the
+    same probability.
 
     `label` is the key of a record's label: true, false, 1 or 0; a rating, good from `threshold` on, or if it is among
     the highest, the share `top`; a text, good if it is among `good`. A text's side depends on the text alone, so equal
@@ -141,6 +142,8 @@ def _fitted(drawn: _Drawn, good: np.ndarray) -> tuple[TextClassifier, dict[str, 
     scores, truth = learnt.decision_function(rows[held_out]).astype(np.float64), good[held_out]
     platt = LogisticRegression(max_iter=1000).fit(scores[:, None], truth)
     slope, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    if slope <= 0:  # what it learnt is wrong of other texts, and its opposite was not learnt
+        slope, shift = 0.0, math.log(truth.sum() / (~truth).sum())
     weights, bias = learnt.coef_[0].astype(np.float32), float(learnt.intercept_[0])
     area = area_under_curve(scores, truth)
     low, high = area_interval(area, int(truth.sum()), int((~truth).sum()))
@@ -149,6 +152,7 @@ def _fitted(drawn: _Drawn, good: np.ndarray) -> tuple[TextClassifier, dict[str, 
         "held_out": {"good": int(truth.sum()), "bad": int((~truth).sum())},
         "auc": area,
         "auc_95": [low, high],
+        "says_nothing": slope == 0,
         "bounds": _bounds_table(1 / (1 + np.exp(-(slope * scores + shift))), truth),
     }
     return TextClassifier(weights, bias, slope, shift), facts
