@@ -64,6 +64,7 @@ class Labelled:
 
     text: str
     good: bool
+    title: str = ""  # of an article in several versions
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,16 @@ def onestop(corpus: Path, count: int) -> Task:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         by_title.setdefault(row["title"], {})[row["level"]] = " ".join(row["text"].split()[:_WORDS])
-    both = [levels for _, levels in sorted(by_title.items()) if {"advanced", "elementary"} <= levels.keys()]
+    both = [
+        (title, levels) for title, levels in sorted(by_title.items()) if {"advanced", "elementary"} <= levels.keys()
+    ]
     random.Random(0).shuffle(both)
     halves = [
-        [Labelled(levels[level], level == "advanced") for levels in part for level in ("advanced", "elementary")]
+        [
+            Labelled(levels[level], level == "advanced", title)
+            for title, levels in part
+            for level in ("advanced", "elementary")
+        ]
         for part in (both[::2], both[1::2])
     ]
     return Task("onestop", EDUCATIONAL, *(half[:count] for half in halves))
@@ -117,7 +124,9 @@ class Judging:
         self._good = np.array([row.good for row in task.unseen])
         self.rows: list[dict[str, Any]] = []
         for half, rows in (("learnt", task.learnt), ("unseen", task.unseen)):
-            lines = (json.dumps({"text": row.text, "good": row.good}) + "\n" for row in rows)
+            lines = (
+                json.dumps({"text": row.text, "good": row.good, "title": row.title or row.text}) + "\n" for row in rows
+            )
             (folder / f"{half}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def model(self, name: str, model: Any, tokenizer: Any) -> None:
@@ -150,7 +159,7 @@ class Judging:
         self._filter("filter by labels", self._folder / "learnt.jsonl", label="good")
 
     def _filter(self, name: str, rated: Path, **how: Any) -> None:
-        train_filter(rated, self._folder / name, held_out=_HELD_OUT, **how)
+        train_filter(rated, self._folder / name, held_out=_HELD_OUT, group="title", **how)
         judge = read_classifier(self._folder / name)
         self._judge(name, "probability", lambda: [judge.probability(row.text) for row in self._task.unseen])
 

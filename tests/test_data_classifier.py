@@ -148,6 +148,25 @@ def test_what_is_wrong_of_other_texts_is_not_turned_around(tmp_path, capsys):
     assert "orders other texts the wrong way round, so it gives all the same" in capsys.readouterr().err
 
 
+def test_texts_of_one_group_are_held_out_together(tmp_path, capsys):
+    """Here are two versions of each article, so both sides have as many of either."""
+    rows = [
+        {"text": f"w{n} {word}", "good": word == "energy", "id": n} for n in range(300) for word in ("energy", "sale")
+    ]
+    path = write(tmp_path / "labels.jsonl", rows)
+    apart = train_filter(path, tmp_path / "apart", label="good")
+    together = train_filter(path, tmp_path / "together", label="good", group="id")
+    for side in ("learnt", "held_out"):
+        assert together[side]["good"] == together[side]["bad"]
+        assert apart[side]["good"] != apart[side]["bad"]
+    with pytest.raises(DataError, match=r"has no key 'page', by which texts are held out together"):
+        train_filter(path, tmp_path / "none", label="good", group="page")
+    with pytest.raises(SystemExit) as left:
+        main(["data", "train-filter", str(path), "-o", str(tmp_path / "said"), "--label", "good", "--group", "id"])
+    assert left.value.code == 0
+    assert f"AUC {together['auc']:.3f}" in capsys.readouterr().err
+
+
 def test_every_way_to_say_what_is_good_gives_the_same_classifier(tmp_path, rated):
     rows = [json.loads(line) for line in rated.read_text().splitlines()]
     share = sum(row["rating"] >= 3 for row in rows) / len(rows)

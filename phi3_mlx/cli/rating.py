@@ -111,8 +111,8 @@ def train_text_filter(
 
     report = run_step(output, lambda bar: train_filter(
         files, output, label=options.label, threshold=options.threshold, top=options.top, good=options.good,
-        held_out=options.held_out, examples=options.examples, seed=options.seed, field=read.field, lines=read.lines,
-        skip_broken=read.skip_broken, force=write.force, progress=bar,
+        held_out=options.held_out, group=options.group, examples=options.examples, seed=options.seed,
+        field=read.field, lines=read.lines, skip_broken=read.skip_broken, force=write.force, progress=bar,
     ))  # fmt: skip
     low, high = report["auc_95"]
     held_out = report["held_out"]
@@ -123,7 +123,7 @@ def train_text_filter(
     if report["says_nothing"]:
         note(
             "what it learnt orders other texts the wrong way round, so it gives all the same probability: do not "
-            "filter by it. Its words may be those of subjects of which each has a good text and a bad one"
+            "filter by it. If there are a good and a bad text of each article or subject, name the key with --group"
         )
     elif low <= _CHANCE:
         note("the interval reaches 0.5, which is chance: do not filter by it")

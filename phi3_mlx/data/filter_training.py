@@ -36,6 +36,7 @@ def train_filter(
     top: float | None = TrainFilterOptions.top,
     good: Sequence[str] = TrainFilterOptions.good,
     held_out: float = TrainFilterOptions.held_out,
+    group: str | None = TrainFilterOptions.group,
     examples: int = TrainFilterOptions.examples,
     seed: int = TrainFilterOptions.seed,
     field: str | None = ReadOptions.field,
@@ -54,10 +55,11 @@ def train_filter(
 
     `label` is the key of a record's label: true, false, 1 or 0; a rating, good from `threshold` on, or if it is among
     the highest, the share `top`; a text, good if it is among `good`. A text's side depends on the text alone, so equal
-    ones are never on both. `examples` are drawn where there are more; memory grows by up to 40 KB for each. Raises
+    ones are never on both; with `group` on what the record has under that key, such as the title of an article in two
+    versions. `examples` are drawn where there are more; memory grows by up to 40 KB for each. Raises
     DataError, OptionError.
     """
-    options = TrainFilterOptions(label, threshold, top, tuple(good), held_out, examples, seed)
+    options = TrainFilterOptions(label, threshold, top, tuple(good), held_out, group, examples, seed)
     records = Records(inputs, ReadOptions(field, lines, skip_broken), "reading", progress)
     with new_folder(output, [records], WriteOptions(force=force)) as folder:
         drawn = _Drawn(records, options)
@@ -83,7 +85,7 @@ class _Drawn:
             if place < options.examples:
                 self.rows[place : place + 1] = [features_of([record.text])]
                 self.labels[place : place + 1] = [label]
-                self.held_out[place : place + 1] = [_side_of(record.text) < options.held_out]
+                self.held_out[place : place + 1] = [_side_of(_together(record, options.group)) < options.held_out]
 
 
 def _label(record: DataRecord, key: str) -> float | str:
@@ -95,6 +97,15 @@ def _label(record: DataRecord, key: str) -> float | str:
     if isinstance(value, (bool, int, float)) and math.isfinite(value):
         return float(value)
     raise DataError(f"{record.source}: {shorten(key)} is {kind_of(value)}; expected a number, true, false or a text")
+
+
+def _together(record: DataRecord, group: str | None) -> str:
+    """What a record shares with those that are on the same side."""
+    if group is None:
+        return record.text
+    if group not in record.value:
+        raise DataError(f"{record.source}: has no key {shorten(group)}, by which texts are held out together")
+    return json_text(record.value[group])
 
 
 def _side_of(text: str) -> float:

@@ -165,6 +165,10 @@ class TrainFilterOptions:
     top: float | None = option(None, "This share of the texts, the highest rated, are good.", _SHARE, metavar="SHARE")
     good: tuple[str, ...] = option((), "Texts with this label are good; may be repeated.", metavar="LABEL")
     held_out: float = option(0.2, "Measure on this share of the texts, and learn from the others.", _SHARE)
+    group: str | None = option(
+        None, "Texts with the same value of this key are held out together: those of an article, of an author.",
+        metavar="KEY",
+    )  # fmt: skip
     examples: int = option(
         20_000, "Learn from this many at most, drawn from all; each takes up to 40 KB of memory.",
         Range(lambda n: n >= 100, "100 or more"), metavar="N",
