@@ -122,13 +122,17 @@ def test_ten_good_and_ten_bad_texts_on_each_side_are_enough_and_nine_are_not(tmp
             train_filter(path, tmp_path / "none")
 
 
-def test_labels_shuffled_among_the_texts_teach_nothing(tmp_path, rated):
+def test_labels_shuffled_among_the_texts_teach_nothing(tmp_path, rated, capsys):
     rows = [json.loads(line) for line in rated.read_text().splitlines()]
     ratings = [row["rating"] for row in rows]
     random.Random(3).shuffle(ratings)
     write(tmp_path / "a.jsonl", [row | {"rating": rating} for row, rating in zip(rows, ratings, strict=True)])
     report = train_filter(tmp_path / "a.jsonl", tmp_path / "out", threshold=3)
     assert report["auc_95"][0] < 0.5 < report["auc_95"][1]
+    with pytest.raises(SystemExit) as left:
+        main(["data", "train-filter", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "said"), "--threshold", "3"])
+    assert left.value.code == 0
+    assert "do not filter by it" in capsys.readouterr().err
 
 
 def test_what_is_wrong_of_other_texts_is_not_turned_around(tmp_path, capsys):
