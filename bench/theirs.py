@@ -2,7 +2,8 @@
 
 They read the text that ours read and compute in float32, as ours do on a CPU; what they store has the dtype of ours.
 Where their defaults ask for thousands of samples of a thousand tokens, a run takes this text once, in windows: DWQ in
-steps of one window at the rates below, with every fourth window for its validation.
+steps of one window at the rates below, with every fourth window for its validation. On a CPU DWQ's packed products are
+made of dequantized weights (`in_floats`): the same numbers many times sooner, in more memory.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+
+from phi3_mlx.models.linear import plain_weight
 
 METHODS = ("uniform", "gptq", "awq", "dynamic", "dwq")
 _WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -122,6 +126,8 @@ def _dwq(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[str,
     from mlx_lm.quant.dwq import dwq_quantize
 
     student, made = _uniform(deepcopy(model), config, task)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        in_floats(student)
     rows = [list(map(int, row)) for row in np.array(task.rows)]
     held_out = [(row, 0) for row in rows[3::4]]
     fitted = [(row, 0) for i, row in enumerate(rows) if i % 4 != 3]
@@ -137,6 +143,26 @@ def _dwq(model: Any, config: dict[str, Any], task: Task) -> tuple[Any, dict[str,
         dtype=mx.float32,
     )
     return student, made
+
+
+class _LinearInFloats(nn.QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        product = x @ plain_weight(self).T
+        return product + self.bias if "bias" in self else product
+
+
+class _EmbeddingInFloats(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ plain_weight(self).T
+
+
+def in_floats(model: nn.Module) -> None:
+    """Let packed layers multiply by their weights as floats, through which gradients reach scales and biases."""
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear):
+            module.__class__ = _LinearInFloats
+        elif isinstance(module, nn.QuantizedEmbedding):
+            module.__class__ = _EmbeddingInFloats
 
 
 _WAYS: dict[str, Callable[[Any, dict[str, Any], Task], tuple[Any, dict[str, Any]]]] = {

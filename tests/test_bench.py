@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from bench.__main__ import _BENCHES, _FULL, _QUICK, main, run
 from bench.answers import answers, flips
 from bench.contenders import alike, apart
 from bench.eval import make_data
+from bench.theirs import in_floats
 from phi3_mlx import blas, load, load_tokenizer
 from phi3_mlx.store import hub
 
@@ -531,6 +533,27 @@ def test_each_method_of_quantization_has_its_costs_beside_mlx_lms(small, results
     table = methods.methods()
     assert "| small | distill | 1,024 | 3." in table
     assert "mlx-lm awq: mlx-lm's AWQ has no phi3" in table
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packed_layers_in_floats_have_the_loss_and_gradients_of_packed_ones(bits):
+    layers = nn.Embedding(96, 64), nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+    model, ids = nn.Sequential(*layers), mx.arange(50)[None]
+    nn.quantize(model, 64, bits)
+    model.freeze().apply_to_modules(lambda _, part: "scales" in part and part.unfreeze(keys=["scales", "biases"]))
+
+    def loss(model):
+        return (model.layers[0].as_linear(mx.tanh(model(ids))) ** 2).mean()
+
+    of_packed, by_packed = nn.value_and_grad(model, loss)(model)
+    in_floats(model)
+    of_floats, by_floats = nn.value_and_grad(model, loss)(model)
+    assert of_floats.item() == pytest.approx(of_packed.item(), rel=1e-5)
+    expected, found = dict(tree_flatten(by_packed)), dict(tree_flatten(by_floats))
+    assert len(expected) == 6  # scales and biases of three layers
+    assert expected.keys() == found.keys()
+    for name, gradient in found.items():
+        assert mx.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_what_gptq_takes_ends_where_the_model_is_packed(tmp_path, monkeypatch):
