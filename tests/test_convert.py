@@ -617,7 +617,7 @@ def test_two_runs_at_once(tmp_path, source):
         ({"target_bpw": 4.5, "target_size": "2GB"}, "target_bpw=4.5 and target_size=2GB each decide"),
         ({"target_bpw": 4.5, "bits": 4}, "target_bpw=4.5 decides what bits=4 would"),
         ({"recipe": "r.json", "group_size": 64}, "recipe=r.json decides what group_size=64 would"),
-        ({"bits": 4, "calibration": "a text"}, "calibration has no effect without method='gptq'"),
+        ({"bits": 4, "calibration": "a text"}, "calibration has no effect without method=gptq"),
         ({"text": ""}, "text is empty; give some"),
         ({"target_size": "2 elephants"}, "'2 elephants' is not a size; give one such as 16GB"),
         ({"target_size": "-2GB"}, "'-2GB' is not a size"),

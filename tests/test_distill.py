@@ -312,13 +312,26 @@ def test_a_run_towards_other_weights_is_told_from_this_one(tmp_path, monkeypatch
 
 
 def test_an_effort_is_a_method():
-    methods = {effort: ConvertOptions(effort=effort).method for effort in ("quick", "good", "best")}
+    methods = {effort: ConvertOptions(effort=effort).rounding for effort in ("quick", "good", "best")}
     assert methods == {"quick": "round", "good": "gptq", "best": "distill"}
+    assert ConvertOptions().rounding == "round"
     assert ConvertOptions(effort="best", method="distill").reads_text
-    with pytest.raises(OptionError, match="effort=best is method=distill"):
-        ConvertOptions(effort="best", method="gptq")
-    with pytest.raises(OptionError, match="dequantize"):
-        ConvertOptions(effort="good", dequantize=True)
+    assert not ConvertOptions(effort="quick", method="round").reads_text
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"effort": "best", "method": "gptq"}, "effort=best is method=distill, not method=gptq; leave one out"),
+        ({"effort": "good", "method": "round"}, "effort=good is method=gptq, not method=round; leave one out"),
+        ({"effort": "good", "dequantize": True}, "it has no use for effort=good"),
+        ({"effort": "quick", "dequantize": True}, "it has no use for effort=quick"),
+        ({"method": "round", "dequantize": True}, "it has no use for method=round"),
+    ],
+)
+def test_an_effort_that_says_something_else_is_refused_by_what_was_given(given, words):
+    with pytest.raises(OptionError, match=words):
+        ConvertOptions(**given)
 
 
 def test_a_training_that_ruins_the_model_is_not_kept(tmp_path, monkeypatch):

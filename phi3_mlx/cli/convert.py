@@ -41,7 +41,7 @@ def convert(source: str, output: str, tasks: str | None, options: ConvertOptions
     from ..conversion.pipeline import convert_as
 
     cost = None if tasks is None else Cost(tasks)
-    with kept_when_stopped(output, options.method), ConversionProgress() as bar:
+    with kept_when_stopped(output, options.rounding), ConversionProgress() as bar:
 
         def measure(before: str, after: Path) -> str:
             bar.close()

@@ -32,7 +32,7 @@ class Choice:
 def choose(source: OpenedSource, options: ConvertOptions) -> Choice:
     """The choice for a source. OptionError for one that is packed where nothing says what to make of it."""
     notes = _about_packed(source, options)
-    if source.blocks and not (options.names_packing or options.dequantize or options.method != "round"):
+    if source.blocks and not (options.names_packing or options.dequantize or options.rounding != "round"):
         return _kept_blocks(source, options.dtype, notes)
     recipe: Recipe | None = options.uniform | left_alone(source.config)
     name = source.name

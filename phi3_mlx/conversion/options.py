@@ -79,10 +79,10 @@ class ConvertOptions:
     recipe: str | Path | Mapping[str, Any] | None = option(
         None, "Bits layer by layer as in this file: recipe.json of an earlier run.", read=_recipe, metavar="FILE"
     )
-    method: Literal["round", "gptq", "distill"] = option(
-        "round",
+    method: Literal["round", "gptq", "distill"] | None = option(
+        None,
         "gptq: round so that the layers' outputs on a text change least; slower, better. distill: then train scales "
-        "and biases towards SRC's outputs.",
+        "and biases towards SRC's outputs. Without it: round, to the nearest values.",
         choices=_METHODS,
         read=partial(values.choice, choices=_METHODS),
     )
@@ -112,10 +112,8 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         settle(self)
-        if self.effort is not None:
-            if self.method not in ("round", _EFFORTS[self.effort]):
-                raise OptionError(f"effort={self.effort} is method={_EFFORTS[self.effort]}; leave method out")
-            object.__setattr__(self, "method", _EFFORTS[self.effort])
+        if self.effort is not None and self.method not in (None, self.rounding):
+            raise OptionError(f"effort={self.effort} is method={self.rounding}, not method={self.method}; leave one out")
         self._check_one_decides()
         if self.text is not None and not self.wants_report:
             asks = "; report=True asks for one" if self.report is None else ""
@@ -123,7 +121,7 @@ class ConvertOptions:
         _ = self.uniform  # refuses what mlx does not have
         if self.calibration is not None and not self.reads_text:
             raise OptionError(
-                "calibration has no effect without method='gptq' or 'distill', target_bpw=X or target_size=SIZE; "
+                "calibration has no effect without method=gptq, method=distill, target_bpw=X or target_size=SIZE; "
                 "leave it out"
             )
         _check_seed(self.seed, self.calibration)
@@ -134,6 +132,11 @@ class ConvertOptions:
         from .recipes import uniform
 
         return uniform(self.bits, self.group_size, self.mode)
+
+    @property
+    def rounding(self) -> str:
+        """The method, by whichever name it was given."""
+        return self.method or "round" if self.effort is None else _EFFORTS[self.effort]
 
     @property
     def target_bytes(self) -> int | None:
@@ -147,7 +150,7 @@ class ConvertOptions:
     @property
     def reads_text(self) -> bool:
         """Whether bits or rounding are fitted to a text."""
-        return self.method != "round" or self.has_target
+        return self.rounding != "round" or self.has_target
 
     @property
     def evaluated(self) -> str | None:
@@ -180,7 +183,8 @@ class ConvertOptions:
             "target_bpw": self.target_bpw,
             "target_size": self.target_size,
             "recipe": "FILE" if isinstance(self.recipe, Mapping) else self.recipe,
-            "method": None if self.method == "round" else self.method,
+            "method": self.method,
+            "effort": self.effort,
         }
         named = {name: f"{name}={value}" for name, value in given.items() if value is not None}
         if self.dequantize and named:
@@ -235,7 +239,7 @@ class FuseOptions:
     def __post_init__(self) -> None:
         settle(self)
         if self.calibration is not None and self.method == "round":
-            raise OptionError("calibration has no effect without method='gptq' or 'distill'; leave it out")
+            raise OptionError("calibration has no effect without method=gptq or method=distill; leave it out")
         _check_seed(self.seed, self.calibration)
 
 

@@ -76,7 +76,7 @@ def convert(
     target_bpw: float | None = None,
     target_size: int | str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
-    method: Literal["round", "gptq", "distill"] = ConvertOptions.method,
+    method: Literal["round", "gptq", "distill"] | None = None,
     effort: Literal["quick", "good", "best"] | None = None,
     calibration: str | None = None,
     seed: int | None = None,
@@ -189,17 +189,17 @@ def _check(opened: Source, checked: Source, layout: Layout, text: FittedText | N
     from .distillation import check_is_long_enough
     from .planning import check_conversion, check_own_text, check_training
 
-    rounds, tokens = options.method != "round", 0 if text is None else text.tokens
+    rounds, tokens = options.rounding != "round", 0 if text is None else text.tokens
     if rounds and layout.recipe is not None:
         check_grids(layout)
-    if options.method == "distill":
+    if options.rounding == "distill":
         check_is_long_enough(tokens)
     if options.force:
         return
     check_conversion(opened, checked, layout, tokens, measures=options.has_target, rounds=rounds)
     if options.writes_text:
         check_own_text(checked)
-    if options.method == "distill":
+    if options.rounding == "distill":
         check_training(opened, layout, tokens)
 
 
@@ -213,7 +213,7 @@ def _write(
 ) -> _Written:
     """Write the model."""
     # The places come first: measuring takes minutes, and a disk that is full or read-only is known now.
-    with unfinished_for(options.method, destination) as work, new_directory(destination, force=options.force) as folder:
+    with unfinished_for(options.rounding, destination) as work, new_directory(destination, force=options.force) as folder:
         sink = DirectorySink(folder, destination)
         nbytes = _target_bytes(checked, options) if options.has_target else layout.nbytes
         sink.check_space(nbytes, left_to_keep(work, nbytes))
@@ -259,7 +259,7 @@ def _fitted_recipe(
         target_bytes=options.target_bytes,
         group_size=options.uniform["group_size"],
         ids=ids,
-        rounds=options.method != "round",
+        rounds=options.rounding != "round",
         progress=staged(progress, "measuring", "readings of a layer"),
     )
 
@@ -278,7 +278,7 @@ def _rounder(
     """
     if layout.recipe is None or work is None:
         return rounded(checked), (), None
-    if options.method == "gptq":
+    if options.rounding == "gptq":
         from .calibrating import calibrated_in
 
         calibration = calibrated_in(work, checked, layout, ids, force=options.force)
