@@ -198,16 +198,18 @@ class Config:
         return self.experts_per_token * self.intermediate_size
 
 
-def read_json(path: Path, error: type[Phi3Error] = CheckpointError) -> dict[str, Any]:
-    """The JSON object in `path`; `error` if it cannot be read or is not an object."""
+def read_json(
+    path: Path, error: type[Phi3Error] = CheckpointError, way_out: str = "download the file again"
+) -> dict[str, Any]:
+    """The JSON object in `path`; `error`, which ends with `way_out`, if it cannot be read or is not an object."""
     try:
         value = files.read_any_json(path)
     except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror}; download the file again") from fault
+        raise error(f"{path} cannot be read: {fault.strerror}; {way_out}") from fault
     except ValueError as fault:  # no text, not JSON, beyond the limits
-        raise error(f"{path} is not valid JSON ({fault}); download the file again") from fault
+        raise error(f"{path} is not valid JSON ({fault}); {way_out}") from fault
     if not isinstance(value, dict):
-        raise error(f"{path} holds {kind_of(value)}, not a JSON object; download the file again")
+        raise error(f"{path} holds {kind_of(value)}, not a JSON object; {way_out}")
     return value
 
 

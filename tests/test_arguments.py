@@ -132,7 +132,7 @@ def test_what_load_gives_is_told_from_its_parts(loaded):
         {"target_bpw": "4.5"},
         {"target_size": [1]},
         {"recipe": 3},
-        {"method": None},
+        {"method": 4},
         {"calibration": b"a text", "method": "gptq"},
         {"text": 3},
         {"report": 1},

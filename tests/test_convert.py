@@ -232,6 +232,13 @@ def test_a_recipe_is_followed_and_reproduces_itself(tmp_path, source):
     assert isinstance(read_model(tmp_path / "a").lm_head.weight, mx.array)
 
 
+def test_a_recipes_file_that_is_none_is_not_to_be_downloaded(tmp_path, source):
+    (tmp_path / "text").write_text("bits=4")
+    for name in ("text", "nowhere", "source"):
+        said = refusal(CheckpointError, source, tmp_path / "new", recipe=tmp_path / name)
+        assert said.endswith("give recipe.json of an earlier run, or a config.json")
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

@@ -255,7 +255,9 @@ def test_what_it_gave_is_in_the_report_and_mlx_lm_reads_it(small, brief, tmp_pat
 
 def test_a_text_too_short_to_train_on_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_fitted_recipe", lambda *given: pytest.fail("bits were measured"))
-    with pytest.raises(PromptError, match=r"the text has .* tokens, and distilling needs 1,024; give a longer one"):
+    with pytest.raises(
+        PromptError, match=r"the calibration text has .* tokens, and distilling needs 1,024; give a longer one"
+    ):
         convert(TRAINED, tmp_path / "made", target_bpw=4, method="distill", calibration="Once upon a time. " * 30)
     assert not [*tmp_path.iterdir()]
 

@@ -14,7 +14,7 @@ from quality_models import Letters, RandomSource, small_directory, stories, trai
 
 from phi3_mlx import convert
 from phi3_mlx.cli.reading import read_calibration
-from phi3_mlx.conversion import fitted_text, own_text, planning
+from phi3_mlx.conversion import fitted_text, own_text, pipeline, planning
 from phi3_mlx.conversion.fitted_text import FittedText
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.options import ConvertOptions
@@ -255,6 +255,15 @@ def test_what_is_measured_on_the_text_that_was_read_says_so(tmp_path):
     for part, fitted in ((text[200:900], True), (stories("sample")[:700], False)):
         made = convert(small, tmp_path / f"{fitted}", method="gptq", bits=4, calibration=text, text=part)
         assert any("fitted to this text" in note for note in made.report.notes) == fitted
+        assert any("fitted to this text" in note for note in made.notes) == fitted  # where the figures are shown, too
+
+
+def test_a_text_that_predicts_nothing_is_refused_before_the_work(tmp_path, monkeypatch):
+    small = small_directory(tmp_path / "small")
+    monkeypatch.setattr(pipeline, "_write", lambda *_: pytest.fail("the model is written"))
+    for report in (None, True):
+        with pytest.raises(PromptError, match="the text has 1 tokens, and the first has nothing to predict it"):
+            convert(small, tmp_path / "made", text="a", report=report)
 
 
 def test_shared_runs_are_those_of_eight_words():
@@ -268,6 +277,7 @@ def test_shared_runs_are_those_of_eight_words():
 def test_the_bundled_text_is_not_the_evaluations():
     source = trained()[0]
     assert not FittedText(source, None, None).holds(bundled("sample"))
+    assert FittedText(source, None, None).holds(bundled("reading")[1000:3000])  # pages of these docs, among others
     assert FittedText(source, bundled("sample"), None).holds(bundled("sample"))
     assert FittedText(source, "short", None).holds("short")
 

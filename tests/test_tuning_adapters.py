@@ -18,6 +18,7 @@ from phi3_mlx.adapters.folder import Adapters, adapter_files, base_of, fingerpri
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.cli import main
 from phi3_mlx.conversion import fuse as fusing
 from phi3_mlx.conversion import own_text
 from phi3_mlx.conversion.fuse import fuse
@@ -483,6 +484,25 @@ def test_a_fusion_says_where_its_measure_is_its_text(packed, tmp_path):
     assert not fuse(tmp_path / "a", tmp_path / "n", text=text).seen
 
 
+@pytest.mark.parametrize(("place", "what"), [("base", "model"), ("a", "adapter"), (".", "adapter")])
+def test_a_fusion_does_not_replace_what_it_reads(base, tmp_path, place, what):
+    shutil.copytree(base, tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "a", targets=("o_proj",))
+    for other in (tmp_path, tmp_path / "a"):
+        (other / "config.json").write_text("{}")  # as of a model, which force replaces
+    with pytest.raises(OptionError, match=f"is, or holds, the {what} that is read; name another directory"):
+        fuse(tmp_path / "a", tmp_path / place, force=True)
+    assert (tmp_path / "base" / "model.safetensors").exists()
+    assert (tmp_path / "a" / "adapters.safetensors").exists()
+
+
+def test_an_empty_name_of_a_text_is_not_ignored(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fuse", "--adapter", str(tmp_path), "-o", str(tmp_path / "m"), "--text", ""])
+    assert done.value.code == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
     make_adapter(base, tmp_path / "a", targets=("o_proj",))
     with pytest.raises(AdapterError, match="was trained on"):
@@ -497,6 +517,8 @@ def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):
         fuse(tmp_path / "a", tmp_path / "m", calibration="text")
     with pytest.raises(OptionError, match="'awq' is unknown"):
         fuse(tmp_path / "a", tmp_path / "m", method="awq")
+    with pytest.raises(OptionError, match="text is empty; give some"):
+        fuse(tmp_path / "a", tmp_path / "m", text=" \n")
     make_adapter(packed, tmp_path / "b", targets=("o_proj",))
     with pytest.raises(OptionError, match="dequantize=True"):
         fuse(tmp_path / "b", tmp_path / "m", dtype="bfloat16")

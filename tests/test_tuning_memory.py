@@ -138,7 +138,9 @@ def test_what_the_measurement_keeps_is_counted_while_the_model_is_made(models, t
 def test_a_text_too_short_to_train_on_is_refused_before_the_model_is_read(models, tmp_path, monkeypatch):
     make_adapter(models[4], tmp_path / "a")
     monkeypatch.setattr(effect, "read_model", lambda *a, **k: pytest.fail("was loaded"))
-    with pytest.raises(PromptError, match=r"the text has .* tokens, and distilling needs 1,024; give a longer one"):
+    with pytest.raises(
+        PromptError, match=r"the calibration text has .* tokens, and distilling needs 1,024; give a longer one"
+    ):
         fuse(tmp_path / "a", tmp_path / "m", method="distill", calibration="Once upon a time.")
     assert not [*tmp_path.glob("m*")]
 

@@ -19,13 +19,14 @@ from test_tuning_adapters import make_adapter
 
 from phi3_mlx import convert, fuse
 from phi3_mlx.cli import main
-from phi3_mlx.conversion import calibrating, own_text
+from phi3_mlx.conversion import calibrating, endtoend, own_text, planning, sensitivity
 from phi3_mlx.conversion.calibrating import Calibration, GptqSteps, calibrated, calibrated_in
 from phi3_mlx.conversion.distillation import distilled
 from phi3_mlx.conversion.fitted_steps import FittedSteps
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import left_alone, uniform
-from phi3_mlx.conversion.unfinished import FITTED, claim, left_to_keep
+from phi3_mlx.conversion.texts import bundled
+from phi3_mlx.conversion.unfinished import FITTED, Kept, claim, left_to_keep
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import CheckpointError, OptionError
 
@@ -242,10 +243,87 @@ def test_room_on_the_disk_is_for_what_is_kept_until_the_model_is_complete_too(tm
             convert(small, tmp_path / "made", method=method, report=False)
     assert not (tmp_path / "made.unfinished").exists()
     (tmp_path / "work").mkdir()
-    assert left_to_keep(tmp_path / "work", 100) == 100
+    assert left_to_keep(tmp_path / "work", Kept(100, 0)) == 100
     FittedSteps(tmp_path / "work" / "fitted").keep("layer-0", {}, [], [], [])
-    assert 0 < left_to_keep(tmp_path / "work", 1000) < 1000
-    assert left_to_keep(tmp_path / "work", 20) == left_to_keep(None, 100) == 0
+    assert 0 < left_to_keep(tmp_path / "work", Kept(1000, 0)) < 1000
+    assert left_to_keep(tmp_path / "work", Kept(20, 0)) == left_to_keep(None, Kept(100, 0)) == 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "distill"])
+def test_what_a_run_takes_of_the_disk_is_what_was_planned(method, tmp_path, quick, monkeypatch):
+    """Also while a file is replaced by a newer one, with a checkpoint after every step."""
+    source = RandomSource("BF16", **{**SOURCES["head"], "hidden_size": 128, "intermediate_size": 256})
+    layout = Layout.of(source, uniform(4, 32))
+    most, save = 0, mx.save_safetensors
+
+    def saved(file, arrays, **more):
+        nonlocal most
+        save(file, arrays, **more)
+        file.flush()
+        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
+
+    monkeypatch.setattr(mx, "save_safetensors", saved)
+    monkeypatch.setattr(endtoend, "_CHECKPOINT_EVERY", 0)
+    planned = planning.kept_on_disk(source, layout, layout.nbytes, len(IDS), method).most(packed=False)
+    if method == "gptq":
+        arrays_of(layout, calibrated_in(tmp_path, source, layout, IDS))
+    else:
+        arrays_of(layout, distilled(source, layout, IDS, tmp_path)[0])
+    names = 10**5  # headers, whose size is that of their names
+    assert 0.8 * planned < most < planned + names
+
+
+def test_a_run_with_other_arguments_is_refused_before_anything_is_written_or_measured(tmp_path, quick, monkeypatch):
+    """What was asked tells it, not only what hours of work made of it."""
+    small, made, text = small_directory(tmp_path / "source"), tmp_path / "made", bundled("calibration")[:4000]
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_pack_layer", cut_at(1))
+        with pytest.raises(Cut):
+            convert(small, made, method="gptq", calibration=text, report=False)
+    for work in ("_written", "write_own_text"):
+        monkeypatch.setattr(own_text, work, lambda *_, **__: pytest.fail("a text is written"))
+    monkeypatch.setattr(sensitivity, "choose_recipe", lambda *_, **__: pytest.fail("bits are measured"))
+    for other in (
+        {"method": "gptq", "calibration": "self"},
+        {"method": "gptq", "calibration": text, "target_bpw": 4.5},
+        {"method": "gptq", "calibration": text[1:]},
+        {"method": "gptq", "calibration": text, "bits": 3},
+        {"method": "gptq", "calibration": text, "dtype": "float32"},
+        {"method": "distill", "calibration": text},
+    ):
+        with pytest.raises(OptionError, match="is of a run with other arguments"):
+            convert(small, made, report=False, **other)
+    assert (tmp_path / "made.unfinished" / "fitted" / "layer-0.safetensors").exists()
+    steps = count_steps(monkeypatch)
+    convert(small, made, method="gptq", calibration=text, report=False, bits=4)  # the same by other words
+    assert steps[0] == "layer-1"
+
+
+def test_what_was_asked_is_kept_beside_the_key_of_the_run(tmp_path):
+    claim(tmp_path, "ours", False, name="asked")
+    claim(tmp_path, "one", False)
+    (tmp_path / FITTED).mkdir()
+    claim(tmp_path, "ours", False, name="asked")
+    claim(tmp_path, "one", False)
+    with pytest.raises(OptionError, match="other arguments"):
+        claim(tmp_path, "another's", False, name="asked")
+    with pytest.raises(OptionError, match="other arguments"):
+        claim(tmp_path, "two", False)
+    assert (tmp_path / FITTED).exists()
+    claim(tmp_path, "another's", True, name="asked")
+    assert not (tmp_path / FITTED).exists()
+    claim(tmp_path, "two", False)
+
+
+def test_a_place_where_nothing_can_be_kept_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    small = small_directory(tmp_path / "source")
+    for place in (tmp_path / "file" / "made", tmp_path / "taken"):
+        (tmp_path / "taken.unfinished").write_text("")
+        with pytest.raises(
+            CheckpointError, match=r"made cannot be written: .* to keep what is done\); name another|taken cannot"
+        ):
+            convert(small, place, method="gptq", report=False)
 
 
 def test_a_file_that_is_damaged_is_named_with_the_way_out(tmp_path):

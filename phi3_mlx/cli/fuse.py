@@ -11,11 +11,6 @@ from .progress import ConversionProgress, kept_when_stopped
 from .reading import read_calibration, read_input
 from .terminal import say
 
-
-def _read_text(path: str) -> str | None:
-    return read_input(path) if path else None
-
-
 _FOLDERS = (
     click.option("--adapter", required=True, metavar="DIR", help="The folder of the adapter."),
     click.option("-o", "--output", required=True, metavar="DST", help="The model directory to write."),
@@ -27,7 +22,7 @@ _FOLDERS = (
     "options",
     FuseOptions,
     before={"dequantize": _FOLDERS, "force": [within_memory]},
-    then={"calibration": read_calibration, "text": _read_text},
+    then={"calibration": read_calibration, "text": read_input},
 )
 def fuse(adapter: str, output: str, options: FuseOptions) -> None:
     """Merge an adapter into its model.

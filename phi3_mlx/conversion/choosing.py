@@ -93,5 +93,5 @@ def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
     if isinstance(recipe, Mapping):
         return dict(recipe), "the recipe"
     path = Path(os.path.expanduser(recipe))
-    content = read_json(path)
+    content = read_json(path, way_out="give recipe.json of an earlier run, or a config.json")
     return content.get("quantization") or content, str(path)

@@ -84,7 +84,9 @@ def distilled(
 def check_is_long_enough(tokens: int) -> None:
     """PromptError for a text of so few tokens that none can be held out."""
     if tokens < _LEAST_TOKENS:
-        raise PromptError(f"the text has {tokens:,} tokens, and distilling needs {_LEAST_TOKENS:,}; give a longer one")
+        raise PromptError(
+            f"the calibration text has {tokens:,} tokens, and distilling needs {_LEAST_TOKENS:,}; give a longer one"
+        )
 
 
 def _pack(

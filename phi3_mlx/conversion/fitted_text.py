@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import own_text
 from .options import OWN_TEXT
 from .sources import Source
-from .texts import calibration_ids, shared_runs, tokenizer_of
+from .texts import calibration, calibration_ids, shared_runs, tokenizer_of
 
 _THE_SAME = 0.1  # of a text's runs of eight words, above which it counts as the one that was fitted to
 
@@ -28,6 +28,11 @@ class FittedText:
         self.tokens = own_text.OWN_TOKENS if self.is_own else len(self.ids)
         self._shares: dict[str, float] = {}  # of other texts, once they were asked for
 
+    @property
+    def asked(self) -> Sequence[str | int]:
+        """Tells it apart from others, also before it is written."""
+        return [OWN_TEXT, self._seed] if self.is_own else self.ids
+
     def make(self, folder: Path | None, *, force: bool, progress: Callable[[int, int], None] | None) -> None:
         """Let the source write it, if it is to, or take what it wrote in `folder`; see `write_own_text`."""
         if self.is_own:
@@ -37,11 +42,10 @@ class FittedText:
             self._shares = {}
 
     def shared(self, text: str) -> float:
-        """The share of another text's runs of eight words that are in this one; the bundled one is not looked at."""
-        if self._given is None:
-            return 0.0
+        """The share of another text's runs of eight words that are in this one."""
         if text not in self._shares:
-            self._shares[text] = shared_runs(text, self._tokenizer.decode(self.ids) if self.is_own else self._given)
+            ours = self._tokenizer.decode(self.ids) if self.is_own else self._given
+            self._shares[text] = shared_runs(text, calibration() if ours is None else ours)
         return self._shares[text]
 
     def holds(self, text: str) -> bool:

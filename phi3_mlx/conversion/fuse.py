@@ -22,7 +22,7 @@ from ..adapters.lora import Adapter
 from ..errors import OptionError
 from ..option import arguments
 from ..store import hub
-from ..store.atomic import check_destination, new_directory
+from ..store.atomic import check_apart, check_destination, new_directory
 from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
 from .adapted import AdaptedSource
 from .calibrating import Stored, calibrated_in, check_grids
@@ -33,11 +33,11 @@ from .fitted_text import FittedText
 from .gains import Gain
 from .layout import Layout, Rounder
 from .options import FuseOptions
-from .planning import check_fusion, check_own_text, check_training
+from .planning import check_fusion, check_own_text, check_training, kept_on_disk
 from .rounding import rounded
 from .sinks import Progress, staged, write_model
 from .texts import bundled
-from .unfinished import left_to_keep, unfinished_for
+from .unfinished import asked_digest, claim, left_to_keep, unfinished_for
 from .writer import DirectorySink
 
 ENOUGH = 0.9  # of an adapter's effect; below it the merged model is no longer what was trained
@@ -118,8 +118,10 @@ def fuse_as(
     folder, destination = Path(values.path(adapter, "adapter")).expanduser(), Path(values.path(output, "output"))
     values.check_function(progress, "progress")
     model, revision, text, force = options.model, options.revision, options.text, options.force
+    check_apart(destination, folder, "the adapter")
     check_destination(destination, force=force)
     merge = open_merge(folder, model, revision)
+    check_apart(destination, merge.checkpoint.directory, "the model")
     source = AdaptedSource(
         merge.source,
         dequantize=options.dequantize,
@@ -146,7 +148,9 @@ def fuse_as(
     mx.clear_cache()
     with unfinished_for(options.method, destination) as work, new_directory(destination, force=force) as directory:
         sink = DirectorySink(directory, destination)
-        sink.check_space(layout.nbytes, left_to_keep(work, layout.nbytes))
+        tokens = 0 if fitted_to is None else fitted_to.tokens
+        kept = kept_on_disk(source, layout, layout.nbytes, tokens, options.method)
+        sink.check_space(layout.nbytes, left_to_keep(work, kept))
         rounder, gain = _rounder(source, layout, fitted_to, options.method, work, force, progress)
         write_model(sink, source, layout, rounder, progress)
         survived = None if effect is None else effect.survived(read_model(directory))
@@ -184,9 +188,10 @@ def _rounder(
     """What packs the changed layers, and with "distill" trains all; what training gave. `work` keeps what is done."""
     if fitted_to is None:
         return rounded(source), None
+    assert work is not None
+    claim(work, asked_digest(source, layout, method, fitted_to.asked), force, name="asked")
     fitted_to.make(work, force=force, progress=staged(progress, "writing a text", "tokens"))
     stored = Stored(source.blocks, source.before)
-    assert work is not None
     if method == "gptq":
         return calibrated_in(work, source, layout, fitted_to.ids, stored=stored, force=force), None
     rounder, _, gain = distilled(source, layout, fitted_to.ids, work, stored=stored, force=force, progress=progress)

@@ -68,7 +68,8 @@ class Columns(Nearest):
         length = rows.shape[1]
         if len(rows) == 1:
             raise PromptError(
-                f"the text has fewer than {2 * length:,} tokens, which GPTQ's errors need; give a longer one"
+                f"the calibration text has fewer than {2 * length:,} tokens, which GPTQ's errors need; give a longer "
+                "one"
             )
         count = min(most, max(1, len(rows) // (_FITTED_WINDOWS + 1)))
         used = min(len(rows), count + FITTED_TOKENS // length)

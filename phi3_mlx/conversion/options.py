@@ -113,7 +113,9 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         settle(self)
         if self.effort is not None and self.method not in (None, self.rounding):
-            raise OptionError(f"effort={self.effort} is method={self.rounding}, not method={self.method}; leave one out")
+            raise OptionError(
+                f"effort={self.effort} is method={self.rounding}, not method={self.method}; leave one out"
+            )
         self._check_one_decides()
         if self.text is not None and not self.wants_report:
             asks = "; report=True asks for one" if self.report is None else ""
@@ -233,7 +235,9 @@ class FuseOptions:
         metavar="FILE|self",
     )
     seed: int | None = option(None, "Of the text that the model writes. Without it: 0.", _SEED)
-    text: str | None = option(None, "The text that the measurement reads. Without it: a sample.", metavar="FILE")
+    text: str | None = option(
+        None, "The text that the measurement reads. Without it: a sample.", metavar="FILE", read=_compared_text
+    )
     force: bool = option(False, "Go on where DST exists already (it is replaced) or there is too little memory.")
 
     def __post_init__(self) -> None:

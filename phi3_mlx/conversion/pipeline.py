@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import values
 from ..engine.machine import room
-from ..errors import MemoryLimitError, OptionError
+from ..errors import MemoryLimitError
 from ..evaluation.quality import comparison_markdown
 from ..option import arguments
 from ..sizes import size_text
-from ..store.atomic import check_destination, new_directory
+from ..store.atomic import check_apart, check_destination, new_directory
 from ..store.hub import repository_of
 from ..threads import refuse_fork
 from .checked import CheckedSource
@@ -30,7 +30,8 @@ from .recipes import Recipe
 from .rounding import rounded
 from .sinks import Progress, staged, write_model
 from .sources import Source, weights_of
-from .unfinished import left_to_keep, unfinished_for
+from .texts import check_can_be_read, tokenizer_of
+from .unfinished import asked_digest, claim, left_to_keep, unfinished_for
 from .writer import DirectorySink, write_json
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def convert_as(
     values.check_function(progress, "progress")
     values.check_function(measure, "measure")
     path = find_source(source, options.revision)
-    _check_places(path, destination, options.force)
+    check_apart(destination, path, "the model")
+    check_destination(Path(os.path.realpath(destination)), force=options.force)
     opened = open_source(path)
     opened.name = str(source)
     choice = choose(opened, options)
@@ -161,10 +163,19 @@ def convert_as(
         bytes=layout.nbytes,
         bits_per_weight=8 * layout.nbytes / weights_of(checked),
         kept=_kept(layout),
-        notes=(*choice.notes, *why_none, *_about_name(destination)),
+        notes=(*choice.notes, *why_none, *_about_report(made), *_about_name(destination)),
         report=made,
         gain=gain,
     )
+
+
+def _about_report(made: Report | None) -> tuple[str, ...]:
+    """What the figures of a report do not show."""
+    if made is None:
+        return ()
+    from .report import FITTED
+
+    return tuple(note for note in made.notes if note == FITTED)
 
 
 def _about_name(destination: Path) -> tuple[str, ...]:
@@ -189,6 +200,8 @@ def _check(opened: Source, checked: Source, layout: Layout, text: FittedText | N
     from .distillation import check_is_long_enough
     from .planning import check_conversion, check_own_text, check_training
 
+    if options.text is not None and options.wants_report:
+        check_can_be_read(tokenizer_of(checked), options.text)
     rounds, tokens = options.rounding != "round", 0 if text is None else text.tokens
     if rounds and layout.recipe is not None:
         check_grids(layout)
@@ -212,13 +225,27 @@ def _write(
     progress: Callable[[Progress], None] | None,
 ) -> _Written:
     """Write the model."""
+    from .planning import kept_on_disk
+
     # The places come first: measuring takes minutes, and a disk that is full or read-only is known now.
-    with unfinished_for(options.rounding, destination) as work, new_directory(destination, force=options.force) as folder:
+    with (
+        unfinished_for(options.rounding, destination) as work,
+        new_directory(destination, force=options.force) as folder,
+    ):
         sink = DirectorySink(folder, destination)
         nbytes = _target_bytes(checked, options) if options.has_target else layout.nbytes
-        sink.check_space(nbytes, left_to_keep(work, nbytes))
+        kept = kept_on_disk(checked, layout, nbytes, 0 if text is None else text.tokens, options.rounding)
+        sink.check_space(nbytes, left_to_keep(work, kept))
         ids: Sequence[int] = ()
         if text is not None:
+            if work is not None:
+                target = options.target_bpw, options.target_bytes
+                claim(
+                    work,
+                    asked_digest(checked, layout, options.rounding, text.asked, target),
+                    options.force,
+                    name="asked",
+                )
             text.make(work, force=options.force, progress=staged(progress, "writing a text", "tokens"))
             ids = text.ids
         if options.has_target:
@@ -350,13 +377,6 @@ def _compared(
         fitted=text is not None and text.holds(options.evaluated or ""),
         progress=staged(progress, "comparing", "layers"),
     )
-
-
-def _check_places(source: Path, destination: Path, force: bool) -> None:
-    real, target = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
-    if target == real or target in real.parents:
-        raise OptionError(f"{destination} is, or holds, the model that is read; name another directory")
-    check_destination(target, force=force)
 
 
 def conversion_markdown(made: Conversion) -> str:

@@ -29,6 +29,7 @@ from .own_text import OWN_LENGTH, TEMPERATURE
 from .rounding import quantizing_bytes
 from .sources import Source, to_mlx
 from .teacher import KEPT
+from .unfinished import Kept
 
 # Beside a matrix that an adapter changes: float32 copies of it that are alive at once, as measured.
 _CHANGE, _CHANGE_DORA = 1.0, 3.0  # the product of its factors; and what the length of rows is computed of
@@ -49,6 +50,7 @@ _ROWS_OF_EXPERTS = 8
 # Of distillation: copies of what is trained (it, its best, gradients, two moments, the next), of a layer in
 # floats and of the head (matrix, gradient, integers), of a step's logits, and of the hidden states between layers.
 _TRAINED_COPIES, _COPIES_IN_FLOATS, _LOGITS, _KEPT_BETWEEN = 6, 3, 6, 3
+_CHECKPOINT_COPIES = 4  # of what is trained: it, its best, two moments
 _MARGIN = 1.1  # for the factors themselves and what else is small
 _NOTHING: Mapping[str, int] = {}
 
@@ -109,9 +111,6 @@ def check_training(source: Source, layout: Layout, text_tokens: int, beside: Map
 def _training(source: Source, layout: Layout, text_tokens: int) -> dict[str, int]:
     """What training the packed model on a text takes, by what for."""
     config = source.config
-    groups = sum(
-        math.prod(entry.stored[f"{entry.path}.scales"].shape) for entry in layout.entries if entry.packing is not None
-    )
     floats, matrix = _layer(source)
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     tokens = endtoend.ROWS * calibrating.GPTQ_WINDOW
@@ -121,10 +120,30 @@ def _training(source: Source, layout: Layout, text_tokens: int) -> dict[str, int
     head = _COPIES_IN_FLOATS * vocab * hidden
     return {
         "weights": layout.nbytes,
-        "training": 4 * 2 * groups * _TRAINED_COPIES,
-        "a text's distributions": 8 * text_tokens * min(KEPT, vocab),
+        "training": _TRAINED_COPIES * _trained(layout),
+        "a text's distributions": _distributions(text_tokens, vocab),
         "activations": 4 * (between + max(layer + _work(source, calibrating.GPTQ_WINDOW, tokens), logits + head)),
     }
+
+
+def _trained(layout: Layout) -> int:
+    """Bytes of what is trained: two numbers of each group, in float32."""
+    packed = [entry for entry in layout.entries if entry.packing is not None]
+    return 4 * 2 * sum(math.prod(entry.stored[f"{entry.path}.scales"].shape) for entry in packed)
+
+
+def _distributions(tokens: int, vocab: int) -> int:
+    """Bytes of the source's distributions: of each of their tokens an id and a log-probability."""
+    return 8 * tokens * min(KEPT, vocab)
+
+
+def kept_on_disk(source: Source, layout: Layout, nbytes: int, tokens: int, method: str) -> Kept:
+    """What a run keeps until a model of `nbytes`, by `method` and a text of so many tokens, is there."""
+    vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
+    text = 4 * 2 * tokens * hidden  # in the source and in the packed model
+    if method != "distill":
+        return Kept(nbytes, text)
+    return Kept(nbytes, text, _distributions(tokens, vocab), _CHECKPOINT_COPIES * _trained(layout))
 
 
 def check_fusion(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import mlx.core as mx
 
 from ..errors import PromptError
+from ..evaluation.quality import blocks
 from ..files import json_text
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ def tokenizer_of(source: Source) -> Tokenizer:
         return read_tokenizer(Path(folder))
 
 
+def check_can_be_read(tokenizer: Tokenizer, text: str) -> None:
+    """PromptError for a text of a report, `text`, in which nothing is to be predicted."""
+    bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
+    next(blocks(tokenizer.encode(text), 512, bos))
+
+
 def calibration_ids(tokenizer: Tokenizer, text: str | None) -> list[int]:
     """What bits and weights are fitted to: a text, or the bundled one that reports do not read."""
     return tokenizer.encode(calibration())[:CALIBRATION_TOKENS] if text is None else tokenizer.encode(text)
@@ -71,5 +78,5 @@ def windows(ids: Sequence[int], length: int) -> mx.array:
     """
     rows = len(ids) // length
     if rows == 0:
-        raise PromptError(f"the text has {len(ids):,} tokens, and {length:,} are needed; give a longer one")
+        raise PromptError(f"the calibration text has {len(ids):,} tokens, and {length:,} are needed; give a longer one")
     return mx.array(list(ids[: rows * length]), dtype=mx.int32).reshape(rows, length)

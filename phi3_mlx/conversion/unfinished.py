@@ -7,16 +7,25 @@ The same command goes on from there. A text of the source's own has a key of its
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from .. import __version__
 from ..config import read_json
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
 from ..files import json_text
 from ..store.atomic import FINDER, hold, is_partial, replace_file
+
+if TYPE_CHECKING:
+    from .layout import Layout
+    from .sources import Source
 
 OWN_TEXT_FILE, FITTED, PACKED, TEACHER, CHECKPOINT = (
     "own_text.json", "fitted", "packed", "teacher.safetensors", "checkpoint.safetensors"
@@ -39,10 +48,16 @@ def unfinished_place(destination: Path) -> Path:
 def unfinished(destination: Path) -> Iterator[Path]:
     """The folder of what a run has done so far, which is removed when the block ends without an error.
 
-    OptionError where another run works there, or where that name is of a folder of somebody's own.
+    OptionError where another run works there, or where that name is of a folder of somebody's own. CheckpointError
+    where no folder can be made.
     """
     folder = unfinished_place(destination)
-    with hold(folder) as alone:
+    with ExitStack() as stack:
+        try:
+            alone = stack.enter_context(hold(folder))
+        except OSError as error:
+            why = f"{error.strerror} ({folder}, to keep what is done)"
+            raise CheckpointError(f"{destination} cannot be written: {why}; name another place") from error
         if not alone:
             raise OptionError(f"another run is writing {destination}; wait for it, or name another directory")
         _check_ours(folder)
@@ -55,11 +70,28 @@ def unfinished(destination: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def left_to_keep(folder: Path | None, nbytes: int) -> int:
-    """How many bytes a run may still put into its folder, which takes about what its model of `nbytes` does."""
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of the disk that a run takes for what it keeps: the `model`, fitted or packed, the `text` behind the last
+    layer, the source's distributions (`teacher`) and a `checkpoint` of the training.
+    """
+
+    model: int
+    text: int
+    teacher: int = 0
+    checkpoint: int = 0
+
+    def most(self, *, packed: bool) -> int:
+        """All that is there at once, `packed` or before that. A text and a checkpoint are replaced by whole ones."""
+        return self.model + self.teacher + 2 * max(0 if packed else self.text, self.checkpoint)
+
+
+def left_to_keep(folder: Path | None, kept: Kept) -> int:
+    """How many bytes a run may still put into its folder."""
     if folder is None:
         return 0
-    return max(0, nbytes - sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
+    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    return max(0, kept.most(packed=_holds(folder, PACKED)) - there)
 
 
 def _check_ours(folder: Path) -> None:
@@ -70,22 +102,34 @@ def _check_ours(folder: Path) -> None:
         raise OptionError(f"{folder} is for an unfinished run, and holds {strange}; move that away")
 
 
-def claim(folder: Path, key: str, force: bool) -> None:
+def claim(folder: Path, key: str, force: bool, *, name: Literal["asked", "key"] = "key") -> None:
     """Empty `folder`, unless it is of a run with this key. OptionError for another run's that has done a step, unless
     `force`.
+
+    `name`: a run has two keys. What was "asked" is known before hours of writing a text and of measuring bits, on whose
+    results the other depends, too.
 
     The source's own text stays: who made it has looked at its key.
     """
     path = folder / _RUN_KEY
-    before = read_json(path).get("key") if path.exists() else None
+    keys = read_json(path) if path.exists() else {}
+    before = keys.pop(name, None)
     if before == key:
         return
     if before is not None and _holds(folder, FITTED, PACKED) and not force:
         raise other_run(folder)
-    for old in folder.iterdir():
-        if old.name != OWN_TEXT_FILE:
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    replace_file(path, json_text({"key": key}).encode())
+    if before is not None or name == "key":
+        keys.pop("key", None)  # of what goes now
+        for old in folder.iterdir():
+            if old.name != OWN_TEXT_FILE:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    replace_file(path, json_text({**keys, name: key}).encode())
+
+
+def asked_digest(source: Source, layout: Layout, method: str, text: Sequence[str | int], target: Any = None) -> str:
+    """The key of what was asked; `text` and `target`, as JSON, tell one text and one size from another."""
+    kinds = [(name, tensor.dtype) for name, tensor in source.tensors.items()]
+    return hashlib.sha256(json.dumps([__version__, kinds, layout.recipe, method, text, target]).encode()).hexdigest()
 
 
 def _holds(folder: Path, *names: str) -> bool:

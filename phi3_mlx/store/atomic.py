@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import CheckpointError, Phi3Error
+from ..errors import CheckpointError, OptionError, Phi3Error
 
 _PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".phi3-mlx-", ".partial"
 _PARTIAL = re.compile(rf"{re.escape(_PARTIAL_PREFIX)}[^/]+{re.escape(_PARTIAL_SUFFIX)}")
@@ -150,6 +150,13 @@ def check_destination(
             f"{destination} holds something else than a model (no {mark}), which force=True does not replace; name "
             "another directory"
         )
+
+
+def check_apart(destination: Path, read: Path, what: str) -> None:
+    """OptionError where a directory to write is, or holds, what is `read`, which messages call `what`."""
+    real, target = Path(os.path.realpath(read)), Path(os.path.realpath(destination))
+    if target == real or target in real.parents:
+        raise OptionError(f"{destination} is, or holds, {what} that is read; name another directory")
 
 
 @contextmanager
