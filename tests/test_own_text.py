@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from quality_models import Letters, RandomSource, small_directory, stories, trai
 
 from phi3_mlx import convert
 from phi3_mlx.cli.reading import read_calibration
-from phi3_mlx.conversion import fitted_text, own_text, pipeline, planning
+from phi3_mlx.conversion import fitted_text, own_text, pipeline, planning, report
 from phi3_mlx.conversion.fitted_text import FittedText
 from phi3_mlx.conversion.opening import open_source
 from phi3_mlx.conversion.options import ConvertOptions
@@ -27,6 +28,7 @@ from phi3_mlx.engine.sampling import Sampling
 from phi3_mlx.engine.scheduler import Scheduler
 from phi3_mlx.errors import MemoryLimitError, OptionError, PromptError
 from phi3_mlx.text.chat import render_chat
+from phi3_mlx.text.tokenizer import read_tokenizer
 
 
 @dataclasses.dataclass
@@ -256,6 +258,22 @@ def test_what_is_measured_on_the_text_that_was_read_says_so(tmp_path):
         made = convert(small, tmp_path / f"{fitted}", method="gptq", bits=4, calibration=text, text=part)
         assert any("fitted to this text" in note for note in made.report.notes) == fitted
         assert any("fitted to this text" in note for note in made.notes) == fitted  # where the figures are shown, too
+
+
+def test_what_is_lost_on_the_text_that_was_read_stands_beside_what_is_lost_on_the_reports(tmp_path, monkeypatch):
+    small, text, read = small_directory(tmp_path / "small"), stories("calibration"), {}
+
+    def made(*_, text, **more):
+        read.update(more, text=text)
+        return SimpleNamespace(comparison=SimpleNamespace(kl=0.125))
+
+    monkeypatch.setattr(report, "make_report", made)
+    other = SimpleNamespace(window=64, comparison=SimpleNamespace(kl=0.25))
+    section = pipeline._about_fits(small, open_source(small), [], other, read_tokenizer(small).encode(text))
+    assert "0.12500 on the beginning of the text that weights were fitted to, 0.25000 on the report's" in section
+    assert len(read["text"]) > 100
+    assert text.startswith(read["text"][:-1])  # the last token may be a part of a character
+    assert read["window"] == 64
 
 
 def test_a_text_that_predicts_nothing_is_refused_before_the_work(tmp_path, monkeypatch):
