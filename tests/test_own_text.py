@@ -279,9 +279,9 @@ def test_what_is_lost_on_the_text_that_was_read_stands_beside_what_is_lost_on_th
 def test_a_text_that_predicts_nothing_is_refused_before_the_work(tmp_path, monkeypatch):
     small = small_directory(tmp_path / "small")
     monkeypatch.setattr(pipeline, "_write", lambda *_: pytest.fail("the model is written"))
-    for report in (None, True):
+    for asked in (None, True):
         with pytest.raises(PromptError, match="the text has 1 tokens, and the first has nothing to predict it"):
-            convert(small, tmp_path / "made", text="a", report=report)
+            convert(small, tmp_path / "made", text="a", report=asked)
 
 
 def test_shared_runs_are_those_of_eight_words():
