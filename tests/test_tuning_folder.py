@@ -267,6 +267,30 @@ def test_the_plot_marks_what_was_kept_whatever_has_the_least_loss(tmp_path, kept
     assert [(*line.get_xdata(), *line.get_ydata()) for line in drawn[2:]] == ([] if kept is None else [(2, 3)])
 
 
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_what_is_told_of_preferences_is_drawn(tmp_path, with_reference, monkeypatch):
+    """Under the losses: rewards, the margin and the pairs that are right; lengths of answers and KL."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **more: figures.append(self))
+    told = {"reward_chosen": 3.0, "reward_rejected": 4.0, "margin": 5.0, "accuracy": 0.5, "tokens_chosen": 6.0}
+    told |= {"tokens_rejected": 7.0} | ({"kl": 8.0} if with_reference else {})
+    lines = [{"kind": kind, "step": n, "loss": 1.0, **told} for n in (1, 2) for kind in ("train", "valid")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_losses(tmp_path)
+    drawn = [
+        {line.get_label(): line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata())}
+        for axes in figures[0].axes
+    ]
+    named = [{label: y for label, y in of.items() if not label.startswith("_")} for of in drawn]
+    assert named[1:] == [
+        {"chosen": 3.0, "rejected": 4.0, "margin": 5.0},
+        {"chosen": 6.0, "rejected": 7.0},
+        {"pairs right": 0.5},
+        *([{"KL": 8.0}] if with_reference else []),
+    ]
+
+
 def test_the_plot_gets_the_step_whose_weights_are_kept(base, data, tmp_path, monkeypatch):
     """Not that of the least loss: here the first is the best, as by another figure."""
     kept = []

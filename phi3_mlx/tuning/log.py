@@ -123,8 +123,8 @@ def plot_losses(directory: Path, kept: int | None = None) -> bool:
     if not train:
         return False
     with_rewards = any("reward_chosen" in line for line in lines)
-    figure = Figure(figsize=(7, 7 if with_rewards else 4), layout="constrained")
-    axes, *below = figure.subplots(2 if with_rewards else 1, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(7, 10 if with_rewards else 4), layout="constrained")
+    axes, *below = figure.subplots(3 if with_rewards else 1, sharex=True, squeeze=False)[:, 0]
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training")
     if valid:
         marked = [point for point in valid if point[0] == kept]
@@ -137,8 +137,8 @@ def plot_losses(directory: Path, kept: int | None = None) -> bool:
         axes.set_yscale("log")
     axes.set_ylabel("loss" if with_rewards else "loss a token (nats)")
     axes.legend()
-    for rewards in below:
-        _plot_rewards(rewards, lines)
+    for other, plot in zip(below, (_plot_rewards, _plot_answers), strict=False):
+        plot(other, lines)
     (below[-1] if below else axes).set_xlabel("step")
     with new_file(directory / LOSS_PLOT) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -146,12 +146,8 @@ def plot_losses(directory: Path, kept: int | None = None) -> bool:
 
 
 def _plot_rewards(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Rewards of chosen and rejected answers, thin in training; how many pairs are right, on an axis of its own."""
-    for name, color in (("chosen", "#2a9d8f"), ("rejected", "#8d5a97")):
-        for kind, style in (("train", {"linewidth": 0.6, "alpha": 0.5}), ("valid", {"marker": "o", "markersize": 3})):
-            if points := _points(lines, kind, f"reward_{name}"):
-                label = name if kind == "valid" or not _points(lines, "valid", f"reward_{name}") else None
-                axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
+    """Rewards of both answers and what is between them; how many pairs are right, on an axis of its own."""
+    _plot_figures(axes, lines, {"chosen": "reward_chosen", "rejected": "reward_rejected", "margin": "margin"})
     axes.set_ylabel("reward")
     if points := _points(lines, "valid", "accuracy") or _points(lines, "train", "accuracy"):
         right = axes.twinx()
@@ -160,6 +156,27 @@ def _plot_rewards(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         right.set_ylabel("share of the pairs that are right")
         axes.plot([], [], color="#555555", linestyle=":", label="pairs right")
     axes.legend()
+
+
+def _plot_answers(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    """How long both answers are, and on an axis of its own how far the model is from its reference, if it has one."""
+    _plot_figures(axes, lines, {"chosen": "tokens_chosen", "rejected": "tokens_rejected"})
+    axes.set_ylabel("tokens an answer")
+    if points := _points(lines, "valid", "kl") or _points(lines, "train", "kl"):
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), color="#555555", linestyle=":", label="KL")
+        right.set_ylabel("KL to the reference (nats)")
+        axes.plot([], [], color="#555555", linestyle=":", label="KL")
+    axes.legend()
+
+
+def _plot_figures(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> None:
+    """Figures by what they are called, thin in training."""
+    for (label, name), color in zip(names.items(), ("#2a9d8f", "#8d5a97", "#e9c46a"), strict=False):
+        for kind, style in (("train", {"linewidth": 0.6, "alpha": 0.5}), ("valid", {"marker": "o", "markersize": 3})):
+            if points := _points(lines, kind, name):
+                shown = label if kind == "valid" or not _points(lines, "valid", name) else None
+                axes.plot(*zip(*points, strict=True), color=color, label=shown, **style)
 
 
 def _points(lines: Sequence[Mapping[str, Any]], kind: str, name: str = "loss") -> list[tuple[int, float]]:
