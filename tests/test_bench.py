@@ -446,6 +446,7 @@ def test_texts_to_judge_share_nothing_with_those_that_are_learnt(tmp_path):
     titles = [{row.text.split()[1] for row in half} for half in (task.learnt, task.unseen)]
     assert [len(half) for half in titles] == [10, 10]
     assert not titles[0] & titles[1]
+    assert all(row.title == f"T{row.text.split()[1].removeprefix('article-')}" for row in task.learnt)
     for row in [*task.learnt, *task.unseen]:
         assert row.text.split()[0] == ("advanced" if row.good else "elementary")
         assert len(row.text.split()) == 120
@@ -458,7 +459,10 @@ def test_ratings_and_filters_are_judged_by_labels_that_are_known(results, monkey
 
     task = data.disorder(120)
     monkeypatch.setattr(data, "disorder", lambda count: dataclasses.replace(task, unseen=task.unseen[: count // 3]))
+    fit, groups = data.train_filter, []
+    monkeypatch.setattr(data, "train_filter", lambda *a, **how: (groups.append(how["group"]), fit(*a, **how))[1])
     assert invoke(data.main, "--texts", "120", "--train", "1").exit_code == 0
+    assert groups == ["title"] * 3
     written = check(results, "data")
     assert written["texts"] == {"disorder": {"learnt": 120, "unseen": 40}}
     rows = {(row["judge"], row["by"]): row for row in written["rows"]}
