@@ -149,7 +149,11 @@ def test_what_is_wrong_of_other_texts_is_not_turned_around(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(["data", "train-filter", str(path), "-o", str(tmp_path / "again"), "--label", "good"])
     assert left.value.code == 0
-    assert "orders other texts the wrong way round, so it gives all the same" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "do not score higher than the bad ones, so it gives all the same probability" in said
+    assert "name the key with --group" in said
+    with pytest.raises(DataError, match="says nothing: it gives every text the same probability"):
+        filter_data(path, tmp_path / "kept", classifier=tmp_path / "judge")
 
 
 def test_texts_of_one_group_are_held_out_together(tmp_path, capsys):
@@ -163,12 +167,54 @@ def test_texts_of_one_group_are_held_out_together(tmp_path, capsys):
     for side in ("learnt", "held_out"):
         assert together[side]["good"] == together[side]["bad"]
         assert apart[side]["good"] != apart[side]["bad"]
-    with pytest.raises(DataError, match=r"has no key 'page', by which texts are held out together"):
-        train_filter(path, tmp_path / "none", label="good", group="page")
+    other = [row | {"id": float(row["id"]) if row["good"] else row["id"]} for row in rows]  # 1.0 and 1 are one group
+    assert train_filter(write(tmp_path / "b.jsonl", other), tmp_path / "c", label="good", group="id") | {
+        "inputs": None
+    } == together | {"inputs": None}
     with pytest.raises(SystemExit) as left:
         main(["data", "train-filter", str(path), "-o", str(tmp_path / "said"), "--label", "good", "--group", "id"])
     assert left.value.code == 0
     assert f"AUC {together['auc']:.3f}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1, None], r"\.jsonl:2: has no 'id', by which texts are held out together; give it one"),
+        ([1, float("nan")], r"\.jsonl:2: 'id' is nan; expected a text or a number, the same for"),
+        ([[1], [2]], r"\.jsonl:1: 'id' is a list; expected a text or a number"),
+        ([{"a": 1}], r"\.jsonl:1: 'id' is an object; expected"),
+        (
+            [7],
+            r"0 good texts are held out; give records with 10 or more \(.* 1 different values of 'id'\)",
+        ),
+    ],
+)
+def test_groups_that_say_nothing_are_refused(tmp_path, values, said):
+    """Texts without a title are not one article; one group is on one side."""
+    rows = [{"text": f"text {n}", "good": n % 2 == 0, "id": values[n % len(values)]} for n in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=said):
+        train_filter(path, tmp_path / "out", label="good", group="id")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_text_without_a_group_is_refused_even_if_it_is_not_drawn(tmp_path):
+    rows = [{"text": f"text {n}", "good": n % 2 == 0, "id": n} for n in range(2000)]
+    for row in rows[-100:]:
+        del row["id"]
+    with pytest.raises(DataError, match=r":1901: has no 'id'"):
+        train_filter(write(tmp_path / "a.jsonl", rows), tmp_path / "out", label="good", group="id", examples=100)
+
+
+def test_scores_that_are_chance_are_not_calibrated(tmp_path):
+    """Texts without a word are all the same to it, whatever their number of marks: half of the pairs are in order."""
+    rows = [{"text": "!? " * n, "good": n % 2 == 0} for n in range(1, 301)]
+    report = train_filter(write(tmp_path / "a.jsonl", rows), tmp_path / "out", label="good")
+    assert report["auc"] == 0.5
+    assert report["says_nothing"]
+    good = report["held_out"]["good"] / sum(report["held_out"].values())
+    assert read_classifier(tmp_path / "out").probability("a word") == pytest.approx(good)
 
 
 def test_every_way_to_say_what_is_good_gives_the_same_classifier(tmp_path, rated):
@@ -205,10 +251,16 @@ def test_equal_texts_are_on_one_side_and_a_draw_bounds_the_memory(tmp_path, rate
     ("rows", "given", "said"),
     [
         ([{"text": "a", "rating": 3.5}], {}, "labels are ratings; say from which threshold"),
-        ([{"text": "a", "rating": "x"}], {}, "labels are texts, 'x'; say with good="),
+        ([{"text": "a", "rating": "x"}], {}, "labels are texts, 'x'; say which of them are good, as good='x'"),
         ([{"text": "a", "rating": "x"}], {"good": ["y"]}, "no record has the label 'y'; there are 'x'"),
         ([{"text": "a"}], {}, "1: has no key 'rating'; name the label's"),
         ([{"text": "a", "rating": [1]}], {}, "'rating' is a list; expected a number"),
+        ([{"text": "a", "rating": float("nan")}], {}, "'rating' is nan; expected a number"),
+        (
+            [{"text": "a", "rating": "x"}, {"text": "b", "rating": 5}],
+            {"good": "x"},
+            "and numbers, such as 5; give one",
+        ),
         ([{"text": f"a {n}", "rating": 1} for n in range(100)], {}, "0 bad texts are learnt; give records with 10"),
     ],
 )
@@ -220,7 +272,7 @@ def test_labels_that_say_nothing_are_refused(tmp_path, rows, given, said):
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path, rated, trained):
-    with pytest.raises(OptionError, match="top and threshold"):
+    with pytest.raises(OptionError, match="top=SHARE and threshold=RATING"):
         train_filter(rated, tmp_path / "out", threshold=1, top=0.1)
     with pytest.raises(OptionError, match=r"at_least .* without a classifier"):
         filter_data(rated, tmp_path / "out", at_least=0.3)
@@ -288,7 +340,7 @@ def test_a_file_that_is_no_classifier_is_named(tmp_path, rated, trained):
     save_file({"weights": weights}, bad)
     for content, said in {
         bad.read_bytes(): "holds no classifier",
-        good.read_bytes()[:-4]: "holds no classifier: .* bytes where its header promises",
+        good.read_bytes()[:-4]: "holds no classifier: it has .* promises [0-9,]*; name what train-filter",
         b"\x80\x04K\x01.": "holds no classifier",
         good.read_bytes().replace(b'ngrams\\": 2', b'ngrams\\": 3'): "of another version",
         good.read_bytes().replace(b'format\\": 1', b'format\\": 2'): "of another version",

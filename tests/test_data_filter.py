@@ -193,7 +193,7 @@ def test_names_of_rules_and_sets():
 
 def test_bounds_that_nothing_looks_at_or_meets_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(OptionError, match="bound the rule 'characters'; add it to rules"):
+    with pytest.raises(OptionError, match="bound the rule 'characters'; add it to rules=A,B"):
         filter_data(path, tmp_path / "out", rules="gopher", min_characters=5)
     with pytest.raises(OptionError, match="at least 50 and at most 10, which no text is"):
         filter_data(path, tmp_path / "out", max_words=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def score_texts(
     place = source.find()
     tokenizer = source.load_tokenizer(place)
     model = source.load_model(place, options.max_length + _AROUND, Request(max_tokens=1))
-    unfinished = unfinished_folder(Path(output).expanduser())
+    unfinished = unfinished_folder(Path(os.path.expanduser(output)))
     if unfinished.exists():
         say(f"going on from {unfinished}")
     try:
@@ -121,9 +122,12 @@ def train_text_filter(
         "texts that were held out"
     )
     if report["says_nothing"]:
+        advice = "" if options.group else (
+            ". If there are a good and a bad text of each article or subject, name the key with --group"
+        )  # fmt: skip
         note(
-            "what it learnt orders other texts the wrong way round, so it gives all the same probability: do not "
-            "filter by it. If there are a good and a bad text of each article or subject, name the key with --group"
+            "the good texts that were held out do not score higher than the bad ones, so it gives all the same "
+            f"probability: do not filter by it{advice}"
         )
     elif low <= _CHANCE:
         note("the interval reaches 0.5, which is chance: do not filter by it")

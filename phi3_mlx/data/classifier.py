@@ -68,13 +68,14 @@ class TextClassifier:
 
 def read_classifier(path: str | os.PathLike[str]) -> TextClassifier:
     """The classifier in a file, or in a folder of `train-filter`. Raises DataError."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     place = place / CLASSIFIER_FILE if place.is_dir() else place
     try:
         tensors = read_header(place)
         head = parse(read_metadata(place).get("phi3_mlx_classifier", "null"))
     except (CheckpointError, ValueError) as error:
-        raise DataError(f"{place} holds no classifier: {error}") from error
+        why = str(error).removeprefix(f"{place} ").removesuffix("; download it again")
+        raise DataError(f"{place} holds no classifier: it {why}; name what train-filter wrote") from error
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error.strerror}; name what train-filter wrote") from error
     if not isinstance(head, dict) or set(tensors) != {_CLASSIFIER_WEIGHTS}:

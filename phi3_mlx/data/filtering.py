@@ -56,12 +56,18 @@ def filter_data(
     """
     judge_path = None if classifier is None else path(classifier, "classifier")
     options = FilterOptions(rules, judge_path, at_least, pii, min_characters, max_characters, min_words, max_words)
+    judge = None if judge_path is None else read_classifier(judge_path)
+    if judge is not None and not judge.slope:
+        raise DataError(
+            f"{judge_path} says nothing: it gives every text the same probability, as train-filter told; train it from "
+            "other ratings"
+        )
     step = _Filter(
         "filter",
         "filtering",
         ReadOptions(field, lines, skip_broken),
         options,
-        judge=None if judge_path is None else read_classifier(judge_path),
+        judge=judge,
     )
     step.sieve(Counter())  # its faults, before anything is read
     count = WorkOptions(processes).processes
@@ -122,7 +128,7 @@ class _Sieve:
         self._rules = {name: _bounded(rule, name, options) for name, rule in RULES.items() if name in active}
         for name in ("characters", "words"):
             if name not in active and _bounds(name, options) != (None, None):
-                raise OptionError(f"min_{name} and max_{name} bound the rule {name!r}; add it to rules, or 'length'")
+                raise OptionError(f"min_{name}=N and max_{name}=N bound the rule {name!r}; add it to rules=A,B")
         if judge is not None:
             least = _AT_LEAST if options.at_least is None else options.at_least
             self._rules["classifier"] = Rule(lambda parts: judge.probability(parts.text), least=least)
@@ -198,7 +204,7 @@ def _bounded(rule: Rule, name: str, options: FilterOptions) -> Rule:
     least, most = _bounds(name, options)
     rule = replace(rule, least=rule.least if least is None else least, most=rule.most if most is None else most)
     if rule.least > rule.most:
-        raise OptionError(f"the rule {name!r} is {rule.said}, which no text is; change min_{name} or max_{name}")
+        raise OptionError(f"the rule {name!r} is {rule.said}, which no text is; change min_{name}=N or max_{name}=N")
     return rule
 
 

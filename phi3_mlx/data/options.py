@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,9 @@ class TrainFilterOptions:
     """From what a classifier learns which texts are good."""
 
     label: str = option("rating", "The key of a record's rating or label.", metavar="KEY")
-    threshold: float | None = option(None, "Texts that are rated so, or higher, are good.")
+    threshold: float | None = option(
+        None, "Texts that are rated so, or higher, are good.", Range(math.isfinite, "a finite number")
+    )  # fmt: skip
     top: float | None = option(None, "This share of the texts, the highest rated, are good.", _SHARE, metavar="SHARE")
     good: tuple[str, ...] = option((), "Texts with this label are good; may be repeated.", metavar="LABEL")
     held_out: float = option(0.2, "Measure on this share of the texts, and learn from the others.", _SHARE)
@@ -177,7 +180,8 @@ class TrainFilterOptions:
 
     def __post_init__(self) -> None:
         settle(self)
-        given = [name for name in ("threshold", "top", "good") if getattr(self, name) not in (None, ())]
+        ways = {"threshold": "threshold=RATING", "top": "top=SHARE", "good": "good=LABEL"}
+        given = [way for name, way in ways.items() if getattr(self, name) not in (None, ())]
         if len(given) > 1:
             raise OptionError(f"{given[1]} and {given[0]} both say which texts are good; give one of them")
 
@@ -211,4 +215,4 @@ class FilterOptions:
     def __post_init__(self) -> None:
         settle(self)
         if self.at_least is not None and self.classifier is None:
-            raise OptionError(f"at_least {self.at_least:g} does nothing without a classifier; give one")
+            raise OptionError(f"at_least {self.at_least:g} does nothing without a classifier; give classifier=FILE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -83,7 +84,7 @@ def score_data(
     check_output_folder(output, [records], write)
     # The journal is outside: its scores go when the folder is in its place, not before the last byte is written.
     with (
-        score_journal(Path(output).expanduser(), identity, rater.keys) as journal,
+        score_journal(Path(os.path.expanduser(output)), identity, rater.keys) as journal,
         new_step("score", output, [records], write, asked) as step,
     ):
         for record, score in _scored(records, rater, journal):
