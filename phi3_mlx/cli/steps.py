@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,9 +28,7 @@ def run_step(output: str, step: Callable[[Callable[[Advance], None]], dict[str, 
     """Run a step under a bar, and say what it did; its report."""
     with DataProgress("reading") as bar:
         report = step(bar.update)
-    if broken := report["broken"]["records"]:
-        first = report["broken"]["samples"][0]
-        note(f"records that could not be read: {broken:,}; {first['source']}: {first['why']}")
+    note_broken(report["broken"])
     for reason, removed in report.get("reasons", {}).items():
         say(f"removed {removed['records']:,}: {reason}")
     for rule, made in report.get("line_rules", {}).items():
@@ -41,3 +39,10 @@ def run_step(output: str, step: Callable[[Callable[[Advance], None]], dict[str, 
         tokens = f", {kept['tokens']:,} tokens" if "tokens" in kept else ""
         say(f"{output}/{name}: {kept['records']:,} records, {kept['characters']:,} characters{tokens}")
     return report
+
+
+def note_broken(broken: Mapping[str, Any]) -> None:
+    """Say how many records a report counts as left out, and why the first was."""
+    if broken["records"]:
+        first = broken["samples"][0]
+        note(f"records that could not be read: {broken['records']:,}; {first['source']}: {first['why']}")

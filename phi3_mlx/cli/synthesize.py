@@ -14,6 +14,7 @@ from .declare import options_of
 from .options import ModelOptions, model_options, within_memory
 from .progress import DataProgress
 from .reading import read_input
+from .steps import note_broken
 from .terminal import note, say, show, show_json
 
 _PROMPT_TOKENS = 1024  # for the plan before anything is loaded
@@ -85,6 +86,7 @@ def synthesize(
             **asdict(options),
             **asdict(read),
         )
+    note_broken(report["broken"])
     for reason, removed in report["reasons"].items():
         say(f"refused {removed['records']:,}: {reason}")
     if report["ended_by"] != "records":
@@ -93,6 +95,7 @@ def synthesize(
 
 
 def _show_prompts(shown: dict[str, Any]) -> None:
+    note_broken(shown["broken"])
     for asked in shown["prompts"]:
         note(f"{asked['source']}, {asked['tokens']:,} tokens, seed {asked['seed']}")
         show(asked["prompt"])

@@ -43,7 +43,8 @@ def decontaminate_data(
     options = DecontaminateOptions(ngram, against_field)
     read, write = ReadOptions(field, lines, skip_broken), WriteOptions(compress, force)
     count = WorkOptions(processes).processes
-    asked = Records(against, ReadOptions(against_field, lines), "reading the evaluation", progress, _text_if_named)
+    asked_read = ReadOptions(against_field, lines, skip_broken)
+    asked = Records(against, asked_read, "reading the evaluation", progress, _text_if_named, name="against")
     check_output_folder(output, [Records(inputs, read, "comparing", None), asked], write)
     step = _Decontaminate("decontaminate", "comparing", read, options, questions=_Questions(asked, options))
     return run_shards(step, inputs, output, write, processes=count, progress=progress, also_read=[asked])

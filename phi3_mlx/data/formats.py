@@ -66,12 +66,8 @@ class DataFile:
 
 def data_file(path: str) -> DataFile:
     """What a path's ending says of the file. JSON lines come through a pipe. DataError for another ending."""
-    name = path.lower()
-    compression = next((end for end in _COMPRESSED if name.endswith(end)), "")
-    inner = name.removesuffix(compression)
-    for ends in (_JSON_LINES, _TEXTS, _PARQUET):
-        if inner.endswith(ends) and not (compression and ends is _PARQUET):
-            return DataFile(path, ends[0], compression)
+    if known := _by_ending(path):
+        return known
     if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
         return DataFile(path, _JSON_LINES[0])
     if not os.path.exists(path):
@@ -79,22 +75,51 @@ def data_file(path: str) -> DataFile:
     raise DataError(f"{path} is of no known kind; give .jsonl, .txt or .md, each perhaps with .gz or .zst, or .parquet")
 
 
+def _by_ending(path: str) -> DataFile | None:
+    name = path.lower()
+    compression = next((end for end in _COMPRESSED if name.endswith(end)), "")
+    inner = name.removesuffix(compression)
+    for ends in (_JSON_LINES, _TEXTS, _PARQUET):
+        if inner.endswith(ends) and not (compression and ends is _PARQUET):
+            return DataFile(path, ends[0], compression)
+    return None
+
+
 def data_files(path: str) -> list[DataFile]:
-    """The files of records in a folder, also in folders in it, sorted by name; or a single file."""
-    if not os.path.isdir(path):
+    """The files of records in a folder, also in folders in it, sorted by name; or a single file.
+
+    Links are followed. DataError for a folder that cannot be read.
+    """
+    if path == "-" or not os.path.isdir(path):
         return [data_file(path)]
-    files = []
-    for inner in sorted(Path(path).rglob("*")):
-        hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
-        left_out = inner.name == REMOVED and (inner.parent / DATA_REPORT).exists()
-        if inner.is_file() and not hidden and not left_out:
-            try:
-                files.append(data_file(str(inner)))
-            except DataError:
-                continue  # a picture, a report
+    found = sorted(_files_in(path))
+    files = [file for inner in found if not _is_left_out(inner) and (file := _by_ending(str(inner)))]
     if not files:
         raise DataError(f"{path} holds no records; put .jsonl, .txt, .md or .parquet files there")
     return files
+
+
+def _files_in(folder: str) -> Iterator[Path]:
+    """What is no folder, in a folder and those in it; each folder once, whatever links lead there."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; name readable files or folders")
+
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        new = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(place, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                new.append(name)
+        folders[:] = new
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _is_left_out(file: Path) -> bool:
+    """Whether a step removed these records."""
+    return file.name == REMOVED and (file.parent / DATA_REPORT).exists()
 
 
 class OpenData:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..errors import DataError
+from ..errors import DataError, OptionError
 from ..fields import kind_of, shorten
 from ..tuning.pairs import read_pair
 from ..tuning.rows import read_row
+from ..values import check_function, listed, path, refusal, shown
 from .formats import DataFile, DataLine, OpenData, data_files
 from .options import ReadOptions
 
@@ -57,9 +57,10 @@ OnAdvance = Callable[[Advance], None]
 class Records:
     """The records of files and folders, read anew each time it is iterated.
 
-    `text_of` takes another text out of a record than `text_in`. `read` counts records by file, `broken` are those left
-    out with `skip_broken`. Raises DataError, which names the file and the line, for a record that cannot be read, and
-    for inputs without any unless they `may_be_empty`.
+    `name` is what messages call the inputs. `text_of` takes another text out of a record than `text_in`. `read` counts
+    records by file, `broken` are those left out with `skip_broken`. Raises OptionError for what names no files, and
+    DataError, which names the file and the line, for a record that cannot be read, and for inputs without any unless
+    they `may_be_empty`.
     """
 
     def __init__(
@@ -70,16 +71,15 @@ class Records:
         progress: OnAdvance | None,
         text_of: Callable[[dict[str, Any], str | None], str] | None = None,
         *,
+        name: str = "inputs",
         may_be_empty: bool = False,
     ):
-        given = [inputs] if isinstance(inputs, (str, os.PathLike)) else [*inputs]
-        if not given:
+        check_function(progress, "progress")
+        paths = [os.path.expanduser(given) for given in _paths(inputs, name)]
+        if not paths:
             raise DataError("there is nothing to read; name files or folders of records")
-        paths = [os.path.expanduser(os.fspath(path)) for path in given]
         self.files: list[DataFile] = [file for path in paths for file in data_files(path)]
-        for name, times in Counter(file.path for file in self.files).items():
-            if times > 1:
-                raise DataError(f"{name} is given twice; give it once")
+        _check_files(self.files)
         self.read: dict[str, int] = {}
         self.broken: list[Broken] = []
         self.broken_count = 0
@@ -131,6 +131,33 @@ class Records:
         if len(self.broken) < _BROKEN_SHOWN:
             self.broken.append(Broken(piece.source, fault))
         return None
+
+
+def _paths(given: Any, name: str) -> list[str]:
+    """Names of files and folders, of one or several. OptionError for anything else."""
+    several = [given] if isinstance(given, (str, os.PathLike)) else listed(given)
+    if several is None:
+        raise refusal(given, name, "names of files or folders")
+    for one in several:
+        if one == "" or not isinstance(one, (str, os.PathLike)):
+            raise OptionError(f"{name} holds {shown(one)}; expected names of files or folders")
+    return [path(one, name) for one in several]
+
+
+def _check_files(files: Sequence[DataFile]) -> None:
+    """DataError for a file that is not there, or there twice, also by another name: before long work, not within."""
+    names: dict[str, str] = {}
+    for file in files:
+        if file.path != "-":
+            try:
+                os.stat(file.path)
+            except OSError as error:
+                raise DataError(f"{file.path} cannot be read: {error.strerror}; name a readable file") from error
+        place = os.path.realpath(file.path) if file.is_regular else file.path
+        if place in names:
+            twice = "given twice" if names[place] == file.name else f"the same file as {names[place]}"
+            raise DataError(f"{file.name} is {twice}; give it once")
+        names[place] = file.name
 
 
 def text_in(value: dict[str, Any], field: str | None) -> str:

@@ -29,6 +29,7 @@ from ..fields import parse
 from ..files import json_text, read_bytes
 from ..store.atomic import FINDER, is_partial, new_directory
 from ..store.line_file import alone_in, disk_faults
+from ..values import check_function
 from .formats import DATA_REPORT, DataFile
 from .options import ReadOptions, WriteOptions
 from .records import Advance, Broken, DataPath, DataRecord, OnAdvance, Records
@@ -99,6 +100,7 @@ def run_shards(
 
     `also_read`: what the step has read besides; other files there begin anew. Raises DataError.
     """
+    check_function(progress, "progress")
     records = Records(inputs, step.read, step.stage, None)
     everything = [records, *also_read]
     place = check_output_folder(output, everything, write)
@@ -114,6 +116,8 @@ def run_shards(
             for shard in shards:
                 shard.put_into(whole, records)
         if not sum(records.read.values()) + records.broken_count:
+            for shard in shards:
+                shard.remove()
             raise DataError(f"{', '.join(file.name for file in records.files)[:200]}: no records; give one a line")
         told.end(records)
         report = report_head(step.name, everything, asdict(step.options))
@@ -128,7 +132,9 @@ def _kept(place: Path) -> Iterator[None]:
 
     DataError for a folder that holds anything else, which would go with them.
     """
-    if place.exists() and not (place.is_dir() and all(map(_is_ours, place.iterdir()))):
+    with disk_faults(place):
+        ours = not place.exists() or (place.is_dir() and all(map(_is_ours, place.iterdir())))
+    if not ours:
         raise DataError(f"{place} holds something else than shards, for which it is needed; name another output")
     with alone_in(place):
         try:
@@ -186,6 +192,11 @@ class _Shard:
                 whole.take(portion, state["step"])
         records.take(state["read"], [Broken(*broken) for broken in state["broken"]], state["broken_count"])
 
+    def remove(self) -> None:
+        """Take away what was finished: there is nothing in it."""
+        for portion in self._portions():
+            shutil.rmtree(portion, ignore_errors=True)
+
     def _portion(self, number: int) -> Path:
         return self.place.with_name(f"{self.place.name}-{number:05d}")
 
@@ -222,9 +233,9 @@ def _state_in(portion: Path) -> dict[str, Any]:
 def _shared(files: Sequence[DataFile]) -> list[tuple[DataFile, ...]]:
     """The files in their order, small ones together."""
     shards: list[list[DataFile]] = []
-    size = _SMALL_BYTES
+    size = 0
     for file in files:
-        if size + file.size > _SMALL_BYTES or not file.is_regular:
+        if not shards or size + file.size > _SMALL_BYTES or not file.is_regular:
             shards.append([])
             size = 0
         shards[-1].append(file)

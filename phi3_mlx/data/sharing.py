@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..option import arguments
-from ..values import number
+from ..values import check_function, number, path, plain, refusal
 from .options import MixOptions, ReadOptions, SplitOptions, WorkOptions, WriteOptions
 from .records import ADVANCE_EVERY, Advance, DataPath, DataRecord, OnAdvance, Records
 from .shards import ShardStep, run_shards
@@ -44,8 +44,8 @@ def split_data(
     text and `seed` alone: equal texts are never on both sides, and new records do not move old ones. Raises DataError,
     OptionError.
     """
-    given = [f"{name}={share!r}" for name, share in part.items()] if isinstance(part, Mapping) else part
-    options = SplitOptions(tuple(given), seed)
+    given: Any = [f"{name}={plain(share)!r}" for name, share in part.items()] if isinstance(part, Mapping) else part
+    options = SplitOptions(given, seed)
     names = tuple(_shares(options.part))
     step = _Split("split", "splitting", ReadOptions(field, lines, skip_broken), options, names)
     count = WorkOptions(processes).processes
@@ -79,8 +79,10 @@ def _shares(parts: Sequence[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for part in parts:
         name, _, share = part.rpartition("=")
-        if not _PART_NAME.fullmatch(name) or name in _NO_PARTS:
+        if not _PART_NAME.fullmatch(name) or name.lower() in _NO_PARTS:
             raise OptionError(f"part {part!r} has no name for a file; write NAME=SHARE, as train=0.9")
+        if same := next((other for other in shares if other.lower() == name.lower() and other != name), None):
+            raise OptionError(f"part {name!r} is {same!r} but for capitals, which is one file on many disks; rename it")
         if name in shares:
             raise OptionError(f"part {name!r} is given twice; give it once, with the sum of the shares")
         shares[name] = _share(share, f"part {name}")
@@ -123,9 +125,12 @@ def mix_data(
     """
     options = MixOptions(**arguments(MixOptions, locals()))
     write = WriteOptions(compress, force)
+    check_function(progress, "progress")
+    if not isinstance(inputs, Mapping):
+        raise refusal(inputs, "inputs", "a mapping of files to their shares")
     if not inputs:
         raise OptionError("mix needs files and their shares; write FILE=SHARE")
-    given = {path: _share(share, f"{path}") for path, share in inputs.items()}
+    given = {path(file, "inputs"): _share(share, f"{file}") for file, share in inputs.items()}
     read = ReadOptions(field, lines, skip_broken)
     sources = [_Source(path, read, share, options) for path, share in given.items()]
     advance = _MixAdvance(sources, options.records, progress)

@@ -47,6 +47,10 @@ def data_stats(
     """
     records = Records(inputs, ReadOptions(field, lines, skip_broken), "reading", progress)
     write = WriteOptions(force=force)
+    if tokenizer is not None:
+        from ..generation.loading import check_tokenizer
+
+        check_tokenizer(tokenizer)
     if output is None:
         return _measured(records, tokenizer)
     with new_folder(output, [records], write) as folder:

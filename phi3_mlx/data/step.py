@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import __version__ as version
-from ..errors import DataError
+from ..errors import DataError, OptionError
 from ..files import json_text
 from ..store.atomic import check_destination, new_directory
+from ..values import path
 from .formats import DATA_REPORT, REMOVED, zstandard
 from .options import WriteOptions
 from .records import DataRecord, Records
@@ -180,8 +181,10 @@ def new_folder(output: str | os.PathLike[str], records: Sequence[Records], write
 
 
 def output_place(output: str | os.PathLike[str], records: Sequence[Records]) -> Path:
-    """Where a folder is written. DataError if it holds what is read."""
-    place = Path(os.path.realpath(os.path.expanduser(output)))
+    """Where a folder is written. DataError if it holds what is read, OptionError for what is no path."""
+    if output == "":
+        raise OptionError("output is ''; name a directory")
+    place = Path(os.path.realpath(os.path.expanduser(path(output, "output"))))
     for file in (file for some in records for file in some.files):
         read = Path(os.path.realpath(file.path))
         if file.path != "-" and (read == place or place in read.parents):

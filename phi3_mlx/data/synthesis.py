@@ -98,7 +98,11 @@ def synthesize_data(
     check_tokenizer(tokenizer)
     label = text(name, "name")
     made_of = read_subjects(topics, seeds, ReadOptions(field, lines, skip_broken), prompt, options)
-    others = None if unlike is None else Records(unlike, ReadOptions(), "reading", progress)
+    others = (
+        None
+        if unlike is None
+        else Records(unlike, ReadOptions(skip_broken=skip_broken), "reading", progress, name="unlike")
+    )
     inputs = [made_of.records, *([] if others is None else [others])]
     place = output_place(output, inputs)
     anew = flag(force, "force")
@@ -170,7 +174,7 @@ def check_subjects(
     check_of(kind, options)
     given: Any = seeds if is_seed else topics
     read = ReadOptions(read.field, read.lines if is_seed else True, read.skip_broken)
-    records = Records(given, read, "reading", None)
+    records = Records(given, read, "reading", None, name="seeds" if is_seed else "topics")
     template = kind.template(seeds=is_seed) if prompt is None else text(prompt, "prompt")
     return kind, checked_template(template, seeds=is_seed), records, is_seed
 
@@ -181,6 +185,7 @@ def first_prompts(made_of: SubjectSource, options: SynthesisOptions, tokenizer: 
     prompts = [prompt_of(made_of.template, subject) for subject in shown]
     return {
         "subjects": len(made_of.subjects),
+        "broken": report_head("", [made_of.records], {})["broken"],
         "schema": made_of.kind.schema(options),
         "verify": check_of(made_of.kind, options),
         "prompts": [
