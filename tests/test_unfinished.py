@@ -26,7 +26,7 @@ from phi3_mlx.conversion.fitted_steps import FittedSteps
 from phi3_mlx.conversion.layout import Layout
 from phi3_mlx.conversion.recipes import left_alone, uniform
 from phi3_mlx.conversion.texts import bundled
-from phi3_mlx.conversion.unfinished import FITTED, Kept, claim, left_to_keep
+from phi3_mlx.conversion.unfinished import FITTED, DiskUse, claim, left_to_keep
 from phi3_mlx.conversion.writer import DirectorySink
 from phi3_mlx.errors import CheckpointError, OptionError
 
@@ -243,10 +243,10 @@ def test_room_on_the_disk_is_for_what_is_kept_until_the_model_is_complete_too(tm
             convert(small, tmp_path / "made", method=method, report=False)
     assert not (tmp_path / "made.unfinished").exists()
     (tmp_path / "work").mkdir()
-    assert left_to_keep(tmp_path / "work", Kept(100, 0)) == 100
+    assert left_to_keep(tmp_path / "work", DiskUse(100, 0)) == 100
     FittedSteps(tmp_path / "work" / "fitted").keep("layer-0", {}, [], [], [])
-    assert 0 < left_to_keep(tmp_path / "work", Kept(1000, 0)) < 1000
-    assert left_to_keep(tmp_path / "work", Kept(20, 0)) == left_to_keep(None, Kept(100, 0)) == 0
+    assert 0 < left_to_keep(tmp_path / "work", DiskUse(1000, 0)) < 1000
+    assert left_to_keep(tmp_path / "work", DiskUse(20, 0)) == left_to_keep(None, DiskUse(100, 0)) == 0
 
 
 @pytest.mark.parametrize("method", ["gptq", "distill"])

@@ -173,9 +173,9 @@ def _about_report(made: Report | None) -> tuple[str, ...]:
     """What the figures of a report do not show."""
     if made is None:
         return ()
-    from .report import FITTED
+    from .report import FITTED_TO_IT
 
-    return tuple(note for note in made.notes if note == FITTED)
+    return tuple(note for note in made.notes if note == FITTED_TO_IT)
 
 
 def _about_name(destination: Path) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from .own_text import OWN_LENGTH, TEMPERATURE
 from .rounding import quantizing_bytes
 from .sources import Source, to_mlx
 from .teacher import KEPT
-from .unfinished import Kept
+from .unfinished import DiskUse
 
 # Beside a matrix that an adapter changes: float32 copies of it that are alive at once, as measured.
 _CHANGE, _CHANGE_DORA = 1.0, 3.0  # the product of its factors; and what the length of rows is computed of
@@ -137,13 +137,13 @@ def _distributions(tokens: int, vocab: int) -> int:
     return 8 * tokens * min(KEPT, vocab)
 
 
-def kept_on_disk(source: Source, layout: Layout, nbytes: int, tokens: int, method: str) -> Kept:
+def kept_on_disk(source: Source, layout: Layout, nbytes: int, tokens: int, method: str) -> DiskUse:
     """What a run keeps until a model of `nbytes`, by `method` and a text of so many tokens, is there."""
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     text = 4 * 2 * tokens * hidden  # in the source and in the packed model
     if method != "distill":
-        return Kept(nbytes, text)
-    return Kept(nbytes, text, _distributions(tokens, vocab), _CHECKPOINT_COPIES * _trained(layout))
+        return DiskUse(nbytes, text)
+    return DiskUse(nbytes, text, _distributions(tokens, vocab), _CHECKPOINT_COPIES * _trained(layout))
 
 
 def check_fusion(

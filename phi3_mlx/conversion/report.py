@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .sources import Source
 
 REPORT, FIGURES, PLOT = "REPORT.md", "report.json", "report.png"
-FITTED = "Bits or rounding were fitted to this text, so other texts will lose more."
+FITTED_TO_IT = "Bits or rounding were fitted to this text, so other texts will lose more."
 INSTALL_PLOT = 'no plot, because matplotlib is not installed: pip install "phi3-mlx[plot]"'
 _WINDOW = 512
 _WORST = 3  # tensors shown on a terminal
@@ -158,7 +158,7 @@ def make_report(
     tokenizer = read_tokenizer(directory)
     text = bundled("sample") if text is None else text
     ids = tokenizer.encode(text)
-    notes = [FITTED] if fitted else []
+    notes = [FITTED_TO_IT] if fitted else []
     if len(ids) > _TOKENS:
         ids = ids[:_TOKENS]
         text = tokenizer.decode(ids)

@@ -71,7 +71,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DiskUse:
     """Bytes of the disk that a run takes for what it keeps: the `model`, fitted or packed, the `text` behind the last
     layer, the source's distributions (`teacher`) and a `checkpoint` of the training.
     """
@@ -86,7 +86,7 @@ class Kept:
         return self.model + self.teacher + 2 * max(0 if packed else self.text, self.checkpoint)
 
 
-def left_to_keep(folder: Path | None, kept: Kept) -> int:
+def left_to_keep(folder: Path | None, kept: DiskUse) -> int:
     """How many bytes a run may still put into its folder."""
     if folder is None:
         return 0
