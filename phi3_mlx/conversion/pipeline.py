@@ -96,16 +96,17 @@ def convert(
     At most one tensor is in memory at a time, and a layer where a text is read; what the memory at hand cannot hold is
     refused before anything is read or written, unless `force`.
 
-    A GGUF file's blocks of 4 and 8 bits are kept to the bit unless bits or a method are asked for.
+    A GGUF file's blocks of 4 and 8 bits are kept to the bit unless bits, or a method that reads a text, are asked for.
 
     `bits` (2, 3, 4, 5, 6, 8), `group_size` (32, 64, 128) and `mode` ("affine", "mxfp4", "mxfp8", "nvfp4") treat all
     layers alike. `target_bpw` (bits per weight, scales included) or `target_size` (bytes, or "2.0GB") chooses bits
     layer by layer instead; `recipe` is such a choice, made before: a JSON file or what it holds. `dequantize` writes
     plain floating weights. Those, scales and biases are in `dtype` ("float32", "bfloat16", "float16"; by default
-    what config.json says). `method` "gptq" rounds so that the outputs on a text change least; "distill" then trains
-    scales and biases towards the source's next-token distributions. Both go on where the same call was cut. They and
-    `target_*` read `calibration` (a bundled text by default). "self" lets the source write that text, at temperature 1
-    from its chat template, before anything is packed; `seed` (0 by default) is that of its draws.
+    what config.json says). `method` "round", as without one, takes the nearest values; "gptq" rounds so that the
+    outputs on a text change least; "distill" then trains scales and biases towards the source's next-token
+    distributions. These two go on where the same call was cut. They and `target_*` read `calibration` (a bundled text
+    by default). "self" lets the source write that text, at temperature 1 from its chat template, before anything is
+    packed; `seed` (0 by default) is that of its draws.
     `effort` names a method by what it takes: "quick" ("round"), "good" ("gptq") or "best" ("distill").
 
     `report` compares result and source on `text` (another bundled one by default) and writes REPORT.md; by default
