@@ -18,7 +18,6 @@ from .steps import files_argument, output_option, reading_options, run_step, wri
 from .tables import print_table
 from .terminal import note, say
 
-_CHANCE = 0.5  # AUC
 _AROUND = 512  # tokens of a rubric, for the plan before anything is loaded
 
 
@@ -108,6 +107,7 @@ def train_text_filter(
     phi3-mlx data train-filter rated -o judge --top 0.2
     phi3-mlx data filter pool.jsonl -o good --classifier judge --at-least 0.7
     """
+    from ..data.area import AREA_OF_CHANCE
     from ..data.filter_training import train_filter
 
     report = run_step(output, lambda bar: train_filter(
@@ -129,7 +129,7 @@ def train_text_filter(
             "the good texts that were held out do not score higher than the bad ones, so it gives all the same "
             f"probability: do not filter by it{advice}"
         )
-    elif low <= _CHANCE:
+    elif low <= AREA_OF_CHANCE:
         note("the interval reaches 0.5, which is chance: do not filter by it")
     shares = ("kept", "good_of_kept", "kept_of_good")
     rows = [

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+AREA_OF_CHANCE = 0.5  # an area that says nothing
 _DEVIATIONS_95 = 1.959964  # standard deviations, 95 %
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import DataError
 from ..fields import kind_of, shorten
 from ..files import json_text
-from .area import area_interval, area_under_curve
+from .area import AREA_OF_CHANCE, area_interval, area_under_curve
 from .classifier import CLASSIFIER_FILE, TextClassifier, features_of
 from .formats import DATA_REPORT
 from .options import ReadOptions, TrainFilterOptions, WriteOptions
@@ -23,7 +23,6 @@ from .step import new_folder, report_head
 
 _FEWEST = 10  # of good and of bad texts, among those that are learnt and those that are held out
 _STRENGTH = 10.0  # scikit-learn's C: rows have length 1, so that little regularization is enough
-_CHANCE = 0.5  # of an AUC
 _BOUNDS_TOLD = [part / 20 for part in range(1, 20)]
 _SHARE_DIGITS = 4  # digits of a share in the report
 
@@ -183,7 +182,7 @@ def _fitted(drawn: _Drawn, good: np.ndarray) -> tuple[TextClassifier, dict[str, 
     platt = LogisticRegression(max_iter=1000).fit(scores[:, None], truth)
     slope, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
     area = area_under_curve(scores, truth)
-    if slope <= 0 or area <= _CHANCE:  # what it learnt is wrong of other texts, and its opposite was not learnt
+    if slope <= 0 or area <= AREA_OF_CHANCE:  # what it learnt is wrong of other texts, and its opposite was not learnt
         slope, shift = 0.0, math.log(truth.sum() / (~truth).sum())
     weights, bias = learnt.coef_[0].astype(np.float32), float(learnt.intercept_[0])
     low, high = area_interval(area, int(truth.sum()), int((~truth).sum()))

@@ -92,8 +92,8 @@ def data_files(path: str) -> list[DataFile]:
     """
     if path == "-" or not os.path.isdir(path):
         return [data_file(path)]
-    found = sorted(_files_in(path))
-    files = [file for inner in found if not _is_left_out(inner) and (file := _by_ending(str(inner)))]
+    names = sorted(_files_in(path))
+    files = [file for inner in names if not _is_left_out(inner) and (file := _by_ending(str(inner)))]
     if not files:
         raise DataError(f"{path} holds no records; put .jsonl, .txt, .md or .parquet files there")
     return files

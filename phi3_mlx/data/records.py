@@ -138,10 +138,10 @@ def _paths(given: Any, name: str) -> list[str]:
     several = [given] if isinstance(given, (str, os.PathLike)) else listed(given)
     if several is None:
         raise refusal(given, name, "names of files or folders")
-    for one in several:
-        if one == "" or not isinstance(one, (str, os.PathLike)):
-            raise OptionError(f"{name} holds {shown(one)}; expected names of files or folders")
-    return [path(one, name) for one in several]
+    for item in several:
+        if item == "" or not isinstance(item, (str, os.PathLike)):
+            raise OptionError(f"{name} holds {shown(item)}; expected names of files or folders")
+    return [path(item, name) for item in several]
 
 
 def _check_files(files: Sequence[DataFile]) -> None:
