@@ -500,7 +500,7 @@ def test_an_empty_name_of_a_text_is_not_ignored(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["fuse", "--adapter", str(tmp_path), "-o", str(tmp_path / "m"), "--text", ""])
     assert done.value.code == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "'' cannot be read" in capsys.readouterr().err
 
 
 def test_fuse_refuses_what_makes_no_sense(base, packed, tmp_path):

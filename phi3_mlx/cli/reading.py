@@ -12,7 +12,7 @@ from ..errors import PromptError
 
 def read_input(path: str) -> str:
     """The text of a file, or of stdin for "-". PromptError names the file and what is wrong with it."""
-    name = "stdin" if path == "-" else path
+    name = "stdin" if path == "-" else path or "''"
     try:
         data = files.read_up_to(sys.stdin.buffer) if path == "-" else files.read_bytes(path, streams=True)
     except OSError as error:
