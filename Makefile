@@ -6,6 +6,7 @@
 #   make test-long    the tests that take too long for every day, alone; the result goes into tests/long.json
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
+#   make outputs    what pages, their picture and the notebooks show of the bundled model, made anew where it has changed
 #   make dist    the sdist, and the wheel that is made from it, in dist/; the wheel runs alone in an empty environment
 #   make bench   the benchmarks, side by side with mlx-lm and, for parity, with PyTorch (TORCH=... says which)
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
@@ -22,7 +23,7 @@ BACKEND ?= cpu
 endif
 comma := ,
 
-.PHONY: demo test test-live llama-cpp test-long check docs dist bench clean
+.PHONY: demo test test-live llama-cpp test-long check docs outputs dist bench clean
 
 demo: $(VENV)/.package
 	@echo 'The bundled model has 5 million parameters. It was trained for little stories and for finding facts; it is not Phi-3.'
@@ -50,6 +51,11 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+outputs: $(VENV)/.test
+	$(BIN)/python -m bench readme
+	$(BIN)/python -m bench.terminal
+	$(BIN)/python -m bench.notebooks
 
 # Not --quiet: it would keep warnings from --strict.
 docs: $(VENV)/.docs

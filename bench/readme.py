@@ -1,4 +1,4 @@
-"""Write the figures of the README and of docs/ from bench/results/ and real runs: nothing in them is typed by hand.
+"""Write the figures of the READMEs and of docs/ from bench/results/ and real runs: nothing in them is typed by hand.
 
 python -m bench readme [--check]
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from . import agreement, arms, exported, judges, methods, published, spared, tables
+from . import agreement, arms, bundled, exported, judges, methods, published, spared, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "tiny" / "README.md"]
 STORY = 'phi3-mlx generate -p "Tell me a story about a duck and a frog."'
 FACT = 'echo "What is the secret word of the owl?" | phi3-mlx generate -f notebooks/secrets.txt -f -'
 MACS = ("phi-3-mini-4k-4bit", "phi-3.5-mini-4bit", "phi-4-mini-4bit", "phi-3-medium-128k-4bit", "phi-4-4bit")
@@ -225,6 +225,8 @@ BLOCKS = {
             arms.betterdata_said,
             arms.betterdata_contrasts,
             arms.betterdata_pools,
+            bundled.bundled_figures,
+            bundled.bundled_samples,
         )
     },
 }

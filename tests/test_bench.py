@@ -32,8 +32,8 @@ from phi3_mlx import blas, load, load_tokenizer
 from phi3_mlx.store import hub
 
 SHARED = {
-    "agreement", "answers", "arms", "contenders", "exported", "judges", "methods", "models", "plots", "published",
-    "record", "spared", "tables", "theirs",
+    "agreement", "answers", "arms", "bundled", "contenders", "exported", "judges", "methods", "models", "plots",
+    "published", "record", "spared", "tables", "theirs",
 }  # fmt: skip
 # feelings makes data, dequantizing measures for a constant
 NOT_BENCHES = {"__init__", "__main__", "dequantizing", "feelings", "notebooks", "terminal", *SHARED}

@@ -11,6 +11,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import phi3_mlx  # noqa: F401  (before MLX, which then multiplies with a fast BLAS on a CPU)
+
+# isort: split
 import data
 import mlx.core as mx
 import vocab

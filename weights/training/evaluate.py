@@ -8,6 +8,9 @@ import json
 import math
 from pathlib import Path
 
+import phi3_mlx  # noqa: F401  (before MLX, which then multiplies with a fast BLAS on a CPU)
+
+# isort: split
 import data
 import mlx.core as mx
 import sentencepiece as spm
