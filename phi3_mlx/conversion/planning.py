@@ -138,7 +138,7 @@ def _distributions(tokens: int, vocab: int) -> int:
 
 
 def kept_on_disk(source: Source, layout: Layout, nbytes: int, tokens: int, method: str) -> DiskUse:
-    """What a run keeps until a model of `nbytes`, by `method` and a text of so many tokens, is there."""
+    """What a run keeps until a model of `nbytes`, by `method` and a text of `tokens`, is there."""
     vocab, hidden = source.tensors[f"{EMBEDDING}.weight"].shape
     text = 4 * 2 * tokens * hidden  # in the source and in the packed model
     if method != "distill":
