@@ -29,11 +29,11 @@ def bundled_figures() -> str:
             f"**{found['bits_per_character']:.3f} bits per character**, perplexity {found['perplexity']:.2f} a token "
             f"({found['characters_per_token']:.2f} characters)"
         ),
-        "requested words used, 3 in each of 100 requests from held-out stories, temperature 0.7": (
+        f"requested words used, 3 in each of {found['requests']} requests from held-out stories, temperature 0.7": (
             f"{found['requested_words_used']:.0%}"
         ),
         "answers that end by themselves, of the same": f"{found['answers_that_end']:.0%}",
-        f"a planted fact repeated word for word, in unread text of {lengths} tokens, 20 of each length": facts,
+        f"a planted fact repeated word for word, in unread text of {lengths} tokens, {found['facts_of_each_length']} of each length": facts,
         f"the same with the short factors pinned, at {long} tokens": short,
     }
     return "\n".join(["| what | result |", "|---|---|", *(f"| {what} | {result} |" for what, result in rows.items())])

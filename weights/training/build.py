@@ -1,14 +1,17 @@
-"""From the trained checkpoint to the bundled model: 4 bits, with its tokenizer beside it.
+"""The bundled model: 4 bits, with its tokenizer beside it, from trained checkpoints or from the same weights in 8 bits.
 
     python weights/training/build.py --checkpoint RUN/checkpoint --tokenizer RUN --corpus DIR --out weights/tiny
+    python weights/training/build.py --source weights/tiny-8bit --corpus DIR --out weights/tiny --before OLD
 
-Several checkpoints are averaged. GPTQ reads stories of the training data; the report, held-out ones.
+Several checkpoints are averaged. Scales and biases are fitted to stories of the training data; the report is of
+held-out ones, and says how far from the source the model OLD is.
 """
 
 import argparse
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import phi3_mlx  # noqa: F401  (before MLX, which then multiplies with a fast BLAS on a CPU)
@@ -18,10 +21,8 @@ import data
 import mlx.core as mx
 import vocab
 
-from phi3_mlx import convert
+from phi3_mlx import compare, convert, load
 from phi3_mlx.config import read_json
-from phi3_mlx.conversion.opening import open_source
-from phi3_mlx.conversion.report import write_report
 
 CALIBRATION = 400  # stories
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -41,47 +42,70 @@ def config_for_everyone(raw: dict) -> dict:
     return raw
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, nargs="+")
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=32)
-    args = parser.parse_args()
+def mean_of(checkpoints: list[Path], tokenizer: Path, folder: Path) -> None:
+    """Write the mean of checkpoints in bfloat16, as a model directory."""
     generation = {
         "bos_token_id": 1,
         "eos_token_id": [vocab.ENDOFTEXT, vocab.ASSISTANT, vocab.END],
         "pad_token_id": vocab.ENDOFTEXT,
     }
+    folder.mkdir()
+    several = [mx.load(str(path / "model.safetensors")) for path in checkpoints]
+    mean = {
+        name: (sum(one[name].astype(mx.float32) for one in several) / len(several)).astype(mx.bfloat16)
+        for name in several[0]
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), mean, {"format": "pt"})
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder)
+    config = config_for_everyone(read_json(checkpoints[0] / "config.json"))
+    Path(folder, "config.json").write_text(json.dumps(config))
+    Path(folder, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def before_and_now(before: Path, text: str, source: str, now: Path) -> str:
+    """A section of the report: how far two models are from the source on all of the text."""
+    lines = ["## Beside the model before", ""]
+    lines += [f"What was read above is the beginning of the held-out stories. On all of them, from `{source}`:", ""]
+    lines += ["| model | KL, nats a token | same likeliest token | perplexity |", "|---|--:|--:|--:|"]
+    for name, path in (("before", before), ("this model", now)):
+        found = compare(*load(source), *load(path), text)
+        lines += [f"| {name} | {found.kl:.4f} | {found.top1:.1%} | {found.b.perplexity:.3f} |"]
+    lines += [f"| its source | 0 | 100.0% | {found.a.perplexity:.3f} |"]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--checkpoint", type=Path, nargs="+")
+    of.add_argument("--source", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=32)
+    args = parser.parse_args()
+    train, held_out = data.split_stories(args.corpus)
+    text = "\n\n".join(held_out)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "the-trained-checkpoint")
-        folder.mkdir()
-        several = [mx.load(str(path / "model.safetensors")) for path in args.checkpoint]
-        mean = {
-            name: (sum(one[name].astype(mx.float32) for one in several) / len(several)).astype(mx.bfloat16)
-            for name in several[0]
-        }
-        mx.save_safetensors(str(folder / "model.safetensors"), mean, {"format": "pt"})
-        for name in TOKENIZER_FILES:
-            shutil.copy(args.tokenizer / name, folder)
-        config = config_for_everyone(read_json(args.checkpoint[0] / "config.json"))
-        Path(folder, "config.json").write_text(json.dumps(config))
-        Path(folder, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        train, held_out = data.split_stories(args.corpus)
+        source = args.source or Path(temporary, "the-trained-checkpoint")
+        if args.checkpoint:
+            mean_of(args.checkpoint, args.tokenizer, source)
         convert(
-            folder,
+            source,
             args.out,
             bits=args.bits,
             group_size=args.group_size,
             dtype="bfloat16",
-            method="gptq",
+            method="distill",
             calibration="\n\n".join(train[:CALIBRATION]),
-            report=False,
+            text=text,
+            report=True,
             force=True,
+            measure=partial(before_and_now, args.before, text) if args.before else None,
         )
-        write_report(args.out, open_source(folder), text="\n\n".join(held_out), text_name="the held-out stories")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main():
     print(json.dumps(found), flush=True)
     # Facts are planted in stories the model has not read.
     documents.stories = held_out
-    found["planted_facts"] = {}
+    found |= {"facts_of_each_length": args.facts, "planted_facts": {}}
     for target in LENGTHS:
         found["planted_facts"][target] = planted_facts(model, tokenizer, documents, target, args.facts)
         print(target, found["planted_facts"][target], flush=True)
@@ -124,7 +124,7 @@ def main():
     }
     print(json.dumps(found), flush=True)
     used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
-    found |= {"requested_words_used": used, "answers_that_end": ended}
+    found |= {"requests": args.count, "requested_words_used": used, "answers_that_end": ended}
     print(json.dumps(found), flush=True)
     found["samples"] = {
         prompt: batch_generate(model, tokenizer, [encode_prompt(tokenizer, prompt)], max_tokens=400)[0]
