@@ -23,6 +23,7 @@ def bundled_figures() -> str:
     found = _read()
     lengths, facts = _shares(found["planted_facts"])
     long, short = _shares(found["planted_facts_with_short_factors"])
+    each = found["facts_of_each_length"]
     stories = f"{found['held_out_stories']} held-out TinyStories, the first after `random.Random(0).shuffle`"
     rows = {
         stories: (
@@ -33,7 +34,7 @@ def bundled_figures() -> str:
             f"{found['requested_words_used']:.0%}"
         ),
         "answers that end by themselves, of the same": f"{found['answers_that_end']:.0%}",
-        f"a planted fact repeated word for word, in unread text of {lengths} tokens, {found['facts_of_each_length']} of each length": facts,
+        f"a planted fact repeated word for word, in unread text of {lengths} tokens, {each} of each length": facts,
         f"the same with the short factors pinned, at {long} tokens": short,
     }
     return "\n".join(["| what | result |", "|---|---|", *(f"| {what} | {result} |" for what, result in rows.items())])
