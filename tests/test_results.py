@@ -46,12 +46,12 @@ def test_bits_by_gptqs_errors_are_the_best_of_the_bundled_models_sizes():
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.077), (3, 0.365)])
 def test_few_bits_lose_little_and_less_than_by_any_method_of_mlx_lm(bits, most):
     found = {row["method"]: row for row in rows("quantization-SmolLM2-beside") if int(row["bits_per_weight"]) == bits}
-    beside = rows("quantization-SmolLM2-4bit") if bits == 4 else []  # a run of its own, of the same texts
+    beside = [row for row in rows("quantization-SmolLM2-mlx-lm") if int(row["bits_per_weight"]) == bits]  # same texts
     kl = {row["method"]: row["kl"] for row in (*found.values(), *beside) if "kl" in row}
     theirs = {method for method in kl if method.startswith("mlx-lm")}
     assert kl["distill"] <= kl["gptq"] <= most
     assert kl["gptq"] < 0.2 * kl["uniform"]
-    assert theirs >= {"mlx-lm uniform", "mlx-lm dynamic"}
+    assert theirs >= {"mlx-lm uniform", "mlx-lm dynamic", "mlx-lm dwq"}
     assert all(kl["gptq"] < kl[method] for method in theirs)
     assert found["distill"]["held_out"]["after"] <= found["distill"]["held_out"]["before"]
 
