@@ -6,7 +6,8 @@
 #   make test-long    the tests that take too long for every day, alone; the result goes into tests/long.json
 #   make check   lint, format and types as well
 #   make docs    the documentation, in site/; a warning is an error
-#   make outputs    what pages, their picture and the notebooks show of the bundled model, made anew where it has changed
+#   make outputs    where the bundled model has changed: what pages, their picture and the notebooks show of it, and, behind make
+#                   llama-cpp, what llama.cpp makes of it, for the tests
 #   make dist    the sdist, and the wheel that is made from it, in dist/; the wheel runs alone in an empty environment
 #   make bench   the benchmarks, side by side with mlx-lm and, for parity, with PyTorch (TORCH=... says which)
 # On Linux MLX needs a backend: BACKEND=cpu (default) or BACKEND=cuda.
@@ -56,6 +57,7 @@ outputs: $(VENV)/.test
 	$(BIN)/python -m bench readme
 	$(BIN)/python -m bench.terminal
 	$(BIN)/python -m bench.notebooks
+	if [ -d .llama-cpp ]; then $(BIN)/python tests/make_golden_llama.py && $(BIN)/python tests/llama_steering.py; fi
 
 # Not --quiet: it would keep warnings from --strict.
 docs: $(VENV)/.docs
