@@ -68,8 +68,9 @@ def before_and_now(before: Path, text: str, source: str, now: Path) -> str:
     lines = ["## Beside the model before", ""]
     lines += [f"What was read above is the beginning of the held-out stories. On all of them, from `{source}`:", ""]
     lines += ["| model | KL, nats a token | same likeliest token | perplexity |", "|---|--:|--:|--:|"]
+    original = load(source)
     for name, path in (("before", before), ("this model", now)):
-        found = compare(*load(source), *load(path), text)
+        found = compare(*original, *load(path), text)
         lines += [f"| {name} | {found.kl:.4f} | {found.top1:.1%} | {found.b.perplexity:.3f} |"]
     lines += [f"| its source | 0 | 100.0% | {found.a.perplexity:.3f} |"]
     return "\n".join(lines) + "\n"
@@ -87,6 +88,8 @@ def main():
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=32)
     args = parser.parse_args()
+    if args.checkpoint and not args.tokenizer:
+        parser.error("--checkpoint needs --tokenizer, the folder of its tokenizer")
     train, held_out = data.split_stories(args.corpus)
     text = "\n\n".join(held_out)
     with tempfile.TemporaryDirectory() as temporary:

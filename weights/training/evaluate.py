@@ -70,8 +70,8 @@ def answers(model, tokenizer, prompts, max_tokens, temperature) -> list[tuple[st
     return done
 
 
-def requested_words(model, tokenizer, documents, held_out, count) -> tuple[float, float]:
-    """(share of requested words used, share of answers that end by themselves) at temperature 0.7."""
+def requested_words(model, tokenizer, documents, held_out, count) -> dict[str, float]:
+    """Requests, `count` at most, the share of their words used and that of answers that end, at temperature 0.7."""
     asked = []
     for story in held_out:
         words = documents.words_of(story, 3)
@@ -80,7 +80,11 @@ def requested_words(model, tokenizer, documents, held_out, count) -> tuple[float
     prompts = [f"Write a short story with the words: {', '.join(words)}." for words in asked]
     done = answers(model, tokenizer, prompts, max_tokens=480, temperature=0.7)
     used = [bool(data.use_of(word, text)) for words, (text, _) in zip(asked, done, strict=True) for word in words]
-    return sum(used) / len(used), sum(ended for _, ended in done) / len(done)
+    return {
+        "requests": len(asked),
+        "requested_words_used": sum(used) / len(used),
+        "answers_that_end": sum(ended for _, ended in done) / len(done),
+    }
 
 
 def planted_facts(model, tokenizer, documents, target: int, count: int) -> float:
@@ -123,8 +127,7 @@ def main():
         target: planted_facts(pinned, tokenizer, documents, target, args.facts) for target in LENGTHS if target > 512
     }
     print(json.dumps(found), flush=True)
-    used, ended = requested_words(model, tokenizer, documents, held_out, args.count)
-    found |= {"requests": args.count, "requested_words_used": used, "answers_that_end": ended}
+    found |= requested_words(model, tokenizer, documents, held_out, args.count)
     print(json.dumps(found), flush=True)
     found["samples"] = {
         prompt: batch_generate(model, tokenizer, [encode_prompt(tokenizer, prompt)], max_tokens=400)[0]
