@@ -149,12 +149,9 @@ def _plot_rewards(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     """Rewards of both answers and what is between them; how many pairs are right, on an axis of its own."""
     _plot_figures(axes, lines, {"chosen": "reward_chosen", "rejected": "reward_rejected", "margin": "margin"})
     axes.set_ylabel("reward")
-    if points := _points(lines, "valid", "accuracy") or _points(lines, "train", "accuracy"):
-        right = axes.twinx()
-        right.plot(*zip(*points, strict=True), color="#555555", linestyle=":", label="pairs right")
+    if right := _plot_right(axes, lines, "accuracy", "pairs right"):
         right.set_ylim(0, 1.02)
         right.set_ylabel("share of the pairs that are right")
-        axes.plot([], [], color="#555555", linestyle=":", label="pairs right")
     axes.legend()
 
 
@@ -162,12 +159,21 @@ def _plot_answers(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     """How long both answers are, and on an axis of its own how far the model is from its reference, if it has one."""
     _plot_figures(axes, lines, {"chosen": "tokens_chosen", "rejected": "tokens_rejected"})
     axes.set_ylabel("tokens an answer")
-    if points := _points(lines, "valid", "kl") or _points(lines, "train", "kl"):
-        right = axes.twinx()
-        right.plot(*zip(*points, strict=True), color="#555555", linestyle=":", label="KL")
+    if right := _plot_right(axes, lines, "kl", "KL"):
         right.set_ylabel("KL to the reference (nats)")
-        axes.plot([], [], color="#555555", linestyle=":", label="KL")
     axes.legend()
+
+
+def _plot_right(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str) -> Axes | None:
+    """An axis on the right with a figure of the validation, or else of training; None where there is neither."""
+    points = _points(lines, "valid", name) or _points(lines, "train", name)
+    if not points:
+        return None
+    right = axes.twinx()
+    style: Any = {"color": "#555555", "linestyle": ":", "label": label}
+    right.plot(*zip(*points, strict=True), **style)
+    axes.plot([], [], **style)  # in the legend, which is of one axis
+    return right
 
 
 def _plot_figures(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> None:
