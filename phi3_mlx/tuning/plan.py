@@ -44,6 +44,7 @@ _UPDATE, _UPDATE_BY_MUON = 1.25, 1.75
 # its queries and keys, and inside the feed-forward part; with checkpointing, which computes them again, more.
 _QUERIES, _KEYS, _INNER = 19, 10, 14  # "wide attention"; "wide inside"
 _QUERIES_RECOMPUTED, _KEYS_RECOMPUTED, _INNER_RECOMPUTED = 25, 18, 21  # the same, checkpointed
+_TO_COME = 0.5  # of the gradients of layers, in full tuning: "full" of tests/test_preferences.py
 # Arrays of a weight's size that each optimizer keeps; adafactor's are a row and a column of each matrix.
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
 _SMALLER = "take a 4-bit base or a smaller model"
@@ -103,7 +104,7 @@ def plan_part(size: ModelSize, settings: RunSettings, part: PartSize, numbers: i
     # The backward pass begins at the output layer, when all layers keep what they need.
     work = max(in_work, logits) + _OVERLAP * min(in_work, logits)
     update = weights * (_UPDATE_BY_MUON if settings.optimizer == "muon" else _UPDATE)
-    activations = int(max(_kept_by_layers(size, settings, part) + work, update))
+    activations = int(max(_kept_by_layers(size, settings, part) + work - _to_come(size, settings, numbers), update))
     return TrainingPlan(size.weights, _training(size, settings, numbers, weights), activations, part.tokens)
 
 
@@ -120,9 +121,22 @@ def _training(size: ModelSize, settings: RunSettings, numbers: int, weights: int
 
 def _adamws(config: Config, numbers: int) -> int:
     """How many of the weights AdamW has where Muon has the others: norms, which are few, are left out."""
-    if config.experts_per_token > 1:
-        return numbers  # nearly all are in stacks of experts
+    return numbers if config.experts_per_token > 1 else _by_vocabulary(config)  # nearly all are in stacks of experts
+
+
+def _by_vocabulary(config: Config) -> int:
+    """How many of the weights are the embedding's and the output layer's."""
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def _to_come(size: ModelSize, settings: RunSettings, numbers: int) -> float:
+    """Bytes of the layers' gradients that are not there yet when the backward pass takes the most.
+
+    A layer's come as what it has kept goes. With checkpointing layers keep little, and the most is at the end.
+    """
+    if settings.method != "full" or settings.gradient_checkpointing:
+        return 0.0
+    return _TO_COME * 4 * (numbers - _by_vocabulary(size.config))
 
 
 def _kept_by_layers(size: ModelSize, settings: RunSettings, part: PartSize) -> int:
