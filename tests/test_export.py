@@ -16,6 +16,7 @@ import oracle
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
+from peaks import OWN_PEAK
 
 gguf = pytest.importorskip("gguf")
 
@@ -395,7 +396,8 @@ LARGE = {**RAW, "vocab_size": 32064, "hidden_size": 3072, "num_attention_heads":
 def test_a_file_of_phi_3_minis_shapes_takes_the_memory_of_its_largest_tensor(tmp_path: Path, kind: str):
     (tmp_path / "config.json").write_text(json.dumps(LARGE))
     code = f"""
-import resource, sys, json
+{OWN_PEAK}
+import json
 import phi3_mlx
 from phi3_mlx.conversion.gguf.sink import GgufSink
 from phi3_mlx.conversion.gguf.model import GgufModel
@@ -415,8 +417,7 @@ class Random:
         return array
 made = GgufModel(gguf, Random(), {kind!r})
 GgufSink(gguf, Path("model.gguf")).write("phi3", {{}}, made.entries, made.encoder({{}}))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak * (1 if sys.platform == "darwin" else 1024))
+print(own_peak())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1.2 * 4 * 32064 * 3072 + 300e6, f"{int(done.stdout) / 1e6:.0f} MB"
