@@ -540,6 +540,7 @@ BROKEN = {
     "cut in the data": safetensors({"a": entry(0, 8)}, bytes(7)),
     "a byte too many": safetensors({"a": entry(0, 8)}, bytes(9)),
     "header not JSON": safetensors(b"{]"),
+    "header with NaN": safetensors({"a": {**entry(0, 8), "more": float("nan")}}, bytes(8)),
     "header not text": safetensors(b"\xff\xfe"),
     "header nested too deep": safetensors(b"[" * 100_000),
     "header a list": safetensors([1]),

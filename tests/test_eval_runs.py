@@ -569,6 +569,7 @@ def test_a_line_that_was_being_written_is_asked_again(tiny, questions, tmp_path)
         b'{"kind": "loglikelihood", "place": 999, "result": [-1.0, true]}',
         b'{"kind": "generate_until", "place": 0, "result": ["a", "stop"]}',
         b'{"kind": "songs", "place": 0}',
+        b'{"kind": [], "place": 0}',
         b"\xff",
     ],
 )

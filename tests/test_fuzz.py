@@ -28,12 +28,15 @@ from phi3_mlx.adapters.folder import adapter_files, base_of, write_adapter
 from phi3_mlx.adapters.lora import attach
 from phi3_mlx.adapters.peft import export_peft, import_peft
 from phi3_mlx.adapters.targets import find_targets
+from phi3_mlx.config import read_json
+from phi3_mlx.conversion.split import phi3_config
 from phi3_mlx.data.classifier import TextClassifier, read_classifier
 from phi3_mlx.data.score_journal import ScoreJournal
 from phi3_mlx.engine.cache_file import Document, read_facts
 from phi3_mlx.errors import CheckpointError, Phi3Error
 from phi3_mlx.evaluation.journal import ANSWERS, opened
 from phi3_mlx.generation.prompt_cache import check_writable, document_ids, read_document
+from phi3_mlx.models import parse_config, shapes
 from phi3_mlx.pretraining.rows import Rows
 from phi3_mlx.pretraining.shards import HEADER, TokenShards
 from phi3_mlx.store.checkpoint import read_model
@@ -134,6 +137,27 @@ def config(folder):
 def packed_config(folder):
     base = make_directory(folder / "m", bits=4, num_hidden_layers=1)
     return base / "config.json", json_files((base / "config.json").read_bytes()), lambda: step(read_model(base))
+
+
+def others_config(folder):
+    """Of Llama's kind, which `convert` makes a Phi-3 config of."""
+    raw = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 128,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "hidden_act": "silu",
+    }
+    file = folder / "config.json"
+    content = put(file, json.dumps(raw))
+    return file, json_files(content), lambda: shapes(parse_config(phi3_config(read_json(file), str(file))))
 
 
 def tokenizer_json(folder):
@@ -450,6 +474,7 @@ READERS = {
     index: 30,
     config: 50,
     packed_config: 50,
+    others_config: 50,
     tokenizer_json: 15,
     sentencepiece: 30,
     ranks: 10,

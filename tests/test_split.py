@@ -244,6 +244,7 @@ def test_without_an_original_length_the_longest_counts():
 
 REFUSED = {
     "model_type 'qwen2' is not supported; phi3, llama and mistral": {"model_type": "qwen2"},
+    "model_type ['llama'] is not supported": {"model_type": ["llama"]},
     "attention_bias True": {"attention_bias": True},
     "mlp_bias True": {"mlp_bias": True},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},

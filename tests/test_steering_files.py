@@ -10,6 +10,7 @@ from gguf_samples import write_gguf  # noqa: E402
 
 from phi3_mlx import export_gguf, load_steering, save_steering  # noqa: E402
 from phi3_mlx.errors import CheckpointError, OptionError  # noqa: E402
+from phi3_mlx.store.safetensors import Tensor, header_of  # noqa: E402
 
 VECTORS = {layer: mx.array(np.random.default_rng(layer).standard_normal(64).astype(np.float32)) for layer in (1, 3, 12)}
 
@@ -95,6 +96,10 @@ def test_other_files_are_refused_by_name(tmp_path):
         load_steering(tmp_path / "odd.safetensors")
     mx.save_safetensors(str(tmp_path / "odd.safetensors"), {"direction.1": mx.array([mx.inf])})
     with pytest.raises(CheckpointError, match="not finite"):
+        load_steering(tmp_path / "odd.safetensors")
+    header = header_of({"direction.1": Tensor("F8_E4M3FN", (8,), 8)}, {})
+    (tmp_path / "odd.safetensors").write_bytes(header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors cannot be read"):
         load_steering(tmp_path / "odd.safetensors")
 
 

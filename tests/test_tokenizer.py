@@ -463,6 +463,22 @@ DAMAGED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("highest", [2**24 - 1, 2**24, 2**32 - 1])
+def test_an_id_far_beyond_all_others_takes_no_memory(tmp_path: Path, highest: int):
+    """The `tokenizers` library lists the ids between them: 17 GB."""
+    folder = copy_of(TINY, tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["▁the"] = highest
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    if highest < 2**24:
+        tokenizer = read_tokenizer(folder, backend="tokenizers")
+        assert tokenizer.vocab_size == highest + 1
+        assert tokenizer.encode("the") == [highest]
+    else:
+        with pytest.raises(TokenizerError, match=rf"tokenizer\.json has a token of id {highest:,}, expected below"):
+            read_tokenizer(folder, backend="tokenizers")
+
+
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
 def test_damaged_files_give_one_line(tmp_path: Path, name: str, content: bytes, message: str):
     # added_tokens.json is read where tokenizer_config.json lists no added tokens.

@@ -18,7 +18,8 @@ from .. import values
 from ..errors import CheckpointError, OptionError
 from ..fields import shorten
 from ..store.atomic import check_file, new_file
-from ..store.safetensors import read_header
+from ..store.checkpoint import read_arrays
+from ..store.safetensors import read_header, read_metadata
 from ..threads import refuse_fork
 from .gguf.file import GgufFile, library
 from .gguf.sink import GgufEntry, GgufSink
@@ -87,10 +88,7 @@ def read_steering(path: str | Path, config: Config | None = None) -> dict[int, m
     else:
         shapes = {name: tensor.shape for name, tensor in read_header(file).items()}
         names = _named(file, shapes)
-        loaded, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
-        assert isinstance(loaded, dict)
-        assert isinstance(metadata, dict)
-        hint = metadata.get("model")
+        loaded, hint = read_arrays(file), read_metadata(file).get("model")
         read = {name: loaded[name] for name in names}
     vectors = {int(name.rpartition(".")[2]): array.astype(mx.float32) for name, array in read.items()}
     if not all(bool(mx.isfinite(vector).all()) for vector in vectors.values()):

@@ -79,6 +79,8 @@ def require(
 def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
     """The config.json of the Phi-3 model that computes what `raw` asks for: itself, or of Llama's or Mistral's kind."""
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in {*ARCHITECTURES, *_DEFAULTS}:
+        _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
     if model_type in ARCHITECTURES:
         return dict(raw)
     if all(raw.get(key) for key in ROPE_KEYS):
@@ -86,8 +88,6 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
         if parse_config(old, source) != parse_config(new, source):
             _fail(source, "rope_parameters and rope_scaling are both given and differ; remove one of them")
         return new
-    if model_type not in _DEFAULTS:
-        _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
     for key, allowed in _MUST_BE.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             _fail(source, f"{key} {raw[key]!r} of this {model_type} model is not supported for phi3")

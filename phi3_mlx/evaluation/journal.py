@@ -80,7 +80,7 @@ class Journal:
     def _take(self, line: Mapping[str, Any], number: int) -> None:
         """Know what a line of an earlier run says."""
         kind, place, result = line.get("kind"), line.get("place"), line.get("result")
-        if kind not in _RESULT_TYPES:
+        if not isinstance(kind, str) or kind not in _RESULT_TYPES:
             raise damaged(self._file.path, f"line {number:,} is of an unknown kind")
         if "digest" in line:
             self._kinds[kind] = str(line["digest"])

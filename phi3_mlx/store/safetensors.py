@@ -154,7 +154,7 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        header = parse(text.decode())
+        header = parse(text.decode(), strict=True)  # mlx reads no NaN
     except ValueError as error:
         _damaged(path, f"has a header that is not JSON ({error})")
     if not isinstance(header, dict):

@@ -12,6 +12,9 @@ from .added_tokens import AddedToken
 from .streaming import ByteStream, StreamDecoder, symbols_to_bytes
 from .vocabulary import Tokenizer, one_line, require_ids, require_unicode
 
+# More than any vocabulary has. The library lists all ids that no token has as it saves a tokenizer: of 2**32, 17 GB.
+_MOST_IDS = 2**24
+
 
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, read by the `tokenizers` library.
@@ -28,6 +31,11 @@ class JsonTokenizer(Tokenizer):
             self._full = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a readable tokenizer.json: {one_line(error)}") from None
+        highest = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1)
+        if highest >= _MOST_IDS:
+            raise TokenizerError(
+                f"{path} has a token of id {highest:,}, expected below {_MOST_IDS:,}; download it again"
+            )
         # A file that was saved with truncation or padding would change prompts silently.
         self._full.no_truncation()
         self._full.no_padding()
@@ -51,7 +59,7 @@ class JsonTokenizer(Tokenizer):
             ]
         )
         super().__init__(
-            self._full.get_vocab_size(with_added_tokens=False),
+            highest + 1,
             [
                 AddedToken(i, t.content, t.special, t.lstrip, t.rstrip, t.single_word, t.normalized)
                 for i, t in self._full.get_added_tokens_decoder().items()
