@@ -65,6 +65,12 @@ if SEED == "0" and not LONG:
     settings.load_profile("every day")
 
 
+def long_after(count, cases):
+    """Parameters of a test: the first `count` are tried every day, the others by `make test-long`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.long] * (n >= count)) for n, case in enumerate(cases)]
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if is_live(item.path, [item.originalname, *item.fixturenames]):

@@ -298,6 +298,7 @@ def test_exports_are_measured_where_llama_cpp_is(results):
     assert check(results, "export-moe")["rows"][-1]["kl"] < 1e-9
 
 
+@pytest.mark.long
 def test_a_file_is_read_in_memory_that_mlx_lm_exceeds(results):
     pytest.importorskip("mlx_lm")
     from bench import document
@@ -326,6 +327,7 @@ def test_prompts_of_a_text_show_once_how_to_quote():
         lookup.prompts_of_text(text[:1500], "a text")
 
 
+@pytest.mark.long
 def test_prefix_counts_what_is_read_and_the_least_that_could_be(results, monkeypatch):
     from bench import prefix
 
@@ -351,6 +353,7 @@ def test_faults_of_a_user_are_one_line(capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_decode_writes_both_packages_side_by_side(results):
     pytest.importorskip("mlx_lm")
     from bench import decode
@@ -454,6 +457,7 @@ def test_texts_to_judge_share_nothing_with_those_that_are_learnt(tmp_path):
         data.onestop(tmp_path / "none", 20)
 
 
+@pytest.mark.long
 def test_ratings_and_filters_are_judged_by_labels_that_are_known(results, monkeypatch):
     from bench import data
 
@@ -515,6 +519,7 @@ def test_requests_are_drawn_alike_and_arrive_in_turn():
     assert [len(request.prompt) for request in shorter] == [length // 8 for length in lengths]
 
 
+@pytest.mark.long
 def test_each_method_of_quantization_has_its_costs_beside_mlx_lms(small, results, monkeypatch):
     pytest.importorskip("mlx_lm")
     options = ["--bits", "3", "--tokens", "64", "--calibration-tokens", "1024", "--dtype", "bfloat16", "--beside"]

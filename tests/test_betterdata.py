@@ -35,6 +35,7 @@ def prepared(corpus, tmp_path_factory):
         return experiment.Experiment(corpus, work, corpus / "blimp.jsonl", replace(ONE, seeds=(1, 2), tokens=8192))
 
 
+@pytest.mark.long
 def test_the_whole_experiment_runs_and_its_record_has_every_arm_and_contrast(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(betterdata, "FULL", SMOKE)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import small_models
+from conftest import long_after
 from oracle import CONFIGS, ORIGINAL, slim
 
 import phi3_mlx
@@ -120,7 +121,7 @@ def test_the_prompt_is_read_once(loaded, monkeypatch):
     assert sum(read) < sum(letters)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", long_after(1, PROMPTS))
 def test_all_ways_to_ask_give_what_score_finds(loaded, prompt, capsys):
     model, tokenizer = loaded
     scores = phi3_mlx.score(model, tokenizer, prompt, TEXTS)

@@ -35,6 +35,7 @@ def kept(*folders):
     return sorted(line for folder in folders for line in (folder / "data.jsonl").read_text().splitlines())
 
 
+@pytest.mark.long
 def test_the_script_of_the_page_gives_the_records_of_one_run_and_repeats_only_tasks_that_were_not_complete(pages):
     from phi3_mlx import data_stats, filter_data
 

@@ -113,6 +113,7 @@ def test_shuffled_words_are_less_likely_than_the_story(tmp_path, tiny):
     assert set(report["scores"]) == {"nats_per_token", "bits_per_character"}
 
 
+@pytest.mark.long
 def test_a_model_that_was_trained_for_it_rates_unseen_stories_above_their_words_in_disorder(tmp_path, tiny):
     rng = random.Random(0)
     rubric = "Rate the text from 0 (words in disorder) to 5 (good).\n{text}\nRating:"
@@ -298,6 +299,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path, tiny, stories):
     assert [*tmp_path.iterdir()] == [stories]
 
 
+@pytest.mark.long
 def test_long_texts_are_cut_and_counted_and_empty_ones_have_no_perplexity(tmp_path, tiny):
     path = tmp_path / "a.jsonl"
     texts = ["", TEXTS[0], TEXTS[0] + " The end." * 200, "A" * 100_000]

@@ -156,6 +156,7 @@ def test_every_member_learns(name, tmp_path, monkeypatch):
         assert not mx.array_equal(biases, arrays[f"{path}.biases"]), path
 
 
+@pytest.mark.long
 def test_the_source_is_not_read_while_the_packed_model_is_trained(tmp_path):
     source = RandomSource(num_hidden_layers=2)
     layout, ids = Layout.of(source, uniform(4, 64)), random_ids(4 * 256)
@@ -198,6 +199,7 @@ convert(sys.argv[1], sys.argv[2], bits=3, method="distill", report=False, calibr
 """
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(small, brief, tmp_path):
     """Be the text a file, or the model's own, which is not written again."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -221,6 +223,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(small, brief
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_a_text_that_was_written_is_kept_when_packing_is_cut(small, brief, tmp_path):
     def cut(now):
         if now.stage == "packing":
@@ -273,6 +276,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(monkeypatch):
     planning.check_training(source, layout, 4096)
 
 
+@pytest.mark.long
 def test_the_plan_of_the_training_holds(tmp_path):
     source = RandomSource("BF16", num_hidden_layers=3, vocab_size=4096)
     layout, ids = Layout.of(source, uniform(4, 64)), random_ids(4 * 256)
@@ -336,6 +340,7 @@ def test_an_effort_that_says_something_else_is_refused_by_what_was_given(given, 
         ConvertOptions(**given)
 
 
+@pytest.mark.long
 def test_a_training_that_ruins_the_model_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(endtoend, "_RATE", 1e3)
     source = RandomSource("BF16", num_hidden_layers=2)

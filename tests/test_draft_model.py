@@ -17,6 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import small_models
+from conftest import long_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -279,7 +280,7 @@ def test_beyond_its_own_context_a_draft_model_drafts_no_more_and_the_run_goes_on
     assert (generation.statistics.drafted_tokens > 0) == (prompt <= 31)
 
 
-@pytest.mark.parametrize("vocab_size", [64, 96, 128])
+@pytest.mark.parametrize("vocab_size", long_after(1, [64, 96, 128]))
 def test_padding_rows_may_differ_and_an_id_that_it_does_not_know_ends_the_drafts(vocab_size):
     model, draft = MODELS["mini-4k"], model_of("mini-4k", seed=5, vocab_size=vocab_size)
     for sampling in SAMPLINGS:
@@ -608,7 +609,7 @@ def test_the_plan_holds_both_models_and_caches():
     assert dataclasses.replace(one, length=600, draft=short).parts[1].length == 384  # its context
 
 
-@pytest.mark.parametrize("length", [300, 1000])
+@pytest.mark.parametrize("length", long_after(1, [300, 1000]))
 def test_the_peak_stays_within_the_plan(length, monkeypatch):
     raw = {**CONFIGS["medium-4k"], "sliding_window": None, "intermediate_size": 1024, "vocab_size": 2000}
     model = oracle.make_ours(raw)

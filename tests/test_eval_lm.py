@@ -488,6 +488,7 @@ def test_lm_evals_own_backend_gives_the_same_answers(tiny, backend, length):
     assert lm.generate_until(several) == backend(length).generate_until(several, disable_tqdm=True)
 
 
+@pytest.mark.long
 def test_the_examples_of_a_subject_are_read_once_for_all_of_its_questions(tiny, shared, read_tokens):
     (mmlu,) = harness_tasks(["mmlu"], data=shared / "eval", num_fewshot=5)
     asks = []

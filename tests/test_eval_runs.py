@@ -204,6 +204,7 @@ def test_calibration_is_binned_by_tenths():
 # ------------------------------------------------------------------------------------------ against
 
 
+@pytest.mark.long
 def test_two_models_are_compared_question_by_question(tiny, coarse, questions):
     before, after = (evaluate(*model, questions) for model in (tiny, coarse))
     pairs = {(pair.task, pair.metric): pair for pair in paired.compare_results(before, after)}
@@ -343,6 +344,7 @@ def test_a_text_is_scored_whole(tiny, tmp_path):
     assert figures["texts", "word_perplexity"].interval > 0
 
 
+@pytest.mark.long
 def test_perplexities_are_those_of_lm_evals_wikitext(tiny, tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
@@ -491,6 +493,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_figures(tiny, questions, tmp_p
     assert_same(folder, whole)
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_answers_that_there_are(tiny, questions, tmp_path):
     def stop(done, total):
         if done == 7:
@@ -691,6 +694,7 @@ def test_a_log_says_how_long_the_rest_takes(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------ convert and tune
 
 
+@pytest.mark.long
 def test_a_conversion_is_measured_on_tasks(questions, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["convert", "tiny", "-o", str(tmp_path / "two"), "--bits", "2", "--tasks", questions[0]])
@@ -733,6 +737,7 @@ def test_what_measure_returns_ends_the_report_of_a_conversion(tmp_path):
         convert("tiny", tmp_path / "more", measure=3)
 
 
+@pytest.mark.long
 def test_a_fine_tuning_is_measured_on_tasks_at_its_end(questions, tmp_path, capsys):
     lines = [{"prompt": f"Who has the {thing}?", "completion": "Lily."} for thing in THINGS * 2]
     data, out = write_lines(tmp_path / "data.jsonl", lines), tmp_path / "adapter"

@@ -265,6 +265,7 @@ def test_a_mix_is_written_with_what_takes_the_place_of_types_that_do_not_fit(tmp
         assert np.linalg.norm(off) <= 0.08 * np.linalg.norm(whole), name
 
 
+@pytest.mark.long
 def test_importance_from_the_calibration_text_makes_the_outputs_nearer(tmp_path: Path):
     """Of inputs that differ much, errors of those that count are smaller."""
 
@@ -282,6 +283,7 @@ def test_importance_from_the_calibration_text_makes_the_outputs_nearer(tmp_path:
     assert (tmp_path / "other.gguf").read_bytes() != (tmp_path / "with.gguf").read_bytes()
 
 
+@pytest.mark.long
 def test_the_report_is_the_difference_from_the_model(tmp_path: Path):
     directory = model(tmp_path, WIDE)
     assert export_gguf(directory, tmp_path / "f32.gguf", type="f32", report=True).comparison.kl < 1e-9

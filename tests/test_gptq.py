@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+from conftest import long_after
 from quality_models import RandomSource, arrays_of, random_ids, write_model
 
 from phi3_mlx.conversion import calibrating, gptq
@@ -136,7 +137,7 @@ def test_fewer_inputs_than_features_are_no_trouble(tokens):
     assert mx.abs(back - weight).max() < 2
 
 
-@pytest.mark.parametrize("name", ["mini-4k", "phi-4-mini"])
+@pytest.mark.parametrize("name", long_after(1, ["mini-4k", "phi-4-mini"]))
 def test_what_comes_is_what_was_planned(tmp_path, name):
     source = RandomSource("BF16", **oracle.CONFIGS[name])
     layers = "model.layers"
@@ -190,6 +191,7 @@ def test_inputs_are_those_of_the_packed_layers(monkeypatch):
     np.testing.assert_allclose(seen[down_proj], expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_layer_not_of_the_model():
     source = RandomSource("BF16", hidden_size=128, intermediate_size=256, num_hidden_layers=20)
     ids = random_ids(128)

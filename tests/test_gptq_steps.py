@@ -327,6 +327,7 @@ def fitted():
     return model, tokenizer, calibration, layout, arrays
 
 
+@pytest.mark.long
 def test_gptq_beats_rounding_on_trained_weights(fitted, tmp_path):
     """At the same bits, on a text that it was not calibrated on; at 4 bits so short a text is too short to tell."""
     source, tokenizer, _, layout, arrays = fitted
@@ -427,6 +428,7 @@ def test_each_row_is_the_better_of_two():
     np.testing.assert_allclose(best, np.minimum(*losses), rtol=1e-3)
 
 
+@pytest.mark.long
 def test_experts_too_begin_from_what_is_stored(tmp_path, monkeypatch):
     tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
     source = open_source(moe_models.write(tmp_path / "source", MOE, tensors))
@@ -485,6 +487,7 @@ def test_experts_of_both_models_get_the_same_tokens(tmp_path):
     assert get_layer(original, router) is not get_layer(packed, router)
 
 
+@pytest.mark.long
 def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
     """Not on those that made up for them, which other weights of the source's answered."""
     tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
@@ -512,6 +515,7 @@ def test_the_errors_of_an_expert_are_on_its_own_tokens(tmp_path, monkeypatch):
         assert 0 <= min(errors) <= max(errors) < 1, fit.path
 
 
+@pytest.mark.long
 def test_a_plan_counts_what_every_expert_gets(tmp_path):
     tensors = moe_models.hugging_face(moe_models.random_weights(MOE, near=0.5))
     source = open_source(moe_models.write(tmp_path / "source", MOE, tensors))

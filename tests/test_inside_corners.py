@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import long_after
 from oracle import ids_of
 from test_inside import MODELS, dense, off
 
@@ -368,7 +369,7 @@ def test_what_a_pass_keeps_is_counted_with_all_keys_that_it_sees(monkeypatch):
             held = kept
 
 
-@pytest.mark.parametrize("when", ["always", "decode"])
+@pytest.mark.parametrize("when", long_after(1, ["decode", "always"]))
 def test_a_draft_model_that_is_not_edited_guesses_for_a_run_that_is(when, monkeypatch):
     import oracle
 

@@ -495,6 +495,7 @@ def test_attribution_patching_is_the_effect_of_a_small_patch(place):
     assert abs(float(metric(value)) - float(base[5])) < 1e-5
 
 
+@pytest.mark.long
 def test_packed_models_are_edited_as_others(tiny):
     model, _ = tiny
     ids = mx.array([[5, 9, 40, 77, 12, 300]])

@@ -101,7 +101,7 @@ def test_models_are_compared_where_there_is_room(tiny):
         {"dequantize": True, "dtype": "float16"},
         {"method": "gptq", **TEXT},
         {"target_bpw": 4.5, **TEXT},
-        {"target_bpw": 4.5, "method": "gptq", **TEXT},
+        pytest.param({"target_bpw": 4.5, "method": "gptq", **TEXT}, marks=pytest.mark.long),
     ],
     ids=["rounded", "cast", "gptq", "measured", "measured by GPTQ"],
 )

@@ -24,7 +24,7 @@ NAMES = {
     "steering",
     "circuits",
 }
-FIT = {"quantization", "evaluation"}  # models to texts again and again, for two minutes each
+EVERY_DAY = {"quickstart", "structured_answers"}  # the others take up to two minutes each
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -57,7 +57,7 @@ def test_it_begins_with_the_model_and_ends_with_what_to_read_next(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.long) if path.stem in FIT else path for path in NOTEBOOKS],
+    [path if path.stem in EVERY_DAY else pytest.param(path, marks=pytest.mark.long) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_it_runs_and_nothing_saved_is_stale(path):

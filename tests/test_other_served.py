@@ -6,6 +6,7 @@ import math
 import time
 
 import pytest
+from conftest import long_after
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -146,7 +147,8 @@ def test_within_a_limit_some_wait_and_what_never_fits_is_told_with_the_numbers(k
         worker.close(wait=False)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # a mamba's estimate does not grow with the answer
+# A mamba's estimate does not grow with the answer.
+@pytest.mark.parametrize("kind", long_after(1, ["llama", "gemma3_text"]))
 def test_answers_without_a_limit_pause_and_go_on_where_memory_is_short(kind, folders, monkeypatch):
     model, _ = phi3_mlx.load(folders[kind])
     monkeypatch.setattr("phi3_mlx.engine.fitting.ANSWER_BLOCK", 16)

@@ -199,6 +199,7 @@ def test_it_tells_how_far_it_is(short):
     assert all(done % own_text._TICK == 0 or done == total == 300 for done, total in seen)
 
 
+@pytest.mark.long
 def test_a_conversion_says_where_its_text_comes_from(short, tmp_path, monkeypatch):
     monkeypatch.setattr(own_text, "OWN_TOKENS", 600)
     small = small_directory(tmp_path / "small")

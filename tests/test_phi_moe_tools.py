@@ -172,6 +172,7 @@ def test_bits_by_sensitivity_count_experts(source, tmp_path):
     assert read_model(tmp_path / "chosen").layers[0].block_sparse_moe.switch_mlp.up_proj.bits in (2, 3, 4, 5, 6, 8)
 
 
+@pytest.mark.long
 def test_what_gptq_loses_in_experts_is_measured(source):
     """Experts that see few of these tokens are rounded for what the others get, as where a model is packed."""
     opened, ids = DirectorySource(source), ids_of(128 * 4)[0].tolist()
@@ -182,6 +183,7 @@ def test_what_gptq_loses_in_experts_is_measured(source):
         assert 0 < of[4] < of[2] < plain[f"{path}.weight"][2], path
 
 
+@pytest.mark.long
 def test_gptq_mends_each_expert_and_the_report_says_so(source, tmp_path):
     errors = {}
     for method in ("round", "gptq"):

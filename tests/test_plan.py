@@ -87,8 +87,8 @@ LONG = [  # the same, where attention's work is most
     ((256, 512, 2, 4, 4), 256, 5124, None, 1),
     ((256, 512, 2, 4, 2), 64, 2500, (4, 4), 2),
     ((256, 512, 2, 4, 4, 500, 2000), 128, 5000, (4, 4), 1),
-    ((192, 256, 12, 2, 2, 500, 2047), 512, 4004, None, 1),
-    ((192, 256, 12, 2, 2, 500, 2047), 2048, 4004, None, 1),
+    pytest.param(((192, 256, 12, 2, 2, 500, 2047), 512, 4004, None, 1), marks=pytest.mark.long),
+    pytest.param(((192, 256, 12, 2, 2, 500, 2047), 2048, 4004, None, 1), marks=pytest.mark.long),
 ]
 
 
@@ -466,6 +466,7 @@ def long_model(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_long_file_is_summarised_in_memory_that_an_unplanned_run_exceeds(long_model, monkeypatch, capsys):
     limit, clear_cache = 16_000_000, mx.clear_cache
     held = []  # by the run and MLX's kept buffers, chunk by chunk

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import oracle
 import pytest
+from conftest import long_after
 from mlx.utils import tree_flatten
 from tokenizer_samples import blind
 from tuning_models import make_directory, write_jsonl
@@ -508,7 +509,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", long_after(3, [*RESUMED]))
 def test_a_run_that_was_stopped_ends_with_the_same_weights(base, pair_file, tmp_path, name):
     options = {**SMALL, "objective": "dpo", "steps": 6, "save_every": 1, **RESUMED[name]}
     bits = options.pop("bits", None)

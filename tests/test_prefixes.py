@@ -11,6 +11,7 @@ import moe_models
 import oracle
 import pytest
 import small_models
+from conftest import long_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONFIGS, ORIGINAL, WINDOW, slim
@@ -87,7 +88,7 @@ texts = st.lists(
 ).map(lambda parts: tuple(token for length, seed in parts for token in ids_of(length, seed)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_after(2, MODELS))
 @settings(max_examples=8, deadline=None)
 @given(
     rounds=st.lists(st.lists(texts, min_size=1, max_size=3), min_size=2, max_size=5),

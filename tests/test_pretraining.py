@@ -16,7 +16,7 @@ import moe_models
 import numpy as np
 import pytest
 import small_models
-from conftest import ROOT
+from conftest import ROOT, long_after
 from mlx.utils import tree_flatten, tree_map
 from tuning_models import RAW, TINY, write_jsonl
 
@@ -549,7 +549,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", long_after(1, ["muon", "adamw"]))
 def test_a_killed_run_goes_on_to_the_same_bits(model, shards, tmp_path, optimizer, texts, tokenizer):
     """kill -9 in the middle: the curve and the weights are those of a run that was never killed."""
     write_jsonl(tmp_path / "b.jsonl", [{"text": text.upper()} for text in texts[:20]])
@@ -694,6 +694,7 @@ def test_epochs_steps_and_tokens_say_how_long_a_run_is(model, shards):
     assert length(tokens=3 * tokens)[0] == pytest.approx(3 * len(train) / 4, abs=1)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_losses_of_one(model, shards, tmp_path):
     launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if launch is None or not mx.distributed.is_available():

@@ -3,12 +3,14 @@
 import json
 import re
 
+import pytest
 from conftest import ROOT
 from walks import walk
 
 PAGE = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_walk_from_texts_to_a_pretrained_model_runs_line_by_line(tmp_path, monkeypatch):
     said = walk("pretraining.md", tmp_path, monkeypatch, {"json": "config.json", "yaml": "run.yaml"})
     assert len(said) == 10

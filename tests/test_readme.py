@@ -174,6 +174,7 @@ def check_served(command, home):
         assert process.wait(120) == 0
 
 
+@pytest.mark.long
 def test_the_walk_through_fine_tuning(tmp_path):
     """Line by line as it stands, in one folder, with less data than `bench.feelings` makes."""
     environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -9,6 +9,7 @@ import threading
 import mlx.core as mx
 import oracle
 import pytest
+from conftest import long_after
 from test_traffic import FAILING, MODELS, PROCESSORS, SAMPLINGS, Plot, alone, excluded, ids_of, mixed
 
 from phi3_mlx import memory_limit
@@ -72,7 +73,7 @@ def test_threads_submit_and_cancel_while_another_steps():
 # ------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize("name", ["3.5-mini", "phi3-small", "moe"])
+@pytest.mark.parametrize("name", long_after(1, ["3.5-mini", "phi3-small", "moe"]))
 def test_jobs_that_wait_and_pause_for_want_of_memory_give_what_they_give_alone(name, monkeypatch):
     for home in (fitting, scheduler):
         monkeypatch.setattr(home, "ANSWER_BLOCK", 16)

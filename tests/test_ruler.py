@@ -190,6 +190,7 @@ def test_a_text_of_ones_own_is_cut_into_sentences_that_a_needle_fits_between():
 # On the bundled model.
 
 
+@pytest.mark.long
 def test_the_bundled_model_finds_words_beyond_the_original_length_and_other_rules_cost_some(tiny, tmp_path):
     counted = []
     results = ruler(

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pydantic
 import pytest
-from conftest import ROOT
+from conftest import ROOT, long_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rails import MaskAlone
@@ -308,7 +308,7 @@ STORY = {"type": "object", "properties": {"name": {"type": "string", "maxLength"
     "additionalProperties": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", long_after(1, [{"temperature": 1.0, "seed": 5}, {}]), ids=["sampled", "greedy"])
 def test_the_answer_is_the_same_with_drafts_in_a_batch_and_with_any_cache(loaded, sampled):
     model, tokenizer = loaded
     prompts = ['{"name":"duck","friends":["duck","frog","duck","frog"]} {"name":"duck","friends":["duck",', "A frog."]
@@ -350,7 +350,7 @@ FIELDS = {f"field number {n}": [{"type": "boolean"}, {"enum": ["duck", "frog"]}]
 TWENTY = {"type": "object", "properties": FIELDS, "required": [*FIELDS], "additionalProperties": False}
 
 
-@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", long_after(1, [{"temperature": 1.0, "seed": 5}, {}]), ids=["sampled", "greedy"])
 def test_an_object_of_twenty_fields_takes_less_than_half_the_steps_that_masks_alone_do(loaded, sampled):
     model, tokenizer = loaded
     ids, form = phi3_mlx.encode_prompt(tokenizer, "A duck."), Request(schema=TWENTY).form

@@ -74,6 +74,7 @@ def test_costs_are_kl_divergences_of_whole_models(tied):
         assert of[2] > of[3] > of[4] > of[8] >= 0
 
 
+@pytest.mark.long
 def test_costs_of_trained_tensors_add_up(tiny, reference, tmp_path):
     source, tokenizer, costs = tiny
     recipe = uniform(4, 64)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 
 import pytest
+from conftest import long_after
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -198,9 +199,7 @@ def idle(worker):
     return figures.running == figures.waiting == 0
 
 
-@pytest.mark.parametrize(
-    ("clients", "requests"), [(8, 64), pytest.param(64, 2048, marks=pytest.mark.long)], ids=["few", "2048"]
-)
+@pytest.mark.parametrize(("clients", "requests"), long_after(1, [(8, 64), (64, 2048)]), ids=["few", "2048"])
 def test_nothing_is_lost_memory_is_flat_and_every_answer_is_what_generate_gives(expected, clients, requests):
     with tiny_server(queue=24) as (served, worker):
         held, crowds = [], []

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+from conftest import long_after
 from mlx.utils import tree_flatten
 from tuning_models import RAW, copy_of, make_directory, randomize
 
@@ -416,7 +417,7 @@ def test_fused_into_4_bits_says_what_is_left(packed, tmp_path):
     assert json.loads((tmp_path / "eight" / "config.json").read_text())["quantization"]["bits"] == 4
 
 
-@pytest.mark.parametrize("strength", [0.01, 0.05])
+@pytest.mark.parametrize("strength", long_after(1, [0.01, 0.05]))
 def test_gptq_keeps_what_rounding_loses_of_an_adapter(packed, tmp_path, strength):
     """At the same bits, on a text that it did not read; and what the adapter leaves alone stays to the bit."""
     make_adapter(packed, tmp_path / "a", strength=strength)
@@ -439,6 +440,7 @@ def test_gptq_keeps_what_rounding_loses_of_an_adapter(packed, tmp_path, strength
     assert changed <= {name.rsplit(".", 1)[0] for name in mx.load(str(tmp_path / "a" / "adapters.safetensors"))}
 
 
+@pytest.mark.long
 def test_distilling_a_fusion_goes_on_where_it_was_cut(packed, tmp_path, monkeypatch):
     """With a text that the model with the adapter writes; every layer is trained, and the best state is kept."""
     monkeypatch.setattr(own_text, "OWN_TOKENS", 1024)

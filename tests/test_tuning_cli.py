@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, long_after
 from tuning_models import facts, make_directory, write_jsonl
 
 from phi3_mlx.cli import main
@@ -302,7 +302,7 @@ def rows_for(objective):
     ]
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", pytest.param("kto", marks=pytest.mark.long)])
+@pytest.mark.parametrize("objective", long_after(1, ["dpo", "sft", "kto"]))
 def test_two_processes_give_the_losses_of_one(packed, tmp_path, objective):
     """`mlx.launch -n 2`, ring backend: the same global batches; rank 0 alone writes and prints."""
     launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -18,6 +18,7 @@ from bench.feelings import accuracy, write
 TINY = str(ROOT / "weights" / "tiny")
 
 
+@pytest.mark.long
 def test_held_out_accuracy_before_after_and_fused(tmp_path: Path):
     """One of five words, said alone; no story of the test was in the training data."""
     task = tmp_path / "task"

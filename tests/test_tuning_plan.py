@@ -6,6 +6,7 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import long_after
 from peaks import peak_of
 from tuning_models import examples, make_directory, write_jsonl
 
@@ -80,7 +81,7 @@ def test_dropout_is_planned_without_its_inputs_a_second_time(tmp_path):
     assert 0.9 < ratio(tmp_path, *GRID["dropout"]) < 1.1
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", long_after(1, ["adafactor", "muon"]))
 def test_a_plan_counts_what_an_optimizer_keeps(optimizer, tmp_path):
     """A row and a column of each matrix, or its momentum; what it computes on the way comes beside them."""
     changes, lengths, trained, options = GRID["wide, full"]

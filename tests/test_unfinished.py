@@ -13,7 +13,7 @@ import mlx.core as mx
 import moe_models
 import oracle
 import pytest
-from conftest import ROOT
+from conftest import ROOT, long_after
 from quality_models import RandomSource, arrays_of, random_ids, small_directory
 from test_tuning_adapters import make_adapter
 
@@ -154,7 +154,7 @@ convert(sys.argv[1], sys.argv[2], bits=3, method=sys.argv[3], report=False, cali
 """
 
 
-@pytest.mark.parametrize("method", ["gptq", "distill"])
+@pytest.mark.parametrize("method", long_after(1, ["distill", "gptq"]))
 def test_a_conversion_that_was_killed_goes_on_and_ends_with_the_same_bytes(method, tmp_path, monkeypatch):
     monkeypatch.setattr(own_text, "OWN_TOKENS", 1024)
     small = small_directory(tmp_path / "source")
@@ -205,6 +205,7 @@ def cut():
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_fusion_goes_on_at_the_layer_where_it_was_cut(tmp_path, quick, monkeypatch):
     packed = convert(small_directory(tmp_path / "source"), tmp_path / "packed", report=False).path
     make_adapter(packed, tmp_path / "adapter")
