@@ -15,6 +15,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home directory for ~. A ~name of nobody stays: pathlib would raise RuntimeError."""
+    return Path(os.path.expanduser(path))
+
+
 def absolute_path(path: str) -> str:
     """A path that holds from any working folder; ~ is the home directory. Links stay."""
     return os.path.abspath(os.path.expanduser(path))

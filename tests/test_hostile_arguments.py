@@ -14,13 +14,20 @@ from phi3_mlx import (
     batch_score,
     compare,
     convert,
+    dedupe_data,
+    evaluate,
+    export_gguf,
+    fuse,
     generate,
+    import_peft,
     load,
     load_model,
+    load_steering,
     load_tokenizer,
     memory_limit,
     score,
     stream_generate,
+    tune,
     unload,
 )
 from phi3_mlx.adapters.folder import trained_on
@@ -176,3 +183,34 @@ def test_names_that_no_file_can_have_are_refused(tmp_path):
     with pytest.raises(Phi3Error):
         load("tiny", adapter={5: 1.0})
     assert not list(Path(tmp_path).iterdir())
+
+
+NOBODYS = "~nobody-has-this-name/x"  # pathlib raises RuntimeError for it
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: load(NOBODYS),
+        lambda: load("tiny", adapter=NOBODYS),
+        lambda: load_tokenizer(NOBODYS),
+        lambda: convert(NOBODYS, "out"),
+        lambda: convert("tiny", "out", bits=8, recipe=NOBODYS),
+        lambda: fuse(NOBODYS, "out"),
+        lambda: import_peft(NOBODYS, "out", model="tiny"),
+        lambda: export_gguf("tiny", "out.gguf", adapter=NOBODYS),
+        lambda: load_steering(f"{NOBODYS}.gguf"),
+        lambda: tune("tiny", NOBODYS, "out"),
+        lambda: tune("tiny", "data.jsonl", "out", from_adapter=NOBODYS),
+        lambda: evaluate(MODEL, TOKENIZER, f"{NOBODYS}.jsonl"),
+        lambda: evaluate(MODEL, TOKENIZER, "mmlu", data=NOBODYS),
+        lambda: dedupe_data(NOBODYS, "out"),
+        lambda: PromptCache.load(NOBODYS, MODEL),
+    ],
+)
+def test_the_home_of_nobody_is_a_path_that_there_is_not(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Phi3Error) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

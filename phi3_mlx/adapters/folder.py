@@ -26,7 +26,7 @@ from ..fields import shorten
 from ..files import json_text
 from ..models.decoder import Model
 from ..models.hooks import get_layer, set_layer
-from ..paths import instead_of_adapter
+from ..paths import expanded, instead_of_adapter
 from ..store import hub
 from ..store.atomic import named, new_files
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_arrays
@@ -289,7 +289,7 @@ def apply(model: Model, base: Base | None, weights: Mapping[str, float]) -> None
     adapters = Adapters(model, base)
     weights, names = {folder: finite_weight(weight, folder) for folder, weight in weights.items()}, {}
     for n, (folder, weight) in enumerate(weights.items()):
-        directory = Path(folder).expanduser()
+        directory = expanded(folder)
         tensors, config = read_adapter(directory)
         if adapter_kind(directory, config) == "full":
             if len(weights) > 1 or weight != 1.0:

@@ -20,6 +20,7 @@ from ..errors import AdapterError
 from ..fields import Fields, shorten
 from ..models.decoder import Model
 from ..models.hooks import get_layer
+from ..paths import expanded
 from ..store import hub
 from ..store.atomic import check_destination, new_directory
 from ..store.checkpoint import open_checkpoint, outline
@@ -60,9 +61,7 @@ def import_peft(source: str | Path, output: str | Path, model: str, *, revision:
 
     Raises AdapterError for settings that cannot be honoured and tensors that do not fit the model.
     """
-    source, output = (
-        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
-    )
+    source, output = (expanded(values.path(given, name)) for name, given in (("source", source), ("output", output)))
     check_destination(output, fault=AdapterError)
     config, tensors = read_peft(source)
     checkpoint = open_checkpoint(hub.resolve(model, revision))
@@ -240,9 +239,7 @@ def export_peft(
     `split` makes q, k, v, gate and up of the fused layers, for models that have them apart. `model` is the base, by
     default the one that the adapter names. Raises AdapterError.
     """
-    source, output = (
-        Path(values.path(given, name)).expanduser() for name, given in (("source", source), ("output", output))
-    )
+    source, output = (expanded(values.path(given, name)) for name, given in (("source", source), ("output", output)))
     split = values.flag(split, "split")
     check_destination(output, fault=AdapterError)
     tensors, config = read_adapter(source)

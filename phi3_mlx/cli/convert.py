@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..conversion.options import ConvertOptions
-from ..paths import is_gguf
+from ..paths import expanded, is_gguf
 from .declare import options_of
 from .measuring import EVALUATION, TASKS, Cost
 from .options import ModelOptions, in_options
@@ -46,7 +46,7 @@ def convert(source: str, output: str, tasks: str | None, options: ConvertOptions
         def measure(before: str, after: Path) -> str:
             bar.close()
             loaded: ModelOptions | None = ModelOptions(model=before, revision=options.revision)
-            if is_gguf(Path(before).expanduser()):
+            if is_gguf(expanded(before)):
                 note(f"{before} is a GGUF file, which answers no questions: only the result is asked")
                 loaded = None
             assert cost is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import click
 
 from ..evaluation.options import EvalOptions, MtBenchOptions, RulerOptions
+from ..paths import expanded
 from .benches import MT_BENCH, ask_mt_bench, ask_ruler, asked_apart
 from .declare import options_of
 from .measuring import evaluated, task_names, tell
@@ -71,7 +71,7 @@ def eval(
     if against_adapter and against is None:
         raise click.UsageError("--against-adapter needs --against, the model that it is for")
     names = task_names(tasks)
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else expanded(output)
     if way := asked_apart(names):
         if way == MT_BENCH:
             other = None if against is None else replace(source, model=against, revision=None, adapter=against_adapter)

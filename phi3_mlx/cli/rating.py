@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +9,7 @@ import click
 from ..data.options import ReadOptions, ScoreOptions, TrainFilterOptions, WriteOptions
 from ..errors import Phi3Error
 from ..generation.request import Request
+from ..paths import expanded
 from .declare import options_of
 from .options import ModelOptions, model_options, within_memory
 from .reading import read_input
@@ -62,7 +61,7 @@ def score_texts(
     place = source.find()
     tokenizer = source.load_tokenizer(place)
     model = source.load_model(place, options.max_length + _AROUND, Request(max_tokens=1))
-    unfinished = unfinished_folder(Path(os.path.expanduser(output)))
+    unfinished = unfinished_folder(expanded(output))
     if unfinished.exists():
         say(f"going on from {unfinished}")
     try:

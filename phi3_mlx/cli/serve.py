@@ -20,6 +20,7 @@ import click
 
 from .. import files
 from ..errors import OptionError, Phi3Error
+from ..paths import expanded
 from .options import (
     compute_dtype,
     longrope_option,
@@ -229,12 +230,11 @@ def adapters_of(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[s
 
 def _base(folder: str, names: Sequence[str]) -> str:
     """Which of several models an adapter was trained on."""
-    from pathlib import Path
 
     from ..adapters.folder import base_of, read_config_of, trained_on
     from ..store.hub import resolve
 
-    directory = Path(folder).expanduser()
+    directory = expanded(folder)
     config = read_config_of(directory)
     if len(names) == 1:
         return names[0]

@@ -14,6 +14,7 @@ import click
 
 from ..display import duration_text
 from ..doctor.checks import WATCHDOG
+from ..paths import expanded
 from .declare import declare
 from .options import REQUEST_FIELDS
 from .progress import Pulse
@@ -112,7 +113,7 @@ class Chosen(NamedTuple):
         """The folder of the run that goes on."""
         if not self.together.get("output"):
             raise click.UsageError("--resume needs -o, the folder of the run to continue")
-        return Path(self.together["output"]).expanduser()
+        return expanded(self.together["output"])
 
 
 def relax_watchdog() -> bool:

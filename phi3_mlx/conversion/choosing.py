@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..config import read_json
 from ..errors import OptionError
+from ..paths import expanded
 from .options import ConvertOptions
 from .recipes import Recipe, left_alone
 from .sources import OpenedSource, Source, own_dtype
@@ -92,6 +92,6 @@ def _given_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
     """A recipe and what messages call it. A config.json may stand for the recipe it holds."""
     if isinstance(recipe, Mapping):
         return dict(recipe), "the recipe"
-    path = Path(os.path.expanduser(recipe))
+    path = expanded(recipe)
     content = read_json(path, way_out="give recipe.json of an earlier run, or a config.json")
     return content.get("quantization") or content, str(path)

@@ -17,6 +17,7 @@ import numpy as np
 from .. import values
 from ..errors import CheckpointError, OptionError
 from ..fields import shorten
+from ..paths import expanded
 from ..store.atomic import check_file, new_file
 from ..store.checkpoint import read_arrays
 from ..store.safetensors import read_header, read_metadata
@@ -41,7 +42,7 @@ def save_steering(
     OptionError for vectors that are none or, in GGUF, of layer 0; CheckpointError, OSError.
     """
     refuse_fork()
-    destination = Path(values.path(path, "path")).expanduser()
+    destination = expanded(values.path(path, "path"))
     model_type, force = values.text(model_type, "model_type"), values.flag(force, "force")
     arrays = _checked(vectors)
     if destination.suffix not in (".gguf", ".safetensors"):
@@ -77,7 +78,7 @@ def load_steering(path: str | Path, model: Model | None = None) -> dict[int, mx.
 
 def read_steering(path: str | Path, config: Config | None = None) -> dict[int, mx.array]:
     """`load_steering` for a model with this config."""
-    file = Path(values.path(path, "path")).expanduser()
+    file = expanded(values.path(path, "path"))
     if file.suffix == ".gguf":
         opened = GgufFile(file)
         if opened.metadata.get("general.architecture") != _ARCHITECTURE:

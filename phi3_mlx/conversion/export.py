@@ -20,6 +20,7 @@ from ..engine.machine import room
 from ..errors import CheckpointError, OptionError, Phi3Error, TokenizerError
 from ..evaluation.quality import Comparison
 from ..option import arguments
+from ..paths import expanded
 from ..sizes import size_text
 from ..store import hub
 from ..store.atomic import check_file
@@ -128,7 +129,7 @@ def export_as(
     """`export_gguf`, with all options at once."""
     refuse_fork()
     model = values.optional(values.path, model, "model")
-    destination = Path(values.path(output, "output")).expanduser()
+    destination = expanded(values.path(output, "output"))
     values.check_function(progress, "progress")
     check_place(destination, options.force, modelfile=options.modelfile)
     gguf = library(destination)
@@ -252,7 +253,7 @@ def _exported_as(destination: Path) -> list[Path]:
 def _source(model: str | Path | None, options: ExportOptions) -> tuple[OpenedSource, str]:
     """What is exported, and what it is called."""
     if options.adapter is not None:
-        folder = Path(options.adapter).expanduser()
+        folder = expanded(options.adapter)
         merge = open_merge(folder, None if model is None else str(model), options.revision)
         return ExactSource(merge.source, merge.adapters, merge.replaced), merge.base.name
     if model is None:
@@ -276,7 +277,7 @@ def _vocabulary(source: OpenedSource, called: str) -> tuple[Tokenizer, dict[str,
 
 def _short_name(called: str) -> str:
     """A model's name without its owner or directory."""
-    return Path(os.path.abspath(Path(hub.repository_of(called)).expanduser())).name.removesuffix(".gguf")
+    return Path(os.path.abspath(expanded(hub.repository_of(called)))).name.removesuffix(".gguf")
 
 
 def _general(
@@ -296,7 +297,7 @@ def _general(
     if downloaded is not None:
         about[REVISION_KEY] = downloaded[1]
     if options.adapter is not None:
-        about["phi3_mlx.adapter"] = Path(options.adapter).expanduser().resolve().name
+        about["phi3_mlx.adapter"] = expanded(options.adapter).resolve().name
     return about
 
 

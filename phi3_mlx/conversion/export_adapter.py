@@ -22,6 +22,7 @@ from ..adapters.lora import Adapter
 from ..adapters.peft import adapters_of_peft, is_peft, read_peft
 from ..adapters.stored import StoredLayers
 from ..errors import AdapterError
+from ..paths import expanded
 from ..store import hub
 from ..store.checkpoint import Checkpoint, open_checkpoint, outline
 from ..text.tokenizer import read_tokenizer
@@ -66,9 +67,7 @@ def export_adapter(
     which it does not have; and OptionError, CheckpointError, OSError.
     """
     refuse_fork()
-    folder, output = (
-        Path(values.path(given, name)).expanduser() for name, given in (("adapter", adapter), ("output", output))
-    )
+    folder, output = (expanded(values.path(given, name)) for name, given in (("adapter", adapter), ("output", output)))
     values.choice(type, "type", ADAPTER_TYPES)
     modelfile, force = values.flag(modelfile, "modelfile"), values.flag(force, "force")
     check_place(output, force, modelfile=modelfile)

@@ -21,6 +21,7 @@ from ..adapters.folder import Base, base_of, check_base, load_full, make_adapter
 from ..adapters.lora import Adapter
 from ..errors import OptionError
 from ..option import arguments
+from ..paths import expanded
 from ..store import hub
 from ..store.atomic import check_apart, check_destination, new_directory
 from ..store.checkpoint import Checkpoint, open_checkpoint, outline, read_model
@@ -115,7 +116,7 @@ def fuse_as(
     progress: Callable[[Progress], None] | None = None,
 ) -> Fused:
     """`fuse`, with all options at once."""
-    folder, destination = Path(values.path(adapter, "adapter")).expanduser(), Path(values.path(output, "output"))
+    folder, destination = expanded(values.path(adapter, "adapter")), Path(values.path(output, "output"))
     values.check_function(progress, "progress")
     model, revision, text, force = options.model, options.revision, options.text, options.force
     check_apart(destination, folder, "the adapter")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ..paths import is_gguf
+from ..paths import expanded, is_gguf
 from ..store.hub import find_alias, resolve
 from .directory import DirectorySource
 from .sources import OpenedSource
@@ -76,7 +75,7 @@ def find_source(source: str | Path, revision: str | None = None) -> Path:
 
     Raises OptionError for the revision of a file, ModelNotFoundError.
     """
-    path = Path(os.path.expanduser(source))
+    path = expanded(source)
     named = path.suffix.lower() == ".gguf" and (path.is_file() or not path.exists())
     if named or (find_alias(str(source)) is None and is_gguf(path)):
         if revision is not None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError, DataError, OptionError
 from ..fields import parse
+from ..paths import expanded
 from ..store.safetensors import read_header, read_metadata
 from .shingles import words_in
 
@@ -68,7 +69,7 @@ class TextClassifier:
 
 def read_classifier(path: str | os.PathLike[str]) -> TextClassifier:
     """The classifier in a file, or in a folder of `train-filter`. Raises DataError."""
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     place = place / CLASSIFIER_FILE if place.is_dir() else place
     try:
         tensors = read_header(place)

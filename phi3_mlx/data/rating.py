@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.identity import model_fingerprint
@@ -19,6 +17,7 @@ from ..generation.answers import encode_prompt
 from ..generation.loading import check_loaded, check_tokenizer
 from ..generation.scoring import Score, batch_score
 from ..models.decoder import Model
+from ..paths import expanded
 from ..values import text as as_text
 from .options import ReadOptions, ScoreOptions, WriteOptions
 from .records import DataPath, DataRecord, OnAdvance, Records
@@ -84,7 +83,7 @@ def score_data(
     check_output_folder(output, [records], write)
     # The journal is outside: its scores go when the folder is in its place, not before the last byte is written.
     with (
-        score_journal(Path(os.path.expanduser(output)), identity, rater.keys) as journal,
+        score_journal(expanded(output), identity, rater.keys) as journal,
         new_step("score", output, [records], write, asked) as step,
     ):
         for record, score in _scored(records, rater, journal):

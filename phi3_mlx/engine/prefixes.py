@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -15,6 +14,7 @@ from ..errors import OptionError
 from ..models.cache import KVBits, KVCache
 from ..models.decoder import Model
 from ..models.slots import take_out
+from ..paths import expanded
 from ..sizes import parse_size, size_text
 from ..threads import turn
 from ..values import path as as_path
@@ -64,7 +64,7 @@ class PrefixStore:
         limit = parse_size("20GB" if disk is None else disk)
         self._files = None
         if directory is not None:
-            self._files = PrefixFiles(Path(as_path(directory, "directory", "the name of a folder")).expanduser(), limit)
+            self._files = PrefixFiles(expanded(as_path(directory, "directory", "the name of a folder")), limit)
         self._kept: list[tuple[ModelState, dict[tuple[KVBits | None, bool], _Tree]]] = []
         self._clock = 0  # one more for each use
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..engine.identity import model_fingerprint
 from ..errors import OptionError
 from ..models.decoder import Model
 from ..option import arguments
+from ..paths import expanded
 from ..values import check_function, optional, refusal, shown, texts
 from ..values import path as as_path
 from .harness_request import harness_request
@@ -102,7 +102,7 @@ def evaluate(
     if THREE_WAYS in names and (options.chat or options.fewshot_as_multiturn):
         raise OptionError(f"{THREE_WAYS} asks in a chat and without one; leave chat and fewshot_as_multiturn out")
     data_path, include, folder = (
-        None if (given := optional(as_path, value, name)) is None else Path(given).expanduser()
+        None if (given := optional(as_path, value, name)) is None else expanded(given)
         for value, name in ((data, "data"), (include_path, "include_path"), (output, "output"))
     )
     check_function(progress, "progress")

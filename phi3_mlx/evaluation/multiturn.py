@@ -17,6 +17,7 @@ from ..files import json_text
 from ..generation.loading import check_loaded, check_tokenizer
 from ..models.decoder import Model
 from ..option import arguments
+from ..paths import expanded
 from ..store.atomic import replace_file
 from ..store.line_file import LineFile, alone_in, disk_faults
 from ..values import optional, text
@@ -79,9 +80,9 @@ def mt_bench(
     options = MtBenchOptions(**arguments(MtBenchOptions, locals()))
     check_loaded(model)
     check_tokenizer(tokenizer)
-    directory = Path(as_path(output, "output")).expanduser()
+    directory = expanded(as_path(output, "output"))
     label = file_name(text(name, "name"))
-    files = find_files(None if data is None else Path(as_path(data, "data")).expanduser())
+    files = find_files(None if data is None else expanded(as_path(data, "data")))
     questions = read_questions(files, EvalOptions(limit=limit).limit)
     rubric = read_rubric(files.prompts)
     judge_asked = judge_of(options)
@@ -160,7 +161,7 @@ class _Bench:
 
     def answers_of(self, source: str | os.PathLike[str], label: str) -> BenchAnswers:
         """Another model's answers, by its name here or in a file of FastChat's."""
-        path = Path(as_path(source, "against")).expanduser()
+        path = expanded(as_path(source, "against"))
         if path.suffix != ".jsonl":
             path = self.directory / "model_answer" / f"{file_name(os.fspath(source))}.jsonl"
         if not path.exists():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +23,7 @@ from ..generation.loading import check_loaded, check_tokenizer
 from ..generation.request import Request
 from ..models.decoder import Model
 from ..option import arguments
+from ..paths import expanded
 from ..store.atomic import replace_file
 from ..store.line_file import LineFile, alone_in, disk_faults, head_of
 from ..values import optional, texts
@@ -87,7 +87,7 @@ def ruler(
     with ExitStack() as stack:
         kept = None
         if folder is not None:
-            directory = Path(folder).expanduser()
+            directory = expanded(folder)
             stack.enter_context(alone_in(directory))
             kept = LineFile(directory / _IN_FOLDER[2])
             identity = {"model": model_fingerprint(model), "seed": limits.seed, "haystack": digest}
@@ -257,7 +257,7 @@ def _haystack(source: str | None) -> tuple[Haystack, str]:
     if source is None:
         return material.essay, "made from the seed"
     try:
-        sentences = material.sentences_of(read_text(Path(source).expanduser()))
+        sentences = material.sentences_of(read_text(expanded(source)))
     except UnicodeDecodeError as error:
         raise DataError(f"haystack={source!r} is no text in UTF-8") from error
     except OSError as error:

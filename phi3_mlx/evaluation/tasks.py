@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError
+from ..paths import expanded
 from .disk import NAMES_ON_DISK, mean_of, task_with, tasks_on_disk
 from .passages import TEXT_ENDINGS, passages_config, read_passages
 from .questions import Question, own_questions
@@ -45,7 +46,7 @@ def harness_tasks(
     named = []
     for name in names:
         if name.endswith((".jsonl", ".json", *TEXT_ENDINGS)):
-            path = Path(name).expanduser()
+            path = expanded(name)
             made.append((_own_task(path, num_fewshot or 0, count_tokens), os.path.realpath(path)))
         elif name == THREE_WAYS:
             made += [(each, THREE_WAYS) for each in mmlu_three_ways(data, num_fewshot, apply_chat_template)]

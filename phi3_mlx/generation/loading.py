@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import OptionError, Phi3Error
 from ..models.decoder import Model
+from ..paths import expanded
 from ..values import flag, number, path, refusal, shown
 
 if TYPE_CHECKING:
@@ -166,9 +167,7 @@ def loading_bytes(
     from ..store import checkpoint
 
     size = checkpoint.model_size(source, dtype)
-    adapted = sum(
-        file.stat().st_size for folder in adapters for file in Path(folder).expanduser().glob("*.safetensors")
-    )
+    adapted = sum(file.stat().st_size for folder in adapters for file in expanded(folder).glob("*.safetensors"))
     if shared:
         return {"adapters": adapted}
     return {"weights": size.weights + adapted, "one of them as it is stored": size.largest_cast}

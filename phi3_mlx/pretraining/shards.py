@@ -24,6 +24,7 @@ from ..config import read_json
 from ..errors import CheckpointError, DataError
 from ..fields import Fields
 from ..files import json_text
+from ..paths import expanded
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -131,7 +132,7 @@ class TokenShards:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory).expanduser()
+        self.directory = expanded(directory)
         try:
             header = Fields(read_json(self.directory / HEADER), self.directory / HEADER, DataError)
         except CheckpointError as error:

@@ -17,6 +17,7 @@ from ..adapters.config import CONFIG as ADAPTER_CONFIG
 from ..config import read_json
 from ..errors import OptionError, PublishError
 from ..files import json_text
+from ..paths import expanded
 from .card import make_card
 from .contents import CARD, Contents, contents_of
 from .facts import KnownFacts, known_facts
@@ -64,11 +65,11 @@ def publish(
     Raises OptionError for a name that cannot be; CheckpointError for a directory that is not complete, with a secret in
     a file, or a link out of it; PublishError for what the hub or the network refuses.
     """
-    folder = Path(values.path(directory, "directory")).expanduser()
+    folder = expanded(values.path(directory, "directory"))
     public, dry_run = values.flag(public, "public"), values.flag(dry_run, "dry_run")
     base, licence = values.optional(values.text, base, "base"), values.optional(values.text, licence, "licence")
     given = values.optional(values.path, results, "results")
-    figures = None if given is None else Path(given).expanduser()
+    figures = None if given is None else expanded(given)
     values.check_function(progress, "progress")
     _check_name(repo_id, "repo_id")
     if base is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ from ..generation.loading import (
     unload,
 )
 from ..models import read_config
+from ..paths import expanded
 from ..sizes import parse_size, size_text
 from ..store.checkpoint import open_checkpoint
 from ..store.other import Place, check_other, find, outline_other
@@ -63,7 +63,7 @@ class Served:
         about = self.base if self.adapter is None else f"{self.base} with the adapter {self.adapter}"
         if self.place.is_other:
             about += ", which runs with mlx-lm's code: exactness is promised for the Phi family alone"
-        created = Path(self.adapter).expanduser() if self.adapter else self.place.directory / "config.json"
+        created = expanded(self.adapter) if self.adapter else self.place.directory / "config.json"
         return ModelCard(self.name, int(created.stat().st_mtime), context, about)
 
 

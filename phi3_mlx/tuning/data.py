@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import DataError
 from ..fields import shorten
 from ..files import as_utf8, not_unicode, read_bytes
+from ..paths import expanded
 from .rows import read_row
 
 _LISTED = 20  # faults shown; a file of the wrong form has one a line
@@ -35,8 +36,8 @@ def read_data(data: str | Path, valid: str | Path | None = None, read: ReadRow =
     `rows.read_row` does. Raises DataError, one line that names the file, the
     line, the key and what was expected, of up to 20 faulty lines.
     """
-    path = Path(data).expanduser()
-    valid_path = None if valid is None else Path(valid).expanduser()
+    path = expanded(data)
+    valid_path = None if valid is None else expanded(valid)
     if path.is_dir():
         if not (path / "train.jsonl").is_file():
             raise DataError(f"{path} has no train.jsonl; put one line of JSON an example there, or name a .jsonl file")

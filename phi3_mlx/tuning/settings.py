@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from ..adapters.config import STRONGEST, WEAKEST
@@ -12,6 +11,7 @@ from ..adapters.folder import read_config_of, trained_on
 from ..adapters.lora import scale_of
 from ..errors import OptionError
 from ..option import DTYPE_NAMES, Range, option
+from ..paths import expanded
 from ..values import path, refusal, shown, text, whole
 from .examples import Overflow, TrainOn
 from .onward import decided_by
@@ -219,7 +219,7 @@ def _decided(said: Settings, given: Collection[str]) -> dict[str, Any]:
     """What the adapter that a run begins with decides. Raises OptionError where another value was given."""
     if said.from_adapter is None:
         return {}
-    directory = Path(said.from_adapter).expanduser()
+    directory = expanded(said.from_adapter)
     decided = decided_by(directory)
     if "dropout" in given:  # of the arrays it says nothing
         decided.pop("dropout", None)
