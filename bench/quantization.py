@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 import mlx.core as mx
+from click.core import ParameterSource
 
 from phi3_mlx import compare, resolve
 from phi3_mlx.conversion.calibrating import GPTQ_WINDOW, GptqSteps, calibrated
@@ -281,6 +282,9 @@ def main(
     source = CheckedSource(open_source(path), dtype=dtype)
     widths = [int(width) for width in bits.split(",")]
     fitted = [width for width in widths if str(width) in gptq_bits.split(",")]
+    told = click.get_current_context().get_parameter_source("gptq_bits") is not ParameterSource.DEFAULT
+    if told and (idle := {*filter(None, gptq_bits.split(","))} - {*map(str, widths)}):
+        raise click.UsageError(f"--gptq-bits has {', '.join(sorted(idle))}, which --bits {bits} has not")
     with tempfile.TemporaryDirectory() as folder:
         extras = Path(folder, "extras")
         extras.mkdir()

@@ -638,6 +638,14 @@ def test_bits_by_layer_are_distilled_too(monkeypatch):
     assert made == ["mixed + "]
 
 
+def test_bits_to_fit_that_are_not_measured_are_refused(small, results):
+    for given, idle in (("5", "5"), ("4,5,8", "5, 8")):
+        done = invoke(quantization.main, str(small), "--bits", "3,4", "--gptq-bits", given)
+        assert done.exit_code == 2
+        assert f"--gptq-bits has {idle}, which --bits 3,4 has not" in done.output
+    assert not results.exists()
+
+
 def test_other_groups_and_formats_are_measured_and_told_by_size(small, results, monkeypatch):
     some = ["--bits", "3,4", "--gptq-bits", "4", "--tokens", "32", "--calibration-tokens", "1024"]
     done = invoke(quantization.main, str(small), *some, "--dtype", "bfloat16", "--method", "uniform", "--formats")

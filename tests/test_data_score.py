@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from phi3_mlx import load, score, score_data, tune
 from phi3_mlx.cli import main
+from phi3_mlx.cli.options import ModelOptions
 from phi3_mlx.data import rating, step
 from phi3_mlx.data.rubric import EDUCATIONAL, make_rubric
 from phi3_mlx.errors import DataError, OptionError
@@ -378,6 +379,16 @@ def test_the_command_rates_and_says_what_it_did(tmp_path, stories, capsys):
         main([*map(str, given[:5]), "--no-rating"])
     assert left.value.code == 2
     assert "leaves nothing to say; add --perplexity" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_files_is_told_before_a_model_is_loaded(tmp_path, stories, monkeypatch, capsys):
+    monkeypatch.setattr(ModelOptions, "load_model", lambda *given: pytest.fail("was loaded"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").touch()
+    for file, output, said in (("none.jsonl", "out", "No such file"), (str(stories), "there", "exists already")):
+        with pytest.raises(SystemExit):
+            main(["data", "score", file, "-o", str(tmp_path / output)])
+        assert said in capsys.readouterr().err
 
 
 def test_a_command_that_ends_early_says_what_is_kept_and_a_refusal_not_that_the_same_goes_on(

@@ -329,6 +329,8 @@ def test_widths_that_no_group_divides_stay_in_floats():
     ("options", "words"),
     [
         ({"target_bpw": 2.0}, "too small: 2 bits everywhere take 3."),
+        ({"target_bpw": 2.0}, r"give more, or larger groups \(group_size=128\)$"),
+        ({"target_bpw": -1.0}, "give more$"),  # which no groups meet
         ({"target_bytes": 1000}, "too small"),
         ({"target_bpw": 12.0}, "too large: 8 bits everywhere take"),
         ({"target_bytes": 10**9}, "1.00 GB is too large"),

@@ -54,10 +54,14 @@ def score_texts(
     phi3-mlx data score articles.jsonl -o seen --perplexity --no-rating
     """
     from ..data.rating import score_data
+    from ..data.records import Records
     from ..data.rubric import EDUCATIONAL
     from ..data.score_journal import unfinished_folder
+    from ..data.step import check_output_folder
 
     text = EDUCATIONAL if rubric is None else read_input(rubric)
+    # What is wrong with the files is told before a model is loaded.
+    check_output_folder(output, [Records(files, read, "scoring", None)], write)
     place = source.find()
     tokenizer = source.load_tokenizer(place)
     model = source.load_model(place, options.max_length + _AROUND, Request(max_tokens=1))

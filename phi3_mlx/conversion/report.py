@@ -27,7 +27,7 @@ from ..text.tokenizer import read_tokenizer
 from .layerwise import EMBEDDING, LayerStream, layer_of
 from .opening import open_source
 from .sources import weights_of
-from .texts import bundled
+from .texts import REPORT_WINDOW, bundled
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 REPORT, FIGURES, PLOT = "REPORT.md", "report.json", "report.png"
 FITTED_TO_IT = "Bits or rounding were fitted to this text, so other texts will lose more."
 INSTALL_PLOT = 'no plot, because matplotlib is not installed: pip install "phi3-mlx[plot]"'
-_WINDOW = 512
 _WORST = 3  # tensors shown on a terminal
 _TOKENS = 16_384  # of the text that are read; all activations are in memory at once
 
@@ -110,7 +109,7 @@ def write_report(
     text: str | None = None,
     text_name: str | None = None,
     fitted: bool = False,
-    window: int = _WINDOW,
+    window: int = REPORT_WINDOW,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare the model in `directory` with the `source` it was made from, and `save` the report beside it.

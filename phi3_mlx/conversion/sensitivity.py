@@ -103,7 +103,7 @@ def _budget(
         return f"{width} bits everywhere take {8 * total / weights:.3f} bits per weight ({size_text(total)})"
 
     if target_bytes < smallest:
-        hint = "" if group_size >= 128 else ", or larger groups (group_size=128)"
+        hint = "" if group_size >= 128 or target_bytes <= 0 else ", or larger groups (group_size=128)"
         raise OptionError(f"a target of {asked} is too small: {size(least, smallest)}; give more{hint}")
     if target_bytes > largest:
         raise OptionError(f"a target of {asked} is too large: {size(most, largest)}; use bits={most} or give less")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .sources import Source
 
 _RUN = 8  # words
+REPORT_WINDOW = 512  # tokens of a text that a report reads together
 CALIBRATION_TOKENS = 32_768  # of the bundled calibration text: a tokenizer of few words makes more of it
 
 
@@ -52,7 +53,7 @@ def tokenizer_of(source: Source) -> Tokenizer:
 def check_can_be_read(tokenizer: Tokenizer, text: str) -> None:
     """PromptError for a text of a report, `text`, in which nothing is to be predicted."""
     bos = tokenizer.bos_token_id if tokenizer.add_bos_token else None
-    next(blocks(tokenizer.encode(text), 512, bos))
+    next(blocks(tokenizer.encode(text), REPORT_WINDOW, bos))
 
 
 def calibration_ids(tokenizer: Tokenizer, text: str | None) -> list[int]:
