@@ -154,6 +154,9 @@ def others_config(folder):
         "rope_theta": 10000.0,
         "attention_bias": False,
         "hidden_act": "silu",
+        "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0},
+        "sliding_window": None,
+        "layer_types": ["full_attention"],
     }
     file = folder / "config.json"
     content = put(file, json.dumps(raw))

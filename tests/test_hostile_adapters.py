@@ -108,7 +108,13 @@ def test_settings_of_peft_of_another_type_are_refused_by_name(base, foreign, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("pattern", ["(.*)*x", "(.|.)*x", "(a|aa)+$", "((.+)+)+x", ".*.*.*.*.*.*x", r"(\w{1,9}){1,9}x"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(.*)*x", "(.|.)*x", "(a|aa)+$", "((.+)+)+x", ".*.*.*.*.*.*x", r"(\w{1,9}){1,9}x"),
+        *(".?" * 30 + "x", "(.|.)" * 30 + "x", "(" * 2000 + "x" + ")" * 2000),
+    ],
+)
 def test_a_pattern_that_takes_for_ever_is_refused_at_once(base, foreign, tmp_path, pattern):
     set_in(foreign, "alpha_pattern", value={pattern: 8})
     started = time.perf_counter()
@@ -118,7 +124,11 @@ def test_a_pattern_that_takes_for_ever_is_refused_at_once(base, foreign, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "pattern", ["o_proj", r".*\.(o|q)_proj", r"model\.layers\.\d+\..*_proj", "^model.layers.[01].self"]
+    "pattern",
+    [
+        *("o_proj", r".*\.(o|q)_proj", r"model\.layers\.\d+\..*_proj", "^model.layers.[01].self"),
+        r"model\.layers\.(\d|[12]\d?)\.(?:self_attn|mlp)\.(o|down)_(proj)",
+    ],
 )
 def test_patterns_as_peft_writes_them_are_matched(base, foreign, tmp_path, pattern):
     scales = []

@@ -254,6 +254,8 @@ REFUSED = {
     "rope type 'llama3' is not supported for phi3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "rope type 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "rope type 'dynamic'": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "rope type ['longrope'] is not supported": {"rope_scaling": {**LONGROPE, "type": ["longrope"]}},
+    "rope type 'default' / {} is not supported": {"rope_parameters": {"type": "default", "rope_type": {}}},
     # Phi-3's configs mean LongRoPE by it; Llama's mean YaRN.
     "rope type 'yarn'": {"rope_scaling": {**LONGROPE, "type": "yarn"}},
     "rope_parameters and rope_scaling are both given": {

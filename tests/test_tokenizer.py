@@ -334,7 +334,7 @@ def test_stop_ids(tmp_path: Path):
     write_json(folder / "config.json", {"eos_token_id": 17})
     for backend in ("tokenizers", "sentencepiece"):
         assert read_tokenizer(folder, backend=backend).stop_ids == {2, 17, ENDOFTEXT, ASSISTANT, END}
-    for wrong in ("<|end|>", [True], [4007, "2"], 4.0):
+    for wrong in ("<|end|>", [True], [4007, "2"], 4.0, -1, [4007, 2**24], 2**40):
         write_json(folder / "generation_config.json", {"eos_token_id": wrong})
         with pytest.raises(TokenizerError, match=r"generation_config\.json has eos_token_id"):
             read_tokenizer(folder)
@@ -452,7 +452,9 @@ DAMAGED = [
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {}}}', "4000.content is missing"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"4000": {"content": ""}}}', "4000 is .* and its content"),
     ("added_tokens.json", b'{"<|end|>": null}', "<.end.> is missing"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"16777216": {"content": "a"}}}', "16777216 is .* a token's"),
     ("added_tokens.json", b'{"": 4000}', "is 4000, expected a token"),
+    ("added_tokens.json", b'{"<|end|>": 16777216}', "is 16777216, expected a whole number from 0 to 16,777,215"),
     ("added_tokens.json", b'{"<|end|>": 1.5}', "<.end.> is 1.5, expected a whole number"),
     ("tokenizer_config.json", b'{"eos_token": 3}', "eos_token is 3, expected a text"),
     ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "add_bos_token is 'yes', expected true or false"),

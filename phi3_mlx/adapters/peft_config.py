@@ -30,7 +30,7 @@ _LACKING = {
     *("fan_in_fan_out", "layer_replication", "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 }
-_REPETITIONS = 3  # repetitions (*, +, {}) that a pattern may have
+_REPETITIONS, _GROUPS = 3, 4  # repetitions (*, +, ?, {}) and groups that a pattern may have
 _HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 _MUST_BE: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA", None), "bias": ("none", None)}
 # How A and B were initialized. Some ways subtract from the base a part that the file does not hold.
@@ -114,8 +114,9 @@ def _alpha(fields: Fields, key: str, default: float | None = None) -> float:
 def _patterns(table: Fields) -> list[str]:
     """The keys, regular expressions that layers are matched with."""
     for pattern in table.raw:
-        # Matching may take exponential time if a group is repeated, or if there are many repetitions.
-        if len(re.findall(r"[*+{]", pattern)) > _REPETITIONS or re.search(r"\)[*+{]", pattern):
+        # Matching may take exponential time if a group is repeated, or if there are many repetitions or groups.
+        repeated, groups = re.findall(r"(?<!\()[*+?{]", pattern), pattern.count("(")
+        if len(repeated) > _REPETITIONS or groups > _GROUPS or re.search(r"\)[*+{]", pattern):
             table.fail(pattern, "the name of a layer, or a pattern that repeats little")
         try:
             _compiled(pattern)

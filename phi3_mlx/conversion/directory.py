@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..config import Config, read_json
 from ..errors import CheckpointError
+from ..fields import shorten
 from ..models import parse_config, shapes
 from ..paths import no_model
 from ..store.assembly import assemble
@@ -46,7 +47,7 @@ class DirectorySource:
         if isinstance(raw.get("quantization_config"), Mapping) and "quant_method" not in raw["quantization_config"]:
             del raw["quantization_config"]  # it repeats the other, or was left by a tool that dequantized
         if self.quantization is not None and not isinstance(self.quantization, Mapping):
-            raise CheckpointError(f"{where}: quantization is {self.quantization!r}, expected an object")
+            raise CheckpointError(f"{where}: quantization is {shorten(self.quantization)}, expected an object")
         self.raw_config = phi3_config(raw, self.name)
         self.raw_config.pop("auto_map", None)  # names code files, and code is not copied
         self.config = parse_config(self.raw_config, self.name)

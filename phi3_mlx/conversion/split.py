@@ -80,7 +80,7 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
     """The config.json of the Phi-3 model that computes what `raw` asks for: itself, or of Llama's or Mistral's kind."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in {*ARCHITECTURES, *_DEFAULTS}:
-        _fail(source, f"model_type {model_type!r} is not supported; phi3, llama and mistral can be converted")
+        _fail(source, f"model_type {shorten(model_type)} is not supported; phi3, llama and mistral can be converted")
     if model_type in ARCHITECTURES:
         return dict(raw)
     if all(raw.get(key) for key in ROPE_KEYS):
@@ -90,7 +90,7 @@ def phi3_config(raw: Mapping[str, Any], source: str = "config.json") -> dict[str
         return new
     for key, allowed in _MUST_BE.items():
         if raw.get(key) is not None and raw[key] not in allowed:
-            _fail(source, f"{key} {raw[key]!r} of this {model_type} model is not supported for phi3")
+            _fail(source, f"{key} {shorten(raw[key])} of this {model_type} model is not supported for phi3")
     for key in _SIZE_KEYS:
         if raw.get(key) is None:
             _fail(source, f"{key} is missing")
@@ -113,7 +113,7 @@ def _window(model_type: str, given: Mapping[str, Any], source: str) -> int | Non
     if model_type == "llama":
         # transformers' Llama sees every key, but sizes the cache of its generate() by this.
         if window is not None and not (isinstance(window, int) and isinstance(longest, int) and window >= longest):
-            _fail(source, f"sliding_window {window!r} is given, but a llama model has none; set it to null")
+            _fail(source, f"sliding_window {shorten(window)} is given, but a llama model has none; set it to null")
         window = None
     kinds, kind = given.get("layer_types") or [], "full_attention" if window is None else "sliding_attention"
     if not isinstance(kinds, list) or any(layer_type != kind for layer_type in kinds):
@@ -126,7 +126,7 @@ def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     keys = [key for key in ROPE_KEYS if given.get(key)] or ["rope_scaling"]  # one of them, see `phi3_config`
     rope = {} if given.get(keys[0]) is None else given[keys[0]]
     if not isinstance(rope, Mapping):
-        _fail(source, f"{keys[0]} is {rope!r}, expected an object or null")
+        _fail(source, f"{keys[0]} is {shorten(rope)}, expected an object or null")
     longest = given["max_position_embeddings"]
     original = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     result = {
@@ -134,15 +134,15 @@ def _rope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         "rope_scaling": None,
         "original_max_position_embeddings": original or longest,
     }
-    kinds = {rope[key] for key in ("type", "rope_type") if rope.get(key) is not None}
+    kinds = [rope[key] for key in ("type", "rope_type") if rope.get(key) is not None]
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        _fail(source, f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported for llama or mistral")
-    if kinds <= {"default"}:
+        given_part = shorten(rope["partial_rotary_factor"])
+        _fail(source, f"partial_rotary_factor {given_part} is not supported for llama or mistral")
+    if all(kind == "default" for kind in kinds):
         # Without LongRoPE the original length has no meaning, and one above the longest would be refused.
         return result | {"original_max_position_embeddings": longest}
-    if kinds != {"longrope"}:
-        named = " / ".join(sorted(str(kind) for kind in kinds - {"longrope"}))
-        _fail(source, f"rope type {named!r} is not supported for phi3; it has none and longrope")
+    if others := [shorten(kind) for kind in kinds if kind != "longrope"]:
+        _fail(source, f"rope type {' / '.join(others)} is not supported for phi3; it has none and longrope")
     scaling = {"type": "longrope", "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
     scaling |= {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
     return result | {"rope_scaling": scaling}

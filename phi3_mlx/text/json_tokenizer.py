@@ -10,10 +10,7 @@ from ..errors import TokenizerError
 from ..files import read_text
 from .added_tokens import AddedToken
 from .streaming import ByteStream, StreamDecoder, symbols_to_bytes
-from .vocabulary import Tokenizer, one_line, require_ids, require_unicode
-
-# More than any vocabulary has. The library lists all ids that no token has as it saves a tokenizer: of 2**32, 17 GB.
-_MOST_IDS = 2**24
+from .vocabulary import MOST_IDS, Tokenizer, one_line, require_ids, require_unicode
 
 
 class JsonTokenizer(Tokenizer):
@@ -32,9 +29,9 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a readable tokenizer.json: {one_line(error)}") from None
         highest = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1)
-        if highest >= _MOST_IDS:
+        if highest >= MOST_IDS:
             raise TokenizerError(
-                f"{path} has a token of id {highest:,}, expected below {_MOST_IDS:,}; download it again"
+                f"{path} has a token of id {highest:,}, expected below {MOST_IDS:,}; download it again"
             )
         # A file that was saved with truncation or padding would change prompts silently.
         self._full.no_truncation()

@@ -13,7 +13,7 @@ from .added_tokens import AddedToken
 from .json_tokenizer import JsonTokenizer
 from .sentencepiece_tokenizer import SentencePieceTokenizer
 from .tiktoken_tokenizer import TiktokenTokenizer
-from .vocabulary import Tokenizer
+from .vocabulary import MOST_IDS, Tokenizer
 
 __all__ = ["Tokenizer", "read_tokenizer"]
 
@@ -87,7 +87,7 @@ def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[Add
     decoder = config.fields("added_tokens_decoder")
     for number in decoder.raw:
         entry = decoder.fields(number)
-        if not number.isdecimal() or len(number) > 9 or not entry.text("content"):
+        if not number.isdecimal() or len(number) > 9 or int(number) >= MOST_IDS or not entry.text("content"):
             decoder.fail(number, "a token's id, and its content")
         special = entry.flag("special", False)
         flags = {flag: entry.flag(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
@@ -100,7 +100,7 @@ def _declared_tokens(directory: Path, config: Fields, names: Fields) -> list[Add
         for content in listed.raw:
             if not content:
                 listed.fail(content, "a token that is not empty")
-            token = AddedToken(listed.whole(content), content)
+            token = AddedToken(listed.whole(content, most=MOST_IDS - 1), content)
             control = token.marked or content in roles
             tokens[token.id] = replace(token, special=control, normalized=not control)
     return [tokens[number] for number in sorted(tokens)]
@@ -183,7 +183,7 @@ def _declared_stops(directory: Path, tokenizer: Tokenizer) -> set[int]:
     for source in (directory / "generation_config.json", directory / "config.json"):
         listed = _read_json(source).get("eos_token_id")
         for token_id in listed if isinstance(listed, list) else [] if listed is None else [listed]:
-            if type(token_id) is not int:
+            if type(token_id) is not int or not 0 <= token_id < MOST_IDS:
                 raise TokenizerError(f"{source} has eos_token_id {shorten(listed)}: it must be an id or a list of ids")
             ids.add(token_id)
     return ids

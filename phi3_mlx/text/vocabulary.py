@@ -17,6 +17,10 @@ from ..values import shown, token_ids
 from .added_tokens import AddedToken, AddedTokens, Writer
 from .streaming import PieceStream, StreamDecoder, piece_to_bytes
 
+# More than any vocabulary has. Lists of all ids stay small: of 2**32, those that the library `tokenizers` makes as it
+# saves a tokenizer take 17 GB, and those of `spelling` as much.
+MOST_IDS = 2**24
+
 
 class Tokenizer(ABC):
     """A vocabulary. `read_tokenizer` makes one and sets the attributes that come from the model's other files.
