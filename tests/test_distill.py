@@ -340,7 +340,6 @@ def test_an_effort_that_says_something_else_is_refused_by_what_was_given(given, 
         ConvertOptions(**given)
 
 
-@pytest.mark.long
 def test_a_training_that_ruins_the_model_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(endtoend, "_RATE", 1e3)
     source = RandomSource("BF16", num_hidden_layers=2)

@@ -128,6 +128,7 @@ def test_a_pattern_that_takes_for_ever_is_refused_at_once(base, foreign, tmp_pat
     [
         *("o_proj", r".*\.(o|q)_proj", r"model\.layers\.\d+\..*_proj", "^model.layers.[01].self"),
         r"model\.layers\.(\d|[12]\d?)\.(?:self_attn|mlp)\.(o|down)_(proj)",
+        "model.*?layers.*?self_attn.+?o_proj",
     ],
 )
 def test_patterns_as_peft_writes_them_are_matched(base, foreign, tmp_path, pattern):

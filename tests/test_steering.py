@@ -253,7 +253,6 @@ def file(feelings, tmp_path):
     return str(save_steering({2: feelings[2]}, tmp_path / "very=happy or sad.safetensors"))
 
 
-@pytest.mark.long
 def test_generate_and_chat_answer_under_saved_vectors(run, tiny, feelings, file):  # noqa: F811
     sadder, happier = (steer({2: feelings[2]}, strength=strength) for strength in (-0.5, 1))
     plain = generate(*tiny, ASKED, max_tokens=24)

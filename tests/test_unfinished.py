@@ -205,7 +205,6 @@ def cut():
     raise KeyboardInterrupt
 
 
-@pytest.mark.long
 def test_a_fusion_goes_on_at_the_layer_where_it_was_cut(tmp_path, quick, monkeypatch):
     packed = convert(small_directory(tmp_path / "source"), tmp_path / "packed", report=False).path
     make_adapter(packed, tmp_path / "adapter")

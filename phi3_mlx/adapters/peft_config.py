@@ -115,7 +115,7 @@ def _patterns(table: Fields) -> list[str]:
     """The keys, regular expressions that layers are matched with."""
     for pattern in table.raw:
         # Matching may take exponential time if a group is repeated, or if there are many repetitions or groups.
-        repeated, groups = re.findall(r"(?<!\()[*+?{]", pattern), pattern.count("(")
+        repeated, groups = re.findall(r"(?<![(*+?}])[*+?{]", pattern), pattern.count("(")  # `.*?` repeats once
         if len(repeated) > _REPETITIONS or groups > _GROUPS or re.search(r"\)[*+{]", pattern):
             table.fail(pattern, "the name of a layer, or a pattern that repeats little")
         try:
