@@ -230,7 +230,6 @@ def adapters_of(given: Sequence[str], names: Sequence[str]) -> dict[str, tuple[s
 
 def _base(folder: str, names: Sequence[str]) -> str:
     """Which of several models an adapter was trained on."""
-
     from ..adapters.folder import base_of, read_config_of, trained_on
     from ..store.hub import resolve
 
